@@ -1,0 +1,33 @@
+# The compiler flags of each instruction set: kernels_<isa>*.cpp is compiled once with these, and with nothing that
+# depends on the building machine. Which set is used is decided when the library is loaded.
+
+set(FLASH_ATTN_AVX2_FLAGS -mavx2 -mfma -mf16c)
+set(FLASH_ATTN_AVX512_FLAGS -mavx512f -mavx512bw -mavx512dq -mavx512vl ${FLASH_ATTN_AVX2_FLAGS}
+                            -mprefer-vector-width=512)
+if(CMAKE_CXX_COMPILER_ID STREQUAL GNU AND CMAKE_CXX_COMPILER_VERSION VERSION_LESS 13)
+  # Its own AVX-512 header warns: https://gcc.gnu.org/PR105593
+  list(APPEND FLASH_ATTN_AVX512_FLAGS -Wno-uninitialized -Wno-maybe-uninitialized)
+endif()
+if(CMAKE_CXX_COMPILER_ID STREQUAL GNU)
+  # False alarms from GCC's own avx512fintrin.h, https://gcc.gnu.org/PR105593
+  list(APPEND FLASH_ATTN_AVX512_FLAGS -Wno-uninitialized -Wno-maybe-uninitialized)
+endif()
+
+set(FLASH_ATTN_ISAS baseline)
+if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
+  list(APPEND FLASH_ATTN_ISAS avx2 avx512)
+endif()
+
+# Adds the units of every instruction set to `target`, worst set first, and defines FLASH_ATTN_HAVE_<ISA> for each that
+# is not the baseline.
+function(flash_attn_add_isa_units target directory)
+  foreach(isa IN LISTS FLASH_ATTN_ISAS)
+    string(TOUPPER ${isa} ISA)
+    file(GLOB units CONFIGURE_DEPENDS ${directory}/kernels_${isa}*.cpp)
+    target_sources(${target} PRIVATE ${units})
+    if(NOT isa STREQUAL baseline)
+      set_source_files_properties(${units} PROPERTIES COMPILE_OPTIONS "${FLASH_ATTN_${ISA}_FLAGS}")
+      target_compile_definitions(${target} PRIVATE FLASH_ATTN_HAVE_${ISA})
+    endif()
+  endforeach()
+endfunction()

@@ -1,0 +1,197 @@
+#include "common/api_check_tensor.h"
+
+#include <array>
+#include <limits>
+#include <utility>
+
+namespace flash {
+namespace {
+
+int64_t element_bytes(flash_attn_dtype dtype) {
+  switch (static_cast<int>(dtype)) {
+    case FLASH_ATTN_FLOAT16:
+    case FLASH_ATTN_BFLOAT16:
+      return 2;
+    case FLASH_ATTN_FLOAT32:
+    case FLASH_ATTN_INT32:
+      return 4;
+    case FLASH_ATTN_INT64:
+      return 8;
+    default:
+      return 1;
+  }
+}
+
+std::string shape_text(const Arg& x) {
+  std::ostringstream text;
+  text << "(";
+  for (int i = 0; i < x.t->ndim; ++i) {
+    text << (i > 0 ? ", " : "") << x.size(i);
+  }
+  text << ")";
+  return text.str();
+}
+
+[[noreturn, gnu::cold]] void fail_shape(const Arg& x, std::initializer_list<Dim> dims) {
+  std::ostringstream names, sizes;
+  for (const Dim& dim : dims) {
+    const char* comma = &dim == dims.begin() ? "" : ", ";
+    names << comma << dim.name;
+    sizes << comma << dim.size;
+  }
+  fail(x.name, " must have shape (", names.str(), ") = (", sizes.str(), "), got ", shape_text(x));
+}
+
+// Extents, strides and the last element's address: all representable, none negative.
+void check_layout(const Arg& x) {
+  int64_t numel = 1;
+  int64_t last = 0;
+  bool overflow = false;
+  for (int i = 0; i < x.t->ndim; ++i) {
+    require(x.size(i) >= 0, x.name, " has a negative size in dimension ", i, ": ", x.size(i));
+    require(x.stride(i) >= 0, x.name, " has a negative stride in dimension ", i, ": ", x.stride(i));
+    overflow |= __builtin_mul_overflow(numel, x.size(i), &numel);
+    int64_t reach = 0;
+    overflow |= x.size(i) > 1 && (__builtin_mul_overflow(x.size(i) - 1, x.stride(i), &reach) ||
+                                  __builtin_add_overflow(last, reach, &last));
+  }
+  if (x.empty()) return;
+  overflow |= last > std::numeric_limits<int64_t>::max() / element_bytes(x.t->dtype) - 1;
+  require(!overflow, x.name, " is too large");
+}
+
+}  // namespace
+
+bool Arg::empty() const {
+  for (int i = 0; i < t->ndim; ++i) {
+    if (t->shape[i] == 0) return true;
+  }
+  return false;
+}
+
+void check_view(const Arg& x, int ndim, const char* shape) {
+  require(x.given(), x.name, " must be given");
+  require(x.t->ndim == ndim, x.name, " must have shape ", shape, ", got ", x.t->ndim,
+          " dimensions");
+  check_layout(x);
+  if (x.empty()) return;
+  require(x.t->data != nullptr, x.name, " has no data (NULL)");
+  require(reinterpret_cast<uintptr_t>(x.t->data) % element_bytes(x.t->dtype) == 0, x.name,
+          " is not aligned to its element size");
+}
+
+void check_shape(const Arg& x, std::initializer_list<Dim> dims) {
+  require(x.given(), x.name, " must be given");
+  const int ndim = static_cast<int>(dims.size());
+  require(x.t->ndim >= 0 && x.t->ndim <= FLASH_ATTN_MAX_NDIM, x.name, " must have ", ndim,
+          " dimensions, got ", x.t->ndim);
+  bool same = x.t->ndim == ndim;
+  int i = 0;
+  for (const Dim& dim : dims) {
+    same = same && x.size(i) == dim.size;
+    ++i;
+  }
+  if (!same) [[unlikely]] {
+    fail_shape(x, dims);
+  }
+  check_view(x, ndim, "");
+}
+
+void check_device_of_q(const Arg& q) {
+  const int type = static_cast<int>(q.t->device_type);
+  require(type == FLASH_ATTN_CPU || type == FLASH_ATTN_CUDA, q.name, " must be on CUDA or the CPU");
+}
+
+void check_device(const Arg& x, const Arg& q) {
+  const bool same_type = x.t->device_type == q.t->device_type;
+  require(same_type || q.t->device_type != FLASH_ATTN_CUDA, x.name, " must be on CUDA");
+  const bool same =
+      same_type && (q.t->device_type == FLASH_ATTN_CPU || x.t->device_id == q.t->device_id);
+  require(same, x.name, " must be on the same device as ", q.name);
+}
+
+bool has_contiguous_last_dim(const Arg& x) {
+  const int last = x.t->ndim - 1;
+  return x.stride(last) == 1 || x.size(last) <= 1;
+}
+
+bool is_contiguous(const Arg& x) {
+  int64_t expected = 1;
+  for (int i = x.t->ndim - 1; i >= 0; --i) {
+    if (x.size(i) != 1 && x.stride(i) != expected) return x.empty();
+    expected *= x.size(i);
+  }
+  return true;
+}
+
+// Sorted by stride, each dimension must step over everything that the smaller ones span.
+void check_no_self_overlap(const Arg& x) {
+  if (x.empty()) return;
+  std::array<std::pair<int64_t, int64_t>, FLASH_ATTN_MAX_NDIM> dims;  // stride, size
+  int count = 0;
+  for (int i = 0; i < x.t->ndim; ++i) {
+    if (x.size(i) <= 1) continue;
+    const std::pair<int64_t, int64_t> dim{x.stride(i), x.size(i)};
+    int at = count++;
+    for (; at > 0 && dims[at - 1] > dim; --at) dims[at] = dims[at - 1];
+    dims[at] = dim;
+  }
+  int64_t span = 0;
+  for (int i = 0; i < count; ++i) {
+    require(dims[i].first > span, x.name, " must not overlap itself: it is written to");
+    span += dims[i].first * (dims[i].second - 1);
+  }
+}
+
+void check_distinct(std::initializer_list<Arg> outputs, std::initializer_list<Arg> inputs) {
+  const auto occupied = [](const Arg& x) { return x.given() && !x.empty(); };
+  for (const Arg* out = outputs.begin(); out != outputs.end(); ++out) {
+    if (!occupied(*out)) continue;
+    const auto check = [out, occupied](const Arg& other) {
+      require(!other.given() || other.t->data != out->t->data || !occupied(other), out->name,
+              " must not share memory with ", other.name);
+    };
+    for (const Arg* other = out + 1; other != outputs.end(); ++other) check(*other);
+    for (const Arg& other : inputs) check(other);
+  }
+}
+
+Dtype check_float_dtype(const Arg& x, const char* sentence) {
+  switch (static_cast<int>(x.t->dtype)) {
+    case FLASH_ATTN_FLOAT16:
+      return Dtype::kFloat16;
+    case FLASH_ATTN_BFLOAT16:
+      return Dtype::kBFloat16;
+    case FLASH_ATTN_FLOAT32:
+      return Dtype::kFloat32;
+    default:
+      fail(sentence);
+  }
+}
+
+void check_int32(const Arg& x, const Arg& q, std::initializer_list<Dim> dims) {
+  require(x.given(), x.name, " must be given");
+  require(x.t->dtype == FLASH_ATTN_INT32, x.name, " must have dtype int32");
+  check_device(x, q);
+  check_shape(x, dims);
+  require(is_contiguous(x), x.name, " must be contiguous");
+}
+
+const int32_t* check_per_sequence(const Arg& x, const Arg& q, int64_t batch_size) {
+  if (!x.given()) return nullptr;
+  check_int32(x, q, {{"batch_size", batch_size}});
+  return static_cast<const int32_t*>(x.t->data);
+}
+
+void check_fp32(const Arg& x, const Arg& q, std::initializer_list<Dim> dims) {
+  require(x.given(), x.name, " must be given");
+  require(x.t->dtype == FLASH_ATTN_FLOAT32, x.name, " must have dtype fp32");
+  check_device(x, q);
+  check_shape(x, dims);
+}
+
+Operand batched_operand(const Arg& x) { return {x.t->data, x.stride(0), x.stride(1), x.stride(2)}; }
+
+Operand packed_operand(const Arg& x) { return {x.t->data, 0, x.stride(0), x.stride(1)}; }
+
+}  // namespace flash

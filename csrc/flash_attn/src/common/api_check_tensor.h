@@ -1,0 +1,94 @@
+// What the argument checks are made of: the error that leaves them, and named views of the caller's
+// tensors.
+#pragma once
+
+#include <exception>
+#include <initializer_list>
+#include <sstream>
+#include <string>
+#include <utility>
+
+#include "common/flash.h"
+#include "flash_attn/flash_attn.h"
+
+namespace flash {
+
+// A call that is turned down. The C interface returns its status and keeps its sentence.
+class ApiError : public std::exception {
+ public:
+  ApiError(flash_attn_status status, std::string sentence)
+      : status_(status), sentence_(std::move(sentence)) {}
+  flash_attn_status status() const { return status_; }
+  const char* what() const noexcept override { return sentence_.c_str(); }
+
+ private:
+  flash_attn_status status_;
+  std::string sentence_;
+};
+
+template <typename... Parts>
+[[noreturn, gnu::cold, gnu::noinline]] void fail(const Parts&... parts) {
+  std::ostringstream sentence;
+  (sentence << ... << parts);
+  throw ApiError(FLASH_ATTN_INVALID_ARGUMENT, sentence.str());
+}
+
+// Costs one branch when all is well: the sentence is put together only to be thrown.
+template <typename... Parts>
+inline void require(bool ok, const Parts&... parts) {
+  if (!ok) [[unlikely]] {
+    fail(parts...);
+  }
+}
+
+// A tensor argument and its name in error sentences.
+struct Arg {
+  const char* name;
+  const flash_attn_tensor* t;
+
+  bool given() const { return t != nullptr; }
+  int64_t size(int i) const { return t->shape[i]; }
+  int64_t stride(int i) const { return t->stride[i]; }
+  bool empty() const;
+};
+
+// A dimension as error sentences name it, and the extent it must have.
+struct Dim {
+  const char* name;
+  int64_t size;
+};
+
+// Given, `ndim` dimensions, extents and strides that are not negative and do not overflow, data
+// present and aligned. `shape` names the dimensions in the sentence, for instance "(batch_size,
+// num_heads)".
+void check_view(const Arg& x, int ndim, const char* shape);
+// The same, and each extent as expected.
+void check_shape(const Arg& x, std::initializer_list<Dim> dims);
+// `x` lies on q's device; q itself lies on one that the library knows.
+void check_device_of_q(const Arg& q);
+void check_device(const Arg& x, const Arg& q);
+// Unit stride in the last dimension, as far as it has more than one element.
+bool has_contiguous_last_dim(const Arg& x);
+bool is_contiguous(const Arg& x);
+// No two elements of an output lie at the same address.
+void check_no_self_overlap(const Arg& x);
+// No output starts where an input or another output starts. Only whole tensors are told apart:
+// gradients that are interleaved views of one packed tensor are fine.
+void check_distinct(std::initializer_list<Arg> outputs, std::initializer_list<Arg> inputs);
+
+// fp16, bf16 or fp32; anything else is rejected with `sentence`.
+Dtype check_float_dtype(const Arg& x, const char* sentence);
+// An int32 index tensor on q's device, contiguous.
+void check_int32(const Arg& x, const Arg& q, std::initializer_list<Dim> dims);
+// The same with one entry a sequence; null when not given.
+const int32_t* check_per_sequence(const Arg& x, const Arg& q, int64_t batch_size);
+// A fp32 tensor on q's device: statistics and their gradients.
+void check_fp32(const Arg& x, const Arg& q, std::initializer_list<Dim> dims);
+
+// [batch, row, head, dim] and [row, head, dim].
+Operand batched_operand(const Arg& x);
+Operand packed_operand(const Arg& x);
+
+inline int64_t round_up(int64_t x, int64_t m) { return (x + m - 1) / m * m; }
+
+}  // namespace flash

@@ -1,0 +1,107 @@
+// Checked arguments, as kernels take them. Filled by api_check.cpp and by nothing else; strides are in elements.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "flash_attn/flash_attn.h"
+
+namespace flash {
+
+enum class Dtype : int { kFloat16, kBFloat16, kFloat32 };
+inline int dtype_bytes(Dtype t) { return t == Dtype::kFloat32 ? 4 : 2; }
+
+// A [batch, row, head, dim] operand with unit stride in dim. In varlen calls batch_stride is 0 and rows count from the
+// start of the whole packed tensor.
+struct Operand {
+  void* ptr = nullptr;
+  int64_t batch_stride = 0, row_stride = 0, head_stride = 0;
+};
+
+// Additive bias or its gradient, [b, h, sq, sk]; a broadcast dimension has stride 0.
+struct Bias {
+  void* ptr = nullptr;
+  Dtype dtype = Dtype::kFloat32;
+  int64_t batch_stride = 0, head_stride = 0, row_stride = 0, col_stride = 0;
+  int64_t b = 1, h = 1, rows = 1, cols = 1;  // its own extents: 1 where broadcast
+};
+
+struct Qkv_params {
+  Operand q;  // [b, sq, h, d]
+  Operand k;  // [b, sk, hk, d], or pages [num_pages, page_size, hk, d]: batch_stride is then the page stride
+  Operand v;  // as k with dv
+  Dtype dtype = Dtype::kFloat32;
+  int64_t b = 0, h = 0, h_k = 0;
+  int64_t d = 0, d_v = 0;
+  int64_t seqlen_q = 0, seqlen_k = 0;  // dense: exact; varlen: the largest over the batch
+  int64_t total_q = 0, total_k = 0;    // varlen: rows of q and k; dense: b * seqlen
+};
+
+struct Flash_fwd_params : Qkv_params {
+  Operand o;                       // [b, sq, h, dv]
+  float* softmax_lse = nullptr;    // element (b, h, i) at b * lse_batch_stride + h * lse_head_stride + i (i: packed row)
+  int64_t lse_batch_stride = 0, lse_head_stride = 0;
+
+  float scale_softmax = 1.f;
+  float softcap = 0.f;                            // 0: off
+  int64_t window_left = -1, window_right = -1;    // -1: no limit; causal is already window_right = 0
+  const float* alibi_slopes = nullptr;            // [h] or [b, h]
+  int64_t alibi_batch_stride = 0;                 // 0 for [h]
+  const void* s_aux = nullptr;                    // [h]
+  Dtype s_aux_dtype = Dtype::kFloat32;
+  int64_t s_aux_stride = 1;
+  Bias bias;                                      // ptr == nullptr: none
+
+  float p_dropout = 0.f;  // probability to drop
+  uint64_t seed = 0, offset = 0;
+  void* s_dmask = nullptr;  // [b, h, sq_rounded, sk_rounded], dtype of q, contiguous
+  int64_t seqlen_q_rounded = 0, seqlen_k_rounded = 0;
+
+  // Sequence geometry. Dense: cu_seqlens_* are null.
+  const int32_t* cu_seqlens_q = nullptr;  // [b + 1]
+  const int32_t* cu_seqlens_k = nullptr;  // [b + 1]; with block_table only its differences are used
+  const int32_t* seqused_k = nullptr;     // [b]: number of keys, overrides the lengths above
+  const int32_t* leftpad_k = nullptr;     // [b]
+  const int32_t* cache_batch_idx = nullptr;  // [b]
+  const int32_t* block_table = nullptr;      // [b, *]
+  int64_t block_table_batch_stride = 0;
+  int64_t page_size = 0;
+
+  // Appending to a KV cache (mha_fwd_kvcache). seqused_k then counts the keys before the append.
+  Operand knew, vnew;  // [b, seqlen_knew, hk, d | dv]; ptr == nullptr: nothing to append
+  int64_t seqlen_knew = 0;
+  const void *rotary_cos = nullptr, *rotary_sin = nullptr;  // [*, rotary_dim / 2], dtype of q
+  int64_t rotary_cos_row_stride = 0, rotary_sin_row_stride = 0;
+  int64_t rotary_dim = 0;
+  bool is_rotary_interleaved = false;
+
+  int64_t num_splits = 0;  // 0: by the sequence's own length
+  void* workspace = nullptr;
+  size_t workspace_bytes = 0;
+  void* stream = nullptr;
+};
+
+struct Flash_bwd_params : Flash_fwd_params {
+  Operand dout;          // as o
+  Operand dq, dk, dv;    // as q, k, v
+  const float* dlse = nullptr;  // strides below
+  int64_t dlse_batch_stride = 0, dlse_head_stride = 0, dlse_row_stride = 1;
+  float* dsoftmax_sum = nullptr;  // softmax_d: (b, h, i) at b * batch_stride + h * head_stride + i
+  int64_t dsoftmax_batch_stride = 0, dsoftmax_head_stride = 0;  // varlen: sequence s starts at cu_seqlens_q[s] + 128 s
+  float* ds_aux = nullptr;        // [h]
+  Bias dbias;                     // fp32; ptr == nullptr: not wanted
+};
+
+struct Combine_params {
+  const float *out_partial = nullptr, *lse_partial = nullptr;
+  int64_t out_partial_stride[4] = {};  // splits, b, s, h
+  int64_t lse_partial_stride[4] = {};  // splits, b, s, h
+  int64_t splits = 0, b = 0, s = 0, h = 0, d_v = 0;
+  Operand out;  // [b, s, h, dv]
+  Dtype out_dtype = Dtype::kFloat32;
+  float* lse = nullptr;
+  int64_t lse_stride[3] = {};  // b, s, h
+  void* stream = nullptr;
+};
+
+}  // namespace flash

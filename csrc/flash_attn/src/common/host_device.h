@@ -1,0 +1,8 @@
+// FLASH_INLINE: a function shared by the CPU's per-ISA units and by CUDA kernels; never emitted on its own.
+#pragma once
+
+#if defined(__CUDACC__)
+#define FLASH_INLINE __host__ __device__ __forceinline__
+#else
+#define FLASH_INLINE __attribute__((always_inline)) inline
+#endif

@@ -1,0 +1,46 @@
+// Merging attention over disjoint sets of keys by their log-sum-exp.
+#pragma once
+
+#include "cpu/parallel.h"
+#include "cpu/rows.h"
+#include "cpu/scratch.h"
+
+namespace flash::cpu::FLASH_ATTN_ISA {
+
+inline void combine_row(const Combine_params& p, int64_t b, int64_t s, int64_t h, float* o) {
+  const auto lse_of = [&](int64_t split) {
+    const float lse = p.lse_partial[split * p.lse_partial_stride[0] + b * p.lse_partial_stride[1] +
+                                    s * p.lse_partial_stride[2] + h * p.lse_partial_stride[3]];
+    return lse == __builtin_inff() ? -lse : lse;  // the forward's mark of a row without keys
+  };
+  float largest = -__builtin_inff();
+  for (int64_t i = 0; i < p.splits; ++i) largest = lse_of(i) > largest ? lse_of(i) : largest;
+  const float reference = largest == -__builtin_inff() ? 0.f : largest;
+  const int dv = static_cast<int>(p.d_v);
+  std::memset(o, 0, dv * sizeof(float));
+  float sum = 0.f;
+  for (int64_t i = 0; i < p.splits; ++i) {
+    const float weight = exp2((lse_of(i) - reference) * kLog2e);
+    if (weight == 0.f) continue;  // an empty part may hold anything
+    sum += weight;
+    const float* part = p.out_partial + i * p.out_partial_stride[0] + b * p.out_partial_stride[1] +
+                        s * p.out_partial_stride[2] + h * p.out_partial_stride[3];
+    for (int j = 0; j < dv; ++j) o[j] += weight * part[j];
+  }
+  write_row(p.out_dtype, operand_row(p.out, p.out_dtype, b, s, h), o, dv, sum == 0.f ? 0.f : 1.f / sum);
+  if (p.lse)
+    p.lse[b * p.lse_stride[0] + s * p.lse_stride[1] + h * p.lse_stride[2]] =
+        sum == 0.f ? largest : reference + __builtin_logf(sum);
+}
+
+inline void combine(const Combine_params& p) {
+  const int64_t rows = p.b * p.s * p.h;
+  const int threads = threads_for(4.0 * rows * p.splits * p.d_v);
+  Scratch scratch(threads * p.d_v * sizeof(float));
+  parallel_for(rows, threads, [&](int64_t i, int thread) {
+    float* o = reinterpret_cast<float*>(scratch.data()) + thread * p.d_v;
+    combine_row(p, i / (p.s * p.h), i / p.h % p.s, i % p.h, o);
+  });
+}
+
+}  // namespace flash::cpu::FLASH_ATTN_ISA

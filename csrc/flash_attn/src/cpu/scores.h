@@ -1,0 +1,134 @@
+// From the product q.k to what the softmax sees, a row of a tile at a time; shared by forward and backward.
+#pragma once
+
+#include "common/dropout.h"
+#include "common/seqlen.h"
+#include "cpu/tile_fma.h"
+
+namespace flash::cpu::FLASH_ATTN_ISA {
+
+inline constexpr float kInf = __builtin_inff();
+
+// A row of a block: with grouped-query attention the rows of a key-value head are (query, group member), query major.
+struct Row {
+  int query;
+  int head;
+  KeyRange keys;
+  float alibi_slope;
+  const char* bias;  // its first element, or nullptr
+};
+
+// Row properties that do not change over the keys.
+class RowMap {
+ public:
+  RowMap(const Flash_fwd_params& params, const Sequence& seq, int head_k)
+      : p_(params), seq_(seq), mask_(mask_of(params, seq)), head_k_(head_k), group_(static_cast<int>(p_.h / p_.h_k)) {}
+
+  int rows() const { return seq_.seqlen_q * group_; }
+  int query(int row) const { return row / group_; }
+  int head(int row) const { return head_k_ * group_ + row % group_; }
+  KeyRange keys(int first_row, int last_row) const { return mask_.keys(query(first_row), query(last_row)); }
+
+  Row row(int r) const {
+    Row x{query(r), head(r), mask_.keys(query(r)), 0.f, nullptr};
+    if (p_.alibi_slopes) x.alibi_slope = p_.alibi_slopes[seq_.batch * p_.alibi_batch_stride + x.head];
+    if (p_.bias.ptr) x.bias = static_cast<const char*>(p_.bias.ptr) + bias_offset(p_.bias, x) * dtype_bytes(p_.bias.dtype);
+    return x;
+  }
+  // Elements from a bias' start to key 0 of a row.
+  int64_t bias_offset(const Bias& bias, const Row& x) const {
+    return seq_.batch * bias.batch_stride + x.head * bias.head_stride + x.query * bias.row_stride;
+  }
+  int64_t lse_index(int r) const {
+    return seq_.batch * p_.lse_batch_stride + head(r) * p_.lse_head_stride + seq_.lse_row + query(r);
+  }
+  char* tensor_row(const Operand& x, int r) const {
+    return operand_row(x, p_.dtype, seq_.batch, seq_.q_row + query(r), head(r));
+  }
+  uint32_t batch_head(const Row& x) const { return static_cast<uint32_t>(seq_.batch * p_.h + x.head); }
+  int diagonal(const Row& x) const { return x.query + seq_.seqlen_k - seq_.seqlen_q; }
+
+ private:
+  const Flash_fwd_params& p_;
+  const Sequence& seq_;
+  Mask mask_;
+  int head_k_, group_;
+};
+
+// Columns of a tile: [begin, end) within the tile, multiples of kTileN; key of column c is first_key + c.
+struct TileColumns {
+  int begin, end;
+  int first_key;
+};
+
+// The visible part of a row within a tile.
+FLASH_INLINE KeyRange visible(const Row& row, const TileColumns& t) {
+  int begin = row.keys.begin - t.first_key, end = row.keys.end - t.first_key;
+  if (begin < t.begin) begin = t.begin;
+  if (begin > t.end) begin = t.end;
+  if (end > t.end) end = t.end;
+  if (end < begin) end = begin;
+  return {begin, end};
+}
+
+// Overwrites the invisible columns of a row.
+FLASH_INLINE void fill_invisible(float* s, const TileColumns& t, KeyRange seen, float value) {
+  for (int j = t.begin; j < seen.begin; ++j) s[j] = value;
+  for (int j = seen.end; j < t.end; ++j) s[j] = value;
+}
+
+inline void read_bias(float* dst, const Flash_fwd_params& p, const Row& row, int first_key, KeyRange seen) {
+  const Bias& bias = p.bias;
+  if (bias.col_stride == 1) {
+    const void* src = row.bias + static_cast<int64_t>(first_key + seen.begin) * dtype_bytes(bias.dtype);
+    read_row(bias.dtype, dst + seen.begin, src, seen.end - seen.begin, 0);
+    return;
+  }
+  for (int j = seen.begin; j < seen.end; ++j)
+    dst[j] = load_scalar(row.bias, bias.dtype, (first_key + j) * bias.col_stride);
+}
+
+// Softcap, ALiBi and bias of one row, in place; buffer holds a tile's columns. With softcap, cap_slope (if given)
+// receives the softcap's derivative.
+inline void modify_scores(const Flash_fwd_params& p, const RowMap& map, const Row& row, float* s, const TileColumns& t,
+                          float* buffer, float* cap_slope) {
+  if (p.softcap > 0.f) {
+    const float inverse = 1.f / p.softcap;
+    for (int j = t.begin; j < t.end; j += kWidth) {
+      const Vec th = tanh(load(s + j) * inverse);
+      store(s + j, th * p.softcap);
+      if (cap_slope) store(cap_slope + j, 1.f - th * th);
+    }
+  }
+  if (p.alibi_slopes) {
+    const Vec slope = set1(-row.alibi_slope);
+    VecI distance = iota() + (t.first_key + t.begin - map.diagonal(row));
+    for (int j = t.begin; j < t.end; j += kWidth, distance += kWidth)
+      store(s + j, fma(slope, abs(to_float(distance)), load(s + j)));
+  }
+  if (row.bias) {
+    const KeyRange seen = visible(row, t);
+    if (seen.begin == seen.end) return;
+    read_bias(buffer, p, row, t.first_key, seen);
+    for (int j = seen.begin; j < seen.end; ++j) s[j] += buffer[j];
+  }
+}
+
+inline bool has_score_modifiers(const Flash_fwd_params& p) { return p.softcap > 0.f || p.alibi_slopes || p.bias.ptr; }
+
+// One random byte for each column of a row of a tile; first_key is a multiple of 32, bytes holds the tile's columns.
+inline void random_row_bytes(const Dropout& dropout, uint32_t batch_head, int query, const TileColumns& t, uint8_t* bytes) {
+  for (int j = t.begin / 32 * 32; j < t.end; j += 32)
+    dropout.row_bytes(batch_head, query, (t.first_key + j) / 32, bytes + j);
+}
+FLASH_INLINE VecI kept(const Dropout& dropout, const uint8_t* bytes, int j) {
+  VecU8 b;
+  std::memcpy(&b, bytes + j, sizeof(b));
+  return __builtin_convertvector(b, VecI) <= static_cast<int32_t>(dropout.keep_threshold);
+}
+
+FLASH_INLINE float sink_logit(const Flash_fwd_params& p, int head) {
+  return load_scalar(p.s_aux, p.s_aux_dtype, head * p.s_aux_stride);
+}
+
+}  // namespace flash::cpu::FLASH_ATTN_ISA

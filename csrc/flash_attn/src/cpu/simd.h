@@ -1,0 +1,153 @@
+// One vector type per instruction set, over the compiler's vector extension. A translation unit of the CPU backend
+// defines FLASH_ATTN_ISA (its namespace) and FLASH_ATTN_VECTOR_WIDTH (floats a vector) before including anything.
+//
+// Everything an ISA unit compiles lives in its own namespace or is always inlined: an inline function emitted once with
+// AVX-512 instructions and shared by the linker with the baseline would crash older machines.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "common/host_device.h"
+
+namespace flash::cpu::FLASH_ATTN_ISA {
+
+inline constexpr int kWidth = FLASH_ATTN_VECTOR_WIDTH;
+
+typedef float Vec __attribute__((vector_size(kWidth * 4)));
+typedef int32_t VecI __attribute__((vector_size(kWidth * 4)));
+typedef uint32_t VecU __attribute__((vector_size(kWidth * 4)));
+typedef uint16_t VecU16 __attribute__((vector_size(kWidth * 2)));
+typedef uint8_t VecU8 __attribute__((vector_size(kWidth)));
+
+#if defined(__AVX512F__) && FLASH_ATTN_VECTOR_WIDTH == 16
+#define FLASH_ATTN_SIMD_AVX512 1
+#elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__) && FLASH_ATTN_VECTOR_WIDTH == 8
+#define FLASH_ATTN_SIMD_AVX2 1
+#endif
+
+FLASH_INLINE Vec set1(float x) { return x - Vec{}; }
+FLASH_INLINE VecI set1i(int32_t x) { return x - VecI{}; }
+FLASH_INLINE Vec zero() { return Vec{}; }
+
+FLASH_INLINE Vec load(const float* p) {
+  Vec v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+FLASH_INLINE void store(float* p, Vec v) { std::memcpy(p, &v, sizeof(v)); }
+
+FLASH_INLINE VecU bits(Vec v) { return reinterpret_cast<VecU>(v); }
+FLASH_INLINE Vec from_bits(VecU v) { return reinterpret_cast<Vec>(v); }
+
+// a * b + c with one rounding where the ISA has it.
+FLASH_INLINE Vec fma(Vec a, Vec b, Vec c) {
+#if defined(FLASH_ATTN_SIMD_AVX512)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(FLASH_ATTN_SIMD_AVX2)
+  return _mm256_fmadd_ps(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+
+// The larger; the second operand if either is NaN.
+FLASH_INLINE Vec max(Vec a, Vec b) {
+#if defined(FLASH_ATTN_SIMD_AVX512)
+  return _mm512_max_ps(a, b);
+#elif defined(FLASH_ATTN_SIMD_AVX2)
+  return _mm256_max_ps(a, b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
+FLASH_INLINE Vec abs(Vec v) { return from_bits(bits(v) & 0x7fffffffu); }
+FLASH_INLINE Vec select(VecI mask, Vec yes, Vec no) { return mask ? yes : no; }
+FLASH_INLINE Vec to_float(VecI v) { return __builtin_convertvector(v, Vec); }
+
+// 0, 1, 2, ...
+FLASH_INLINE VecI iota() {
+  VecI v;
+  for (int i = 0; i < kWidth; ++i) v[i] = i;
+  return v;
+}
+
+// Pairwise over halves, so that the order of additions does not depend on the compiler.
+FLASH_INLINE float reduce_add(Vec v) {
+  float x[kWidth];
+  store(x, v);
+  for (int n = kWidth / 2; n > 0; n /= 2)
+    for (int i = 0; i < n; ++i) x[i] += x[i + n];
+  return x[0];
+}
+FLASH_INLINE float reduce_max(Vec v) {
+  float x[kWidth];
+  store(x, v);
+  for (int n = kWidth / 2; n > 0; n /= 2)
+    for (int i = 0; i < n; ++i) x[i] = x[i] > x[i + n] ? x[i] : x[i + n];
+  return x[0];
+}
+
+// ---------------------------------------------------------------------------------------------- 16-bit floats
+FLASH_INLINE VecU16 load_u16(const uint16_t* p) {
+  VecU16 v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+FLASH_INLINE void store_u16(uint16_t* p, VecU16 v) { std::memcpy(p, &v, sizeof(v)); }
+
+FLASH_INLINE Vec bf16_to_float(VecU16 v) { return from_bits(__builtin_convertvector(v, VecU) << 16); }
+
+// Round to nearest even; NaN stays NaN.
+FLASH_INLINE VecU16 float_to_bf16(Vec v) {
+  const VecU u = bits(v);
+  const VecU rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  const VecU nan = (u >> 16) | 0x40u;
+  const VecI is_nan = v != v;
+  return __builtin_convertvector(is_nan ? nan : rounded, VecU16);
+}
+
+FLASH_INLINE Vec fp16_to_float(VecU16 v) {
+#if defined(FLASH_ATTN_SIMD_AVX512)
+  return _mm512_cvtph_ps(reinterpret_cast<__m256i>(v));
+#elif defined(FLASH_ATTN_SIMD_AVX2)
+  return _mm256_cvtph_ps(reinterpret_cast<__m128i>(v));
+#else
+  const VecU h = __builtin_convertvector(v, VecU);
+  const VecU magnitude = (h & 0x7fffu) << 13;
+  // Multiplying by 2^112 rebiases the exponent and normalises subnormals; inf and NaN get the all-ones exponent back.
+  const Vec scaled = from_bits(magnitude) * 0x1p112f;
+  const VecI special = reinterpret_cast<VecI>(magnitude) >= 0x0f800000;
+  const VecU value = special ? (bits(scaled) | 0x7f800000u) : bits(scaled);
+  return from_bits(value | ((h & 0x8000u) << 16));
+#endif
+}
+
+// Round to nearest even, overflow to inf; NaN stays NaN.
+FLASH_INLINE VecU16 float_to_fp16(Vec v) {
+#if defined(FLASH_ATTN_SIMD_AVX512)
+  return reinterpret_cast<VecU16>(_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(FLASH_ATTN_SIMD_AVX2)
+  return reinterpret_cast<VecU16>(_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+  const VecU sign = bits(v) & 0x80000000u;
+  const VecU u = bits(v) ^ sign;
+  // Normal results: rebias and round the 13 dropped bits. Subnormal results: adding 0.5 lines the bits up and rounds.
+  const VecU normal = (u - 0x38000000u + 0xfffu + ((u >> 13) & 1u)) >> 13;
+  const VecU subnormal = bits(from_bits(u) + 0.5f) - 0x3f000000u;
+  const VecI is_subnormal = reinterpret_cast<VecI>(u) < 0x38800000;
+  const VecI is_overflow = reinterpret_cast<VecI>(u) >= 0x477ff000;
+  const VecI is_nan = reinterpret_cast<VecI>(u) > 0x7f800000;
+  VecU h = is_subnormal ? subnormal : normal;
+  h = is_overflow ? VecU{} + 0x7c00u : h;
+  h = is_nan ? VecU{} + 0x7e00u : h;
+  return __builtin_convertvector(h | (sign >> 16), VecU16);
+#endif
+}
+
+}  // namespace flash::cpu::FLASH_ATTN_ISA

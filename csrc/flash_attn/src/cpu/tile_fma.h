@@ -1,0 +1,166 @@
+// The tile unit of the vector ISAs: fp32 operands, C += A B in blocks of kTileM rows by kTileN columns held in registers.
+//
+// The loops above (fwd.h, bwd.h) know operands only by the types and functions of this file. A unit with packed 16-bit
+// operands (AMX, AVX-512-BF16) provides the same names with another Element and other pack_* functions.
+//
+//   A  row-major [m][k], or its transpose [k][m]: elements are broadcast
+//   B  panels of kTileN columns: element (k, n) at (n / kTileN) * panel_stride + k * row_stride + n % kTileN
+//   C  row-major [m][n], fp32
+#pragma once
+
+#include "cpu/rows.h"
+
+namespace flash::cpu::FLASH_ATTN_ISA {
+
+inline constexpr int kTileM = kWidth == 16 ? 12 : 6;  // rows x 2 vectors of accumulators: 24 of 32, 12 of 16 registers
+inline constexpr int kTileVectors = 2;
+inline constexpr int kTileN = kTileVectors * kWidth;
+
+constexpr int round_up(int x, int m) { return (x + m - 1) / m * m; }
+
+enum class Init { kZero, kKeep, kScaleRows };  // C before the product: 0, C, or row_scale[m] * C
+
+struct OperandB {
+  const float* data;
+  int64_t panel_stride, row_stride;
+};
+
+struct Product {
+  int k;             // length of the sum
+  const float* a;    // element (m, k) at m * a_ld + k, or transposed k * a_ld + m
+  int64_t a_ld;
+  const float* b;    // one panel
+  int64_t b_ld;
+  float* c;
+  int64_t c_ld;
+  Init init;
+  const float* row_scale;
+};
+
+template <int M, bool kTransA>
+inline void multiply_tile(const Product& x) {
+  Vec acc[M][kTileVectors];
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 2
+    for (int j = 0; j < kTileVectors; ++j) {
+      acc[m][j] = x.init == Init::kZero ? zero() : load(x.c + m * x.c_ld + j * kWidth);
+      if (x.init == Init::kScaleRows) acc[m][j] *= x.row_scale[m];
+    }
+  }
+  const float* a = x.a;
+  const float* b = x.b;
+  const int64_t a_ld = x.a_ld, b_ld = x.b_ld;
+  for (int k = 0; k < x.k; ++k) {
+    const Vec b0 = load(b), b1 = load(b + kWidth);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) {
+      const Vec av = set1(kTransA ? a[m] : a[m * a_ld]);
+      acc[m][0] = fma(av, b0, acc[m][0]);
+      acc[m][1] = fma(av, b1, acc[m][1]);
+    }
+    a += kTransA ? a_ld : 1;
+    b += b_ld;
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < M; ++m) {
+    store(x.c + m * x.c_ld, acc[m][0]);
+    store(x.c + m * x.c_ld + kWidth, acc[m][1]);
+  }
+}
+
+template <bool kTransA, int M = kTileM>
+inline void multiply_tile_rows(int rows, const Product& x) {
+  if (rows == M) return multiply_tile<M, kTransA>(x);
+  if constexpr (M > 1) multiply_tile_rows<kTransA, M - 1>(rows, x);
+}
+
+// The same product where zeros in A hide rows of B that hold inf or NaN: skips them instead of multiplying.
+template <bool kTransA>
+inline void multiply_tile_skipping_zeros(int rows, const Product& x) {
+  for (int m = 0; m < rows; ++m) {
+    float* c = x.c + m * x.c_ld;
+    for (int j = 0; j < kTileN; j += kWidth) {
+      Vec acc = x.init == Init::kZero ? zero() : load(c + j);
+      if (x.init == Init::kScaleRows) acc *= x.row_scale[m];
+      for (int k = 0; k < x.k; ++k) {
+        const float a = kTransA ? x.a[k * x.a_ld + m] : x.a[m * x.a_ld + k];
+        if (a != 0.f) acc = fma(set1(a), load(x.b + k * x.b_ld + j), acc);
+      }
+      store(c + j, acc);
+    }
+  }
+}
+
+// C[rows][columns] over columns rounded up to kTileN; rows <= kTileM.
+template <bool kTransA>
+inline void multiply_rows(int rows, int columns, Product x, const OperandB& b, bool skip_zeros) {
+  float* c = x.c;
+  for (int n = 0; n < columns; n += kTileN) {
+    x.b = b.data + n / kTileN * b.panel_stride;
+    x.b_ld = b.row_stride;
+    x.c = c + n;
+    if (skip_zeros)
+      multiply_tile_skipping_zeros<kTransA>(rows, x);
+    else
+      multiply_tile_rows<kTransA>(rows, x);
+  }
+}
+
+// ------------------------------------------------------------------------------------------------ packing
+typedef float Vec4 __attribute__((vector_size(16)));
+
+// dst[i][j] = src[j][i] for a 4 x 4 block.
+FLASH_INLINE void transpose4(float* dst, int64_t dst_ld, const float* src, int64_t src_ld) {
+  Vec4 r[4];
+  for (int i = 0; i < 4; ++i) std::memcpy(&r[i], src + i * src_ld, 16);
+  const Vec4 a = __builtin_shufflevector(r[0], r[1], 0, 4, 1, 5), b = __builtin_shufflevector(r[2], r[3], 0, 4, 1, 5);
+  const Vec4 c = __builtin_shufflevector(r[0], r[1], 2, 6, 3, 7), d = __builtin_shufflevector(r[2], r[3], 2, 6, 3, 7);
+  const Vec4 t[4] = {
+      __builtin_shufflevector(a, b, 0, 1, 4, 5), __builtin_shufflevector(a, b, 2, 3, 6, 7),
+      __builtin_shufflevector(c, d, 0, 1, 4, 5), __builtin_shufflevector(c, d, 2, 3, 6, 7)};
+  for (int i = 0; i < 4; ++i) std::memcpy(dst + i * dst_ld, &t[i], 16);
+}
+
+// Rows [n][d] become B of a product that sums over d: panels of kTileN rows, element (d, row). Rows beyond n are 0.
+// buffer holds kTileN * round_up(d, kTileN) floats.
+template <class Row>  // Row(i) -> const void*
+inline bool pack_transposed(float* dst, Dtype t, int n, int d, Row row, float* buffer) {
+  const int ld = round_up(d, kTileN);
+  bool finite = true;
+  for (int n0 = 0; n0 < n; n0 += kTileN) {
+    const int rows = n - n0 < kTileN ? n - n0 : kTileN;
+    for (int i = 0; i < rows; ++i) finite &= read_row(t, buffer + i * ld, row(n0 + i), d, ld);
+    if (rows < kTileN) std::memset(buffer + rows * ld, 0, (kTileN - rows) * ld * sizeof(float));
+    float* panel = dst + static_cast<int64_t>(n0) * ld;
+    for (int i = 0; i < d; i += 4)
+      for (int j = 0; j < kTileN; j += 4) transpose4(panel + i * kTileN + j, kTileN, buffer + j * ld + i, ld);
+  }
+  return finite;
+}
+inline OperandB transposed_operand(const float* packed, int d) {
+  return {packed, static_cast<int64_t>(kTileN) * round_up(d, kTileN), kTileN};
+}
+
+// Rows [n][d] become B of a product that sums over n: panels of kTileN dims, element (row, d). Rows n..n_padded are 0.
+template <class Row>
+inline bool pack_natural(float* dst, Dtype t, int n, int n_padded, int d, Row row, float* buffer) {
+  const int ld = round_up(d, kTileN);
+  bool finite = true;
+  for (int i = 0; i < n_padded; ++i) {
+    if (i < n)
+      finite &= read_row(t, buffer, row(i), d, ld);
+    else
+      std::memset(buffer, 0, ld * sizeof(float));
+    for (int p = 0; p < ld; p += kTileN)
+      std::memcpy(dst + static_cast<int64_t>(p) * n_padded + i * kTileN, buffer + p, kTileN * sizeof(float));
+  }
+  return finite;
+}
+inline OperandB natural_operand(const float* packed, int n_padded) {
+  return {packed, static_cast<int64_t>(kTileN) * n_padded, kTileN};
+}
+// A row-major matrix as B.
+inline OperandB row_major_operand(const float* data, int64_t ld) { return {data, kTileN, ld}; }
+
+}  // namespace flash::cpu::FLASH_ATTN_ISA
