@@ -65,7 +65,8 @@ typedef struct flash_attn_tensor {
 /* What the softmax sees: x = softcap(softmax_scale * q.k) - alibi + attn_bias, masked to the visible keys.
  * Key j is visible to query i of a sequence with lengths sq, sk iff
  *   i + sk - sq - window_left <= j <= i + sk - sq + window_right      (-1: no limit; causal sets window_right = 0),
- * so masks are aligned to the bottom right corner. A query that sees no key yields out = 0 and softmax_lse = +inf. */
+ * so masks are aligned to the bottom right corner. A query that sees no key yields out = 0 and softmax_lse = +inf
+ * (with an attention sink: softmax_lse = s_aux). */
 typedef struct flash_attn_score_args {
   double softmax_scale;
   double softcap;       /* > 0: x <- softcap * tanh(x / softcap); 0: off */

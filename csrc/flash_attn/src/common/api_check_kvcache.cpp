@@ -27,18 +27,18 @@ void check_new_keys(const flash_attn_kvcache_args& args, const Cache& cache, Fla
           "If key is supplied, it must have seqlen <= the seqlen of the KV cache");
   require(k.t->dtype == cache.q.t->dtype, "Key must have the same dtype as query");
   check_device(k, cache.q);
-  check_shape(k, {{"batch_size", p.b},
-                  {"seqlen_knew", p.seqlen_knew},
-                  {"num_heads_k", p.h_k},
-                  {"head_size", p.d}});
+  check_extents(k, {{"batch_size", p.b},
+                    {"seqlen_knew", p.seqlen_knew},
+                    {"num_heads_k", p.h_k},
+                    {"head_size", p.d}});
   require(has_contiguous_last_dim(k), "Key tensor must have contiguous last dimension");
   check_view(v, 4, "(batch_size, seqlen_knew, num_heads_k, head_size_v)");
   require(v.t->dtype == cache.q.t->dtype, "Value must have the same dtype as query");
   check_device(v, cache.q);
-  check_shape(v, {{"batch_size", p.b},
-                  {"seqlen_knew", p.seqlen_knew},
-                  {"num_heads_k", p.h_k},
-                  {"head_size_v", p.d_v}});
+  check_extents(v, {{"batch_size", p.b},
+                    {"seqlen_knew", p.seqlen_knew},
+                    {"num_heads_k", p.h_k},
+                    {"head_size_v", p.d_v}});
   require(has_contiguous_last_dim(v), "Value tensor must have contiguous last dimension");
   check_no_self_overlap(cache.k);
   check_no_self_overlap(cache.v);

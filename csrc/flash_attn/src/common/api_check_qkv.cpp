@@ -47,27 +47,27 @@ void check_dense_shapes(const Arg& k, const Arg& v, Qkv_params& p) {
   p.seqlen_k = k.size(1);
   p.total_q = p.b * p.seqlen_q;
   p.total_k = p.b * p.seqlen_k;
-  check_shape(
+  check_extents(
       k,
       {{"batch_size", p.b}, {"seqlen_k", p.seqlen_k}, {"num_heads_k", p.h_k}, {"head_size", p.d}});
-  check_shape(v, {{"batch_size", p.b},
-                  {"seqlen_k", p.seqlen_k},
-                  {"num_heads_k", p.h_k},
-                  {"head_size_v", p.d_v}});
+  check_extents(v, {{"batch_size", p.b},
+                    {"seqlen_k", p.seqlen_k},
+                    {"num_heads_k", p.h_k},
+                    {"head_size_v", p.d_v}});
 }
 
 void check_varlen_shapes(const Arg& k, const Arg& v, Qkv_params& p) {
   p.total_k = k.size(0);
-  check_shape(k, {{"total_k", p.total_k}, {"num_heads_k", p.h_k}, {"head_size", p.d}});
-  check_shape(v, {{"total_k", p.total_k}, {"num_heads_k", p.h_k}, {"head_size_v", p.d_v}});
+  check_extents(k, {{"total_k", p.total_k}, {"num_heads_k", p.h_k}, {"head_size", p.d}});
+  check_extents(v, {{"total_k", p.total_k}, {"num_heads_k", p.h_k}, {"head_size_v", p.d_v}});
 }
 
 // Both kinds of cache: [b_cache, seqlen_k, hk, d] and pages [num_pages, page_size, hk, d].
 void check_cache_shapes(const Arg& k, const Arg& v, const char* outer, const char* inner,
                         Qkv_params& p) {
-  check_shape(k,
-              {{outer, k.size(0)}, {inner, k.size(1)}, {"num_heads_k", p.h_k}, {"head_size", p.d}});
-  check_shape(
+  check_extents(
+      k, {{outer, k.size(0)}, {inner, k.size(1)}, {"num_heads_k", p.h_k}, {"head_size", p.d}});
+  check_extents(
       v, {{outer, k.size(0)}, {inner, k.size(1)}, {"num_heads_k", p.h_k}, {"head_size_v", p.d_v}});
   require(k.size(0) == 0 || k.size(1) <= std::numeric_limits<int64_t>::max() / k.size(0), k.name,
           " is too large");

@@ -1,7 +1,6 @@
 #include "common/api_check_tensor.h"
 
 #include <array>
-#include <limits>
 #include <utility>
 
 namespace flash {
@@ -42,22 +41,31 @@ std::string shape_text(const Arg& x) {
   fail(x.name, " must have shape (", names.str(), ") = (", sizes.str(), "), got ", shape_text(x));
 }
 
-// Extents, strides and the last element's address: all representable, none negative.
-void check_layout(const Arg& x) {
-  int64_t numel = 1;
+[[noreturn, gnu::cold]] void fail_negative(const Arg& x, int i) {
+  require(x.size(i) >= 0, x.name, " has a negative size in dimension ", i, ": ", x.size(i));
+  fail(x.name, " has a negative stride in dimension ", i, ": ", x.stride(i));
+}
+
+// Extents and strides are not negative and the last element's address is representable. Returns
+// whether `x` is empty.
+bool check_layout(const Arg& x) {
   int64_t last = 0;
-  bool overflow = false;
+  bool empty = false, overflow = false;
   for (int i = 0; i < x.t->ndim; ++i) {
-    require(x.size(i) >= 0, x.name, " has a negative size in dimension ", i, ": ", x.size(i));
-    require(x.stride(i) >= 0, x.name, " has a negative stride in dimension ", i, ": ", x.stride(i));
-    overflow |= __builtin_mul_overflow(numel, x.size(i), &numel);
+    if ((x.size(i) | x.stride(i)) < 0) [[unlikely]] {
+      fail_negative(x, i);
+    }
     int64_t reach = 0;
-    overflow |= x.size(i) > 1 && (__builtin_mul_overflow(x.size(i) - 1, x.stride(i), &reach) ||
-                                  __builtin_add_overflow(last, reach, &last));
+    overflow |= __builtin_mul_overflow(x.size(i) - 1, x.stride(i), &reach);
+    overflow |= __builtin_add_overflow(last, reach, &last);
+    empty |= x.size(i) == 0;
   }
-  if (x.empty()) return;
-  overflow |= last > std::numeric_limits<int64_t>::max() / element_bytes(x.t->dtype) - 1;
+  if (empty) return true;
+  int64_t bytes = 0;
+  overflow |= __builtin_add_overflow(last, 1, &last);
+  overflow |= __builtin_mul_overflow(last, element_bytes(x.t->dtype), &bytes);
   require(!overflow, x.name, " is too large");
+  return false;
 }
 
 }  // namespace
@@ -73,19 +81,14 @@ void check_view(const Arg& x, int ndim, const char* shape) {
   require(x.given(), x.name, " must be given");
   require(x.t->ndim == ndim, x.name, " must have shape ", shape, ", got ", x.t->ndim,
           " dimensions");
-  check_layout(x);
-  if (x.empty()) return;
+  if (check_layout(x)) return;
   require(x.t->data != nullptr, x.name, " has no data (NULL)");
-  require(reinterpret_cast<uintptr_t>(x.t->data) % element_bytes(x.t->dtype) == 0, x.name,
+  require((reinterpret_cast<uintptr_t>(x.t->data) & (element_bytes(x.t->dtype) - 1)) == 0, x.name,
           " is not aligned to its element size");
 }
 
-void check_shape(const Arg& x, std::initializer_list<Dim> dims) {
-  require(x.given(), x.name, " must be given");
-  const int ndim = static_cast<int>(dims.size());
-  require(x.t->ndim >= 0 && x.t->ndim <= FLASH_ATTN_MAX_NDIM, x.name, " must have ", ndim,
-          " dimensions, got ", x.t->ndim);
-  bool same = x.t->ndim == ndim;
+void check_extents(const Arg& x, std::initializer_list<Dim> dims) {
+  bool same = x.t->ndim == static_cast<int>(dims.size());
   int i = 0;
   for (const Dim& dim : dims) {
     same = same && x.size(i) == dim.size;
@@ -94,6 +97,14 @@ void check_shape(const Arg& x, std::initializer_list<Dim> dims) {
   if (!same) [[unlikely]] {
     fail_shape(x, dims);
   }
+}
+
+void check_shape(const Arg& x, std::initializer_list<Dim> dims) {
+  require(x.given(), x.name, " must be given");
+  const int ndim = static_cast<int>(dims.size());
+  require(x.t->ndim >= 0 && x.t->ndim <= FLASH_ATTN_MAX_NDIM, x.name, " must have ", ndim,
+          " dimensions, got ", x.t->ndim);
+  check_extents(x, dims);
   check_view(x, ndim, "");
 }
 

@@ -62,7 +62,9 @@ struct Dim {
 // present and aligned. `shape` names the dimensions in the sentence, for instance "(batch_size,
 // num_heads)".
 void check_view(const Arg& x, int ndim, const char* shape);
-// The same, and each extent as expected.
+// The extents of a view that has been checked.
+void check_extents(const Arg& x, std::initializer_list<Dim> dims);
+// Both.
 void check_shape(const Arg& x, std::initializer_list<Dim> dims);
 // `x` lies on q's device; q itself lies on one that the library knows.
 void check_device_of_q(const Arg& q);

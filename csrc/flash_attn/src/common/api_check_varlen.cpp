@@ -63,7 +63,7 @@ int64_t check_block_table(const Arg& block_table, const Arg& q, const Arg& k, Fl
   check_device(block_table, q);
   check_view(block_table, 2, "(batch_size, max_num_blocks_per_seq)");
   const int64_t max_pages = block_table.size(1);
-  check_shape(block_table, {{"batch_size", p.b}, {"max_num_blocks_per_seq", max_pages}});
+  check_extents(block_table, {{"batch_size", p.b}, {"max_num_blocks_per_seq", max_pages}});
   require(has_contiguous_last_dim(block_table), "block_table must have contiguous last dimension");
   p.page_size = k.size(1);
   require(p.page_size > 0, "Paged KV cache block size must be positive");

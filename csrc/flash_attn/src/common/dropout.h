@@ -41,7 +41,7 @@ struct Dropout {
     d.seed = seed;
     d.offset = offset;
     d.enabled = p > 0.f;
-    d.keep_threshold = static_cast<uint32_t>((1.0 - static_cast<double>(p)) * 255.0);
+    d.keep_threshold = static_cast<uint32_t>(static_cast<double>(1.f - p) * 255.0);
     d.rescale = 1.f / (1.f - p);
     return d;
   }

@@ -47,11 +47,6 @@ const cpu::Kernels& select(Operation operation, const flash_attn_tensor& q,
   return *select_kernel({operation, q.device_type, p.dtype, std::max(p.d, p.d_v)}).cpu;
 }
 
-void check_workspace(const void* workspace, size_t given, size_t needed) {
-  require(workspace == nullptr || given >= needed, "workspace has ", given, " bytes, but ", needed,
-          " are needed");
-}
-
 // zero_tensors: out = 0, softmax_lse = -inf, s_dmask = 0, also where no sequence has rows.
 void prefill(const Flash_fwd_params& p) {
   const size_t bytes = p.d_v * dtype_bytes(p.dtype);
@@ -71,16 +66,14 @@ void prefill(const Flash_fwd_params& p) {
   }
 }
 
-// Checks and chooses; then runs the kernel, or with `workspace_bytes` only tells what it needs.
+// Chooses a kernel and runs it, or with `workspace_bytes` only tells what it needs: CPU kernels
+// allocate inside.
 void forward(Operation operation, const flash_attn_tensor& q, const Flash_fwd_params& p,
              bool zero_tensors, size_t* workspace_bytes) {
   const cpu::Kernels& kernels = select(operation, q, p);
   if (workspace_bytes != nullptr) {
-    *workspace_bytes = cpu::mha_fwd_workspace_size(p);
+    *workspace_bytes = 0;
     return;
-  }
-  if (p.workspace != nullptr) {
-    check_workspace(p.workspace, p.workspace_bytes, cpu::mha_fwd_workspace_size(p));
   }
   if (zero_tensors) prefill(p);
   kernels.mha_fwd(p);
@@ -90,11 +83,8 @@ void backward(Operation operation, const flash_attn_tensor& q, const Flash_bwd_p
               size_t* workspace_bytes) {
   const cpu::Kernels& kernels = select(operation, q, p);
   if (workspace_bytes != nullptr) {
-    *workspace_bytes = cpu::mha_bwd_workspace_size(p);
+    *workspace_bytes = 0;
     return;
-  }
-  if (p.workspace != nullptr) {
-    check_workspace(p.workspace, p.workspace_bytes, cpu::mha_bwd_workspace_size(p));
   }
   kernels.mha_bwd(p);
 }

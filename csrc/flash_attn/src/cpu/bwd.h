@@ -24,8 +24,8 @@ struct BwdTile {
 
 inline BwdTile bwd_tile(const Flash_bwd_params& p) {
   const int d = round_up(static_cast<int>(p.d), kTileN), dv = round_up(static_cast<int>(p.d_v), kTileN);
-  const int keys = (192 << 10) / (4 * (3 * d + 2 * dv));
-  return {kBwdTileRows, keys >= 96 ? 96 : keys >= 64 ? 64 : 32};
+  const int keys = (256 << 10) / (4 * (3 * d + 2 * dv));
+  return {kBwdTileRows, keys >= 192 ? 192 : keys >= 96 ? 96 : keys >= 64 ? 64 : 32};
 }
 
 // Waits until *counter == value, which another thread will set.
@@ -136,22 +136,39 @@ class BwdTaskRunner {
     const TileColumns t = columns(row0, rows);
     load_rows(row0, rows);
     bool all_visible = true;
-    for (int g = 0; g < rows; g += kTileM) {
-      const int count = rows - g < kTileM ? rows - g : kTileM;
-      all_visible &= scores(row0 + g, g, count, t);
-    }
+    for_bands(row0, rows, [&](int g, int count, const TileColumns& own) {
+      all_visible &= scores(row0 + g, g, count, own, t);
+    });
     accumulate(t, rows, x_.s, x_.dout, d_v_pad_, x_.dv, !dout_finite_ && !all_visible);
     accumulate(t, rows, x_.dp, x_.q, d_pad_, x_.dk, !q_finite_ && !all_visible);
     int* turn = turns_ + block;
     wait_for(turn, chunk_ - seen.begin);
-    for (int g = 0; g < rows; g += kTileM)
-      add_dq(row0 + g, g, rows - g < kTileM ? rows - g : kTileM, chunk_ == seen.begin, !k_finite_ && !all_visible);
+    for_bands(row0, rows, [&](int g, int count, const TileColumns& own) {
+      add_dq(row0 + g, g, count, own, chunk_ == seen.begin, !k_finite_ && !all_visible);
+    });
     if (chunk_ == seen.end - 1) {
       for (int r = 0; r < rows; ++r)
         write_row(p_.dtype, map_.tensor_row(p_.dq, row0 + r), dq_sums_ + (row0 + r) * int64_t{d_pad_}, d_,
                   p_.scale_softmax);
     }
     __atomic_store_n(turn, chunk_ - seen.begin + 1, __ATOMIC_RELEASE);
+  }
+
+  // Calls f(first row within the block, rows, columns) for bands of rows that see the same columns.
+  template <class F>
+  void for_bands(int row0, int rows, F f) const {
+    for (int row = 0; row < rows;) {
+      const auto group_end = [&](int r) { return rows - r < kTileM ? rows : r + kTileM; };
+      int band_end = group_end(row);
+      const TileColumns t = columns(row0 + row, band_end - row);
+      while (band_end < rows) {
+        const TileColumns next = columns(row0 + band_end, group_end(band_end) - band_end);
+        if (next.begin != t.begin || next.end != t.end) break;
+        band_end = group_end(band_end);
+      }
+      f(row, band_end - row, t);
+      row = band_end;
+    }
   }
 
   void load_rows(int row0, int rows) {
@@ -165,10 +182,9 @@ class BwdTaskRunner {
     }
   }
 
-  // P (with dropout) into s and dS into dp for rows [g, g + count) of the block; 0 in the columns of t none of them sees.
-  // True if every row sees every column of t.
-  bool scores(int row0, int g, int count, const TileColumns& t) {
-    const TileColumns own = columns(row0, count);
+  // P (with dropout) into s and dS into dp for rows [g, g + count) of the block, which see the columns `own`; 0 in the
+  // other columns of t. True if every row sees every column of t.
+  bool scores(int row0, int g, int count, const TileColumns& own, const TileColumns& t) {
     float* s = x_.s + int64_t{g} * tile_.keys;
     float* dp = x_.dp + int64_t{g} * tile_.keys;
     product(x_.q + int64_t{g} * d_pad_, d_, d_pad_, x_.k_t, count, own, s);
@@ -194,7 +210,7 @@ class BwdTaskRunner {
     x.a_ld = d_pad;
     x.c = c + t.begin;
     x.c_ld = tile_.keys;
-    multiply_rows<false>(count, t.end - t.begin, x, transposed_operand(b + int64_t{t.begin} * d_pad, d), false);
+    multiply<false>(count, t.end - t.begin, x, transposed_operand(b + int64_t{t.begin} * d_pad, d), false);
   }
 
   void softmax_bwd_step(int row_index, const Row& row, float* s, float* dp, const TileColumns& t) {
@@ -231,19 +247,15 @@ class BwdTaskRunner {
                   bool skip_zeros) const {
     Product x{};
     x.k = rows;
+    x.a = a + t.begin;
     x.a_ld = tile_.keys;
+    x.c = c + int64_t{t.begin} * d_pad;
     x.c_ld = d_pad;
     x.init = Init::kKeep;
-    for (int j = t.begin; j < t.end; j += kTileM) {
-      x.a = a + j;
-      x.c = c + int64_t{j} * d_pad;
-      const int count = t.end - j < kTileM ? t.end - j : kTileM;
-      multiply_rows<true>(count, d_pad, x, row_major_operand(b, d_pad), skip_zeros);
-    }
+    multiply<true>(t.end - t.begin, d_pad, x, row_major_operand(b, d_pad), skip_zeros);
   }
 
-  void add_dq(int row, int g, int count, bool first, bool skip_zeros) const {
-    const TileColumns t = columns(row, count);
+  void add_dq(int row, int g, int count, const TileColumns& t, bool first, bool skip_zeros) const {
     OperandB k = natural_operand(x_.k, keys_pad_);
     k.data += t.begin * kTileN;
     Product x{};
@@ -253,7 +265,7 @@ class BwdTaskRunner {
     x.c = dq_sums_ + int64_t{row} * d_pad_;
     x.c_ld = d_pad_;
     x.init = first ? Init::kZero : Init::kKeep;
-    multiply_rows<false>(count, d_pad_, x, k, skip_zeros);
+    multiply<false>(count, d_pad_, x, k, skip_zeros);
   }
 
   int64_t dsoftmax_index(const Row& row) const { return dsoftmax_offset(p_, seq_, row.head) + row.query; }
@@ -319,10 +331,11 @@ inline void zero_dbias(const Bias& x) {
 
 inline void prepare_bwd(const Flash_bwd_params& p, const BwdPlan& plan, const BwdTile& tile, int threads) {
   const int64_t entries = p.cu_seqlens_q ? 1 : p.b;
+  const int64_t columns = p.cu_seqlens_q ? p.total_q + 128 * p.b : (p.seqlen_q + 127) / 128 * 128;
   for (int64_t b = 0; b < entries; ++b)
     for (int64_t h = 0; h < p.h; ++h)
       std::memset(p.dsoftmax_sum + b * p.dsoftmax_batch_stride + h * p.dsoftmax_head_stride, 0,
-                  p.dsoftmax_head_stride * sizeof(float));
+                  columns * sizeof(float));
   if (p.dbias.ptr) zero_dbias(p.dbias);
   const int64_t buffer_size = 2 * round_up(static_cast<int>(p.d_v), kTileN);
   Scratch scratch(threads * buffer_size * sizeof(float));

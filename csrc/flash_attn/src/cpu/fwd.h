@@ -26,8 +26,8 @@ inline constexpr int kFwdTileRows = 4 * kTileM;
 inline FwdTile fwd_tile(const Flash_fwd_params& p) {
   const int bytes_a_row = 4 * (round_up(static_cast<int>(p.d), kTileN) + round_up(static_cast<int>(p.d_v), kTileN));
   int keys = (128 << 10) / bytes_a_row / 32 * 32;
-  keys = keys < 32 ? 32 : keys > 128 ? 128 : keys;
-  int task_rows = (192 << 10) / bytes_a_row / kFwdTileRows * kFwdTileRows;
+  keys = keys < 32 ? 32 : keys > 256 ? 256 : keys;
+  int task_rows = (256 << 10) / bytes_a_row / kFwdTileRows * kFwdTileRows;
   task_rows = task_rows < kFwdTileRows ? kFwdTileRows : task_rows;
   return {kFwdTileRows, keys, task_rows};
 }
@@ -76,6 +76,7 @@ class FwdTaskRunner {
   void run() {
     load_q();
     std::memset(x_.o, 0, sizeof(float) * rows() * d_v_pad_);
+    if (task_.key_begin >= task_.key_end) return;
     for (int key = task_.key_begin / tile_.keys * tile_.keys; key < task_.key_end; key += tile_.keys) {
       const int keys = task_.key_end - key < tile_.keys ? task_.key_end - key : tile_.keys;
       pack_kv(key, keys);
@@ -131,7 +132,7 @@ class FwdTaskRunner {
     x.a_ld = d_pad_;
     x.c = s + t.begin;
     x.c_ld = s_ld;
-    multiply_rows<false>(count, t.end - t.begin, x, k, false);
+    multiply<false>(count, t.end - t.begin, x, k, false);
   }
 
   // Softcap, ALiBi, bias and mask of one row. True if it sees every column.
@@ -147,31 +148,43 @@ class FwdTaskRunner {
   const Dropout& dropout() const { return dropout_; }
 
  private:
+  // One tile of rows over the packed key block, in bands of rows that see the same columns.
   void attend(int row0, int key, int keys) {
-    const int tile_rows = rows() - row0 < tile_.rows ? rows() - row0 : tile_.rows;
-    for (int g = 0; g < tile_rows; g += kTileM) {
-      const int count = tile_rows - g < kTileM ? tile_rows - g : kTileM;
-      const TileColumns t = columns(row0 + g, count, key, keys);
-      if (t.begin == t.end) continue;
-      float* s = x_.s + static_cast<int64_t>(g) * tile_.keys;
-      gemm_qk(row0 + g, count, t, s, tile_.keys);
-      bool all_visible = true;
-      for (int r = 0; r < count; ++r)
-        all_visible &= softmax_step(row0 + g + r, s + static_cast<int64_t>(r) * tile_.keys, t, g + r);
-      gemm_pv(row0 + g, count, t, s, x_.row_scale + g, !v_finite_ && !all_visible);
+    const int end = rows() - row0 < tile_.rows ? rows() : row0 + tile_.rows;
+    for (int row = row0; row < end;) {
+      const auto group_end = [&](int r) { return end - r < kTileM ? end : r + kTileM; };
+      int band_end = group_end(row);
+      const TileColumns t = columns(row, band_end - row, key, keys);
+      while (band_end < end) {
+        const TileColumns next = columns(band_end, group_end(band_end) - band_end, key, keys);
+        if (next.begin != t.begin || next.end != t.end) break;
+        band_end = group_end(band_end);
+      }
+      if (t.begin < t.end) attend_band(row, band_end - row, t);
+      row = band_end;
     }
+  }
+
+  void attend_band(int row, int count, const TileColumns& t) {
+    gemm_qk(row, count, t, x_.s, tile_.keys);
+    bool all_visible = true;
+    for (int r = 0; r < count; ++r)
+      all_visible &= softmax_step(row + r, x_.s + static_cast<int64_t>(r) * tile_.keys, t, r);
+    gemm_pv(row, count, t, x_.s, x_.row_scale, !v_finite_ && !all_visible);
   }
 
   // s -> P of one row; updates its state and the factor its O must be scaled by. True if it sees every column.
   bool softmax_step(int r, float* s, const TileColumns& t, int scale_index) {
     const bool all_visible = finish_scores(r, s, t);
     Vec largest = set1(-kInf);
+#pragma GCC unroll 4
     for (int j = t.begin; j < t.end; j += kWidth) largest = max(largest, load(s + j));
     RowState& state = x_.state[r];
     const float candidate = reduce_max(largest) * kLog2e;
     const float new_max = candidate > state.max ? candidate : state.max;
     const float reference = new_max == -kInf ? 0.f : new_max;  // nothing visible yet: 2^(-inf - 0) = 0
     Vec sum = zero();
+#pragma GCC unroll 4
     for (int j = t.begin; j < t.end; j += kWidth) {
       const Vec p = exp2(fma(load(s + j), set1(kLog2e), set1(-reference)));
       sum += p;
@@ -202,7 +215,7 @@ class FwdTaskRunner {
     x.c_ld = d_v_pad_;
     x.init = Init::kScaleRows;
     x.row_scale = scale;
-    multiply_rows<false>(count, d_v_pad_, x, v, skip_zeros);
+    multiply<false>(count, d_v_pad_, x, v, skip_zeros);
   }
 
   const Flash_fwd_params& p_;

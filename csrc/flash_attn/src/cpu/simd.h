@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -77,20 +78,28 @@ FLASH_INLINE VecI iota() {
   return v;
 }
 
-// Pairwise over halves, so that the order of additions does not depend on the compiler.
-FLASH_INLINE float reduce_add(Vec v) {
-  float x[kWidth];
-  store(x, v);
-  for (int n = kWidth / 2; n > 0; n /= 2)
-    for (int i = 0; i < n; ++i) x[i] += x[i + n];
-  return x[0];
+// Each lane's partner at a distance of kStep, a power of two.
+template <int kStep, int... kLane>
+FLASH_INLINE Vec partners(Vec v, std::integer_sequence<int, kLane...>) {
+  return __builtin_shufflevector(v, v, (kLane ^ kStep)...);
 }
+template <int kStep>
+FLASH_INLINE Vec partners(Vec v) {
+  return partners<kStep>(v, std::make_integer_sequence<int, kWidth>{});
+}
+
+// Pairwise, so that the order of additions does not depend on the compiler.
+template <int kStep = kWidth / 2>
+FLASH_INLINE float reduce_add(Vec v) {
+  v += partners<kStep>(v);
+  if constexpr (kStep > 1) return reduce_add<kStep / 2>(v);
+  return v[0];
+}
+template <int kStep = kWidth / 2>
 FLASH_INLINE float reduce_max(Vec v) {
-  float x[kWidth];
-  store(x, v);
-  for (int n = kWidth / 2; n > 0; n /= 2)
-    for (int i = 0; i < n; ++i) x[i] = x[i] > x[i + n] ? x[i] : x[i + n];
-  return x[0];
+  v = max(v, partners<kStep>(v));
+  if constexpr (kStep > 1) return reduce_max<kStep / 2>(v);
+  return v[0];
 }
 
 // ---------------------------------------------------------------------------------------------- 16-bit floats
