@@ -1,4 +1,5 @@
-// Checked arguments, as kernels take them. Filled by api_check.cpp and by nothing else; strides are in elements.
+// Checked arguments, as kernels take them. Filled by api_check.cpp and by nothing else; strides are
+// in elements.
 #pragma once
 
 #include <cstddef>
@@ -11,8 +12,8 @@ namespace flash {
 enum class Dtype : int { kFloat16, kBFloat16, kFloat32 };
 inline int dtype_bytes(Dtype t) { return t == Dtype::kFloat32 ? 4 : 2; }
 
-// A [batch, row, head, dim] operand with unit stride in dim. In varlen calls batch_stride is 0 and rows count from the
-// start of the whole packed tensor.
+// A [batch, row, head, dim] operand with unit stride in dim. In varlen calls batch_stride is 0 and
+// rows count from the start of the whole packed tensor.
 struct Operand {
   void* ptr = nullptr;
   int64_t batch_stride = 0, row_stride = 0, head_stride = 0;
@@ -28,7 +29,8 @@ struct Bias {
 
 struct Qkv_params {
   Operand q;  // [b, sq, h, d]
-  Operand k;  // [b, sk, hk, d], or pages [num_pages, page_size, hk, d]: batch_stride is then the page stride
+  Operand k;  // [b, sk, hk, d], or pages [num_pages, page_size, hk, d]: batch_stride is then the
+              // page stride
   Operand v;  // as k with dv
   Dtype dtype = Dtype::kFloat32;
   int64_t b = 0, h = 0, h_k = 0;
@@ -38,19 +40,20 @@ struct Qkv_params {
 };
 
 struct Flash_fwd_params : Qkv_params {
-  Operand o;                       // [b, sq, h, dv]
-  float* softmax_lse = nullptr;    // element (b, h, i) at b * lse_batch_stride + h * lse_head_stride + i (i: packed row)
+  Operand o;                     // [b, sq, h, dv]
+  float* softmax_lse = nullptr;  // element (b, h, i) at b * lse_batch_stride + h * lse_head_stride
+                                 // + i (i: packed row)
   int64_t lse_batch_stride = 0, lse_head_stride = 0;
 
   float scale_softmax = 1.f;
-  float softcap = 0.f;                            // 0: off
-  int64_t window_left = -1, window_right = -1;    // -1: no limit; causal is already window_right = 0
-  const float* alibi_slopes = nullptr;            // [h] or [b, h]
-  int64_t alibi_batch_stride = 0;                 // 0 for [h]
-  const void* s_aux = nullptr;                    // [h]
+  float softcap = 0.f;                          // 0: off
+  int64_t window_left = -1, window_right = -1;  // -1: no limit; causal is already window_right = 0
+  const float* alibi_slopes = nullptr;          // [h] or [b, h]
+  int64_t alibi_batch_stride = 0;               // 0 for [h]
+  const void* s_aux = nullptr;                  // [h]
   Dtype s_aux_dtype = Dtype::kFloat32;
   int64_t s_aux_stride = 1;
-  Bias bias;                                      // ptr == nullptr: none
+  Bias bias;  // ptr == nullptr: none
 
   float p_dropout = 0.f;  // probability to drop
   uint64_t seed = 0, offset = 0;
@@ -82,14 +85,15 @@ struct Flash_fwd_params : Qkv_params {
 };
 
 struct Flash_bwd_params : Flash_fwd_params {
-  Operand dout;          // as o
-  Operand dq, dk, dv;    // as q, k, v
+  Operand dout;                 // as o
+  Operand dq, dk, dv;           // as q, k, v
   const float* dlse = nullptr;  // strides below
   int64_t dlse_batch_stride = 0, dlse_head_stride = 0, dlse_row_stride = 1;
   float* dsoftmax_sum = nullptr;  // softmax_d: (b, h, i) at b * batch_stride + h * head_stride + i
-  int64_t dsoftmax_batch_stride = 0, dsoftmax_head_stride = 0;  // varlen: sequence s starts at cu_seqlens_q[s] + 128 s
-  float* ds_aux = nullptr;        // [h]
-  Bias dbias;                     // fp32; ptr == nullptr: not wanted
+  int64_t dsoftmax_batch_stride = 0,
+          dsoftmax_head_stride = 0;  // varlen: sequence s starts at cu_seqlens_q[s] + 128 s
+  float* ds_aux = nullptr;           // [h]
+  Bias dbias;                        // fp32; ptr == nullptr: not wanted
 };
 
 struct Combine_params {

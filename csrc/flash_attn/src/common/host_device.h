@@ -1,4 +1,5 @@
-// FLASH_INLINE: a function shared by the CPU's per-ISA units and by CUDA kernels; never emitted on its own.
+// FLASH_INLINE: a function shared by the CPU's per-ISA units and by CUDA kernels; never emitted on
+// its own.
 #pragma once
 
 #if defined(__CUDACC__)

@@ -11,7 +11,8 @@ struct KeyRange {
   int begin, end;  // [begin, end), empty if end <= begin
 };
 
-// Causal and windowed masks of one sequence, aligned to the bottom right corner; a window of -1 has no limit.
+// Causal and windowed masks of one sequence, aligned to the bottom right corner; a window of -1 has
+// no limit.
 struct Mask {
   int seqlen_q, seqlen_k;
   int64_t left, right;

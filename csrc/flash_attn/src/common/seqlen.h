@@ -8,26 +8,30 @@
 namespace flash {
 
 struct Sequence {
-  int batch;            // its index
-  int64_t q_row;        // first row of q, out, dq, ... within the batch entry (varlen: within the packed tensor)
-  int64_t lse_row;      // first column of softmax_lse
-  int64_t k_row;        // first row of k, v (not paged)
-  int64_t k_batch;      // batch entry of k, v (not paged)
-  int seqlen_q, seqlen_k;  // seqlen_k: visible to attention, without left padding, with appended keys
-  int leftpad;          // rows of k, v skipped before key 0
-  int cached;           // rows of the cache in use before appending, left padding included
-  const int32_t* pages;    // its row of block_table, or nullptr
+  int batch;      // its index
+  int64_t q_row;  // first row of q, out, dq, ... within the batch entry (varlen: within the packed
+                  // tensor)
+  int64_t lse_row;  // first column of softmax_lse
+  int64_t k_row;    // first row of k, v (not paged)
+  int64_t k_batch;  // batch entry of k, v (not paged)
+  int seqlen_q,
+      seqlen_k;          // seqlen_k: visible to attention, without left padding, with appended keys
+  int leftpad;           // rows of k, v skipped before key 0
+  int cached;            // rows of the cache in use before appending, left padding included
+  const int32_t* pages;  // its row of block_table, or nullptr
 };
 
 FLASH_INLINE Sequence sequence(const Flash_fwd_params& p, int batch) {
   Sequence s{};
   s.batch = batch;
-  s.seqlen_q = static_cast<int>(p.cu_seqlens_q ? p.cu_seqlens_q[batch + 1] - p.cu_seqlens_q[batch] : p.seqlen_q);
+  s.seqlen_q = static_cast<int>(p.cu_seqlens_q ? p.cu_seqlens_q[batch + 1] - p.cu_seqlens_q[batch]
+                                               : p.seqlen_q);
   s.q_row = s.lse_row = p.cu_seqlens_q ? p.cu_seqlens_q[batch] : 0;
   const bool packed_k = p.cu_seqlens_k && !p.block_table;
   s.k_row = packed_k ? p.cu_seqlens_k[batch] : 0;
   s.k_batch = packed_k ? 0 : p.cache_batch_idx ? p.cache_batch_idx[batch] : batch;
-  s.cached = static_cast<int>(p.cu_seqlens_k ? p.cu_seqlens_k[batch + 1] - p.cu_seqlens_k[batch] : p.seqlen_k);
+  s.cached = static_cast<int>(p.cu_seqlens_k ? p.cu_seqlens_k[batch + 1] - p.cu_seqlens_k[batch]
+                                             : p.seqlen_k);
   if (p.seqused_k) s.cached = p.seqused_k[batch];
   s.leftpad = p.leftpad_k ? p.leftpad_k[batch] : 0;
   const int64_t appended = p.knew.ptr ? p.seqlen_knew : 0;
@@ -41,15 +45,18 @@ FLASH_INLINE Mask mask_of(const Flash_fwd_params& p, const Sequence& s) {
   return {s.seqlen_q, s.seqlen_k, p.window_left, p.window_right};
 }
 
-FLASH_INLINE char* operand_row(const Operand& x, Dtype t, int64_t batch, int64_t row, int64_t head) {
+FLASH_INLINE char* operand_row(const Operand& x, Dtype t, int64_t batch, int64_t row,
+                               int64_t head) {
   return static_cast<char*>(x.ptr) +
          (batch * x.batch_stride + row * x.row_stride + head * x.head_stride) * dtype_bytes(t);
 }
 
-// Row `index` of the cache (0 = the first row before left padding) of a sequence, for key-value head `head`.
-FLASH_INLINE char* cache_row(const Flash_fwd_params& p, const Operand& x, const Sequence& s, int64_t index,
-                             int64_t head) {
-  if (s.pages) return operand_row(x, p.dtype, s.pages[index / p.page_size], index % p.page_size, head);
+// Row `index` of the cache (0 = the first row before left padding) of a sequence, for key-value
+// head `head`.
+FLASH_INLINE char* cache_row(const Flash_fwd_params& p, const Operand& x, const Sequence& s,
+                             int64_t index, int64_t head) {
+  if (s.pages)
+    return operand_row(x, p.dtype, s.pages[index / p.page_size], index % p.page_size, head);
   return operand_row(x, p.dtype, s.k_batch, s.k_row + index, head);
 }
 

@@ -13,7 +13,8 @@ inline void rotate_row(const Flash_fwd_params& p, float* x, int64_t position) {
   const int half = static_cast<int>(p.rotary_dim / 2);
   const int stride = p.is_rotary_interleaved ? 2 : 1;
   const int partner = p.is_rotary_interleaved ? 1 : half;
-  const int64_t cos_row = position * p.rotary_cos_row_stride, sin_row = position * p.rotary_sin_row_stride;
+  const int64_t cos_row = position * p.rotary_cos_row_stride,
+                sin_row = position * p.rotary_sin_row_stride;
   for (int i = 0; i < half; ++i) {
     const float c = load_scalar(p.rotary_cos, p.dtype, cos_row + i);
     const float s = load_scalar(p.rotary_sin, p.dtype, sin_row + i);
@@ -45,8 +46,8 @@ inline void append_kv(const Flash_fwd_params& p) {
       } else {
         std::memcpy(k, knew, p.d * dtype_bytes(p.dtype));
       }
-      std::memcpy(cache_row(p, p.v, seq, position, h), operand_row(p.vnew, p.dtype, batch, token, h),
-                  p.d_v * dtype_bytes(p.dtype));
+      std::memcpy(cache_row(p, p.v, seq, position, h),
+                  operand_row(p.vnew, p.dtype, batch, token, h), p.d_v * dtype_bytes(p.dtype));
     }
   });
 }

@@ -1,13 +1,15 @@
 // Backward attention, FlashAttention-2 (arXiv:2307.08691) algorithm 2, for one instruction set.
 //
 // With P = exp(x - lse) recomputed and delta = rowsum(dO * O) - dlse:
-//   dV = P^T dO      dP = dO V^T      dS = P * (dP - delta)      dQ = scale dS K      dK = scale dS^T Q
+//   dV = P^T dO      dP = dO V^T      dS = P * (dP - delta)      dQ = scale dS K      dK = scale
+//   dS^T Q
 //
-// A task owns a chunk of keys of one key-value head: K^T and V^T packed, K, dK and dV in fp32, all in L2. It walks over
-// the blocks of rows (queries x GQA group) that see the chunk, from the last to the first, so that under a causal mask
-// later chunks trail earlier ones instead of waiting for them. dK and dV have one owner. dQ is summed in fp32 in the
-// order of the chunks: the task of chunk c adds to a block of rows when its turn counter says that all chunks before it
-// have. Results therefore depend neither on the number of threads nor on timing.
+// A task owns a chunk of keys of one key-value head: K^T and V^T packed, K, dK and dV in fp32, all
+// in L2. It walks over the blocks of rows (queries x GQA group) that see the chunk, from the last
+// to the first, so that under a causal mask later chunks trail earlier ones instead of waiting for
+// them. dK and dV have one owner. dQ is summed in fp32 in the order of the chunks: the task of
+// chunk c adds to a block of rows when its turn counter says that all chunks before it have.
+// Results therefore depend neither on the number of threads nor on timing.
 #pragma once
 
 #include <sched.h>
@@ -23,7 +25,8 @@ struct BwdTile {
 };
 
 inline BwdTile bwd_tile(const Flash_bwd_params& p) {
-  const int d = round_up(static_cast<int>(p.d), kTileN), dv = round_up(static_cast<int>(p.d_v), kTileN);
+  const int d = round_up(static_cast<int>(p.d), kTileN),
+            dv = round_up(static_cast<int>(p.d_v), kTileN);
   const int keys = (256 << 10) / (4 * (3 * d + 2 * dv));
   return {kBwdTileRows, keys >= 192 ? 192 : keys >= 96 ? 96 : keys >= 64 ? 64 : 32};
 }
@@ -40,8 +43,8 @@ struct DqSlots {
   int64_t slot_size;  // floats
   int* turns;         // [wave_heads][row blocks]: chunks that have added to a block of rows
   int64_t row_blocks;
-  int* chunks_done;   // [heads]
-  int* head_done;     // [heads]: 1 once the head's slot is free again
+  int* chunks_done;  // [heads]
+  int* head_done;    // [heads]: 1 once the head's slot is free again
 };
 
 struct BwdScratch {
@@ -55,7 +58,8 @@ struct BwdScratch {
 };
 
 inline BwdScratch carve_bwd(Carver& c, const Flash_bwd_params& p, const BwdTile& tile) {
-  const int64_t d = round_up(static_cast<int>(p.d), kTileN), dv = round_up(static_cast<int>(p.d_v), kTileN);
+  const int64_t d = round_up(static_cast<int>(p.d), kTileN),
+                dv = round_up(static_cast<int>(p.d_v), kTileN);
   BwdScratch x;
   x.q = c.take<float>(tile.rows * d);
   x.dout = c.take<float>(tile.rows * dv);
@@ -81,31 +85,50 @@ inline int64_t dsoftmax_offset(const Flash_bwd_params& p, const Sequence& seq, i
 
 class BwdTaskRunner {
  public:
-  BwdTaskRunner(const Flash_bwd_params& p, const BwdHead& head, int chunk, const BwdTile& tile, const BwdScratch& x,
-                float* dq_sums, int* turns)  // both of the head's slot
-      : p_(p), head_(head), tile_(tile), x_(x), seq_(sequence(p, head.batch)), map_(p, seq_, head.head_k),
-        d_(static_cast<int>(p.d)), d_v_(static_cast<int>(p.d_v)), d_pad_(round_up(d_, kTileN)),
-        d_v_pad_(round_up(d_v_, kTileN)), chunk_(chunk), key_(chunk * tile.keys),
+  BwdTaskRunner(const Flash_bwd_params& p, const BwdHead& head, int chunk, const BwdTile& tile,
+                const BwdScratch& x, float* dq_sums, int* turns)  // both of the head's slot
+      : p_(p),
+        head_(head),
+        tile_(tile),
+        x_(x),
+        seq_(sequence(p, head.batch)),
+        map_(p, seq_, head.head_k),
+        d_(static_cast<int>(p.d)),
+        d_v_(static_cast<int>(p.d_v)),
+        d_pad_(round_up(d_, kTileN)),
+        d_v_pad_(round_up(d_v_, kTileN)),
+        chunk_(chunk),
+        key_(chunk * tile.keys),
         keys_(seq_.seqlen_k - key_ < tile.keys ? seq_.seqlen_k - key_ : tile.keys),
-        keys_pad_(round_up(keys_, kTileN)), modifiers_(has_score_modifiers(p)),
-        dropout_(Dropout::make(p.p_dropout, p.seed, p.offset)), dq_sums_(dq_sums), turns_(turns) {}
+        keys_pad_(round_up(keys_, kTileN)),
+        modifiers_(has_score_modifiers(p)),
+        dropout_(Dropout::make(p.p_dropout, p.seed, p.offset)),
+        dq_sums_(dq_sums),
+        turns_(turns) {}
 
   void run() {
     pack_chunk();
     std::memset(x_.dk, 0, sizeof(float) * keys_pad_ * d_pad_);
     std::memset(x_.dv, 0, sizeof(float) * keys_pad_ * d_v_pad_);
-    for (int block = (map_.rows() + tile_.rows - 1) / tile_.rows - 1; block >= 0; --block) attend(block);
+    for (int block = (map_.rows() + tile_.rows - 1) / tile_.rows - 1; block >= 0; --block)
+      attend(block);
     for (int j = 0; j < keys_; ++j) {
       const int64_t row = seq_.k_row + seq_.leftpad + key_ + j;
-      write_row(p_.dtype, operand_row(p_.dk, p_.dtype, seq_.k_batch, row, head_.head_k), x_.dk + j * d_pad_, d_);
-      write_row(p_.dtype, operand_row(p_.dv, p_.dtype, seq_.k_batch, row, head_.head_k), x_.dv + j * d_v_pad_, d_v_);
+      write_row(p_.dtype, operand_row(p_.dk, p_.dtype, seq_.k_batch, row, head_.head_k),
+                x_.dk + j * d_pad_, d_);
+      write_row(p_.dtype, operand_row(p_.dv, p_.dtype, seq_.k_batch, row, head_.head_k),
+                x_.dv + j * d_v_pad_, d_v_);
     }
   }
 
  private:
   void pack_chunk() {
-    const auto k_row = [&](int i) { return cache_row(p_, p_.k, seq_, seq_.leftpad + key_ + i, head_.head_k); };
-    const auto v_row = [&](int i) { return cache_row(p_, p_.v, seq_, seq_.leftpad + key_ + i, head_.head_k); };
+    const auto k_row = [&](int i) {
+      return cache_row(p_, p_.k, seq_, seq_.leftpad + key_ + i, head_.head_k);
+    };
+    const auto v_row = [&](int i) {
+      return cache_row(p_, p_.v, seq_, seq_.leftpad + key_ + i, head_.head_k);
+    };
     pack_transposed(x_.k_t, p_.dtype, keys_, d_, k_row, x_.buffer);
     pack_transposed(x_.v_t, p_.dtype, keys_, d_v_, v_row, x_.buffer);
     k_finite_ = pack_natural(x_.k, p_.dtype, keys_, keys_pad_, d_, k_row, x_.buffer);
@@ -118,72 +141,45 @@ class BwdTaskRunner {
     return {seen.begin / tile_.keys, (seen.end - 1) / tile_.keys + 1};
   }
 
-  // Columns of the chunk that rows [row, row + count) see, widened to kTileN.
-  TileColumns columns(int row, int count) const {
-    const KeyRange seen = map_.keys(row, row + count - 1);
-    int begin = seen.begin - key_, end = seen.end - key_;
-    begin = begin < 0 ? 0 : begin / kTileN * kTileN;
-    end = end > keys_ ? keys_ : end;
-    end = end <= begin ? begin : round_up(end, kTileN);
-    return {begin, end, key_};
-  }
-
   void attend(int block) {
     const int row0 = block * tile_.rows;
     const int rows = map_.rows() - row0 < tile_.rows ? map_.rows() - row0 : tile_.rows;
     const KeyRange seen = chunks(row0, rows);
     if (chunk_ < seen.begin || chunk_ >= seen.end) return;
-    const TileColumns t = columns(row0, rows);
+    const TileColumns t = map_.columns(row0, rows, key_, keys_);
     load_rows(row0, rows);
     bool all_visible = true;
-    for_bands(row0, rows, [&](int g, int count, const TileColumns& own) {
-      all_visible &= scores(row0 + g, g, count, own, t);
+    map_.for_bands(row0, row0 + rows, key_, keys_, [&](int row, int count, const TileColumns& own) {
+      all_visible &= scores(row, row - row0, count, own, t);
     });
     accumulate(t, rows, x_.s, x_.dout, d_v_pad_, x_.dv, !dout_finite_ && !all_visible);
     accumulate(t, rows, x_.dp, x_.q, d_pad_, x_.dk, !q_finite_ && !all_visible);
     int* turn = turns_ + block;
     wait_for(turn, chunk_ - seen.begin);
-    for_bands(row0, rows, [&](int g, int count, const TileColumns& own) {
-      add_dq(row0 + g, g, count, own, chunk_ == seen.begin, !k_finite_ && !all_visible);
+    map_.for_bands(row0, row0 + rows, key_, keys_, [&](int row, int count, const TileColumns& own) {
+      add_dq(row, row - row0, count, own, chunk_ == seen.begin, !k_finite_ && !all_visible);
     });
     if (chunk_ == seen.end - 1) {
       for (int r = 0; r < rows; ++r)
-        write_row(p_.dtype, map_.tensor_row(p_.dq, row0 + r), dq_sums_ + (row0 + r) * int64_t{d_pad_}, d_,
-                  p_.scale_softmax);
+        write_row(p_.dtype, map_.tensor_row(p_.dq, row0 + r),
+                  dq_sums_ + (row0 + r) * int64_t{d_pad_}, d_, p_.scale_softmax);
     }
     __atomic_store_n(turn, chunk_ - seen.begin + 1, __ATOMIC_RELEASE);
-  }
-
-  // Calls f(first row within the block, rows, columns) for bands of rows that see the same columns.
-  template <class F>
-  void for_bands(int row0, int rows, F f) const {
-    for (int row = 0; row < rows;) {
-      const auto group_end = [&](int r) { return rows - r < kTileM ? rows : r + kTileM; };
-      int band_end = group_end(row);
-      const TileColumns t = columns(row0 + row, band_end - row);
-      while (band_end < rows) {
-        const TileColumns next = columns(row0 + band_end, group_end(band_end) - band_end);
-        if (next.begin != t.begin || next.end != t.end) break;
-        band_end = group_end(band_end);
-      }
-      f(row, band_end - row, t);
-      row = band_end;
-    }
   }
 
   void load_rows(int row0, int rows) {
     q_finite_ = dout_finite_ = true;
     for (int r = 0; r < rows; ++r) {
       x_.rows[r] = map_.row(row0 + r);
-      q_finite_ &= read_row(p_.dtype, x_.q + int64_t{r} * d_pad_, map_.tensor_row(p_.q, row0 + r), d_, d_pad_,
-                            p_.scale_softmax);
-      dout_finite_ &=
-          read_row(p_.dtype, x_.dout + int64_t{r} * d_v_pad_, map_.tensor_row(p_.dout, row0 + r), d_v_, d_v_pad_);
+      q_finite_ &= read_row(p_.dtype, x_.q + int64_t{r} * d_pad_, map_.tensor_row(p_.q, row0 + r),
+                            d_, d_pad_, p_.scale_softmax);
+      dout_finite_ &= read_row(p_.dtype, x_.dout + int64_t{r} * d_v_pad_,
+                               map_.tensor_row(p_.dout, row0 + r), d_v_, d_v_pad_);
     }
   }
 
-  // P (with dropout) into s and dS into dp for rows [g, g + count) of the block, which see the columns `own`; 0 in the
-  // other columns of t. True if every row sees every column of t.
+  // P (with dropout) into s and dS into dp for rows [g, g + count) of the block, which see the
+  // columns `own`; 0 in the other columns of t. True if every row sees every column of t.
   bool scores(int row0, int g, int count, const TileColumns& own, const TileColumns& t) {
     float* s = x_.s + int64_t{g} * tile_.keys;
     float* dp = x_.dp + int64_t{g} * tile_.keys;
@@ -203,14 +199,16 @@ class BwdTaskRunner {
   }
 
   // c = a b^T over the columns of t; b packed by pack_transposed.
-  void product(const float* a, int d, int d_pad, const float* b, int count, const TileColumns& t, float* c) const {
+  void product(const float* a, int d, int d_pad, const float* b, int count, const TileColumns& t,
+               float* c) const {
     Product x{};
     x.k = d;
     x.a = a;
     x.a_ld = d_pad;
     x.c = c + t.begin;
     x.c_ld = tile_.keys;
-    multiply<false>(count, t.end - t.begin, x, transposed_operand(b + int64_t{t.begin} * d_pad, d), false);
+    multiply<false>(count, t.end - t.begin, x, transposed_operand(b + int64_t{t.begin} * d_pad, d),
+                    false);
   }
 
   void softmax_bwd_step(int row_index, const Row& row, float* s, float* dp, const TileColumns& t) {
@@ -232,19 +230,21 @@ class BwdTaskRunner {
     }
     if (p_.dbias.ptr) add_dbias(row, dp, t);
     if (cap_slope)
-      for (int j = t.begin; j < t.end; j += kWidth) store(dp + j, load(dp + j) * load(cap_slope + j));
+      for (int j = t.begin; j < t.end; j += kWidth)
+        store(dp + j, load(dp + j) * load(cap_slope + j));
   }
 
   void add_dbias(const Row& row, const float* ds, const TileColumns& t) const {
     const Bias& bias = p_.dbias;
     const KeyRange seen = visible(row, t);
-    float* dst = static_cast<float*>(bias.ptr) + map_.bias_offset(bias, row) + t.first_key * bias.col_stride;
+    float* dst =
+        static_cast<float*>(bias.ptr) + map_.bias_offset(bias, row) + t.first_key * bias.col_stride;
     for (int j = seen.begin; j < seen.end; ++j) dst[j * bias.col_stride] += ds[j];
   }
 
   // c[keys of t][d] += a[rows][keys]^T b[rows][d]
-  void accumulate(const TileColumns& t, int rows, const float* a, const float* b, int d_pad, float* c,
-                  bool skip_zeros) const {
+  void accumulate(const TileColumns& t, int rows, const float* a, const float* b, int d_pad,
+                  float* c, bool skip_zeros) const {
     Product x{};
     x.k = rows;
     x.a = a + t.begin;
@@ -268,7 +268,9 @@ class BwdTaskRunner {
     multiply<false>(count, d_pad_, x, k, skip_zeros);
   }
 
-  int64_t dsoftmax_index(const Row& row) const { return dsoftmax_offset(p_, seq_, row.head) + row.query; }
+  int64_t dsoftmax_index(const Row& row) const {
+    return dsoftmax_offset(p_, seq_, row.head) + row.query;
+  }
 
   const Flash_bwd_params& p_;
   const BwdHead& head_;
@@ -286,8 +288,8 @@ class BwdTaskRunner {
 };
 
 // softmax_d = rowsum(dO * O) - dlse of a block of rows; dq of blocks that see no key is 0.
-inline void prepare_rows(const Flash_bwd_params& p, const Sequence& seq, int head_k, int row0, const BwdTile& tile,
-                         float* buffer) {
+inline void prepare_rows(const Flash_bwd_params& p, const Sequence& seq, int head_k, int row0,
+                         const BwdTile& tile, float* buffer) {
   const RowMap map(p, seq, head_k);
   const int end = map.rows() - row0 < tile.rows ? map.rows() : row0 + tile.rows;
   const KeyRange seen = map.keys(row0, end - 1);
@@ -296,7 +298,8 @@ inline void prepare_rows(const Flash_bwd_params& p, const Sequence& seq, int hea
     read_row(p.dtype, buffer, map.tensor_row(p.o, row), dv, dv_pad);
     read_row(p.dtype, buffer + dv_pad, map.tensor_row(p.dout, row), dv, dv_pad);
     Vec sum = zero();
-    for (int i = 0; i < dv_pad; i += kWidth) sum = fma(load(buffer + i), load(buffer + dv_pad + i), sum);
+    for (int i = 0; i < dv_pad; i += kWidth)
+      sum = fma(load(buffer + i), load(buffer + dv_pad + i), sum);
     float delta = reduce_add(sum);
     const int64_t head = map.head(row), query = map.query(row);
     if (p.dlse)
@@ -313,7 +316,8 @@ inline void store_ds_aux(const Flash_bwd_params& p, int head) {
   float sum = 0.f;
   for (int b = 0; b < p.b; ++b) {
     const Sequence seq = sequence(p, b);
-    const float* lse = p.softmax_lse + b * p.lse_batch_stride + head * p.lse_head_stride + seq.lse_row;
+    const float* lse =
+        p.softmax_lse + b * p.lse_batch_stride + head * p.lse_head_stride + seq.lse_row;
     const float* delta = p.dsoftmax_sum + dsoftmax_offset(p, seq, head);
     for (int i = 0; i < seq.seqlen_q; ++i) sum -= exp2((sink - lse[i]) * kLog2e) * delta[i];
   }
@@ -324,12 +328,14 @@ inline void zero_dbias(const Bias& x) {
   for (int64_t b = 0; b < x.b; ++b)
     for (int64_t h = 0; h < x.h; ++h)
       for (int64_t i = 0; i < x.rows; ++i) {
-        float* row = static_cast<float*>(x.ptr) + b * x.batch_stride + h * x.head_stride + i * x.row_stride;
+        float* row =
+            static_cast<float*>(x.ptr) + b * x.batch_stride + h * x.head_stride + i * x.row_stride;
         for (int64_t j = 0; j < x.cols; ++j) row[j * x.col_stride] = 0.f;
       }
 }
 
-inline void prepare_bwd(const Flash_bwd_params& p, const BwdPlan& plan, const BwdTile& tile, int threads) {
+inline void prepare_bwd(const Flash_bwd_params& p, const BwdPlan& plan, const BwdTile& tile,
+                        int threads) {
   const int64_t entries = p.cu_seqlens_q ? 1 : p.b;
   const int64_t columns = p.cu_seqlens_q ? p.total_q + 128 * p.b : (p.seqlen_q + 127) / 128 * 128;
   for (int64_t b = 0; b < entries; ++b)
@@ -340,16 +346,19 @@ inline void prepare_bwd(const Flash_bwd_params& p, const BwdPlan& plan, const Bw
   const int64_t buffer_size = 2 * round_up(static_cast<int>(p.d_v), kTileN);
   Scratch scratch(threads * buffer_size * sizeof(float));
   const int64_t blocks = (plan.max_rows + tile.rows - 1) / tile.rows;
-  parallel_for(static_cast<int64_t>(plan.heads.size()) * blocks, threads, [&](int64_t i, int thread) {
-    const BwdHead& head = plan.heads.data()[i / blocks];
-    const Sequence seq = sequence(p, head.batch);
-    const int row0 = static_cast<int>(i % blocks) * tile.rows;
-    if (row0 >= seq.seqlen_q * (p.h / p.h_k)) return;
-    prepare_rows(p, seq, head.head_k, row0, tile, reinterpret_cast<float*>(scratch.data()) + thread * buffer_size);
-  });
+  parallel_for(static_cast<int64_t>(plan.heads.size()) * blocks, threads,
+               [&](int64_t i, int thread) {
+                 const BwdHead& head = plan.heads.data()[i / blocks];
+                 const Sequence seq = sequence(p, head.batch);
+                 const int row0 = static_cast<int>(i % blocks) * tile.rows;
+                 if (row0 >= seq.seqlen_q * (p.h / p.h_k)) return;
+                 prepare_rows(p, seq, head.head_k, row0, tile,
+                              reinterpret_cast<float*>(scratch.data()) + thread * buffer_size);
+               });
 }
 
-inline DqSlots carve_slots(Carver& c, const Flash_bwd_params& p, const BwdPlan& plan, const BwdTile& tile) {
+inline DqSlots carve_slots(Carver& c, const Flash_bwd_params& p, const BwdPlan& plan,
+                           const BwdTile& tile) {
   DqSlots x;
   x.row_blocks = (plan.max_rows + tile.rows - 1) / tile.rows;
   x.slot_size = x.row_blocks * tile.rows * round_up(static_cast<int>(p.d), kTileN);
@@ -360,7 +369,8 @@ inline DqSlots carve_slots(Carver& c, const Flash_bwd_params& p, const BwdPlan& 
   return x;
 }
 
-inline void run_bwd_tasks(const Flash_bwd_params& p, const BwdPlan& plan, const BwdTile& tile, int threads) {
+inline void run_bwd_tasks(const Flash_bwd_params& p, const BwdPlan& plan, const BwdTile& tile,
+                          int threads) {
   Carver measure(nullptr);
   carve_bwd(measure, p, tile);
   const size_t thread_bytes = measure.used();
@@ -374,7 +384,8 @@ inline void run_bwd_tasks(const Flash_bwd_params& p, const BwdPlan& plan, const 
     slots.chunks_done[h] = 0;
     slots.head_done[h] = heads[h].chunks == 0;
   }
-  // A bias gradient broadcast over keys is shared by the chunks of a head, which then run one after the other.
+  // A bias gradient broadcast over keys is shared by the chunks of a head, which then run one after
+  // the other.
   const bool chunks_share_bias = p.dbias.ptr && p.dbias.cols < p.seqlen_k;
   const BwdTask* tasks = plan.tasks.data();
   parallel_for(static_cast<int64_t>(plan.tasks.size()), threads, [&](int64_t i, int thread) {
@@ -384,7 +395,8 @@ inline void run_bwd_tasks(const Flash_bwd_params& p, const BwdPlan& plan, const 
     if (h >= plan.wave_heads) wait_for(slots.head_done + h - plan.wave_heads, 1);
     if (chunks_share_bias) wait_for(slots.chunks_done + h, tasks[i].chunk);
     int* turns = slots.turns + slot * slots.row_blocks;
-    BwdTaskRunner(p, heads[h], tasks[i].chunk, tile, x, slots.sums + slot * slots.slot_size, turns).run();
+    BwdTaskRunner(p, heads[h], tasks[i].chunk, tile, x, slots.sums + slot * slots.slot_size, turns)
+        .run();
     if (__atomic_add_fetch(slots.chunks_done + h, 1, __ATOMIC_ACQ_REL) == heads[h].chunks) {
       std::memset(turns, 0, slots.row_blocks * sizeof(int));
       __atomic_store_n(slots.head_done + h, 1, __ATOMIC_RELEASE);
@@ -398,7 +410,8 @@ inline void mha_bwd(const Flash_bwd_params& p) {
   const int threads = threads_for(plan.flops);
   prepare_bwd(p, plan, tile, threads);
   run_bwd_tasks(p, plan, tile, threads);
-  if (p.ds_aux) parallel_for(p.h, threads, [&](int64_t h, int) { store_ds_aux(p, static_cast<int>(h)); });
+  if (p.ds_aux)
+    parallel_for(p.h, threads, [&](int64_t h, int) { store_ds_aux(p, static_cast<int>(h)); });
   if (p.cu_seqlens_q) {
     zero_rows_beyond(p.dq, p.dtype, p.cu_seqlens_q[p.b], p.total_q, p.h, p.d);
     zero_rows_beyond(p.dk, p.dtype, p.cu_seqlens_k[p.b], p.total_k, p.h_k, p.d);

@@ -27,7 +27,8 @@ inline void combine_row(const Combine_params& p, int64_t b, int64_t s, int64_t h
                         s * p.out_partial_stride[2] + h * p.out_partial_stride[3];
     for (int j = 0; j < dv; ++j) o[j] += weight * part[j];
   }
-  write_row(p.out_dtype, operand_row(p.out, p.out_dtype, b, s, h), o, dv, sum == 0.f ? 0.f : 1.f / sum);
+  write_row(p.out_dtype, operand_row(p.out, p.out_dtype, b, s, h), o, dv,
+            sum == 0.f ? 0.f : 1.f / sum);
   if (p.lse)
     p.lse[b * p.lse_stride[0] + s * p.lse_stride[1] + h * p.lse_stride[2]] =
         sum == 0.f ? largest : reference + __builtin_logf(sum);

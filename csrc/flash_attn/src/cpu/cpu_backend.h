@@ -7,11 +7,12 @@
 
 namespace flash::cpu {
 
-// Kernels of one instruction set. Every instance has every feature, dtype and head dim 1..FLASH_ATTN_MAX_HEAD_DIM.
-// They throw std::bad_alloc when memory runs out, and nothing else.
+// Kernels of one instruction set. Every instance has every feature, dtype and head
+// dim 1..FLASH_ATTN_MAX_HEAD_DIM. They throw std::bad_alloc when memory runs out, and nothing else.
 struct Kernels {
   const char* isa;  // "baseline", "avx2", "avx512"
-  void (*mha_fwd)(const Flash_fwd_params& params);  // dense, varlen, paged; appends knew/vnew first if given
+  void (*mha_fwd)(
+      const Flash_fwd_params& params);  // dense, varlen, paged; appends knew/vnew first if given
   void (*mha_bwd)(const Flash_bwd_params& params);  // dense, varlen
   void (*combine)(const Combine_params& params);
 };
@@ -22,10 +23,6 @@ const Kernels* const* available(int* count);
 const Kernels& current();
 // False when no such instruction set is available. nullptr restores the default.
 bool set_current(const char* isa);
-
-// Scratch memory shared between threads, in bytes.
-size_t mha_fwd_workspace_size(const Flash_fwd_params& params);
-size_t mha_bwd_workspace_size(const Flash_bwd_params& params);
 
 int num_threads();  // of the next parallel region of this thread
 

@@ -1,5 +1,6 @@
-// S_dmask, a debugging output: exp(score - running row max) with the sign bit set where dropout drops. The running max
-// is that of key blocks visited from the last to the first, their width a function of the head dim alone.
+// S_dmask, a debugging output: exp(score - running row max) with the sign bit set where dropout
+// drops. The running max is that of key blocks visited from the last to the first, their width a
+// function of the head dim alone.
 #pragma once
 
 #include "cpu/fwd.h"
@@ -14,8 +15,8 @@ inline int dmask_block_keys(int64_t d) {
 }
 
 // scores [sk] of one row -> out
-inline void store_dmask_row(const Flash_fwd_params& p, const FwdTaskRunner& run, const Row& row, float* s, int seqlen_k,
-                            uint8_t* random, void* out) {
+inline void store_dmask_row(const Flash_fwd_params& p, const FwdTaskRunner& run, const Row& row,
+                            float* s, int seqlen_k, uint8_t* random, void* out) {
   const int block = dmask_block_keys(p.d);
   float running = -kInf;
   for (int begin = (seqlen_k - 1) / block * block; begin >= 0; begin -= block) {
@@ -51,7 +52,7 @@ inline void store_dmask(const Flash_fwd_params& p) {
       const int keys = seqlen_k - key < tile.keys ? seqlen_k - key : tile.keys;
       run.pack_kv(key, keys);
       for (int r = 0; r < run.rows(); ++r) {
-        const TileColumns t = run.columns(r, 1, key, keys);
+        const TileColumns t = run.map().columns(task.row_begin + r, 1, key, keys);
         float* row = s + r * p.seqlen_k_rounded + key;
         if (t.begin < t.end) run.gemm_qk(r, 1, t, row, 0);
         if (t.begin < t.end) run.finish_scores(r, row, t);

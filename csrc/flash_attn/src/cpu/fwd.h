@@ -1,16 +1,18 @@
 // Forward attention, FlashAttention-2 (arXiv:2307.08691) algorithm 1, for one instruction set.
 //
-// A task owns up to task_rows rows (queries x GQA group) of one key-value head and walks over key blocks:
+// A task owns up to task_rows rows (queries x GQA group) of one key-value head and walks over key
+// blocks:
 //
-//   pack K^T and V of the block to fp32 panels      once a task and block: 2 d bytes_in + 8 d bytes written a key
-//   for each tile of rows:
+//   pack K^T and V of the block to fp32 panels      once a task and block: 2 d bytes_in + 8 d bytes
+//   written a key for each tile of rows:
 //     S = Q K^T        gemm_qk        2 rows keys d flops, Q in L2, a K panel in L1
 //     mask, softmax    softmax_step   on the visible columns only, S stays in L1/L2
-//     O = a O + P V    gemm_pv        2 rows keys dv flops, a = 2^(old max - new max) folded into the first use of O
+//     O = a O + P V    gemm_pv        2 rows keys dv flops, a = 2^(old max - new max) folded into
+//     the first use of O
 //
-// Groups of kTileM rows know which columns any of them sees; products and softmax touch nothing else, so causal and
-// windowed work is proportional to the visible scores. A row's arithmetic depends on its own position only: neither on
-// the task it falls into nor on the number of threads.
+// Groups of kTileM rows know which columns any of them sees; products and softmax touch nothing
+// else, so causal and windowed work is proportional to the visible scores. A row's arithmetic
+// depends on its own position only: neither on the task it falls into nor on the number of threads.
 #pragma once
 
 #include "cpu/append.h"
@@ -24,7 +26,8 @@ namespace flash::cpu::FLASH_ATTN_ISA {
 inline constexpr int kFwdTileRows = 4 * kTileM;
 
 inline FwdTile fwd_tile(const Flash_fwd_params& p) {
-  const int bytes_a_row = 4 * (round_up(static_cast<int>(p.d), kTileN) + round_up(static_cast<int>(p.d_v), kTileN));
+  const int bytes_a_row =
+      4 * (round_up(static_cast<int>(p.d), kTileN) + round_up(static_cast<int>(p.d_v), kTileN));
   int keys = (128 << 10) / bytes_a_row / 32 * 32;
   keys = keys < 32 ? 32 : keys > 256 ? 256 : keys;
   int task_rows = (256 << 10) / bytes_a_row / kFwdTileRows * kFwdTileRows;
@@ -32,7 +35,8 @@ inline FwdTile fwd_tile(const Flash_fwd_params& p) {
   return {kFwdTileRows, keys, task_rows};
 }
 
-// Softmax state of a row, base 2: x = max so far in units of log2, l = sum of 2^(score - max). FlashInfer's RowState.
+// Softmax state of a row, base 2: x = max so far in units of log2, l = sum of 2^(score - max).
+// FlashInfer's RowState.
 struct RowState {
   float max = -kInf;
   float sum = 0.f;
@@ -50,7 +54,8 @@ struct FwdScratch {
 };
 
 inline FwdScratch carve_fwd(Carver& c, const Flash_fwd_params& p, const FwdTile& tile) {
-  const int64_t d = round_up(static_cast<int>(p.d), kTileN), dv = round_up(static_cast<int>(p.d_v), kTileN);
+  const int64_t d = round_up(static_cast<int>(p.d), kTileN),
+                dv = round_up(static_cast<int>(p.d_v), kTileN);
   FwdScratch x;
   x.q = c.take<float>(tile.task_rows * d);
   x.o = c.take<float>(tile.task_rows * dv);
@@ -67,17 +72,27 @@ inline FwdScratch carve_fwd(Carver& c, const Flash_fwd_params& p, const FwdTile&
 
 class FwdTaskRunner {
  public:
-  FwdTaskRunner(const Flash_fwd_params& p, const FwdTask& task, const FwdTile& tile, const FwdScratch& x)
-      : p_(p), task_(task), tile_(tile), x_(x), seq_(sequence(p, task.batch)), map_(p, seq_, task.head_k),
-        d_(static_cast<int>(p.d)), d_v_(static_cast<int>(p.d_v)), d_pad_(round_up(d_, kTileN)),
-        d_v_pad_(round_up(d_v_, kTileN)), modifiers_(has_score_modifiers(p)),
+  FwdTaskRunner(const Flash_fwd_params& p, const FwdTask& task, const FwdTile& tile,
+                const FwdScratch& x)
+      : p_(p),
+        task_(task),
+        tile_(tile),
+        x_(x),
+        seq_(sequence(p, task.batch)),
+        map_(p, seq_, task.head_k),
+        d_(static_cast<int>(p.d)),
+        d_v_(static_cast<int>(p.d_v)),
+        d_pad_(round_up(d_, kTileN)),
+        d_v_pad_(round_up(d_v_, kTileN)),
+        modifiers_(has_score_modifiers(p)),
         dropout_(Dropout::make(p.p_dropout, p.seed, p.offset)) {}
 
   void run() {
     load_q();
     std::memset(x_.o, 0, sizeof(float) * rows() * d_v_pad_);
     if (task_.key_begin >= task_.key_end) return;
-    for (int key = task_.key_begin / tile_.keys * tile_.keys; key < task_.key_end; key += tile_.keys) {
+    for (int key = task_.key_begin / tile_.keys * tile_.keys; key < task_.key_end;
+         key += tile_.keys) {
       const int keys = task_.key_end - key < tile_.keys ? task_.key_end - key : tile_.keys;
       pack_kv(key, keys);
       for (int row = 0; row < rows(); row += tile_.rows) attend(row, key, keys);
@@ -94,7 +109,7 @@ class FwdTaskRunner {
       const int row = task_.row_begin + r;
       x_.rows[r] = map_.row(row);
       x_.state[r] = RowState{};
-      float* q = x_.q + static_cast<int64_t>(r) * d_pad_;
+      float* q = x_.q + int64_t{r} * d_pad_;
       read_row(p_.dtype, q, map_.tensor_row(p_.q, row), d_, d_pad_);
       if (p_.rotary_dim > 0) {
         const bool positions_differ = p_.window_left >= 0 || p_.window_right >= 0;
@@ -114,21 +129,11 @@ class FwdTaskRunner {
     v_rows_ = padded;
   }
 
-  // Columns of the current key block that a group of rows sees, widened to kTileN.
-  TileColumns columns(int row, int count, int key, int keys) const {
-    const KeyRange seen = map_.keys(task_.row_begin + row, task_.row_begin + row + count - 1);
-    int begin = seen.begin - key, end = seen.end - key;
-    begin = begin < 0 ? 0 : begin / kTileN * kTileN;
-    end = end > keys ? keys : end;
-    end = end <= begin ? begin : round_up(end, kTileN);
-    return {begin, end, key};
-  }
-
   void gemm_qk(int row, int count, const TileColumns& t, float* s, int64_t s_ld) const {
-    const OperandB k = transposed_operand(x_.k + static_cast<int64_t>(t.begin) * d_pad_, d_);
+    const OperandB k = transposed_operand(x_.k + int64_t{t.begin} * d_pad_, d_);
     Product x{};
     x.k = d_;
-    x.a = x_.q + static_cast<int64_t>(row) * d_pad_;
+    x.a = x_.q + int64_t{row} * d_pad_;
     x.a_ld = d_pad_;
     x.c = s + t.begin;
     x.c_ld = s_ld;
@@ -148,32 +153,25 @@ class FwdTaskRunner {
   const Dropout& dropout() const { return dropout_; }
 
  private:
-  // One tile of rows over the packed key block, in bands of rows that see the same columns.
-  void attend(int row0, int key, int keys) {
-    const int end = rows() - row0 < tile_.rows ? rows() : row0 + tile_.rows;
-    for (int row = row0; row < end;) {
-      const auto group_end = [&](int r) { return end - r < kTileM ? end : r + kTileM; };
-      int band_end = group_end(row);
-      const TileColumns t = columns(row, band_end - row, key, keys);
-      while (band_end < end) {
-        const TileColumns next = columns(band_end, group_end(band_end) - band_end, key, keys);
-        if (next.begin != t.begin || next.end != t.end) break;
-        band_end = group_end(band_end);
-      }
-      if (t.begin < t.end) attend_band(row, band_end - row, t);
-      row = band_end;
-    }
+  // One tile of rows over the packed key block; rows count from the task's first.
+  void attend(int row, int key, int keys) {
+    const int end = rows() - row < tile_.rows ? rows() : row + tile_.rows;
+    map_.for_bands(task_.row_begin + row, task_.row_begin + end, key, keys,
+                   [&](int first, int count, const TileColumns& t) {
+                     if (t.begin < t.end) attend_band(first - task_.row_begin, count, t);
+                   });
   }
 
   void attend_band(int row, int count, const TileColumns& t) {
     gemm_qk(row, count, t, x_.s, tile_.keys);
     bool all_visible = true;
     for (int r = 0; r < count; ++r)
-      all_visible &= softmax_step(row + r, x_.s + static_cast<int64_t>(r) * tile_.keys, t, r);
+      all_visible &= softmax_step(row + r, x_.s + int64_t{r} * tile_.keys, t, r);
     gemm_pv(row, count, t, x_.s, x_.row_scale, !v_finite_ && !all_visible);
   }
 
-  // s -> P of one row; updates its state and the factor its O must be scaled by. True if it sees every column.
+  // s -> P of one row; updates its state and the factor its O must be scaled by. True if it sees
+  // every column.
   bool softmax_step(int r, float* s, const TileColumns& t, int scale_index) {
     const bool all_visible = finish_scores(r, s, t);
     Vec largest = set1(-kInf);
@@ -182,7 +180,8 @@ class FwdTaskRunner {
     RowState& state = x_.state[r];
     const float candidate = reduce_max(largest) * kLog2e;
     const float new_max = candidate > state.max ? candidate : state.max;
-    const float reference = new_max == -kInf ? 0.f : new_max;  // nothing visible yet: 2^(-inf - 0) = 0
+    const float reference =
+        new_max == -kInf ? 0.f : new_max;  // nothing visible yet: 2^(-inf - 0) = 0
     Vec sum = zero();
 #pragma GCC unroll 4
     for (int j = t.begin; j < t.end; j += kWidth) {
@@ -204,14 +203,15 @@ class FwdTaskRunner {
       store(p + j, select(kept(dropout_, x_.random, j), load(p + j), zero()));
   }
 
-  void gemm_pv(int row, int count, const TileColumns& t, const float* p, const float* scale, bool skip_zeros) const {
+  void gemm_pv(int row, int count, const TileColumns& t, const float* p, const float* scale,
+               bool skip_zeros) const {
     OperandB v = natural_operand(x_.v, v_rows_);
     v.data += t.begin * kTileN;
     Product x{};
     x.k = t.end - t.begin;
     x.a = p + t.begin;
     x.a_ld = tile_.keys;
-    x.c = x_.o + static_cast<int64_t>(row) * d_v_pad_;
+    x.c = x_.o + int64_t{row} * d_v_pad_;
     x.c_ld = d_v_pad_;
     x.init = Init::kScaleRows;
     x.row_scale = scale;
@@ -231,8 +231,10 @@ class FwdTaskRunner {
   int v_rows_ = 0;
 };
 
-// out = O / sum and softmax_lse of one row, the sink included. A row without keys: out = 0, softmax_lse = +inf.
-inline void store_row(const Flash_fwd_params& p, const RowMap& map, int row, RowState state, float* o) {
+// out = O / sum and softmax_lse of one row, the sink included. A row without keys: out = 0,
+// softmax_lse = +inf.
+inline void store_row(const Flash_fwd_params& p, const RowMap& map, int row, RowState state,
+                      float* o) {
   float scale = 1.f;
   if (p.s_aux) {
     const float sink = sink_logit(p, map.head(row)) * kLog2e;
@@ -244,7 +246,8 @@ inline void store_row(const Flash_fwd_params& p, const RowMap& map, int row, Row
   }
   const bool empty = state.sum == 0.f;
   const float rescale = 1.f / (1.f - p.p_dropout);
-  write_row(p.dtype, map.tensor_row(p.o, row), o, static_cast<int>(p.d_v), empty ? 0.f : scale * rescale / state.sum);
+  write_row(p.dtype, map.tensor_row(p.o, row), o, static_cast<int>(p.d_v),
+            empty ? 0.f : scale * rescale / state.sum);
   p.softmax_lse[map.lse_index(row)] = empty ? kInf : state.max * kLn2 + __builtin_logf(state.sum);
 }
 
@@ -258,13 +261,14 @@ struct Partials {
 inline void keep_partial(const FwdTask& task, const FwdTaskRunner& run, const Partials& partials) {
   for (int r = 0; r < run.rows(); ++r) {
     partials.state[task.partial_row + r] = run.scratch().state[r];
-    std::memcpy(partials.o + (task.partial_row + r) * partials.o_ld, run.scratch().o + r * partials.o_ld,
-                partials.o_ld * sizeof(float));
+    std::memcpy(partials.o + (task.partial_row + r) * partials.o_ld,
+                run.scratch().o + r * partials.o_ld, partials.o_ld * sizeof(float));
   }
 }
 
 // Merges the parts of one row in order into the first, and stores it.
-inline void merge_row(const Flash_fwd_params& p, const RowMap& map, const FwdTask& first, int r, const Partials& x) {
+inline void merge_row(const Flash_fwd_params& p, const RowMap& map, const FwdTask& first, int r,
+                      const Partials& x) {
   const int64_t stride = first.row_end - first.row_begin;
   const int64_t base = first.partial_row + r;
   RowState total = x.state[base];
@@ -276,13 +280,15 @@ inline void merge_row(const Flash_fwd_params& p, const RowMap& map, const FwdTas
     const float reference = new_max == -kInf ? 0.f : new_max;
     const float a = exp2(total.max - reference), b = exp2(part.max - reference);
     total = {new_max, total.sum * a + part.sum * b};
-    for (int i = 0; i < x.o_ld; i += kWidth) store(o + i, fma(set1(b), load(o_part + i), load(o + i) * a));
+    for (int i = 0; i < x.o_ld; i += kWidth)
+      store(o + i, fma(set1(b), load(o_part + i), load(o + i) * a));
   }
   store_row(p, map, first.row_begin + r, total, o);
 }
 
 // Rows of a packed batch that belong to no sequence.
-inline void zero_rows_beyond(const Operand& x, Dtype t, int64_t first, int64_t total, int64_t heads, int64_t d) {
+inline void zero_rows_beyond(const Operand& x, Dtype t, int64_t first, int64_t total, int64_t heads,
+                             int64_t d) {
   for (int64_t i = first; i < total; ++i)
     for (int64_t h = 0; h < heads; ++h) zero_row(t, operand_row(x, t, 0, i, h), d);
 }
@@ -300,7 +306,8 @@ inline void mha_fwd(const Flash_fwd_params& p) {
   const size_t partial_bytes = plan.partial_rows * (o_ld * sizeof(float) + sizeof(RowState)) + 128;
   Scratch scratch(thread_bytes * threads + partial_bytes);
   Carver shared(scratch.data() + thread_bytes * threads);
-  const Partials partials{shared.take<RowState>(plan.partial_rows), shared.take<float>(plan.partial_rows * o_ld), o_ld};
+  const Partials partials{shared.take<RowState>(plan.partial_rows),
+                          shared.take<float>(plan.partial_rows * o_ld), o_ld};
 
   const FwdTask* tasks = plan.tasks.data();
   parallel_for(static_cast<int64_t>(plan.tasks.size()), threads, [&](int64_t i, int thread) {
@@ -314,19 +321,22 @@ inline void mha_fwd(const Flash_fwd_params& p) {
   });
   if (plan.partial_rows > 0) {
     const double merge_flops = 4.0 * plan.partial_rows * o_ld;
-    parallel_for(static_cast<int64_t>(plan.tasks.size()), threads_for(merge_flops), [&](int64_t i, int) {
-      const FwdTask& task = tasks[i];
-      if (task.num_splits == 1 || task.split > 0) return;
-      const Sequence seq = sequence(p, task.batch);
-      const RowMap map(p, seq, task.head_k);
-      for (int r = 0; r < task.row_end - task.row_begin; ++r) merge_row(p, map, task, r, partials);
-    });
+    parallel_for(static_cast<int64_t>(plan.tasks.size()), threads_for(merge_flops),
+                 [&](int64_t i, int) {
+                   const FwdTask& task = tasks[i];
+                   if (task.num_splits == 1 || task.split > 0) return;
+                   const Sequence seq = sequence(p, task.batch);
+                   const RowMap map(p, seq, task.head_k);
+                   for (int r = 0; r < task.row_end - task.row_begin; ++r)
+                     merge_row(p, map, task, r, partials);
+                 });
   }
   if (p.cu_seqlens_q) {
     const int64_t used = p.cu_seqlens_q[p.b];
     zero_rows_beyond(p.o, p.dtype, used, p.total_q, p.h, p.d_v);
     for (int64_t h = 0; h < p.h; ++h)
-      std::memset(p.softmax_lse + h * p.lse_head_stride + used, 0, (p.total_q - used) * sizeof(float));
+      std::memset(p.softmax_lse + h * p.lse_head_stride + used, 0,
+                  (p.total_q - used) * sizeof(float));
   }
 }
 

@@ -15,7 +15,8 @@ struct Available {
     list[count++] = &kernels_baseline;
 #if defined(FLASH_ATTN_HAVE_AVX2)
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+        __builtin_cpu_supports("f16c"))
       list[count++] = &kernels_avx2;
 #endif
 #if defined(FLASH_ATTN_HAVE_AVX512)

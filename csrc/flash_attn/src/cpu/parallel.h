@@ -9,7 +9,8 @@
 
 namespace flash::cpu::FLASH_ATTN_ISA {
 
-// f(task, thread) for tasks 0 .. count - 1, handed out in order to `threads` threads. f must not throw.
+// f(task, thread) for tasks 0 .. count - 1, handed out in order to `threads` threads. f must not
+// throw.
 template <class F>
 inline void parallel_for(int64_t count, int threads, F f) {
   if (threads > count) threads = static_cast<int>(count);

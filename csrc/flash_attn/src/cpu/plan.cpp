@@ -11,10 +11,12 @@ constexpr int kTasksPerThread = 4;
 int ceil_div(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
 
 double task_flops(const Flash_fwd_params& p, const FwdTask& t) {
-  return 2.0 * (t.row_end - t.row_begin) * (t.key_end - t.key_begin) * static_cast<double>(p.d + p.d_v);
+  return 2.0 * (t.row_end - t.row_begin) * (t.key_end - t.key_begin) *
+         static_cast<double>(p.d + p.d_v);
 }
 
-// Rows of a task: as many as share a block of keys well, fewer when that would leave threads without work.
+// Rows of a task: as many as share a block of keys well, fewer when that would leave threads
+// without work.
 int task_rows(const Flash_fwd_params& p, const FwdTile& tile, int threads) {
   if (threads == 1) return tile.task_rows;
   const int64_t group = p.h / p.h_k;
@@ -26,8 +28,8 @@ int task_rows(const Flash_fwd_params& p, const FwdTile& tile, int threads) {
   return tile.rows;
 }
 
-void plan_sequence(const Flash_fwd_params& p, const Sequence& seq, const FwdTile& tile, int rows_per_task,
-                   FwdPlan& plan) {
+void plan_sequence(const Flash_fwd_params& p, const Sequence& seq, const FwdTile& tile,
+                   int rows_per_task, FwdPlan& plan) {
   const int group = static_cast<int>(p.h / p.h_k);
   const int rows = seq.seqlen_q * group;
   const Mask mask = mask_of(p, seq);
@@ -41,7 +43,8 @@ void plan_sequence(const Flash_fwd_params& p, const Sequence& seq, const FwdTile
         FwdTask t{seq.batch, head_k, row, row_end, keys.begin, keys.end, split, splits, 0};
         if (splits > 1) {
           t.key_begin = std::max<int64_t>(keys.begin, static_cast<int64_t>(split) * split_keys);
-          t.key_end = std::max<int64_t>(t.key_begin, std::min<int64_t>(keys.end, (split + 1LL) * split_keys));
+          t.key_end = std::max<int64_t>(t.key_begin,
+                                        std::min<int64_t>(keys.end, (split + 1LL) * split_keys));
           t.partial_row = plan.partial_rows;
           plan.partial_rows += row_end - row;
         }
@@ -56,7 +59,8 @@ void plan_sequence(const Flash_fwd_params& p, const Sequence& seq, const FwdTile
 
 int num_splits(const Flash_fwd_params& p, const Sequence& seq, const FwdTile& tile) {
   if (seq.seqlen_k <= tile.keys) return 1;
-  if (p.num_splits > 0) return static_cast<int>(std::min<int64_t>(p.num_splits, ceil_div(seq.seqlen_k, tile.keys)));
+  if (p.num_splits > 0)
+    return static_cast<int>(std::min<int64_t>(p.num_splits, ceil_div(seq.seqlen_k, tile.keys)));
   const bool few_rows = seq.seqlen_q * (p.h / p.h_k) <= tile.rows;
   return few_rows ? std::min(FLASH_ATTN_MAX_SPLITS, ceil_div(seq.seqlen_k, kSplitKeys)) : 1;
 }
@@ -87,7 +91,8 @@ BwdPlan plan_bwd(const Flash_bwd_params& p, int chunk_keys, int threads) {
   }
   // Sums into a bias' gradient that several heads share are made one head after the other.
   const bool heads_share_bias = p.dbias.ptr && (p.dbias.b < p.b || p.dbias.h < p.h);
-  plan.wave_heads = heads_share_bias ? 1 : static_cast<int>(std::min<int64_t>(threads, plan.heads.size()));
+  plan.wave_heads =
+      heads_share_bias ? 1 : static_cast<int>(std::min<int64_t>(threads, plan.heads.size()));
   plan.wave_heads = std::max(plan.wave_heads, 1);
   for (size_t wave = 0; wave < plan.heads.size(); wave += plan.wave_heads) {
     const size_t end = std::min(plan.heads.size(), wave + plan.wave_heads);

@@ -1,4 +1,5 @@
-// How work is cut into tasks: pure functions of shapes and lengths, the same for all instruction sets.
+// How work is cut into tasks: pure functions of shapes and lengths, the same for all instruction
+// sets.
 #pragma once
 
 #include <cstdint>
@@ -8,20 +9,22 @@
 
 namespace flash::cpu {
 
-// Rows of a key-value head are (query, group member) pairs, query major; a task owns rows [row_begin, row_end) and walks
-// over the keys [key_begin, key_end). Its result is a part of the softmax if num_splits > 1.
+// Rows of a key-value head are (query, group member) pairs, query major; a task owns rows
+// [row_begin, row_end) and walks over the keys [key_begin, key_end). Its result is a part of the
+// softmax if num_splits > 1.
 struct FwdTask {
   int batch, head_k;
   int row_begin, row_end;
   int key_begin, key_end;
   int split, num_splits;
-  int64_t partial_row;  // of its first row in the buffer of partial results; the parts of a row block lie one after
-                        // the other, row_end - row_begin rows each
+  int64_t partial_row;  // of its first row in the buffer of partial results; the parts of a row
+                        // block lie one after the other, row_end - row_begin rows each
 };
 
 struct FwdTile {
-  int rows;       // of a score tile; tasks start at multiples of it, so that results do not depend on the task's size
-  int keys;       // of a score tile, a multiple of 32
+  int rows;  // of a score tile; tasks start at multiples of it, so that results do not depend on
+             // the task's size
+  int keys;  // of a score tile, a multiple of 32
   int task_rows;  // at most, a multiple of rows
 };
 
@@ -33,7 +36,8 @@ struct FwdPlan {
 
 FwdPlan plan_fwd(const Flash_fwd_params& params, const FwdTile& tile, int threads);
 
-// Number of parts the keys of a sequence are cut into: a function of its own lengths, or the caller's wish.
+// Number of parts the keys of a sequence are cut into: a function of its own lengths, or the
+// caller's wish.
 int num_splits(const Flash_fwd_params& params, const Sequence& seq, const FwdTile& tile);
 
 // One key-value head of one sequence in the backward, cut into chunks of keys.
@@ -47,8 +51,9 @@ struct BwdTask {
   int chunk;
 };
 
-// Tasks are taken in order. A task waits only for tasks before it: for the chunks before its own of the same head (sums
-// into dq are in key order), and, in wave w > 0, for the head `wave_heads` before its own, whose dq slot it takes over.
+// Tasks are taken in order. A task waits only for tasks before it: for the chunks before its own of
+// the same head (sums into dq are in key order), and, in wave w > 0, for the head `wave_heads`
+// before its own, whose dq slot it takes over.
 struct BwdPlan {
   std::vector<BwdHead> heads;
   std::vector<BwdTask> tasks;

@@ -51,13 +51,17 @@ FLASH_INLINE void store_tail(void* p, int64_t i, int n, Vec v) {
 template <class F>
 FLASH_INLINE void with_dtype(Dtype t, F f) {
   switch (t) {
-    case Dtype::kFloat32: return f.template operator()<Dtype::kFloat32>();
-    case Dtype::kBFloat16: return f.template operator()<Dtype::kBFloat16>();
-    case Dtype::kFloat16: return f.template operator()<Dtype::kFloat16>();
+    case Dtype::kFloat32:
+      return f.template operator()<Dtype::kFloat32>();
+    case Dtype::kBFloat16:
+      return f.template operator()<Dtype::kBFloat16>();
+    case Dtype::kFloat16:
+      return f.template operator()<Dtype::kFloat16>();
   }
 }
 
-// dst[0..padded) = scale * src[0..d), then zeros; padded is a multiple of kWidth. Returns false if any element is inf or NaN.
+// dst[0..padded) = scale * src[0..d), then zeros; padded is a multiple of kWidth. Returns false if
+// any element is inf or NaN.
 template <Dtype T>
 inline bool read_row(float* dst, const void* src, int d, int padded, float scale = 1.f) {
   VecI finite = set1i(-1);

@@ -1,4 +1,5 @@
-// From the product q.k to what the softmax sees, a row of a tile at a time; shared by forward and backward.
+// From the product q.k to what the softmax sees, a row of a tile at a time; shared by forward and
+// backward.
 #pragma once
 
 #include "common/dropout.h"
@@ -9,7 +10,15 @@ namespace flash::cpu::FLASH_ATTN_ISA {
 
 inline constexpr float kInf = __builtin_inff();
 
-// A row of a block: with grouped-query attention the rows of a key-value head are (query, group member), query major.
+// Columns of a tile: [begin, end) within the tile, multiples of kTileN; key of column c is
+// first_key + c.
+struct TileColumns {
+  int begin, end;
+  int first_key;
+};
+
+// A row of a block: with grouped-query attention the rows of a key-value head are (query, group
+// member), query major.
 struct Row {
   int query;
   int head;
@@ -22,17 +31,55 @@ struct Row {
 class RowMap {
  public:
   RowMap(const Flash_fwd_params& params, const Sequence& seq, int head_k)
-      : p_(params), seq_(seq), mask_(mask_of(params, seq)), head_k_(head_k), group_(static_cast<int>(p_.h / p_.h_k)) {}
+      : p_(params),
+        seq_(seq),
+        mask_(mask_of(params, seq)),
+        head_k_(head_k),
+        group_(static_cast<int>(p_.h / p_.h_k)) {}
 
   int rows() const { return seq_.seqlen_q * group_; }
   int query(int row) const { return row / group_; }
   int head(int row) const { return head_k_ * group_ + row % group_; }
-  KeyRange keys(int first_row, int last_row) const { return mask_.keys(query(first_row), query(last_row)); }
+  KeyRange keys(int first_row, int last_row) const {
+    return mask_.keys(query(first_row), query(last_row));
+  }
+
+  // Columns of the tile of keys [key, key + count) that rows [row, row + rows) see, widened to
+  // kTileN.
+  TileColumns columns(int row, int rows, int key, int count) const {
+    const KeyRange seen = keys(row, row + rows - 1);
+    int begin = seen.begin - key, end = seen.end - key;
+    begin = begin < 0 ? 0 : begin / kTileN * kTileN;
+    end = end > count ? count : end;
+    end = end <= begin ? begin : round_up(end, kTileN);
+    return {begin, end, key};
+  }
+
+  // f(first, rows, columns) for bands of the rows [row, row_end) that see the same columns: masks
+  // cost nothing in whole tiles, and in others no more than kTileM rows too many.
+  template <class F>
+  void for_bands(int row, int row_end, int key, int count, F f) const {
+    const auto group_end = [&](int r) { return row_end - r < kTileM ? row_end : r + kTileM; };
+    while (row < row_end) {
+      int end = group_end(row);
+      const TileColumns t = columns(row, end - row, key, count);
+      while (end < row_end) {
+        const TileColumns next = columns(end, group_end(end) - end, key, count);
+        if (next.begin != t.begin || next.end != t.end) break;
+        end = group_end(end);
+      }
+      f(row, end - row, t);
+      row = end;
+    }
+  }
 
   Row row(int r) const {
     Row x{query(r), head(r), mask_.keys(query(r)), 0.f, nullptr};
-    if (p_.alibi_slopes) x.alibi_slope = p_.alibi_slopes[seq_.batch * p_.alibi_batch_stride + x.head];
-    if (p_.bias.ptr) x.bias = static_cast<const char*>(p_.bias.ptr) + bias_offset(p_.bias, x) * dtype_bytes(p_.bias.dtype);
+    if (p_.alibi_slopes)
+      x.alibi_slope = p_.alibi_slopes[seq_.batch * p_.alibi_batch_stride + x.head];
+    if (p_.bias.ptr)
+      x.bias = static_cast<const char*>(p_.bias.ptr) +
+               bias_offset(p_.bias, x) * dtype_bytes(p_.bias.dtype);
     return x;
   }
   // Elements from a bias' start to key 0 of a row.
@@ -40,12 +87,15 @@ class RowMap {
     return seq_.batch * bias.batch_stride + x.head * bias.head_stride + x.query * bias.row_stride;
   }
   int64_t lse_index(int r) const {
-    return seq_.batch * p_.lse_batch_stride + head(r) * p_.lse_head_stride + seq_.lse_row + query(r);
+    return seq_.batch * p_.lse_batch_stride + head(r) * p_.lse_head_stride + seq_.lse_row +
+           query(r);
   }
   char* tensor_row(const Operand& x, int r) const {
     return operand_row(x, p_.dtype, seq_.batch, seq_.q_row + query(r), head(r));
   }
-  uint32_t batch_head(const Row& x) const { return static_cast<uint32_t>(seq_.batch * p_.h + x.head); }
+  uint32_t batch_head(const Row& x) const {
+    return static_cast<uint32_t>(seq_.batch * p_.h + x.head);
+  }
   int diagonal(const Row& x) const { return x.query + seq_.seqlen_k - seq_.seqlen_q; }
 
  private:
@@ -53,12 +103,6 @@ class RowMap {
   const Sequence& seq_;
   Mask mask_;
   int head_k_, group_;
-};
-
-// Columns of a tile: [begin, end) within the tile, multiples of kTileN; key of column c is first_key + c.
-struct TileColumns {
-  int begin, end;
-  int first_key;
 };
 
 // The visible part of a row within a tile.
@@ -77,10 +121,12 @@ FLASH_INLINE void fill_invisible(float* s, const TileColumns& t, KeyRange seen, 
   for (int j = seen.end; j < t.end; ++j) s[j] = value;
 }
 
-inline void read_bias(float* dst, const Flash_fwd_params& p, const Row& row, int first_key, KeyRange seen) {
+inline void read_bias(float* dst, const Flash_fwd_params& p, const Row& row, int first_key,
+                      KeyRange seen) {
   const Bias& bias = p.bias;
   if (bias.col_stride == 1) {
-    const void* src = row.bias + static_cast<int64_t>(first_key + seen.begin) * dtype_bytes(bias.dtype);
+    const void* src =
+        row.bias + static_cast<int64_t>(first_key + seen.begin) * dtype_bytes(bias.dtype);
     read_row(bias.dtype, dst + seen.begin, src, seen.end - seen.begin, 0);
     return;
   }
@@ -88,10 +134,10 @@ inline void read_bias(float* dst, const Flash_fwd_params& p, const Row& row, int
     dst[j] = load_scalar(row.bias, bias.dtype, (first_key + j) * bias.col_stride);
 }
 
-// Softcap, ALiBi and bias of one row, in place; buffer holds a tile's columns. With softcap, cap_slope (if given)
-// receives the softcap's derivative.
-inline void modify_scores(const Flash_fwd_params& p, const RowMap& map, const Row& row, float* s, const TileColumns& t,
-                          float* buffer, float* cap_slope) {
+// Softcap, ALiBi and bias of one row, in place; buffer holds a tile's columns. With softcap,
+// cap_slope (if given) receives the softcap's derivative.
+inline void modify_scores(const Flash_fwd_params& p, const RowMap& map, const Row& row, float* s,
+                          const TileColumns& t, float* buffer, float* cap_slope) {
   if (p.softcap > 0.f) {
     const float inverse = 1.f / p.softcap;
     for (int j = t.begin; j < t.end; j += kWidth) {
@@ -114,10 +160,14 @@ inline void modify_scores(const Flash_fwd_params& p, const RowMap& map, const Ro
   }
 }
 
-inline bool has_score_modifiers(const Flash_fwd_params& p) { return p.softcap > 0.f || p.alibi_slopes || p.bias.ptr; }
+inline bool has_score_modifiers(const Flash_fwd_params& p) {
+  return p.softcap > 0.f || p.alibi_slopes || p.bias.ptr;
+}
 
-// One random byte for each column of a row of a tile; first_key is a multiple of 32, bytes holds the tile's columns.
-inline void random_row_bytes(const Dropout& dropout, uint32_t batch_head, int query, const TileColumns& t, uint8_t* bytes) {
+// One random byte for each column of a row of a tile; first_key is a multiple of 32, bytes holds
+// the tile's columns.
+inline void random_row_bytes(const Dropout& dropout, uint32_t batch_head, int query,
+                             const TileColumns& t, uint8_t* bytes) {
   for (int j = t.begin / 32 * 32; j < t.end; j += 32)
     dropout.row_bytes(batch_head, query, (t.first_key + j) / 32, bytes + j);
 }

@@ -7,7 +7,6 @@
 #include <cstdlib>
 #include <new>
 
-
 namespace flash::cpu {
 namespace {
 

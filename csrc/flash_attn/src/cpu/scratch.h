@@ -9,8 +9,9 @@
 
 namespace flash::cpu {
 
-// At least `bytes` of memory for one call of this thread, 64-byte aligned, contents undefined. Kept between calls up to
-// a limit, so that small calls do not pay for page faults. Throws std::bad_alloc.
+// At least `bytes` of memory for one call of this thread, 64-byte aligned, contents undefined. Kept
+// between calls up to a limit, so that small calls do not pay for page faults. Throws
+// std::bad_alloc.
 class Scratch {
  public:
   explicit Scratch(size_t bytes);

@@ -1,8 +1,10 @@
-// One vector type per instruction set, over the compiler's vector extension. A translation unit of the CPU backend
-// defines FLASH_ATTN_ISA (its namespace) and FLASH_ATTN_VECTOR_WIDTH (floats a vector) before including anything.
+// One vector type per instruction set, over the compiler's vector extension. A translation unit of
+// the CPU backend defines FLASH_ATTN_ISA (its namespace) and FLASH_ATTN_VECTOR_WIDTH (floats a
+// vector) before including anything.
 //
-// Everything an ISA unit compiles lives in its own namespace or is always inlined: an inline function emitted once with
-// AVX-512 instructions and shared by the linker with the baseline would crash older machines.
+// Everything an ISA unit compiles lives in its own namespace or is always inlined: an inline
+// function emitted once with AVX-512 instructions and shared by the linker with the baseline would
+// crash older machines.
 #pragma once
 
 #include <cstdint>
@@ -102,7 +104,8 @@ FLASH_INLINE float reduce_max(Vec v) {
   return v[0];
 }
 
-// ---------------------------------------------------------------------------------------------- 16-bit floats
+// ----------------------------------------------------------------------------------------------
+// 16-bit floats
 FLASH_INLINE VecU16 load_u16(const uint16_t* p) {
   VecU16 v;
   std::memcpy(&v, p, sizeof(v));
@@ -110,7 +113,9 @@ FLASH_INLINE VecU16 load_u16(const uint16_t* p) {
 }
 FLASH_INLINE void store_u16(uint16_t* p, VecU16 v) { std::memcpy(p, &v, sizeof(v)); }
 
-FLASH_INLINE Vec bf16_to_float(VecU16 v) { return from_bits(__builtin_convertvector(v, VecU) << 16); }
+FLASH_INLINE Vec bf16_to_float(VecU16 v) {
+  return from_bits(__builtin_convertvector(v, VecU) << 16);
+}
 
 // Round to nearest even; NaN stays NaN.
 FLASH_INLINE VecU16 float_to_bf16(Vec v) {
@@ -129,7 +134,8 @@ FLASH_INLINE Vec fp16_to_float(VecU16 v) {
 #else
   const VecU h = __builtin_convertvector(v, VecU);
   const VecU magnitude = (h & 0x7fffu) << 13;
-  // Multiplying by 2^112 rebiases the exponent and normalises subnormals; inf and NaN get the all-ones exponent back.
+  // Multiplying by 2^112 rebiases the exponent and normalises subnormals; inf and NaN get the
+  // all-ones exponent back.
   const Vec scaled = from_bits(magnitude) * 0x1p112f;
   const VecI special = reinterpret_cast<VecI>(magnitude) >= 0x0f800000;
   const VecU value = special ? (bits(scaled) | 0x7f800000u) : bits(scaled);
@@ -140,13 +146,16 @@ FLASH_INLINE Vec fp16_to_float(VecU16 v) {
 // Round to nearest even, overflow to inf; NaN stays NaN.
 FLASH_INLINE VecU16 float_to_fp16(Vec v) {
 #if defined(FLASH_ATTN_SIMD_AVX512)
-  return reinterpret_cast<VecU16>(_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  return reinterpret_cast<VecU16>(
+      _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #elif defined(FLASH_ATTN_SIMD_AVX2)
-  return reinterpret_cast<VecU16>(_mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+  return reinterpret_cast<VecU16>(
+      _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #else
   const VecU sign = bits(v) & 0x80000000u;
   const VecU u = bits(v) ^ sign;
-  // Normal results: rebias and round the 13 dropped bits. Subnormal results: adding 0.5 lines the bits up and rounds.
+  // Normal results: rebias and round the 13 dropped bits. Subnormal results: adding 0.5 lines the
+  // bits up and rounds.
   const VecU normal = (u - 0x38000000u + 0xfffu + ((u >> 13) & 1u)) >> 13;
   const VecU subnormal = bits(from_bits(u) + 0.5f) - 0x3f000000u;
   const VecI is_subnormal = reinterpret_cast<VecI>(u) < 0x38800000;

@@ -1,18 +1,21 @@
-// The tile unit of the vector ISAs: fp32 operands, C += A B in blocks of kTileM rows by kTileN columns held in registers.
+// The tile unit of the vector ISAs: fp32 operands, C += A B in blocks of kTileM rows by kTileN
+// columns held in registers.
 //
-// The loops above (fwd.h, bwd.h) know operands only by the types and functions of this file. A unit with packed 16-bit
-// operands (AMX, AVX-512-BF16) provides the same names with another Element and other pack_* functions.
+// The loops above (fwd.h, bwd.h) know operands only by the types and functions of this file. A unit
+// with packed 16-bit operands (AMX, AVX-512-BF16) provides the same names with another Element and
+// other pack_* functions.
 //
 //   A  row-major [m][k], or its transpose [k][m]: elements are broadcast
-//   B  panels of kTileN columns: element (k, n) at (n / kTileN) * panel_stride + k * row_stride + n % kTileN
-//   C  row-major [m][n], fp32
+//   B  panels of kTileN columns: element (k, n) at (n / kTileN) * panel_stride + k * row_stride + n
+//   % kTileN C  row-major [m][n], fp32
 #pragma once
 
 #include "cpu/rows.h"
 
 namespace flash::cpu::FLASH_ATTN_ISA {
 
-inline constexpr int kTileM = kWidth == 16 ? 12 : 6;  // rows x 2 vectors of accumulators: 24 of 32, 12 of 16 registers
+inline constexpr int kTileM =
+    kWidth == 16 ? 12 : 6;  // rows x 2 vectors of accumulators: 24 of 32, 12 of 16 registers
 inline constexpr int kTileVectors = 2;
 inline constexpr int kTileN = kTileVectors * kWidth;
 
@@ -26,10 +29,10 @@ struct OperandB {
 };
 
 struct Product {
-  int k;             // length of the sum
-  const float* a;    // element (m, k) at m * a_ld + k, or transposed k * a_ld + m
+  int k;           // length of the sum
+  const float* a;  // element (m, k) at m * a_ld + k, or transposed k * a_ld + m
   int64_t a_ld;
-  const float* b;    // one panel
+  const float* b;  // one panel
   int64_t b_ld;
   float* c;
   int64_t c_ld;
@@ -76,7 +79,8 @@ inline void multiply_tile_rows(int rows, const Product& x) {
   if constexpr (M > 1) multiply_tile_rows<kTransA, M - 1>(rows, x);
 }
 
-// The same product where zeros in A hide rows of B that hold inf or NaN: skips them instead of multiplying.
+// The same product where zeros in A hide rows of B that hold inf or NaN: skips them instead of
+// multiplying.
 template <bool kTransA>
 inline void multiply_tile_skipping_zeros(int rows, const Product& x) {
   for (int m = 0; m < rows; ++m) {
@@ -93,9 +97,11 @@ inline void multiply_tile_skipping_zeros(int rows, const Product& x) {
   }
 }
 
-// C[rows][columns], columns rounded up to kTileN. Panels of B in the outer loop: one panel stays in L1 for all rows.
+// C[rows][columns], columns rounded up to kTileN. Panels of B in the outer loop: one panel stays in
+// L1 for all rows.
 template <bool kTransA>
-inline void multiply(int rows, int columns, const Product& product, const OperandB& b, bool skip_zeros) {
+inline void multiply(int rows, int columns, const Product& product, const OperandB& b,
+                     bool skip_zeros) {
   for (int n = 0; n < columns; n += kTileN) {
     Product x = product;
     x.b = b.data + n / kTileN * b.panel_stride;
@@ -114,23 +120,26 @@ inline void multiply(int rows, int columns, const Product& product, const Operan
   }
 }
 
-// ------------------------------------------------------------------------------------------------ packing
+// ------------------------------------------------------------------------------------------------
+// packing
 typedef float Vec4 __attribute__((vector_size(16)));
 
 // dst[i][j] = src[j][i] for a 4 x 4 block.
 FLASH_INLINE void transpose4(float* dst, int64_t dst_ld, const float* src, int64_t src_ld) {
   Vec4 r[4];
   for (int i = 0; i < 4; ++i) std::memcpy(&r[i], src + i * src_ld, 16);
-  const Vec4 a = __builtin_shufflevector(r[0], r[1], 0, 4, 1, 5), b = __builtin_shufflevector(r[2], r[3], 0, 4, 1, 5);
-  const Vec4 c = __builtin_shufflevector(r[0], r[1], 2, 6, 3, 7), d = __builtin_shufflevector(r[2], r[3], 2, 6, 3, 7);
+  const Vec4 a = __builtin_shufflevector(r[0], r[1], 0, 4, 1, 5),
+             b = __builtin_shufflevector(r[2], r[3], 0, 4, 1, 5);
+  const Vec4 c = __builtin_shufflevector(r[0], r[1], 2, 6, 3, 7),
+             d = __builtin_shufflevector(r[2], r[3], 2, 6, 3, 7);
   const Vec4 t[4] = {
       __builtin_shufflevector(a, b, 0, 1, 4, 5), __builtin_shufflevector(a, b, 2, 3, 6, 7),
       __builtin_shufflevector(c, d, 0, 1, 4, 5), __builtin_shufflevector(c, d, 2, 3, 6, 7)};
   for (int i = 0; i < 4; ++i) std::memcpy(dst + i * dst_ld, &t[i], 16);
 }
 
-// Rows [n][d] become B of a product that sums over d: panels of kTileN rows, element (d, row). Rows beyond n are 0.
-// buffer holds kTileN * round_up(d, kTileN) floats.
+// Rows [n][d] become B of a product that sums over d: panels of kTileN rows, element (d, row). Rows
+// beyond n are 0. buffer holds kTileN * round_up(d, kTileN) floats.
 template <class Row>  // Row(i) -> const void*
 inline bool pack_transposed(float* dst, Dtype t, int n, int d, Row row, float* buffer) {
   const int ld = round_up(d, kTileN);
@@ -141,7 +150,8 @@ inline bool pack_transposed(float* dst, Dtype t, int n, int d, Row row, float* b
     if (rows < kTileN) std::memset(buffer + rows * ld, 0, (kTileN - rows) * ld * sizeof(float));
     float* panel = dst + static_cast<int64_t>(n0) * ld;
     for (int i = 0; i < d; i += 4)
-      for (int j = 0; j < kTileN; j += 4) transpose4(panel + i * kTileN + j, kTileN, buffer + j * ld + i, ld);
+      for (int j = 0; j < kTileN; j += 4)
+        transpose4(panel + i * kTileN + j, kTileN, buffer + j * ld + i, ld);
   }
   return finite;
 }
@@ -149,7 +159,8 @@ inline OperandB transposed_operand(const float* packed, int d) {
   return {packed, static_cast<int64_t>(kTileN) * round_up(d, kTileN), kTileN};
 }
 
-// Rows [n][d] become B of a product that sums over n: panels of kTileN dims, element (row, d). Rows n..n_padded are 0.
+// Rows [n][d] become B of a product that sums over n: panels of kTileN dims, element (row, d). Rows
+// n..n_padded are 0.
 template <class Row>
 inline bool pack_natural(float* dst, Dtype t, int n, int n_padded, int d, Row row, float* buffer) {
   const int ld = round_up(d, kTileN);
@@ -160,7 +171,8 @@ inline bool pack_natural(float* dst, Dtype t, int n, int n_padded, int d, Row ro
     else
       std::memset(buffer, 0, ld * sizeof(float));
     for (int p = 0; p < ld; p += kTileN)
-      std::memcpy(dst + static_cast<int64_t>(p) * n_padded + i * kTileN, buffer + p, kTileN * sizeof(float));
+      std::memcpy(dst + static_cast<int64_t>(p) * n_padded + i * kTileN, buffer + p,
+                  kTileN * sizeof(float));
   }
   return finite;
 }

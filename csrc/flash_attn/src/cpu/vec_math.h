@@ -9,10 +9,12 @@ inline constexpr float kLog2e = 1.4426950408889634f;
 inline constexpr float kLn2 = 0.6931471805599453f;
 
 // 2^x for x <= 128. Results below 2^-126.5 are 0, so 2^-inf = 0 exactly; NaN stays NaN.
-// x = n + f with |f| <= 1/2; 2^f by a degree-6 minimax polynomial (relative error 2e-8), 2^n by the exponent field.
+// x = n + f with |f| <= 1/2; 2^f by a degree-6 minimax polynomial (relative error 2e-8), 2^n by the
+// exponent field.
 FLASH_INLINE Vec exp2(Vec x) {
   x = max(set1(-127.f), x);
-  const Vec magic = set1(0x1.8p23f);  // adding it rounds to an integer, which then lies in the low mantissa bits
+  const Vec magic =
+      set1(0x1.8p23f);  // adding it rounds to an integer, which then lies in the low mantissa bits
   const Vec shifted = x + magic;
   const Vec f = x - (shifted - magic);
   Vec p = set1(1.5461445e-4f);
@@ -28,7 +30,8 @@ FLASH_INLINE Vec exp2(Vec x) {
 
 FLASH_INLINE float exp2(float x) { return exp2(set1(x))[0]; }
 
-// tanh, after the two ranges of Cephes' tanhf (S. Moshier): an odd polynomial near 0, 1 - 2 / (e^2|y| + 1) beyond.
+// tanh, after the two ranges of Cephes' tanhf (S. Moshier): an odd polynomial near 0, 1 - 2 /
+// (e^2|y| + 1) beyond.
 FLASH_INLINE Vec tanh(Vec y) {
   const Vec a = abs(y);
   const Vec z = y * y;
