@@ -346,15 +346,14 @@ inline void prepare_bwd(const Flash_bwd_params& p, const BwdPlan& plan, const Bw
   const int64_t buffer_size = 2 * round_up(static_cast<int>(p.d_v), kTileN);
   Scratch scratch(threads * buffer_size * sizeof(float));
   const int64_t blocks = (plan.max_rows + tile.rows - 1) / tile.rows;
-  parallel_for(static_cast<int64_t>(plan.heads.size()) * blocks, threads,
-               [&](int64_t i, int thread) {
-                 const BwdHead& head = plan.heads.data()[i / blocks];
-                 const Sequence seq = sequence(p, head.batch);
-                 const int row0 = static_cast<int>(i % blocks) * tile.rows;
-                 if (row0 >= seq.seqlen_q * (p.h / p.h_k)) return;
-                 prepare_rows(p, seq, head.head_k, row0, tile,
-                              reinterpret_cast<float*>(scratch.data()) + thread * buffer_size);
-               });
+  parallel_for(p.b * p.h_k * blocks, threads, [&](int64_t i, int thread) {
+    const int head = static_cast<int>(i / blocks);
+    const Sequence seq = sequence(p, static_cast<int>(head / p.h_k));
+    const int row0 = static_cast<int>(i % blocks) * tile.rows;
+    if (row0 >= seq.seqlen_q * (p.h / p.h_k)) return;
+    prepare_rows(p, seq, static_cast<int>(head % p.h_k), row0, tile,
+                 reinterpret_cast<float*>(scratch.data()) + thread * buffer_size);
+  });
 }
 
 inline DqSlots carve_slots(Carver& c, const Flash_bwd_params& p, const BwdPlan& plan,
@@ -382,7 +381,7 @@ inline void run_bwd_tasks(const Flash_bwd_params& p, const BwdPlan& plan, const 
   const BwdHead* heads = plan.heads.data();
   for (size_t h = 0; h < plan.heads.size(); ++h) {
     slots.chunks_done[h] = 0;
-    slots.head_done[h] = heads[h].chunks == 0;
+    slots.head_done[h] = 0;
   }
   // A bias gradient broadcast over keys is shared by the chunks of a head, which then run one after
   // the other.

@@ -86,6 +86,7 @@ BwdPlan plan_bwd(const Flash_bwd_params& p, int chunk_keys, int threads) {
     const Sequence seq = sequence(p, b);
     plan.max_rows = std::max(plan.max_rows, seq.seqlen_q * group);
     plan.flops += 10.0 * p.h * seq.seqlen_q * seq.seqlen_k * static_cast<double>(p.d + p.d_v) / 2;
+    if (seq.seqlen_k == 0) continue;
     for (int head_k = 0; head_k < p.h_k; ++head_k)
       plan.heads.push_back({b, head_k, ceil_div(seq.seqlen_k, chunk_keys)});
   }

@@ -40,7 +40,8 @@ FwdPlan plan_fwd(const Flash_fwd_params& params, const FwdTile& tile, int thread
 // caller's wish.
 int num_splits(const Flash_fwd_params& params, const Sequence& seq, const FwdTile& tile);
 
-// One key-value head of one sequence in the backward, cut into chunks of keys.
+// One key-value head of one sequence in the backward, cut into chunks of keys; sequences without
+// keys have none.
 struct BwdHead {
   int batch, head_k;
   int chunks;
@@ -58,7 +59,7 @@ struct BwdPlan {
   std::vector<BwdHead> heads;
   std::vector<BwdTask> tasks;
   int wave_heads = 1;    // heads in flight, each with a slot for the fp32 sums of dq
-  int64_t max_rows = 0;  // rows of the longest head
+  int64_t max_rows = 0;  // rows of the longest head, with or without keys
   double flops = 0;
 };
 

@@ -49,7 +49,8 @@ class RowMap {
   TileColumns columns(int row, int rows, int key, int count) const {
     const KeyRange seen = keys(row, row + rows - 1);
     int begin = seen.begin - key, end = seen.end - key;
-    begin = begin < 0 ? 0 : begin / kTileN * kTileN;
+    begin = begin < 0 ? 0 : begin > count ? count : begin;
+    begin = begin / kTileN * kTileN;
     end = end > count ? count : end;
     end = end <= begin ? begin : round_up(end, kTileN);
     return {begin, end, key};
