@@ -17,8 +17,7 @@ Flash_bwd_params check_mha_varlen_bwd(const flash_attn_bwd_args& args);
 Flash_fwd_params check_mha_fwd_kvcache(const flash_attn_kvcache_args& args);
 Combine_params check_combine(const flash_attn_combine_args& args);
 
-// ---------------------------------------------------------------- parts that several entry points
-// share
+// ---------------------------------------------------------------- parts of the entry points
 
 // How rows are laid out: [batch, row, ...], packed sequences, packed queries over paged keys, a KV
 // cache, a paged one.

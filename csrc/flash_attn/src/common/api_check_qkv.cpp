@@ -39,13 +39,32 @@ void check_heads(const Qkv_params& p, const char* limit) {
   require(p.h % p.h_k == 0, "Number of heads in key/value must divide number of heads in query");
 }
 
-void check_magnitude(const char* name, int64_t value) {
-  require(value <= kMaxInt32, name, " is too large: ", value);
+// Lengths, head counts and page numbers are int32 in kernels.
+void check_magnitude(const Arg& x) {
+  for (int i = 0; i < x.t->ndim; ++i) {
+    require(x.size(i) <= kMaxInt32, x.name, " is too large: dimension ", i, " has size ",
+            x.size(i));
+  }
+}
+
+// The extents that q, k and v tell, before they are compared.
+void read_extents(const Arg& q, const Arg& k, const Arg& v, Qkv_params& p) {
+  const int q_ndim = q.t->ndim, k_ndim = k.t->ndim;
+  p.h = q.size(q_ndim - 2);
+  p.d = q.size(q_ndim - 1);
+  p.h_k = k.size(k_ndim - 2);
+  p.d_v = v.size(k_ndim - 1);
+  if (q_ndim == 3) {
+    p.total_q = q.size(0);
+  } else {
+    p.b = q.size(0);
+    p.seqlen_q = q.size(1);
+    p.total_q = p.b * p.seqlen_q;
+  }
 }
 
 void check_dense_shapes(const Arg& k, const Arg& v, Qkv_params& p) {
   p.seqlen_k = k.size(1);
-  p.total_q = p.b * p.seqlen_q;
   p.total_k = p.b * p.seqlen_k;
   check_extents(
       k,
@@ -69,8 +88,6 @@ void check_cache_shapes(const Arg& k, const Arg& v, const char* outer, const cha
       k, {{outer, k.size(0)}, {inner, k.size(1)}, {"num_heads_k", p.h_k}, {"head_size", p.d}});
   check_extents(
       v, {{outer, k.size(0)}, {inner, k.size(1)}, {"num_heads_k", p.h_k}, {"head_size_v", p.d_v}});
-  require(k.size(0) == 0 || k.size(1) <= std::numeric_limits<int64_t>::max() / k.size(0), k.name,
-          " is too large");
   p.total_k = k.size(0) * k.size(1);
 }
 
@@ -78,8 +95,8 @@ void check_cache_shapes(const Arg& k, const Arg& v, const char* outer, const cha
 
 void check_batch(const Qkv_params& p) {
   require(p.b > 0, "batch size must be positive");
-  check_magnitude("batch size", p.b);
-  check_magnitude("batch_size * num_heads", p.b * p.h);
+  require(p.b <= kMaxInt32 && p.b * p.h <= kMaxInt32, "batch_size * num_heads is too large: ", p.b,
+          " * ", p.h);
 }
 
 void check_qkv(const Arg& q, const Arg& k, const Arg& v, Layout layout, const char* limit,
@@ -94,20 +111,9 @@ void check_qkv(const Arg& q, const Arg& k, const Arg& v, Layout layout, const ch
     check_view(*x, k_ndim, keys_shape(layout));
   }
   check_types(q, k, v, p);
-  p.h = q.size(q_ndim - 2);
-  p.d = q.size(q_ndim - 1);
-  p.h_k = k.size(k_ndim - 2);
-  p.d_v = v.size(k_ndim - 1);
-  if (packed_q) {
-    p.total_q = q.size(0);
-  } else {
-    p.b = q.size(0);
-    p.seqlen_q = q.size(1);
-    for (int64_t extent : {p.b, p.seqlen_q, k.size(1)})
-      check_magnitude("batch size or seqlen", extent);
-  }
-  check_magnitude("number of heads", p.h);
-  for (int64_t rows : {q.size(0), k.size(0)}) check_magnitude("first dimension", rows);
+  check_magnitude(q);
+  check_magnitude(k);
+  read_extents(q, k, v, p);
   check_heads(p, limit);
   if (!packed_q) check_batch(p);
   switch (layout) {

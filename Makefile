@@ -1,0 +1,82 @@
+# Every target sets up what it needs: a virtual environment in .venv, the rest in build/.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+JOBS ?= $(shell nproc)
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+unexport FLASH_ATTN_LIBRARY_DIR PYTHONPATH
+
+SOURCES := $(shell find csrc cmake examples/cpp tests/cpp flash_attn -name __pycache__ -prune -o -type f -print) \
+  CMakeLists.txt pyproject.toml flash_attn_2_cuda.py
+CPP_FILES = $(shell find csrc examples tests -name '*.h' -o -name '*.cpp')
+CMAKE_FLAGS := -G Ninja -DPython_EXECUTABLE=$(CURDIR)/.venv/bin/python -DFLASH_ATTN_WERROR=ON
+
+VENV := .venv/.complete
+RELEASE := build/.release
+INSTALLED := build/.installed
+
+.PHONY: help dev demo test bench lint format asan tsan wheel clean
+help: ## print this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/\1\t\2/' | expand -t 10
+
+$(VENV): tools/constraints-dev.txt
+	PYTHON=$(PYTHON) tools/install_system_packages.sh
+	$(PYTHON) -m venv .venv
+	@echo 'installing tools/constraints-dev.txt into .venv (a minute or two)'
+	.venv/bin/pip install -qq --disable-pip-version-check -r tools/constraints-dev.txt
+	touch $@
+
+$(RELEASE): $(VENV) $(SOURCES)
+	cmake -S . -B build/release $(CMAKE_FLAGS)
+	cmake --build build/release -j $(JOBS)
+	touch $@
+
+# pip takes over the objects of build/release, so nothing is compiled twice.
+$(INSTALLED): $(RELEASE)
+	pip install -qq --disable-pip-version-check --no-build-isolation --no-deps -C build-dir=build/release .
+	touch $@
+
+dev: $(RELEASE) ## build, to work on the Python files in place
+	@echo 'export PATH=$(CURDIR)/.venv/bin:$$PATH PYTHONPATH=$(CURDIR) FLASH_ATTN_LIBRARY_DIR=$(CURDIR)/build/release/lib'
+
+demo: $(INSTALLED) ## train a small GPT, generate text with it, compare speed and memory (build/demo)
+	mkdir -p build/demo
+	.venv/bin/python examples/train_text.py
+
+test: $(INSTALLED) ## C++ tests, then Python tests of the installed package
+	ctest --test-dir build/release --output-on-failure
+	cd build && pytest --config-file=../pyproject.toml ../tests/python
+
+bench: $(INSTALLED) ## time attention against PyTorch
+	.venv/bin/python benchmarks/benchmark_attn.py
+
+lint: $(RELEASE) ## formatting, ruff, and a build without compiler warnings
+	clang-format --dry-run --Werror $(CPP_FILES)
+	ruff format --check .
+	ruff check .
+
+format: $(VENV) ## format all C++ and Python files
+	clang-format -i $(CPP_FILES)
+	ruff format .
+	ruff check --fix .
+
+asan: $(VENV) ## C++ tests under the address and undefined behaviour sanitizers
+	cmake -S . -B build/asan $(CMAKE_FLAGS) -DCMAKE_BUILD_TYPE=RelWithDebInfo -DFLASH_ATTN_PYTHON=OFF \
+	  -DFLASH_ATTN_SANITIZE=address,undefined
+	cmake --build build/asan -j $(JOBS)
+	UBSAN_OPTIONS=print_stacktrace=1 ctest --test-dir build/asan --output-on-failure
+
+tsan: $(VENV) ## C++ tests under the thread sanitizer
+	cmake -S . -B build/tsan $(CMAKE_FLAGS) -DCMAKE_BUILD_TYPE=RelWithDebInfo -DFLASH_ATTN_PYTHON=OFF \
+	  -DFLASH_ATTN_SANITIZE=thread
+	cmake --build build/tsan -j $(JOBS)
+	ctest --test-dir build/tsan --output-on-failure
+
+wheel: $(VENV) ## build the wheel as users do, isolated from everything, and check it
+	tools/check_wheel.sh
+
+clean: ## remove everything that was built, .venv too
+	rm -rf build .venv .ruff_cache .hypothesis

@@ -1,0 +1,131 @@
+"""Pictures of measured rows. Without matplotlib they are skipped with a line that says so."""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+
+COLOURS = {"flash_attn": "#c1440e", "sdpa": "#3b6ea5", "plain": "#8a8a8a"}
+LABELS = {"flash_attn": "flash_attn", "sdpa": "torch SDPA", "plain": "plain softmax"}
+
+
+def pyplot():
+    """matplotlib.pyplot for files, or None if matplotlib is missing."""
+    try:
+        import matplotlib
+    except ImportError:
+        print("matplotlib is missing: no picture")
+        return None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    return plt
+
+
+def draw_lines(axis, rows: list[dict], column: str, title: str, unit: str, log_y=False) -> None:
+    """One line a peer of ``column`` over the key sequence length."""
+    for peer in COLOURS:
+        points = sorted((int(r["seqlen_k"]), float(r[column])) for r in rows if r["peer"] == peer)
+        if points:
+            axis.plot(
+                *zip(*points), marker="o", markersize=4, color=COLOURS[peer], label=LABELS[peer]
+            )
+    seqlens = sorted({int(r["seqlen_k"]) for r in rows})
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(seqlens, [f"{s // 1024}k" if s >= 1024 else str(s) for s in seqlens])
+    axis.minorticks_off()
+    if log_y:
+        axis.set_yscale("log")
+    else:
+        axis.set_ylim(bottom=0)
+    axis.set_title(title, fontsize=10)
+    axis.set_xlabel("sequence length")
+    axis.set_ylabel(unit)
+    axis.grid(alpha=0.25)
+
+
+def _group_key(row: dict) -> tuple:
+    """What all points of a line have in common."""
+    return tuple(v for k, v in row.items() if k in _GROUP_COLUMNS)
+
+
+_GROUP_COLUMNS = ("op", "dtype", "batch", "nheads", "nheads_k", "headdim", "headdim_v", "causal")
+
+
+def _group_title(row: dict) -> str:
+    heads = f"h={row['nheads']}"
+    if row["nheads"] != row["nheads_k"]:
+        heads += f"/{row['nheads_k']}"
+    mask = "causal" if int(row["causal"]) else "full"
+    return f"{row['op']} {row['dtype']} {mask}\nb={row['batch']} {heads} d={row['headdim']}"
+
+
+def _save_lines(plt, groups: list[list[dict]], machine: str, path: Path) -> None:
+    columns = min(len(groups), 4)
+    lines = -(-len(groups) // columns)
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(3.6 * columns, 3.1 * lines + 0.5), squeeze=False
+    )
+    for axis in axes.flat[len(groups) :]:
+        axis.set_visible(False)
+    for axis, rows in zip(axes.flat, groups):
+        draw_lines(axis, rows, "gflops", _group_title(rows[0]), "GFLOP/s")
+    axes[0, 0].legend(frameon=False)
+    finish(plt, figure, machine, path)
+
+
+def _save_bars(plt, groups: list[list[dict]], machine: str, path: Path) -> None:
+    """Horizontal bars of GFLOP/s, one group a case."""
+    cases = [case for rows in groups for case in _split_by_seqlen(rows)]
+    height = 0.55 * len(cases) + 1.2
+    figure, axis = plt.subplots(figsize=(8.5, height))
+    for i, rows in enumerate(cases):
+        for j, row in enumerate(rows):
+            label = LABELS[row["peer"]] if i == 0 else None
+            y = i + 0.26 * (j - (len(rows) - 1) / 2)
+            axis.barh(y, row["gflops"], 0.24, color=COLOURS[row["peer"]], label=label)
+            if row["peer"] == "flash_attn" and row["ratio_to_sdpa"]:
+                axis.text(
+                    row["gflops"], y, f" {row['ratio_to_sdpa']:.2f}x", va="center", fontsize=7
+                )
+    names = [
+        _group_title(rows[0]).replace("\n", " ") + f" s={rows[0]['seqlen_k']}" for rows in cases
+    ]
+    axis.set_yticks(range(len(cases)), names, fontsize=7)
+    axis.invert_yaxis()
+    axis.set_ylim(len(cases) - 0.5, -0.5)
+    axis.set_xlabel(
+        "GFLOP/s (a causal mask counts as half); beside the bars: speed relative to torch SDPA"
+    )
+    axis.grid(axis="x", alpha=0.25)
+    axis.legend(frameon=False, loc="lower right")
+    finish(plt, figure, machine, path)
+
+
+def _split_by_seqlen(rows: list[dict]) -> list[list[dict]]:
+    seqlens = sorted({row["seqlen_k"] for row in rows})
+    return [[row for row in rows if row["seqlen_k"] == s] for s in seqlens]
+
+
+def finish(plt, figure, machine: str, path: Path) -> None:
+    """Write the machine under the figure, and the figure to ``path``."""
+    width = int(figure.get_size_inches()[0] * 17)
+    figure.tight_layout(rect=(0, 0.35 / figure.get_size_inches()[1], 1, 1))
+    figure.text(
+        0.01, 0.01, textwrap.fill(machine, width), fontsize=6.5, color="#555555", va="bottom"
+    )
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def save_benchmark(rows: list[dict], machine: str, path: Path) -> Path | None:
+    """Lines over the sequence length where some case has three or more of them, else bars."""
+    if (plt := pyplot()) is None:
+        return None
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        groups.setdefault(_group_key(row), []).append(row)
+    has_sweep = any(len(_split_by_seqlen(group)) >= 3 for group in groups.values())
+    (_save_lines if has_sweep else _save_bars)(plt, list(groups.values()), machine, path)
+    return path

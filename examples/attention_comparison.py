@@ -1,0 +1,78 @@
+"""Speed and memory of attention over the sequence length: flash_attn, PyTorch's own, plain softmax.
+
+Runs ../benchmarks in processes of their own, so that they measure undisturbed, and puts their
+figures into a table and a picture.
+"""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+sys.path.append(str(BENCHMARKS))
+
+from figures import draw_lines, finish, pyplot  # noqa: E402
+from machine import summary as machine_summary  # noqa: E402, F401  for train_text.py
+
+SEQLENS = (512, 1024, 2048, 4096, 8192, 16384)
+SHAPE = ["--nheads", "2", "--headdim", "64", "--causal", "1", "--dtype", "float32"]
+PEERS = {"flash_attn": "flash_attn", "sdpa": "torch SDPA", "plain": "plain softmax"}
+QUANTITIES = {"fwd": "forward ms", "fwd_bwd": "fwd + bwd ms", "memory": "peak extra MiB"}
+
+
+def _run(script: str, *arguments: str) -> None:
+    command = [sys.executable, str(BENCHMARKS / script), *SHAPE, "--seqlen", *map(str, SEQLENS)]
+    finished = subprocess.run([*command, *arguments], stdout=subprocess.PIPE, text=True)
+    if finished.returncode != 0:
+        raise SystemExit(f"{script} failed:\n{finished.stdout}")
+
+
+def _read(path: Path) -> list[dict]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def measure(out: Path) -> list[dict]:
+    """Rows {op, peer, seqlen, value}: op fwd and fwd_bwd in milliseconds, memory in MiB."""
+    _run("benchmark_attn.py", "--op", "fwd", "fwd_bwd", "--budget", "1.5", "--out", str(out))
+    _run("memory.py", "--peers", *PEERS, "--out", str(out))
+    columns = [(row, row["op"], "median_ms") for row in _read(out / "attention.csv")]
+    columns += [(row, "memory", "extra_mib") for row in _read(out / "memory.csv")]
+    return [
+        {"op": op, "peer": row["peer"], "seqlen": int(row["seqlen_k"]), "value": float(row[value])}
+        for row, op, value in columns
+    ]
+
+
+def table(rows: list[dict]) -> str:
+    """A Markdown table: one line a sequence length, one column a quantity and peer."""
+    values = {(row["op"], row["peer"], row["seqlen"]): row["value"] for row in rows}
+    columns = [(op, peer) for op in QUANTITIES for peer in PEERS]
+    lines = [
+        "| seqlen | " + " | ".join(f"{QUANTITIES[op]}, {PEERS[p]}" for op, p in columns) + " |",
+        "| ---: " * (len(columns) + 1) + "|",
+    ]
+    for seqlen in SEQLENS:
+        cells = (values.get((op, peer, seqlen)) for op, peer in columns)
+        texts = ("-" if value is None else f"{value:.1f}" for value in cells)
+        lines.append(f"| {seqlen} | " + " | ".join(texts) + " |")
+    return "\n".join(lines)
+
+
+def picture(rows: list[dict], machine: str, path: Path) -> Path | None:
+    """Three panels over the sequence length. None without matplotlib."""
+    if (plt := pyplot()) is None:
+        return None
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.9))
+    titles = ("forward", "forward + backward", "memory of forward + backward")
+    units = ("ms", "ms", "MiB beyond the inputs")
+    for axis, op, title, unit in zip(axes, QUANTITIES, titles, units):
+        points = [{**row, "seqlen_k": row["seqlen"]} for row in rows if row["op"] == op]
+        draw_lines(axis, points, "value", title, unit, log_y=True)
+    axes[0].legend(frameon=False)
+    figure.suptitle("Causal attention, fp32, 2 heads of 64", fontsize=11)
+    finish(plt, figure, machine, path)
+    return path

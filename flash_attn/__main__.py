@@ -1,0 +1,91 @@
+"""``python -m flash_attn``: what a bug report needs."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+import flash_attn
+from flash_attn import _library
+
+
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or "unknown"
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.machine()
+
+
+def _mapped_openmp_libraries() -> list[str]:
+    """Return the files of OpenMP runtimes that this process has mapped."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return []
+    paths = {line.split(maxsplit=5)[5] for line in lines if line.count("/")}
+    return sorted(p for p in paths if Path(p).name.startswith(("libgomp", "libomp", "libiomp")))
+
+
+def _openmp() -> str:
+    libraries = _mapped_openmp_libraries()
+    text = ", ".join(libraries) or "none mapped, or not known on this system"
+    if len({os.path.realpath(p) for p in libraries}) > 1:
+        text += (
+            "\n  More than one OpenMP runtime is loaded: torch brings its own and shares no threads"
+            "\n  with flash_attn. Results are right, but calls in turns with torch's are slower."
+        )
+    return text
+
+
+def _gpus() -> str:
+    driver = Path("/proc/driver/nvidia/version")
+    seen = driver.read_text().splitlines()[0] if driver.is_file() else "NVIDIA driver not seen"
+    if not torch.cuda.is_available():
+        return f"{seen}; torch.cuda is not available"
+    devices = [
+        f"\n  cuda:{i} {torch.cuda.get_device_name(i)}, "
+        f"compute capability {'.'.join(map(str, torch.cuda.get_device_capability(i)))}"
+        for i in range(torch.cuda.device_count())
+    ]
+    return seen + "".join(devices)
+
+
+def report() -> str:
+    """Return the versions, the machine and the kernels in use, one item a line."""
+    lib = _library.lib
+    forced = os.environ.get("FLASH_ATTENTION_CPU_ISA")
+    kernels = str(lib.kernels()).strip().replace("\n", "\n  ")
+    items = {
+        "flash_attn": f"{flash_attn.__version__} in {Path(flash_attn.__file__).parent}",
+        "library": f"{lib.version()} in {_library.library_path()}",
+        "torch": f"{torch.__version__} (CUDA {torch.version.cuda or 'none'})",
+        "apache-tvm-ffi": _version("apache-tvm-ffi"),
+        "Python": f"{platform.python_version()} ({sys.executable})",
+        "system": platform.platform(),
+        "CPU": f"{_cpu_model()}, {os.cpu_count()} logical CPUs",
+        "instruction sets": f"{lib.cpu_isas()}; in use: {lib.cpu_isa()}"
+        + (f" (FLASH_ATTENTION_CPU_ISA={forced})" if forced else ""),
+        "threads": f"{lib.cpu_threads()} (torch: {torch.get_num_threads()})",
+        "OpenMP": _openmp(),
+        "GPUs": _gpus(),
+        "kernels": f"backend, instruction set, operation, dtypes, head dims\n  {kernels}",
+    }
+    return "\n".join(f"{name}: {value}" for name, value in items.items())
+
+
+if __name__ == "__main__":
+    print(report())

@@ -1,0 +1,114 @@
+"""Buffers that the operators hand to the library: shapes, dtypes, and the dropout's random state.
+
+Arguments are checked in the library alone, so the shapes made here from malformed tensors are a
+best effort: no error is raised, and the library rejects the call before it reads or writes
+anything.
+"""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+
+def maybe_contiguous(x: Optional[Tensor]) -> Optional[Tensor]:
+    """Return ``x``, copied only if its last dimension lacks unit stride. None stays None."""
+    if x is None or x.dim() == 0 or x.stride(-1) == 1:
+        return x
+    return x.contiguous()
+
+
+def round_multiple(x: int, m: int) -> int:
+    """Return the smallest multiple of ``m`` that is at least ``x``."""
+    return (x + m - 1) // m * m
+
+
+def new_rng_state(dropout_p: float) -> Tensor:
+    """Return int64 [2] = {seed, offset} on the CPU.
+
+    With dropout both are drawn from torch's default CPU generator, without they are zeros.
+    """
+    if dropout_p > 0.0:
+        return torch.randint(0, 2**63 - 1, (2,), dtype=torch.int64, device="cpu")
+    return torch.zeros(2, dtype=torch.int64, device="cpu")
+
+
+def _has_dims(x: Optional[Tensor], ndim: int) -> bool:
+    return x is not None and x.dim() == ndim
+
+
+def dense_out(q: Tensor, v: Tensor) -> Tensor:
+    """Return an uninitialised out, (batch, seqlen_q, nheads, headdim_v)."""
+    if not _has_dims(q, 4) or not _has_dims(v, 4):
+        return torch.empty(0)
+    batch, seqlen_q, nheads, headdim = q.shape
+    headdim_v = v.shape[3]
+    if headdim == headdim_v and q.is_contiguous():
+        return torch.empty_like(q)  # the quickest
+    return q.new_empty((batch, seqlen_q, nheads, headdim_v))
+
+
+def dense_lse(q: Tensor) -> Tensor:
+    """Return an uninitialised softmax_lse, fp32 (batch, nheads, seqlen_q)."""
+    if not _has_dims(q, 4):
+        return torch.empty(0)
+    batch, seqlen_q, nheads, _ = q.shape
+    return q.new_empty((batch, nheads, seqlen_q), dtype=torch.float32)
+
+
+def dense_s_dmask(q: Tensor, k: Tensor) -> Tensor:
+    """Return an uninitialised S_dmask, (batch, nheads, ceil128(seqlen_q), ceil128(seqlen_k))."""
+    if not _has_dims(q, 4) or not _has_dims(k, 4):
+        return torch.empty(0)
+    batch, seqlen_q, nheads, _ = q.shape
+    rows, cols = round_multiple(seqlen_q, 128), round_multiple(k.shape[1], 128)
+    return q.new_empty((batch, nheads, rows, cols))
+
+
+def dense_softmax_d(q: Tensor) -> Tensor:
+    """Return an uninitialised softmax_d, fp32 (batch, nheads, ceil128(seqlen_q))."""
+    if not _has_dims(q, 4):
+        return torch.empty(0)
+    batch, seqlen_q, nheads, _ = q.shape
+    return q.new_empty((batch, nheads, round_multiple(seqlen_q, 128)), dtype=torch.float32)
+
+
+def varlen_out(q: Tensor, v: Tensor) -> Tensor:
+    """Return an uninitialised out, (total_q, nheads, headdim_v); v may be paged."""
+    if not _has_dims(q, 3) or v is None or v.dim() == 0:
+        return torch.empty(0)
+    return q.new_empty((q.shape[0], q.shape[1], v.shape[-1]))
+
+
+def varlen_lse(q: Tensor) -> Tensor:
+    """Return an uninitialised softmax_lse, fp32 (nheads, total_q)."""
+    if not _has_dims(q, 3):
+        return torch.empty(0)
+    return q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+
+
+def varlen_s_dmask(q: Tensor, cu_seqlens_q: Tensor, max_seqlen_q: int, max_seqlen_k: int) -> Tensor:
+    """Return an uninitialised S_dmask, (b, nheads, ceil128(max_seqlen_q), ceil128(max_seqlen_k)).
+
+    ceil128 rounds up to a multiple of 128.
+    """
+    if not _has_dims(q, 3) or not _has_dims(cu_seqlens_q, 1) or min(max_seqlen_q, max_seqlen_k) < 0:
+        return torch.empty(0)
+    batch = max(cu_seqlens_q.shape[0] - 1, 0)
+    rows, cols = round_multiple(max_seqlen_q, 128), round_multiple(max_seqlen_k, 128)
+    return q.new_empty((batch, q.shape[1], rows, cols))
+
+
+def varlen_softmax_d(q: Tensor, cu_seqlens_q: Tensor) -> Tensor:
+    """Return an uninitialised softmax_d, fp32 (nheads, total_q + 128 * batch)."""
+    if not _has_dims(q, 3) or not _has_dims(cu_seqlens_q, 1):
+        return torch.empty(0)
+    columns = q.shape[0] + 128 * max(cu_seqlens_q.shape[0] - 1, 0)
+    return q.new_empty((q.shape[1], columns), dtype=torch.float32)
+
+
+def new_gradient(x: Tensor, dtype: Optional[torch.dtype] = None) -> Tensor:
+    """Return an uninitialised contiguous tensor with the shape, device and dtype of ``x``."""
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)

@@ -1,0 +1,49 @@
+"""The short way of an eager call that needs nothing from torch's dispatcher.
+
+The dispatcher's way from a public function to a kernel takes longer than attention over a short
+cache. It is needed for gradients, torch.compile, tracing, torch.func, tensor subclasses and the
+modes of ``torch.utils._python_dispatch``, and it is what the profiler sees; a call without any of
+these may go straight to the implementation, with the same result.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_TENSOR_CLASSES = (Tensor, torch.nn.Parameter)
+_included_keys = torch._C._dispatch_tls_local_include_set
+_profiler_enabled = torch._C._autograd._profiler_enabled
+_function_modes = torch._C._len_torch_function_stack
+_is_compiling = torch.compiler.is_compiling
+_is_grad_enabled = torch.is_grad_enabled
+
+# Keys that this thread may add to those of its arguments without asking for anything here.
+_INERT_KEYS = (
+    torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect)
+    | torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
+).raw_repr()
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether ``x`` is a tensor of no subclass, whose elements are what its memory holds."""
+    return x.__class__ in _TENSOR_CLASSES and not x.is_neg()
+
+
+def needs_no_dispatcher(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether the dispatcher would only call the kernel with these tensors, gradients apart."""
+    return (
+        not _is_compiling()
+        and not _included_keys().raw_repr() & ~_INERT_KEYS
+        and not _function_modes()
+        and not _profiler_enabled()
+        and is_plain(q)
+        and is_plain(k)
+        and is_plain(v)
+        and (q.is_cpu or q.is_cuda)
+    )
+
+
+def needs_no_gradient(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether none of these tensors asks for a gradient here."""
+    return not (_is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))

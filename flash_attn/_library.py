@@ -1,0 +1,74 @@
+"""The compiled library: the one place where it is found and loaded.
+
+``lib`` holds its functions as attributes (``lib.mha_fwd`` and so on). Their arguments are those of
+the C header ``flash_attn/flash_attn.h``, tensors as anything that speaks DLPack, absent ones as
+None. They raise RuntimeError with the library's sentence, MemoryError when memory runs out, and
+TypeError or OverflowError for an argument that is not of the expected kind.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch  # noqa: F401  before the library, so that both share torch's OpenMP threads
+import tvm_ffi
+
+_FILE_NAME = "libflash_attn_ffi.so"
+# Long calls let other Python threads run; the short ones would only lose time by it.
+_LONG_CALLS = (
+    "mha_fwd",
+    "mha_varlen_fwd",
+    "mha_bwd",
+    "mha_varlen_bwd",
+    "mha_fwd_kvcache",
+    "combine",
+)
+_SHORT_CALLS = ("version", "kernels", "cpu_isas", "cpu_isa", "set_cpu_isa", "cpu_threads")
+
+
+def library_path() -> Path:
+    """Return the library's path: in ``$FLASH_ATTN_LIBRARY_DIR`` if set, else beside this file.
+
+    Raises ImportError if it is not there.
+    """
+    directory = os.environ.get("FLASH_ATTN_LIBRARY_DIR") or Path(__file__).parent
+    path = Path(directory).resolve() / _FILE_NAME
+    if not path.is_file():
+        raise ImportError(
+            f"{path} not found: build it (see README.md), or set FLASH_ATTN_LIBRARY_DIR to the "
+            f"directory that holds {_FILE_NAME}"
+        )
+    return path
+
+
+def _load() -> SimpleNamespace:
+    module = tvm_ffi.load_module(library_path())
+    functions = SimpleNamespace()
+    for name in _LONG_CALLS + _SHORT_CALLS:
+        function = module.get_function(name)
+        function.release_gil = name in _LONG_CALLS
+        setattr(functions, name, function)
+    return functions
+
+
+lib = _load()
+
+
+def cpu_isas() -> list[str]:
+    """Return the instruction sets that this build has and this CPU runs, best last."""
+    return lib.cpu_isas().split()
+
+
+def cpu_isa() -> str:
+    """Return the instruction set in use."""
+    return str(lib.cpu_isa())
+
+
+def set_cpu_isa(name: str | None) -> None:
+    """Use instruction set ``name`` from now on, in the whole process; None restores the default.
+
+    Raises RuntimeError if ``name`` is not one of ``cpu_isas()``.
+    """
+    lib.set_cpu_isa(name)

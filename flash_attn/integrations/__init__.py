@@ -1,0 +1,37 @@
+"""This package under other libraries' own switches.
+
+- ``register()``: Hugging Face transformers, ``attn_implementation="exact_attention"``
+  (``huggingface.py``).
+- ``sdpa.register()``: ``torch.nn.functional.scaled_dot_product_attention`` on the CPU
+  (``sdpa.py``).
+
+Importing this package imports neither of the other libraries.
+"""
+
+from __future__ import annotations
+
+__all__ = ["register"]
+
+
+def register(name: str = "exact_attention") -> str:
+    """Make this package an attention implementation of Hugging Face transformers.
+
+    Afterwards ``AutoModel.from_pretrained(..., attn_implementation=name)`` and
+    ``model.set_attn_implementation(name)`` run on it, on the CPU as well: transformers' own
+    ``"flash_attention_2"`` refuses machines without CUDA. Calling it again is harmless.
+
+    Arguments:
+        name: what to call the implementation. It must not contain "flash": transformers takes every
+        such name for one
+            of its own and looks for it on the model hub.
+
+    Returns:
+        ``name``.
+
+    Raises:
+        ImportError: transformers is missing, or older than its version 5.
+        ValueError: ``name`` contains "flash".
+    """
+    from flash_attn.integrations import huggingface
+
+    return huggingface.register(name)

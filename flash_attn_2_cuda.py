@@ -1,0 +1,287 @@
+"""FlashAttention-2's extension module: five entry points, under the name that others import.
+
+All arguments are positional, none has a default except ``num_splits`` of ``varlen_fwd``; ``None``
+stands for an absent tensor. Shapes and meanings are those of ``flash_attn.flash_attn_interface``.
+No entry point records a gradient. Despite the module's name the tensors may be on the CPU. Errors
+are RuntimeError.
+"""
+
+from __future__ import annotations
+
+from flash_attn import _buffers as buffers
+from flash_attn import _kernels as kernels
+
+
+def _reject_generator(generator) -> None:
+    if generator is not None:
+        raise RuntimeError(
+            "flash-attn: the RNG `generator` argument is no longer supported and must be None; "
+            "dropout draws from torch's default generator, which torch.manual_seed seeds."
+        )
+
+
+def fwd(
+    q,
+    k,
+    v,
+    out,
+    alibi_slopes,
+    p_dropout,
+    softmax_scale,
+    is_causal,
+    window_size_left,
+    window_size_right,
+    softcap,
+    return_softmax,
+    generator,
+    /,
+):
+    """Attention of a dense batch: [out, softmax_lse, S_dmask, rng_state].
+
+    ``out`` is written when given; ``generator`` must be None.
+    """
+    _reject_generator(generator)
+    return list(
+        kernels.forward(
+            q,
+            k,
+            v,
+            p_dropout,
+            softmax_scale,
+            is_causal,
+            window_size_left,
+            window_size_right,
+            softcap,
+            alibi_slopes,
+            return_softmax,
+            out=out,
+        )
+    )
+
+
+def varlen_fwd(
+    q,
+    k,
+    v,
+    out,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    seqused_k,
+    leftpad_k,
+    block_table,
+    alibi_slopes,
+    max_seqlen_q,
+    max_seqlen_k,
+    p_dropout,
+    softmax_scale,
+    zero_tensors,
+    is_causal,
+    window_size_left,
+    window_size_right,
+    softcap,
+    return_softmax,
+    generator,
+    num_splits=0,
+    /,
+):
+    """Attention of a packed batch: [out, softmax_lse, S_dmask, rng_state].
+
+    ``out`` is written when given; ``generator`` must be None.
+    """
+    _reject_generator(generator)
+    return list(
+        kernels.varlen_forward(
+            q,
+            k,
+            v,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            max_seqlen_q,
+            max_seqlen_k,
+            p_dropout,
+            softmax_scale,
+            is_causal,
+            window_size_left,
+            window_size_right,
+            softcap,
+            alibi_slopes,
+            return_softmax,
+            block_table,
+            leftpad_k,
+            seqused_k,
+            zero_tensors,
+            num_splits,
+            out=out,
+        )
+    )
+
+
+def bwd(
+    dout,
+    q,
+    k,
+    v,
+    out,
+    softmax_lse,
+    dq,
+    dk,
+    dv,
+    alibi_slopes,
+    p_dropout,
+    softmax_scale,
+    is_causal,
+    window_size_left,
+    window_size_right,
+    softcap,
+    deterministic,
+    generator,
+    rng_state,
+    /,
+):
+    """Gradients of a dense batch: [dq, dk, dv, softmax_d].
+
+    ``dq``, ``dk``, ``dv`` are written when given; ``generator`` must be None; ``rng_state`` is the
+    forward's.
+    """
+    _reject_generator(generator)
+    dq, dk, dv = (
+        buffers.new_gradient(x) if grad is None else grad for x, grad in ((q, dq), (k, dk), (v, dv))
+    )
+    softmax_d = kernels.backward(
+        dout,
+        q,
+        k,
+        v,
+        out,
+        softmax_lse,
+        dq,
+        dk,
+        dv,
+        p_dropout,
+        softmax_scale,
+        is_causal,
+        window_size_left,
+        window_size_right,
+        softcap,
+        alibi_slopes,
+        deterministic,
+        rng_state,
+    )
+    return [dq, dk, dv, softmax_d]
+
+
+def varlen_bwd(
+    dout,
+    q,
+    k,
+    v,
+    out,
+    softmax_lse,
+    dq,
+    dk,
+    dv,
+    cu_seqlens_q,
+    cu_seqlens_k,
+    alibi_slopes,
+    max_seqlen_q,
+    max_seqlen_k,
+    p_dropout,
+    softmax_scale,
+    zero_tensors,
+    is_causal,
+    window_size_left,
+    window_size_right,
+    softcap,
+    deterministic,
+    generator,
+    rng_state,
+    /,
+):
+    """Gradients of a packed batch: [dq, dk, dv, softmax_d].
+
+    ``dq``, ``dk``, ``dv`` are written when given; ``generator`` must be None; ``rng_state`` is the
+    forward's.
+    """
+    _reject_generator(generator)
+    dq, dk, dv = (
+        buffers.new_gradient(x) if grad is None else grad for x, grad in ((q, dq), (k, dk), (v, dv))
+    )
+    softmax_d = kernels.varlen_backward(
+        dout,
+        q,
+        k,
+        v,
+        out,
+        softmax_lse,
+        dq,
+        dk,
+        dv,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        max_seqlen_q,
+        max_seqlen_k,
+        p_dropout,
+        softmax_scale,
+        is_causal,
+        window_size_left,
+        window_size_right,
+        softcap,
+        alibi_slopes,
+        deterministic,
+        rng_state,
+        zero_tensors,
+    )
+    return [dq, dk, dv, softmax_d]
+
+
+def fwd_kvcache(
+    q,
+    k_cache,
+    v_cache,
+    k,
+    v,
+    seqlens_k,
+    rotary_cos,
+    rotary_sin,
+    cache_batch_idx,
+    leftpad_k,
+    block_table,
+    alibi_slopes,
+    out,
+    softmax_scale,
+    is_causal,
+    window_size_left,
+    window_size_right,
+    softcap,
+    is_rotary_interleaved,
+    num_splits,
+    /,
+):
+    """Append k and v, where given, to the cache in place and attend over it: [out, softmax_lse].
+
+    ``out`` is written when given.
+    """
+    return list(
+        kernels.kvcache_attend(
+            q,
+            k_cache,
+            v_cache,
+            k,
+            v,
+            seqlens_k,
+            rotary_cos,
+            rotary_sin,
+            cache_batch_idx,
+            leftpad_k,
+            block_table,
+            alibi_slopes,
+            softmax_scale,
+            is_causal,
+            window_size_left,
+            window_size_right,
+            softcap,
+            is_rotary_interleaved,
+            num_splits,
+            out=out,
+        )
+    )

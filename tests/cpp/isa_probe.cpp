@@ -1,0 +1,51 @@
+#include "isa_probe.h"
+
+#include <cstring>
+
+namespace flash_test {
+namespace {
+
+std::vector<const flash::cpu::Kernels*> library_kernels() {
+  int count = 0;
+  const flash::cpu::Kernels* const* list = flash::cpu::available(&count);
+  return {list, list + count};
+}
+
+bool runs(const char* isa) {
+  for (const flash::cpu::Kernels* kernels : library_kernels())
+    if (std::strcmp(kernels->isa, isa) == 0) return true;
+  return false;
+}
+
+std::vector<const IsaProbe*> find_probes() {
+  std::vector<const IsaProbe*> probes = {&probe_baseline};
+#if defined(FLASH_ATTN_HAVE_AVX2)
+  if (runs("avx2")) probes.insert(probes.end(), {&probe_avx2, &probe_wide16});
+#endif
+#if defined(FLASH_ATTN_HAVE_AVX512)
+  if (runs("avx512")) probes.push_back(&probe_avx512);
+#endif
+  return probes;
+}
+
+std::vector<const flash::cpu::Kernels*> find_kernels() {
+  std::vector<const flash::cpu::Kernels*> kernels = library_kernels();
+#if defined(FLASH_ATTN_HAVE_AVX2)
+  if (runs("avx2")) kernels.push_back(&kernels_wide16);
+#endif
+  return kernels;
+}
+
+}  // namespace
+
+const std::vector<const IsaProbe*>& isa_probes() {
+  static const std::vector<const IsaProbe*> probes = find_probes();
+  return probes;
+}
+
+const std::vector<const flash::cpu::Kernels*>& all_kernels() {
+  static const std::vector<const flash::cpu::Kernels*> kernels = find_kernels();
+  return kernels;
+}
+
+}  // namespace flash_test

@@ -1,0 +1,177 @@
+"""Sampled products of attention's features, and how to run one of them through library and
+reference."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import random
+
+import torch
+from reference import (
+    assert_attention_close,
+    attention,
+    attention_and_gradients,
+    single_key_slack,
+)
+
+from flash_attn import flash_attn_func
+
+FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One attention problem; every field has the library's default where it has one."""
+
+    dtype: torch.dtype = FP32
+    batch: int = 1
+    seqlens: tuple[int, int] = (129, 257)
+    heads: tuple[int, int] = (2, 2)
+    dims: tuple[int, int] = (64, 64)
+    causal: bool = False
+    window_size: tuple[int, int] = (-1, -1)
+    softcap: float = 0.0
+    softmax_scale: float | None = None
+    alibi: str = ""  # the dimensions of the slopes: "", "h", "bh"
+    sinks: torch.dtype | None = None
+    bias: str = ""  # the dimensions of attn_bias that are not broadcast, of "bhqk"; "1": all are
+    bias_dtype: str = "q"
+    dlse: bool = False
+    seed: int = 0
+
+    def __str__(self):
+        """The fields that are not the default's, for the name of a test."""
+        parts = []
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name in ("dtype", "seqlens", "heads", "dims") or value != field.default:
+                value = "x".join(map(str, value)) if isinstance(value, tuple) else value
+                parts.append(f"{field.name}={value}".replace("torch.", ""))
+        return ",".join(parts)
+
+
+CHOICES = {
+    "dtype": [FP32, FP16, BF16],
+    "batch": [1, 1, 2, 3],
+    "seqlens": [
+        (1, 1), (1, 257), (3, 31), (31, 3), (113, 127), (127, 113), (128, 128), (129, 257),
+        (257, 129), (400, 700), (700, 400), (1, 700), (113, 400), (257, 257), (7, 129),
+    ],
+    "heads": [(1, 1), (4, 4), (4, 2), (6, 1), (6, 3), (5, 5)],
+    "dims": [
+        (1, 1), (8, 8), (17, 17), (40, 40), (64, 64), (72, 72), (96, 96), (128, 128), (192, 128),
+        (256, 256), (576, 512), (64, 40), (8, 72), (64, 64), (128, 128),
+    ],
+    "causal": [False, True],
+    "window_size": [
+        (-1, -1), (-1, -1), (-1, -1), (0, 0), (16, 0), (-1, 7), (50, 30), (100, -1), (3, 200),
+    ],
+    "softcap": [0.0, 0.0, 0.0, 15.0, 1.5],
+    "softmax_scale": [None, None, 0.3],
+    "alibi": ["", "", "h", "bh"],
+    "sinks": [None, None, FP32, BF16],
+    "bias": ["", "", "", "bhqk", "qk", "bk", "hk", "bqk"],
+    "bias_dtype": ["q", "fp32"],
+    "dlse": [False, True],
+}  # fmt: skip
+MAX_COST = 1.5e8  # of batch * heads * seqlen_q * seqlen_k * (d + dv)
+
+
+def sampled_cases(count, seed):
+    """``count`` random points of the product of CHOICES, in which every choice of a field comes up
+    equally often."""
+    rng = random.Random(seed)
+    columns = {}
+    for name, values in CHOICES.items():
+        column = (values * (count // len(values) + 1))[:count]
+        rng.shuffle(column)
+        columns[name] = column
+    cases = []
+    for i in range(count):
+        case = Case(**{name: column[i] for name, column in columns.items()}, seed=i)
+        cost = case.seqlens[0] * case.seqlens[1] * sum(case.dims)
+        if cost * case.batch * case.heads[0] > MAX_COST:
+            heads = case.heads if cost * case.heads[0] <= MAX_COST else (2, 1)
+            case = dataclasses.replace(case, batch=1, heads=heads)
+        cases.append(case)
+    return cases
+
+
+def make_tensors(case):
+    """``(tensors, options, dout, dlse)`` of a case, as ``attention_and_gradients`` takes them."""
+    gen = torch.Generator().manual_seed(case.seed)
+    (sq, sk), (h, hk), (d, dv) = case.seqlens, case.heads, case.dims
+
+    def normal(*shape, dtype=case.dtype):
+        return torch.randn(shape, generator=gen).to(dtype)
+
+    tensors = {
+        "q": normal(case.batch, sq, h, d),
+        "k": normal(case.batch, sk, hk, d),
+        "v": normal(case.batch, sk, hk, dv),
+    }
+    options = {
+        "softmax_scale": case.softmax_scale,
+        "causal": case.causal,
+        "window_size": case.window_size,
+        "softcap": case.softcap,
+    }
+    if case.alibi:
+        shape = (case.batch, h) if case.alibi == "bh" else (h,)
+        options["alibi_slopes"] = torch.rand(shape, generator=gen) * 0.3
+    if case.sinks is not None:
+        tensors["s_aux"] = normal(h, dtype=case.sinks)
+    if case.bias:
+        extents = zip("bhqk", (case.batch, h, sq, sk))
+        shape = [n if letter in case.bias else 1 for letter, n in extents]
+        dtype = case.dtype if case.bias_dtype == "q" else FP32
+        tensors["attn_bias"] = normal(*shape, dtype=dtype)
+    dout = normal(case.batch, sq, h, dv)
+    dlse = normal(case.batch, h, sq, dtype=FP32) if case.dlse else None
+    return tensors, options, dout, dlse
+
+
+@functools.lru_cache(maxsize=4)
+def expected(case):
+    """``(exact, plain)``: the reference in fp64, and in the case's dtype. The library computes the
+    LSE in fp32 whatever the inputs are, so plain's LSE is that of fp32 arithmetic on the same
+    inputs."""
+    tensors, options, dout, dlse = make_tensors(case)
+    exact = attention_and_gradients(tensors, options, dout, dlse)
+    plain = attention_and_gradients(tensors, options, dout, dlse, dtype=case.dtype)
+    if case.dtype != FP32:
+        plain["lse"] = attention(**{n: t.float() for n, t in tensors.items()}, **options)[1]
+    return exact, plain
+
+
+def flash_forward_backward(tensors, options, dout, dlse=None, **more):
+    """The library's counterpart of ``attention_and_gradients``."""
+    leaves = {n: t.detach().requires_grad_() for n, t in tensors.items()}
+    out, lse, _ = flash_attn_func(**leaves, **options, **more, return_attn_probs=True)
+    outputs, grads = ([out], [dout]) if dlse is None else ([out, lse], [dout, dlse])
+    wanted = torch.autograd.grad(outputs, list(leaves.values()), grads)
+    gradients = {f"d{n}": g for n, g in zip(leaves, wanted)}
+    return {"out": out.detach(), "lse": lse.detach(), **gradients}
+
+
+def assert_results_close(actual, exact, plain, slack=None):
+    """``assert_attention_close`` of every result; reports all that fail."""
+    assert actual.keys() == exact.keys()
+    failures = []
+    for name in actual:
+        own_slack = (slack or {}).get(name, 0.0)
+        try:
+            assert_attention_close(actual[name], exact[name], plain[name], name, slack=own_slack)
+        except AssertionError as error:
+            failures.append(str(error).splitlines()[0])
+    assert not failures, "\n".join(failures)
+
+
+def check(case):
+    """Runs a case through the library and compares every result with the reference's."""
+    problem = make_tensors(case)
+    actual = flash_forward_backward(*problem)
+    assert actual["out"].dtype == case.dtype
+    assert actual["lse"].dtype == FP32
+    assert_results_close(actual, *expected(case), single_key_slack(*problem[:3]))

@@ -1,0 +1,366 @@
+"""Malformed calls raise before anything is written, and never crash the process.
+
+First the sentences of single errors, then fuzz tests of every entry point: FLASH_ATTN_FUZZ_EXAMPLES
+calls (default 60) of each of the 18.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from malformed_calls import ENTRIES, MARGIN, break_argument
+
+import flash_attn
+import flash_attn_2_cuda
+from flash_attn._library import lib, set_cpu_isa
+
+EXAMPLES = int(os.environ.get("FLASH_ATTN_FUZZ_EXAMPLES", "60"))
+# A malformed tensor or number is a RuntimeError; objects of other kinds meet Python's own errors.
+ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, OverflowError, AssertionError)
+
+
+def storage_bytes(t):
+    return torch.empty(0, dtype=torch.uint8).set_(t.untyped_storage())
+
+
+def has_memory(x):
+    return isinstance(x, torch.Tensor) and x.layout == torch.strided and not x.is_meta
+
+
+class Memory:
+    """The bytes of all tensors of a call, before it."""
+
+    def __init__(self, arguments):
+        self.tensors = {name: x for name, x in arguments.items() if has_memory(x)}
+        self.before = {name: storage_bytes(x).clone() for name, x in self.tensors.items()}
+
+    def assert_unchanged(self, except_for=()):
+        written = [self.tensors[name] for name in except_for if name in self.tensors]
+        storages = {t.untyped_storage().data_ptr() for t in written}
+        for name, t in self.tensors.items():
+            if t.untyped_storage().data_ptr() not in storages:
+                assert torch.equal(storage_bytes(t), self.before[name]), f"{name} was changed"
+
+    def assert_margins_unchanged(self, names):
+        """A written tensor that still has its margins: they are as they were."""
+        for name in names:
+            t = self.tensors.get(name)
+            if t is None or t.storage_offset() != MARGIN:
+                continue
+            size, margin = t.element_size(), MARGIN * t.element_size()
+            end = margin + t.numel() * size
+            after, before = storage_bytes(t), self.before[name]
+            assert torch.equal(after[:margin], before[:margin]), f"written before {name}"
+            assert torch.equal(after[end:], before[end:]), f"written after {name}"
+
+
+def replace(defaults, changes):
+    """``defaults`` with ``changes``; a callable change is applied to the default."""
+    unknown = set(changes) - set(defaults)
+    assert not unknown, unknown
+    values = {
+        n: change(defaults[n]) if callable(change) else change for n, change in changes.items()
+    }
+    return {**defaults, **values}
+
+
+def dense(**changes):
+    q = torch.zeros(2, 3, 4, 16)
+    options = dict.fromkeys(("dropout_p", "softcap"), 0.0)
+    options.update(softmax_scale=0.5, alibi_slopes=None, s_aux=None, attn_bias=None)
+    options.update(return_attn_probs=False, window_size=(-1, -1))
+    kv = torch.zeros(2, 5, 2, 16)
+    return replace({"q": q, "k": kv, "v": kv.clone(), **options}, changes)
+
+
+def varlen(**changes):
+    cu_seqlens = torch.tensor([0, 2, 5], dtype=torch.int32)
+    q, kv = torch.zeros(5, 4, 16), torch.zeros(5, 2, 16)
+    lengths = {"max_seqlen_q": 3, "max_seqlen_k": 3, "block_table": None}
+    cu_seqlens = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens.clone()}
+    return replace({"q": q, "k": kv, "v": kv.clone(), **cu_seqlens, **lengths}, changes)
+
+
+def paged(**changes):
+    pages = torch.zeros(4, 2, 2, 16)
+    table = torch.tensor([[3, 1], [0, 2]], dtype=torch.int32)
+    return replace(varlen(k=pages, v=pages.clone(), block_table=table), changes)
+
+
+def cache(**changes):
+    q, cache, new = torch.zeros(2, 1, 4, 16), torch.zeros(3, 6, 2, 16), torch.zeros(2, 2, 2, 16)
+    arguments = {"q": q, "k_cache": cache, "v_cache": cache.clone(), "k": new, "v": new.clone()}
+    names = "rotary_cos rotary_sin cache_batch_idx cache_leftpad block_table alibi_slopes"
+    arguments.update(dict.fromkeys(names.split()), num_splits=0)
+    arguments["cache_seqlens"] = torch.tensor([3, 4], dtype=torch.int32)
+    return replace(arguments, changes)
+
+
+def paged_cache(**changes):
+    pages = torch.zeros(6, 2, 2, 16)
+    table = torch.tensor([[3, 1, 5], [0, 2, 4]], dtype=torch.int32)
+    return replace(cache(k_cache=pages, v_cache=pages.clone(), block_table=table), changes)
+
+
+def int32(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def strided(x):
+    """The same numbers with a last stride of 2."""
+    return torch.stack([x, x], dim=-1)[..., 0]
+
+
+FUNCTIONS = {
+    dense: flash_attn.flash_attn_func,
+    varlen: flash_attn.flash_attn_varlen_func,
+    paged: flash_attn.flash_attn_varlen_func,
+    cache: flash_attn.flash_attn_with_kvcache,
+    paged_cache: flash_attn.flash_attn_with_kvcache,
+}
+SENTENCES = [
+    (dense, {"q": torch.Tensor.double}, "FlashAttention only support fp16, bf16 and fp32"),
+    (dense, {"k": torch.Tensor.half}, "query and key must have the same dtype"),
+    (dense, {"v": torch.Tensor.half}, "query and value must have the same dtype"),
+    (
+        dense,
+        {"q": lambda q: q[0]},
+        "q must have shape (batch_size, seqlen_q, num_heads, head_size)",
+    ),
+    (
+        dense,
+        {"k": lambda k: k[:1]},
+        "k must have shape (batch_size, seqlen_k, num_heads_k, head_size)",
+    ),
+    (dense, {"k": lambda k: k[..., :8]}, "= (2, 5, 2, 16), got (2, 5, 2, 8)"),
+    (dense, {"v": lambda v: v[:, 1:]}, "v must have shape"),
+    (dense, {x: lambda t: t[:0] for x in "qkv"}, "batch size must be positive"),
+    (dense, {x: lambda t: t[..., :0] for x in "qkv"}, "head dimension must be positive"),
+    (
+        dense,
+        {x: lambda t: t.repeat(1, 1, 1, 37) for x in "qkv"},
+        "FlashAttention forward only supports head dimension at most 576",
+    ),
+    (
+        dense,
+        {"q": lambda q: q[:, :, :3]},
+        "Number of heads in key/value must divide number of heads in query",
+    ),
+    (dense, {"dropout_p": 1.0}, "p_dropout must be at least 0 and below 1, got 1"),
+    (dense, {"dropout_p": -0.5}, "p_dropout must be at least 0 and below 1, got -0.5"),
+    (dense, {"softmax_scale": float("nan")}, "softmax_scale must be finite"),
+    (dense, {"softcap": float("inf")}, "softcap must be finite"),
+    (
+        dense,
+        {"return_attn_probs": True, "alibi_slopes": torch.zeros(4).half()},
+        "ALiBi slopes must have dtype fp32",
+    ),
+    (dense, {"alibi_slopes": torch.zeros(2)}, "alibi_slopes must have shape (num_heads) = (4)"),
+    (
+        dense,
+        {"alibi_slopes": torch.zeros(3, 4)},
+        "alibi_slopes must have shape (batch_size, num_heads)",
+    ),
+    (
+        dense,
+        {"alibi_slopes": torch.zeros(2, 1).expand(2, 4)},
+        "ALiBi slopes tensor must have contiguous last dimension",
+    ),
+    (dense, {"s_aux": torch.zeros(3)}, "s_aux must have shape (num_heads) = (4), got (3)"),
+    (dense, {"attn_bias": torch.zeros(2, 4, 3, 4)}, "attn_bias must be broadcastable"),
+    (dense, {"attn_bias": torch.zeros(1).half()}, "attn_bias must have the dtype of query or fp32"),
+    (varlen, {"cu_seqlens_q": torch.Tensor.long}, "cu_seqlens_q must have dtype int32"),
+    (varlen, {"cu_seqlens_k": torch.Tensor.long}, "cu_seqlens_k must have dtype int32"),
+    (varlen, {"cu_seqlens_k": int32(0, 5)}, "cu_seqlens_k must have shape (batch_size + 1) = (3)"),
+    (varlen, {"cu_seqlens_q": strided}, "cu_seqlens_q must be contiguous"),
+    (varlen, {"cu_seqlens_q": int32(0)}, "batch size must be positive"),
+    (varlen, {"cu_seqlens_q": int32(1, 2, 5)}, "cu_seqlens_q must start at 0, got 1"),
+    (varlen, {"cu_seqlens_k": int32(0, 3, 2)}, "cu_seqlens_k must not decrease"),
+    (varlen, {"cu_seqlens_k": int32(0, 3, 6)}, "cu_seqlens_k ends at 6, beyond the 5 rows of k"),
+    (varlen, {"cu_seqlens_q": int32(0, 1, 5)}, "longer than the max_seqlen of 3"),
+    (varlen, {"max_seqlen_k": -1}, "max_seqlen_k must not be negative"),
+    (varlen, {"max_seqlen_q": 2**31}, "max_seqlen_q is too large"),
+    (varlen, {"q": lambda q: q[None]}, "q must have shape (total_q, num_heads, head_size)"),
+    (paged, {"block_table": torch.Tensor.long}, "block_table must have dtype torch.int32"),
+    (paged, {"block_table": strided}, "block_table must have contiguous last dimension"),
+    (paged, {"block_table": lambda t: t[:1]}, "block_table must have shape (batch_size, "),
+    (paged, {"block_table": lambda t: t[:, :1]}, "the capacity addressable by block_table"),
+    (
+        paged,
+        {"block_table": lambda t: t + 1},
+        "block_table[0][0] = 4 is outside the cache's 4 pages",
+    ),
+    (paged, {"block_table": lambda t: t - 1}, "block_table[1][0] = -1 is outside"),
+    (cache, {"v": None}, "If key is supplied, value must also be passed in"),
+    (cache, {"cache_seqlens": None}, "If key is supplied, seqlens_k must also be passed in"),
+    (
+        cache,
+        {x: lambda t: t.repeat(1, 4, 1, 1) for x in "kv"},
+        "If key is supplied, it must have seqlen <= the seqlen of the KV cache",
+    ),
+    (cache, {"k": torch.Tensor.half}, "Key must have the same dtype as query"),
+    (cache, {"v": torch.Tensor.half}, "Value must have the same dtype as query"),
+    (cache, {"cache_seqlens": torch.Tensor.long}, "seqlens_k must have dtype int32"),
+    (cache, {"cache_seqlens": int32(3, 5)}, "exceeds the 6 rows of the KV cache"),
+    (cache, {"cache_seqlens": int32(-1, 0)}, "cache_seqlens[0] must not be negative"),
+    (cache, {"cache_leftpad": int32(0, 5)}, "cache_leftpad[1] = 5 is outside"),
+    (
+        cache,
+        {"cache_batch_idx": int32(0, 3)},
+        "cache_batch_idx[1] = 3 is outside the cache's 3 rows",
+    ),
+    (cache, {"cache_batch_idx": int32(1, 1)}, "cache_batch_idx appends twice to row 1"),
+    (cache, {"cache_batch_idx": torch.zeros(2)}, "cache_batch_idx must have dtype int32"),
+    (cache, {"k_cache": lambda t: t[:1].expand(3, -1, -1, -1)}, "k_cache must not overlap itself"),
+    (cache, {"num_splits": 129}, "num_splits > 128 not supported"),
+    (
+        cache,
+        {"rotary_cos": torch.zeros(9, 8)},
+        "If rotary cos is provided, rotary sin must also be provided",
+    ),
+    (
+        cache,
+        {"rotary_cos": torch.zeros(9, 8), "rotary_sin": torch.zeros(9, 8), "k": None, "v": None},
+        "If rotary cos/sin are provided, new key / value to be appended to KV cache must also be",
+    ),
+    (
+        cache,
+        {"rotary_cos": torch.zeros(9, 4), "rotary_sin": torch.zeros(9, 4)},
+        "Only rotary dimensions divisible by 16 are currently supported",
+    ),
+    (
+        cache,
+        {"rotary_cos": torch.zeros(9, 16), "rotary_sin": torch.zeros(9, 16)},
+        "rotary_dim must be <= headdim",
+    ),
+    (
+        cache,
+        {"rotary_cos": torch.zeros(5, 8), "rotary_sin": torch.zeros(5, 8)},
+        "cos/sin seqlen must be at least the seqlen of KV cache",
+    ),
+    (
+        cache,
+        {"rotary_cos": torch.zeros(9, 8).half(), "rotary_sin": torch.zeros(9, 8)},
+        "rotary_cos must have the same dtype as query",
+    ),
+    (
+        paged_cache,
+        {"cache_batch_idx": int32(0, 1)},
+        "Paged KVcache does not support cache_batch_idx",
+    ),
+    (paged_cache, {"cache_seqlens": int32(3, 5)}, "Paged KV cache: max(seqlens_k) + seqlen_knew"),
+    (paged_cache, {"block_table": lambda t: t * 0 + 1}, "block_table appends twice to page 1"),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "changes", "sentence"),
+    SENTENCES,
+    ids=[f"{f.__name__}-{s}" for f, _, s in SENTENCES],
+)
+def test_sentence(arguments, changes, sentence):
+    arguments_without_fault = arguments()
+    FUNCTIONS[arguments](**arguments_without_fault)
+    broken = arguments(**changes)
+    memory = Memory(broken)
+    with pytest.raises(RuntimeError) as error:
+        FUNCTIONS[arguments](**broken)
+    assert sentence in str(error.value)
+    memory.assert_unchanged()
+
+
+@pytest.mark.parametrize("name", ["fwd", "varlen_fwd", "bwd", "varlen_bwd"])
+def test_extension_takes_no_generator(name):
+    entry = next(e for e in ENTRIES if e.name == f"flash_attn_2_cuda.{name}")
+    arguments = entry.draw(random.Random(0))
+    arguments["generator"] = torch.Generator()
+    with pytest.raises(RuntimeError, match="the RNG `generator` argument is no longer supported"):
+        entry.call(arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "sentence"),
+    [
+        (
+            "fwd",
+            {"return_softmax": True, "p_dropout": 0.0},
+            "return_softmax is only supported when",
+        ),
+        ("fwd", {"out": torch.Tensor.double}, "Output must have the same dtype as inputs"),
+        ("fwd", {"out": lambda t: t[:, :, :, :0]}, "out must have shape"),
+        ("bwd", {"dq": torch.Tensor.double}, "dq must have the same dtype as q"),
+        ("bwd", {"dout": torch.Tensor.double}, "query and dout must have the same dtype"),
+        ("bwd", {"softmax_lse": lambda t: t[0]}, "softmax_lse must have shape"),
+        ("bwd", {"p_dropout": 0.5, "rng_state": None}, "rng_state must be given"),
+        ("bwd", {"dk": lambda t: t.new_empty(*t.shape[:3], 9999)}, "dk must have shape"),
+        ("varlen_fwd", {"num_splits": 1000}, "num_splits > 128 not supported"),
+        (
+            "varlen_fwd",
+            {"seqused_k": torch.zeros(99).int()},
+            "seqused_k must have shape (batch_size)",
+        ),
+        ("varlen_fwd", {"leftpad_k": torch.zeros(1)}, "leftpad_k must have dtype int32"),
+        ("fwd_kvcache", {"out": torch.Tensor.double}, "Output must have the same dtype as inputs"),
+    ],
+)
+def test_sentence_of_the_extension(name, change, sentence):
+    entry = next(e for e in ENTRIES if e.name == f"flash_attn_2_cuda.{name}")
+    arguments = replace(entry.draw(random.Random(1)), change)
+    memory = Memory(arguments)
+    with pytest.raises(RuntimeError) as error:
+        entry.call(arguments)
+    assert sentence in str(error.value)
+    memory.assert_unchanged()
+
+
+def test_output_must_not_be_an_input():
+    q = torch.zeros(1, 2, 2, 8)
+    with pytest.raises(RuntimeError, match="out must not share memory with q"):
+        flash_attn_2_cuda.fwd(q, q, q, q, None, 0.0, 1.0, False, -1, -1, 0.0, False, None)
+
+
+def test_unknown_instruction_set():
+    with pytest.raises(RuntimeError, match='"sse9" is not available; this machine has: baseline'):
+        set_cpu_isa("sse9")
+
+
+def test_wrong_number_of_arguments():
+    with pytest.raises(TypeError):
+        lib.mha_fwd(torch.zeros(1, 1, 1, 1))
+
+
+def check_call(entry, arguments):
+    """Makes the call; its error, if it raises."""
+    memory = Memory(arguments)
+    try:
+        entry.call(arguments)
+    except ERRORS as error:
+        assert str(error)
+        memory.assert_unchanged()
+        return error
+    memory.assert_unchanged(except_for=entry.written)
+    memory.assert_margins_unchanged(entry.written)
+    return None
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
+@settings(max_examples=min(EXAMPLES, 60))
+@given(r=st.randoms(use_true_random=False))
+def test_unbroken_calls_succeed(entry, r):
+    error = check_call(entry, entry.draw(r))
+    assert error is None, error
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
+@settings(max_examples=EXAMPLES)
+@given(r=st.randoms(use_true_random=False))
+def test_broken_calls_raise_or_succeed(entry, r):
+    arguments = entry.draw(r)
+    for _ in range(r.choice([1, 1, 1, 2, 4])):
+        break_argument(r, arguments)
+    check_call(entry, arguments)
