@@ -14,11 +14,11 @@ function(flash_attn_compile_options target)
                                              INTERPROCEDURAL_OPTIMIZATION OFF)
 endfunction()
 
-# Exports the symbols that match `pattern` and no others: templates of the standard library, compiled for one
+# Links `target` with nothing undefined. It exports the symbols that match `pattern` and no others: templates of the standard library, compiled for one
 # instruction set, must not be found by other libraries of the process.
 function(flash_attn_export_only target pattern)
   set(script ${CMAKE_BINARY_DIR}/${target}.version)
   file(CONFIGURE OUTPUT ${script} CONTENT "{ global: ${pattern}; local: *; };\n")
-  target_link_options(${target} PRIVATE LINKER:--version-script=${script})
+  target_link_options(${target} PRIVATE LINKER:--version-script=${script} LINKER:-z,defs)
   set_property(TARGET ${target} APPEND PROPERTY LINK_DEPENDS ${script})
 endfunction()

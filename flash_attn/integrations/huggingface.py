@@ -208,6 +208,7 @@ def _bias_of_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
 
 
+@torch.compiler.disable  # it reads lengths off the mask
 def attention_mask(
     batch_size: int,
     q_length: int,

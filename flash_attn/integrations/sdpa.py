@@ -27,6 +27,7 @@ from collections.abc import Iterator
 from typing import NamedTuple, Optional
 
 import torch
+import torch.nn.attention
 from torch import Tensor
 
 from flash_attn._buffers import dense_lse, dense_softmax_d, maybe_contiguous
@@ -50,12 +51,12 @@ class _Call(NamedTuple):
     numbers: tuple  # p_dropout, softmax_scale, is_causal, window_left, window_right, softcap
 
 
-def _is_supported(query: Tensor, attn_mask: Optional[Tensor], dropout_p: float) -> bool:
+def _is_supported(query: Tensor, dropout_p: float, is_causal: bool, attn_mask) -> bool:
     mask_dtypes = (query.dtype, torch.float32)
     return (
         dropout_p == 0.0
         and query.dtype in _DTYPES
-        and (attn_mask is None or attn_mask.dtype in mask_dtypes)
+        and (attn_mask is None or (attn_mask.dtype in mask_dtypes and not is_causal))
     )
 
 
@@ -66,7 +67,6 @@ def _translate(query, key, value, is_causal, attn_mask, scale) -> _Call:
     window_right = seqlen_q - seqlen_k if is_causal and seqlen_q > seqlen_k else -1
     if is_causal and seqlen_q < seqlen_k:
         k, v = k[:, :seqlen_q], v[:, :seqlen_q]
-        attn_mask = attn_mask if attn_mask is None else attn_mask[..., :seqlen_q]
     if attn_mask is not None and attn_mask.dim() == 2:
         attn_mask = attn_mask[None, None]
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
@@ -158,7 +158,7 @@ class _Registration:
         attn_mask=None,
         scale=None,
     ):
-        if _is_supported(query, attn_mask, dropout_p):
+        if _is_supported(query, dropout_p, is_causal, attn_mask):
             return _forward(query, key, value, is_causal, attn_mask, scale)
         return self._own_forward.call_boxed(
             keyset, query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
@@ -180,7 +180,7 @@ class _Registration:
         scale=None,
     ):
         tensors = (grad_out, query, key, value, out, logsumexp)
-        if _is_supported(query, attn_mask, dropout_p):
+        if _is_supported(query, dropout_p, is_causal, attn_mask):
             return _backward(*tensors, is_causal, attn_mask, scale)
         return self._own_backward.call_boxed(
             keyset, *tensors, dropout_p, is_causal, attn_mask=attn_mask, scale=scale

@@ -43,9 +43,7 @@ struct FloatFormat {
 inline constexpr FloatFormat kFp16{5, 10}, kBf16{8, 7}, kFp32Format{8, 23};
 
 inline const FloatFormat& format_of(flash::Dtype t) {
-  return t == flash::Dtype::kFloat16    ? kFp16
-         : t == flash::Dtype::kBFloat16 ? kBf16
-                                        : kFp32Format;
+  return t == flash::Dtype::kFloat16 ? kFp16 : t == flash::Dtype::kBFloat16 ? kBf16 : kFp32Format;
 }
 
 // |actual - expected| in units of the last place of `expected` rounded to fp32.

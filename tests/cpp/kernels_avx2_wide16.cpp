@@ -1,6 +1,5 @@
 #define FLASH_ATTN_ISA wide16
 #define FLASH_ATTN_VECTOR_WIDTH 16
-#pragma GCC diagnostic ignored "-Wpsabi"  // no vector crosses a call: all that take one are inlined
 #include "cpu/kernels.inc"
 #include "isa_probe.inc"
 

@@ -89,9 +89,9 @@ TEST_P(TileFma, MultipliesAnyNumberOfRows) {
       for (Start start : {Start::kZero, Start::kKeep, Start::kScaleRows})
         for (bool skip_zeros : {false, true})
           for (int k : {0, 1, 19}) {
-            SCOPED_TRACE(testing::Message() << "rows " << rows << " transposed " << transposed
-                                            << " start " << static_cast<int>(start) << " skip "
-                                            << skip_zeros << " k " << k);
+            SCOPED_TRACE(testing::Message()
+                         << "rows " << rows << " transposed " << transposed << " start "
+                         << static_cast<int>(start) << " skip " << skip_zeros << " k " << k);
             ProductCase product(rows, isa().tile_n + 1, k, isa().tile_n, transposed, start);
             product.check(product.run(isa(), skip_zeros), skip_zeros);
             if (HasFatalFailure()) return;
@@ -160,8 +160,7 @@ INSTANTIATE_TEST_SUITE_P(Isa, Packing, testing::ValuesIn(isa_probes()), isa_name
 TEST_P(Packing, TransposedPanelsHoldRowsSideBySide) {
   for_shapes([&](Packed x) {
     const int tile = isa().tile_n;
-    EXPECT_TRUE(
-        isa().pack_transposed(x.packed.data(), x.rows.data(), x.n, x.d, x.buffer.data()));
+    EXPECT_TRUE(isa().pack_transposed(x.packed.data(), x.rows.data(), x.n, x.d, x.buffer.data()));
     for (int row = 0; row < x.n_padded; ++row)
       for (int dim = 0; dim < x.d; ++dim)
         ASSERT_EQ(x.packed[row / tile * tile * x.d_padded + dim * tile + row % tile],
@@ -176,8 +175,8 @@ TEST_P(Packing, TransposedPanelsHoldRowsSideBySide) {
 TEST_P(Packing, NaturalPanelsHoldDimsSideBySide) {
   for_shapes([&](Packed x) {
     const int tile = isa().tile_n;
-    EXPECT_TRUE(isa().pack_natural(x.packed.data(), x.rows.data(), x.n, x.n_padded, x.d,
-                                   x.buffer.data()));
+    EXPECT_TRUE(
+        isa().pack_natural(x.packed.data(), x.rows.data(), x.n, x.n_padded, x.d, x.buffer.data()));
     for (int row = 0; row < x.n_padded; ++row)
       for (int dim = 0; dim < x.d_padded; ++dim)
         ASSERT_EQ(x.packed[dim / tile * tile * x.n_padded + row * tile + dim % tile],
@@ -191,10 +190,9 @@ TEST_P(Packing, TellsOfElementsThatAreNotFinite) {
   for (float bad : {kInf, kNan}) {
     Packed x(isa().tile_n + 2, 5, isa().tile_n);
     x.rows[static_cast<size_t>(isa().tile_n) * x.d + 4] = bad;
+    EXPECT_FALSE(isa().pack_transposed(x.packed.data(), x.rows.data(), x.n, x.d, x.buffer.data()));
     EXPECT_FALSE(
-        isa().pack_transposed(x.packed.data(), x.rows.data(), x.n, x.d, x.buffer.data()));
-    EXPECT_FALSE(isa().pack_natural(x.packed.data(), x.rows.data(), x.n, x.n_padded, x.d,
-                                    x.buffer.data()));
+        isa().pack_natural(x.packed.data(), x.rows.data(), x.n, x.n_padded, x.d, x.buffer.data()));
   }
 }
 

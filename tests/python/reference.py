@@ -108,30 +108,44 @@ def attention_and_gradients(tensors, options, dout, dlse=None, dtype=torch.float
     return {"out": out.detach(), "lse": lse.detach(), **gradients}
 
 
-def single_key_slack(tensors, options, dout):
-    """Rounding errors of gradients where no query sees more than one key.
+def out_rounding(dtype, dout, out):
+    """Error of sum(D), D = rowsum(dout out), that comes of rounding out to ``dtype``; one value per
+    head."""
+    per_row = torch.finfo(dtype).eps / 2 * (dout.double() * out.double()).norm(dim=-1)
+    return per_row.square().sum((0, 1)).sqrt()
 
-    The scores' gradient is P (dP - D) with D = rowsum(dout out), fp32 sums that then cancel up to
-    their rounding. PyTorch's softmax subtracts rowsum(P dP) instead, which is exactly dP for one
-    key: its error, 0, is no measure.
+
+def gradient_slack(tensors, options, dout, out):
+    """Errors of gradients that are rounding's alone but do not show in plain PyTorch's.
+
+    The scores' gradient is P (dP - D) with D = rowsum(dout out), where PyTorch's softmax subtracts
+    rowsum(P dP):
+
+    - ds_aux is a sum of P D, so the rounding of out to its dtype adds up in it.
+    - Where no query sees more than one key, D is the one dP: fp32 sums that cancel up to their
+    rounding, while PyTorch
+      subtracts dP from itself and makes no error at all.
+
+    Args:
+        tensors, options, dout: as in ``attention_and_gradients``.
+        out: exact.
 
     Returns:
-        dict of the slack for dq, dk and dattn_bias; {} where some query sees several keys.
+        dict from the gradient's name to its slack.
     """
     q, k, v = (tensors[n].double() for n in "qkv")
-    mask = visible(q.shape[1], k.shape[1], options["causal"], options["window_size"])
-    if mask.sum(-1).max() > 1:
-        return {}
+    slack = {"ds_aux": 4 * out_rounding(dout.dtype, dout, out).max().item()}
+    if visible(q.shape[1], k.shape[1], options["causal"], options["window_size"]).sum(-1).max() > 1:
+        return slack
     scale = options.get("softmax_scale")
     scale = q.shape[-1] ** -0.5 if scale is None else abs(scale)
     largest_dp = dout.double().norm(dim=-1).max() * v.norm(dim=-1).max()
     error = torch.finfo(torch.float32).eps * largest_dp.item()
     groups = q.shape[2] // k.shape[2]
-    return {
-        "dq": error * scale * k.abs().max().item(),
-        "dk": error * scale * q.abs().max().item() * groups,
-        "dattn_bias": error * q.shape[0] * groups,
-    }
+    slack["dq"] = error * scale * k.abs().max().item()
+    slack["dk"] = error * scale * q.abs().max().item() * groups
+    slack["dattn_bias"] = error * q.shape[0] * groups
+    return slack
 
 
 def _worst(error, actual, exact):

@@ -6,12 +6,19 @@ import sys
 
 import pytest
 import torch
+import torch.nn.attention
 import torch.nn.functional as F
 
 from flash_attn import integrations
 from flash_attn.integrations import sdpa
 
 VOCABULARY = 97
+
+
+@pytest.fixture(autouse=True)
+def one_thread(restore_threads):
+    """The cases are too small to share."""
+    torch.set_num_threads(1)
 
 
 def assert_close(actual, expected, tolerance=2e-5):
@@ -105,6 +112,17 @@ def test_sdpa_gives_fp64_to_pytorch(sdpa_calls):
     expected = run_sdpa(q, k, v)
     with sdpa.registered():
         actual = run_sdpa(q, k, v)
+    assert all(torch.equal(a, e) for a, e in zip(actual, expected))
+    assert sdpa_calls == []
+
+
+def test_sdpa_operator_with_causal_and_mask_stays_pytorchs(sdpa_calls):
+    """The function refuses both at once; PyTorch's operator has its own meaning for them."""
+    q, k, v, mask = sdpa_inputs((2, 4, 4, 33, 33), torch.float32, mask=("float", (1, 4, 33, 33)))
+    operator = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    expected = operator(q, k, v, 0.0, True, attn_mask=mask)
+    with sdpa.registered():
+        actual = operator(q, k, v, 0.0, True, attn_mask=mask)
     assert all(torch.equal(a, e) for a, e in zip(actual, expected))
     assert sdpa_calls == []
 

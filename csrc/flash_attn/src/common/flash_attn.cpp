@@ -54,11 +54,8 @@ void prefill(const Flash_fwd_params& p) {
     for (int64_t head = 0; head < p.h; ++head) {
       const int64_t at = row * p.o.row_stride + head * p.o.head_stride;
       std::memset(static_cast<char*>(p.o.ptr) + at * dtype_bytes(p.dtype), 0, bytes);
+      p.softmax_lse[head * p.lse_head_stride + row] = -std::numeric_limits<float>::infinity();
     }
-  }
-  for (int64_t head = 0; head < p.h; ++head) {
-    std::fill_n(p.softmax_lse + head * p.lse_head_stride, p.total_q,
-                -std::numeric_limits<float>::infinity());
   }
   if (p.s_dmask != nullptr) {
     const int64_t numel = p.b * p.h * p.seqlen_q_rounded * p.seqlen_k_rounded;
