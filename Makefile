@@ -18,7 +18,7 @@ VENV := .venv/.complete
 RELEASE := build/.release
 INSTALLED := build/.installed
 
-.PHONY: help dev demo test bench lint format asan tsan wheel clean
+.PHONY: help dev demo test bench lint format asan tsan sanitized wheel clean
 help: ## print this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/\1\t\2/' | expand -t 10
 
@@ -63,17 +63,17 @@ format: $(VENV) ## format all C++ and Python files
 	ruff format .
 	ruff check --fix .
 
-asan: $(VENV) ## C++ tests under the address and undefined behaviour sanitizers
-	cmake -S . -B build/asan $(CMAKE_FLAGS) -DCMAKE_BUILD_TYPE=RelWithDebInfo -DFLASH_ATTN_PYTHON=OFF \
-	  -DFLASH_ATTN_SANITIZE=address,undefined
-	cmake --build build/asan -j $(JOBS)
-	UBSAN_OPTIONS=print_stacktrace=1 ctest --test-dir build/asan --output-on-failure
+asan: SANITIZE := address,undefined
+asan: sanitized ## C++ tests under the address and undefined behaviour sanitizers
 
-tsan: $(VENV) ## C++ tests under the thread sanitizer
-	cmake -S . -B build/tsan $(CMAKE_FLAGS) -DCMAKE_BUILD_TYPE=RelWithDebInfo -DFLASH_ATTN_PYTHON=OFF \
-	  -DFLASH_ATTN_SANITIZE=thread
-	cmake --build build/tsan -j $(JOBS)
-	ctest --test-dir build/tsan --output-on-failure
+tsan: SANITIZE := thread
+tsan: sanitized ## C++ tests under the thread sanitizer
+
+sanitized: $(VENV)
+	cmake -S . -B build/$(SANITIZE) -G Ninja -DCMAKE_BUILD_TYPE=Debug -DFLASH_ATTN_PYTHON=OFF \
+	  -DFLASH_ATTN_SANITIZE=$(SANITIZE)
+	cmake --build build/$(SANITIZE) -j $(JOBS)
+	UBSAN_OPTIONS=print_stacktrace=1 ctest --test-dir build/$(SANITIZE) --output-on-failure
 
 wheel: $(VENV) ## build the wheel as users do, isolated from everything, and check it
 	tools/check_wheel.sh

@@ -1,7 +1,7 @@
 # Options common to all targets.
 
 if(FLASH_ATTN_SANITIZE)
-  set(sanitize_options -fsanitize=${FLASH_ATTN_SANITIZE} -fno-sanitize-recover=all -fno-omit-frame-pointer)
+  set(sanitize_options -fsanitize=${FLASH_ATTN_SANITIZE} -fno-sanitize-recover=all -fno-omit-frame-pointer -O1)
   add_compile_options(${sanitize_options})
   add_link_options(${sanitize_options})
 endif()

@@ -20,7 +20,7 @@ from machine import summary as machine_summary  # noqa: E402, F401  for train_te
 SEQLENS = (512, 1024, 2048, 4096, 8192, 16384)
 SHAPE = ["--nheads", "2", "--headdim", "64", "--causal", "1", "--dtype", "float32"]
 PEERS = {"flash_attn": "flash_attn", "sdpa": "torch SDPA", "plain": "plain softmax"}
-QUANTITIES = {"fwd": "forward ms", "fwd_bwd": "fwd + bwd ms", "memory": "peak extra MiB"}
+QUANTITIES = {"fwd": "forward, ms", "fwd_bwd": "forward + backward, ms", "memory": "memory, MiB"}
 
 
 def _run(script: str, *arguments: str) -> None:
@@ -47,19 +47,24 @@ def measure(out: Path) -> list[dict]:
     ]
 
 
-def table(rows: list[dict]) -> str:
-    """A Markdown table: one line a sequence length, one column a quantity and peer."""
-    values = {(row["op"], row["peer"], row["seqlen"]): row["value"] for row in rows}
-    columns = [(op, peer) for op in QUANTITIES for peer in PEERS]
-    lines = [
-        "| seqlen | " + " | ".join(f"{QUANTITIES[op]}, {PEERS[p]}" for op, p in columns) + " |",
-        "| ---: " * (len(columns) + 1) + "|",
-    ]
+def tables(rows: list[dict]) -> str:
+    """A Markdown table a quantity: a line a sequence length, a column a peer."""
+    return "\n\n".join(_table(op, [row for row in rows if row["op"] == op]) for op in QUANTITIES)
+
+
+def _table(op: str, rows: list[dict]) -> str:
+    values = {(row["peer"], row["seqlen"]): row["value"] for row in rows}
+    header = [QUANTITIES[op], *PEERS.values(), "SDPA : flash_attn"]
+    lines = [header, ["---:"] * len(header)]
     for seqlen in SEQLENS:
-        cells = (values.get((op, peer, seqlen)) for op, peer in columns)
-        texts = ("-" if value is None else f"{value:.1f}" for value in cells)
-        lines.append(f"| {seqlen} | " + " | ".join(texts) + " |")
-    return "\n".join(lines)
+        cells = [values.get((peer, seqlen)) for peer in PEERS]
+        ratio = f"{cells[1] / cells[0]:.2f}"
+        lines.append([str(seqlen), *("-" if x is None else f"{x:.1f}" for x in cells), ratio])
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join(
+        "| " + " | ".join(cell.rjust(width) for cell, width in zip(line, widths)) + " |"
+        for line in lines
+    )
 
 
 def picture(rows: list[dict], machine: str, path: Path) -> Path | None:

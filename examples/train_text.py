@@ -151,7 +151,7 @@ def compare(out: Path, machine: str) -> list[dict]:
     """Measure attention beside PyTorch's, print the table and draw the picture."""
     print("attention beside PyTorch's (about a minute)", flush=True)
     rows = attention_comparison.measure(out)
-    print(attention_comparison.table(rows))
+    print(attention_comparison.tables(rows))
     if (path := attention_comparison.picture(rows, machine, out / "attention.png")) is not None:
         print(f"wrote {path}")
     return rows
@@ -172,7 +172,7 @@ def write_report(out: Path, report: dict) -> None:
         + ", ".join(f"{v:.0f} {k}" for k, v in report["tokens_per_second"].items()),
     ]
     if report["attention"]:
-        lines += ["", attention_comparison.table(report["attention"])]
+        lines += ["", attention_comparison.tables(report["attention"])]
     (out / "report.md").write_text("\n".join(lines) + "\n")
     print(f"wrote {out / 'report.md'} and {out / 'report.json'}")
 

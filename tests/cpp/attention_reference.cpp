@@ -90,8 +90,7 @@ AttentionGradients attend_backward(const AttentionHead& head, const Matrix& dout
       const double ds = head.scale * r.slope(i, j) * g.dbias(i, j);
       for (int c = 0; c < d; ++c) g.dq(i, c) += ds * head.k(j, c);
       for (int c = 0; c < d; ++c) g.dk(j, c) += ds * head.q(i, c);
-      for (int c = 0; c < dv; ++c)
-        g.dv(j, c) += r.p(i, j) * kept(head, i, j) * dout(i, c);
+      for (int c = 0; c < dv; ++c) g.dv(j, c) += r.p(i, j) * kept(head, i, j) * dout(i, c);
     }
   }
   return g;

@@ -56,7 +56,8 @@ def attention(
     """``(out, lse)`` in the dtype of q: ``(b, sq, h, dv)`` and ``(b, h, sq)``.
 
     q ``(b, sq, h, d)``, k ``(b, sk, hk, d)``, v ``(b, sk, hk, dv)``; ``keep`` ``(b, h, sq, sk)`` is
-    True where dropout keeps a probability. A query that sees no key gives out = 0 and lse = +inf.
+    True where dropout keeps a probability. A query that sees no key gives out = 0 and lse = +inf,
+    or its sink's logit.
     """
     groups = q.shape[2] // k.shape[2]
     seqlen_q, seqlen_k = q.shape[1], k.shape[1]
@@ -77,7 +78,7 @@ def attention(
         sinks = s_aux.to(scores.dtype).view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, sinks], dim=-1)
 
-    sees_none = ~mask.any(dim=-1)
+    sees_none = ~mask.any(dim=-1) if s_aux is None else torch.zeros(seqlen_q, dtype=torch.bool)
     lse = scores.logsumexp(dim=-1).masked_fill(sees_none, INF)
     probs = scores.softmax(dim=-1)[..., :seqlen_k].masked_fill(sees_none[:, None], 0.0)
     if keep is not None:

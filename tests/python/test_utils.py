@@ -84,13 +84,17 @@ class TestReference:
         probs = (0.5 * (2 * scores).tanh()).softmax(-1) * keep / 0.6
         torch.testing.assert_close(out, torch.einsum("bhij,bjhd->bihd", probs, v))
 
-    def test_rows_without_keys(self):
+    @pytest.mark.parametrize("sinks", [False, True])
+    def test_rows_without_keys(self, sinks):
         q, k, v = random_qkv(sq=5, sk=3, dtype=torch.float64)
-        tensors = {"q": q, "k": k, "v": v, "s_aux": torch.zeros(4)}
+        tensors = {"q": q, "k": k, "v": v}
+        if sinks:
+            tensors["s_aux"] = torch.arange(4.0)
         dout, dlse = torch.ones_like(q), torch.ones(2, 4, 5)
         result = reference.attention_and_gradients(tensors, {"causal": True}, dout, dlse)
+        lse = torch.arange(4.0) if sinks else torch.full((4,), torch.inf)
         assert (result["out"][:, :2] == 0).all()
-        assert (result["lse"][..., :2] == torch.inf).all()
+        assert (result["lse"][..., :2] == lse[:, None]).all()
         assert (result["dq"][:, :2] == 0).all()
         assert all(torch.isfinite(result[f"d{n}"]).all() for n in tensors)
 

@@ -1,0 +1,74 @@
+// Attention over a cache, on every instruction set, against the definition.
+#include <omp.h>
+
+#include "cache_problem.h"
+#include "expect_close.h"
+#include "isa_probe.h"
+
+namespace flash_test {
+namespace {
+
+struct NamedCache {
+  std::string name;
+  CacheCase c;
+};
+std::ostream& operator<<(std::ostream& os, const NamedCache& x) { return os << x.c; }
+
+std::vector<NamedCache> all_cases() {
+  std::vector<NamedCache> cases;
+  for (uint32_t seed = 0; seed < 40; ++seed)
+    cases.push_back({"random_" + std::to_string(seed), random_cache_case(seed)});
+  return cases;
+}
+
+class CacheKernelsOn : public testing::TestWithParam<NamedCache> {};
+INSTANTIATE_TEST_SUITE_P(All, CacheKernelsOn, testing::ValuesIn(all_cases()),
+                         [](const auto& info) { return info.param.name; });
+
+TEST_P(CacheKernelsOn, MatchTheDefinition) {
+  const CacheCase& c = GetParam().c;
+  const CacheProblem before(c, 1);
+  for (const flash::cpu::Kernels* kernels : all_kernels()) {
+    SCOPED_TRACE(kernels->isa);
+    CacheProblem problem = before;
+    problem.run(*kernels);
+    // Rounding may differ by a step where keys were rotated; values are copied.
+    const double step = std::ldexp(1., -format_of(c.dtype).mantissa_bits);
+    const PoisonTensor expected_k = before.expected_k_cache();
+    const PoisonTensor& k = problem.k_cache;
+    k.for_each([&](const PoisonTensor::Index& i) {
+      const double x = k.get(i), y = expected_k.get(i);
+      ASSERT_TRUE(std::isnan(y) ? std::isnan(x) : std::fabs(x - y) <= 4 * step)
+          << "k_cache at " << testing::PrintToString(i) << ": " << x << ", expected " << y;
+    });
+    EXPECT_TRUE(k.untouched_between_elements());
+    EXPECT_TRUE(problem.v_cache.bytes() == before.expected_v_cache().bytes());
+    PoisonTensor out(flash::Dtype::kFloat32, problem.out.shape());
+    PoisonTensor lse(flash::Dtype::kFloat32, problem.lse.shape());
+    problem.expected_outputs(out, lse);
+    expect_close("out", problem.out, out, tolerance(c.dtype));
+    expect_close("lse", problem.lse, lse, tolerance(c.dtype));
+  }
+}
+
+TEST_P(CacheKernelsOn, DoNotDependOnThreads) {
+  const CacheProblem before(GetParam().c, 2);
+  const int threads_before = omp_get_max_threads();
+  for (const flash::cpu::Kernels* kernels : all_kernels()) {
+    omp_set_num_threads(1);
+    CacheProblem expected = before;
+    expected.run(*kernels);
+    for (int threads : {2, 4, 16}) {
+      omp_set_num_threads(threads);
+      CacheProblem actual = before;
+      actual.run(*kernels);
+      EXPECT_TRUE(actual.out.bytes() == expected.out.bytes()) << kernels->isa << threads;
+      EXPECT_TRUE(actual.lse.bytes() == expected.lse.bytes()) << kernels->isa << threads;
+      EXPECT_TRUE(actual.k_cache.bytes() == expected.k_cache.bytes()) << kernels->isa << threads;
+    }
+  }
+  omp_set_num_threads(threads_before);
+}
+
+}  // namespace
+}  // namespace flash_test
