@@ -18,7 +18,7 @@ VENV := .venv/.complete
 RELEASE := build/.release
 INSTALLED := build/.installed
 
-.PHONY: help dev demo test bench lint format asan tsan sanitized wheel clean
+.PHONY: help dev demo test bench lint format asan tsan wheel clean
 help: ## print this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/\1\t\2/' | expand -t 10
 
@@ -64,16 +64,14 @@ format: $(VENV) ## format all C++ and Python files
 	ruff check --fix .
 
 asan: SANITIZE := address,undefined
-asan: sanitized ## C++ tests under the address and undefined behaviour sanitizers
-
+asan: $(VENV) ## C++ tests under the address and undefined behaviour sanitizers
 tsan: SANITIZE := thread
-tsan: sanitized ## C++ tests under the thread sanitizer
-
-sanitized: $(VENV)
-	cmake -S . -B build/$(SANITIZE) -G Ninja -DCMAKE_BUILD_TYPE=Debug -DFLASH_ATTN_PYTHON=OFF \
+tsan: $(VENV) ## C++ tests under the thread sanitizer
+asan tsan:
+	cmake -S . -B build/$@ -G Ninja -DCMAKE_BUILD_TYPE=Debug -DFLASH_ATTN_PYTHON=OFF \
 	  -DFLASH_ATTN_SANITIZE=$(SANITIZE)
-	cmake --build build/$(SANITIZE) -j $(JOBS)
-	UBSAN_OPTIONS=print_stacktrace=1 ctest --test-dir build/$(SANITIZE) --output-on-failure
+	cmake --build build/$@ -j $(JOBS)
+	UBSAN_OPTIONS=print_stacktrace=1 ctest --test-dir build/$@ --output-on-failure
 
 wheel: $(VENV) ## build the wheel as users do, isolated from everything, and check it
 	tools/check_wheel.sh

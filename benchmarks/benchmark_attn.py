@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import itertools
 import os
 import sys
@@ -79,7 +80,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--refcheck", action="store_true", help="compare with fp64 first; exit 1 on a mismatch")
     add("--quick", action="store_true", help="a fixed selection of cases, under three minutes")
     add("--out", type=Path, default=Path("build/bench"), help="directory of the CSV and PNG files")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    options.quick = options.quick or not options.op
+    return options
 
 
 def _case(op, dtype, batch, seqlen, nheads, nheads_k, headdim, headdim_v, causal) -> Case:
@@ -109,7 +112,7 @@ def quick_cases() -> list[Case]:
 
 def make_cases(options: argparse.Namespace) -> list[Case]:
     """All combinations of the options; a causal decode is a decode, and listed once."""
-    if options.quick or not options.op:
+    if options.quick:
         return quick_cases()
     cases = []
     for op in options.op:
@@ -122,12 +125,23 @@ def make_cases(options: argparse.Namespace) -> list[Case]:
     return cases
 
 
+@functools.cache
+def warm_up(op: str, dtype: str, peer: str) -> None:
+    """Pay once for what a process pays once: loading code, starting threads."""
+    small = _case(op, dtype, 1, 32, 2, 2, 16, 16, False)
+    PEERS[peer](small, make_inputs(small))()
+
+
 def measure(case: Case, options: argparse.Namespace) -> list[dict]:
     """Rows of one case, one a peer. A failed --refcheck shows as an error_ratio above 1."""
     inputs = make_inputs(case)
     names = list(options.peers)
+    if options.quick and case.dtype != "float32" and "plain" in names:
+        names.remove("plain")  # seconds a call on CPUs without half-precision instructions
     if case.score_bytes() > options.max_plain_gib * 2**30 and "plain" in names:
         names.remove("plain")
+    for name in names:
+        warm_up(case.op, case.dtype, name)
     runs = {name: PEERS[name](case, inputs) for name in names}
     errors = {}
     if options.refcheck:

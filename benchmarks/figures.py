@@ -71,7 +71,6 @@ def _save_lines(plt, groups: list[list[dict]], machine: str, path: Path) -> None
         axis.set_visible(False)
     for axis, rows in zip(axes.flat, groups):
         draw_lines(axis, rows, "gflops", _group_title(rows[0]), "GFLOP/s")
-    axes[0, 0].legend(frameon=False)
     finish(plt, figure, machine, path)
 
 
@@ -99,7 +98,6 @@ def _save_bars(plt, groups: list[list[dict]], machine: str, path: Path) -> None:
         "GFLOP/s (a causal mask counts as half); beside the bars: speed relative to torch SDPA"
     )
     axis.grid(axis="x", alpha=0.25)
-    axis.legend(frameon=False, loc="lower right")
     finish(plt, figure, machine, path)
 
 
@@ -109,12 +107,14 @@ def _split_by_seqlen(rows: list[dict]) -> list[list[dict]]:
 
 
 def finish(plt, figure, machine: str, path: Path) -> None:
-    """Write the machine under the figure, and the figure to ``path``."""
-    width = int(figure.get_size_inches()[0] * 17)
-    figure.tight_layout(rect=(0, 0.35 / figure.get_size_inches()[1], 1, 1))
-    figure.text(
-        0.01, 0.01, textwrap.fill(machine, width), fontsize=6.5, color="#555555", va="bottom"
-    )
+    """Write the legend and the machine under the figure, and the figure to ``path``."""
+    width, height = figure.get_size_inches()
+    figure.tight_layout(rect=(0, 0.6 / height, 1, 1))
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    place = {"loc": "lower center", "bbox_to_anchor": (0.5, 0.3 / height)}
+    figure.legend(handles, labels, ncols=len(labels), frameon=False, **place)
+    text = textwrap.fill(machine, int(width * 17))
+    figure.text(0.01, 0.05 / height, text, fontsize=6.5, color="#555555", va="bottom")
     figure.savefig(path, dpi=130)
     plt.close(figure)
 

@@ -24,13 +24,16 @@ def take_turns(
     A change of the machine's pace then meets all of them alike.
 
     Arguments:
-        runs: functions of no arguments, by name. Each is called once beforehand.
+        runs: functions of no arguments, by name. Each is called once beforehand; one that takes
+            longer than the budget is not called again.
         budget: seconds for all of them; every one is measured at least once, and three times if
             that costs no more than twice the budget.
         max_samples: samples of each at most.
     """
     started = time.perf_counter()
     estimates = {name: _seconds(run, 1) for name, run in runs.items()}
+    slow = {name: [t] for name, t in estimates.items() if t > budget}
+    runs = {name: run for name, run in runs.items() if name not in slow}
     repeats = {name: max(1, round(_SAMPLE_SECONDS / t)) for name, t in estimates.items()}
     samples: dict[str, list[float]] = {name: [] for name in runs}
     for done in range(max_samples):
@@ -39,7 +42,7 @@ def take_turns(
             break
         for name, run in runs.items():
             samples[name].append(_seconds(run, repeats[name]))
-    return samples
+    return {name: slow.get(name) or samples[name] for name in estimates}
 
 
 def median(samples: list[float]) -> float:

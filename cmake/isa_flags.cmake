@@ -8,10 +8,6 @@ if(CMAKE_CXX_COMPILER_ID STREQUAL GNU AND CMAKE_CXX_COMPILER_VERSION VERSION_LES
   # Its own AVX-512 header warns: https://gcc.gnu.org/PR105593
   list(APPEND FLASH_ATTN_AVX512_FLAGS -Wno-uninitialized -Wno-maybe-uninitialized)
 endif()
-if(CMAKE_CXX_COMPILER_ID STREQUAL GNU)
-  # False alarms from GCC's own avx512fintrin.h, https://gcc.gnu.org/PR105593
-  list(APPEND FLASH_ATTN_AVX512_FLAGS -Wno-uninitialized -Wno-maybe-uninitialized)
-endif()
 
 set(FLASH_ATTN_ISAS baseline)
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")

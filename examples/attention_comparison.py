@@ -77,7 +77,6 @@ def picture(rows: list[dict], machine: str, path: Path) -> Path | None:
     for axis, op, title, unit in zip(axes, QUANTITIES, titles, units):
         points = [{**row, "seqlen_k": row["seqlen"]} for row in rows if row["op"] == op]
         draw_lines(axis, points, "value", title, unit, log_y=True)
-    axes[0].legend(frameon=False)
     figure.suptitle("Causal attention, fp32, 2 heads of 64", fontsize=11)
     finish(plt, figure, machine, path)
     return path

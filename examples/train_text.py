@@ -26,7 +26,7 @@ from gpt import GPT, GPTConfig, generate, generate_without_cache
 BATCH, SEQLEN = 4, 256
 PEAK_LEARNING_RATE = 3e-3
 VALIDATION_BATCHES = 40
-PROMPT = b"def read_lines(path, encoding=None):\n    "
+PROMPT = b"class Reader:\n    def read_lines(self, path, encoding=None):\n"
 NEW_TOKENS = 200
 
 

@@ -352,6 +352,8 @@ def kvcache_attend(
     if out is None:
         out = buffers.dense_out(q, v_cache)
     softmax_lse = buffers.dense_lse(q)
+    written = () if k is None else (k_cache, v_cache)
+    versioned = [cache for cache in written if not cache.is_inference()]
     _mha_fwd_kvcache(
         q,
         k_cache,
@@ -376,10 +378,8 @@ def kvcache_attend(
         rotary_interleaved,
         num_splits,
     )
-    if k is not None:
-        for cache in (k_cache, v_cache):
-            if not cache.is_inference():
-                torch.autograd.graph.increment_version(cache)
+    for cache in versioned:
+        torch.autograd.graph.increment_version(cache)
     return out, softmax_lse
 
 

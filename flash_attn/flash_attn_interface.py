@@ -510,6 +510,7 @@ def flash_attn_with_kvcache(
         bool(rotary_interleaved),
         as_int(num_splits),
     )
+    return_softmax_lse = bool(return_softmax_lse)  # raises, if it does, before anything is written
     if needs_no_dispatcher(q, k_cache, v_cache):
         out, softmax_lse = kvcache_attend(q, k_cache, v_cache, k, v, *settings, s_aux)
         return (out, softmax_lse) if return_softmax_lse else out

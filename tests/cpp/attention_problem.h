@@ -42,6 +42,7 @@ struct AttentionOutputs {
   struct Named {
     const char* name;
     PoisonTensor* tensor;
+    int64_t terms = 1;  // that each element sums over queries or broadcast dimensions
   };
   std::vector<Named> written(const AttentionCase& c);  // those that a call of the case writes
 };

@@ -43,13 +43,11 @@ std::vector<NamedCase> all_cases() {
       {"causal_over_several_tiles",
        with(dense(1, 300, 300, 2, 2, 64, 64), [](AttentionCase& c) { c.right = 0; })},
       // Chunks of keys narrower than the rows of a tile: whole bands of rows see other chunks.
-      {"diagonal_in_narrow_chunks",
-       with(dense(1, 200, 200, 1, 1, 256, 256), [](AttentionCase& c) { c.left = c.right = 0; })},
-      {"band_in_narrow_chunks", with(dense(1, 230, 230, 1, 1, 160, 160),
-                                     [](AttentionCase& c) {
-                                       c.left = 9;
-                                       c.right = 2;
-                                     })},
+      {"window_over_narrow_chunks", with(dense(1, 200, 200, 1, 1, 256, 256),
+                                         [](AttentionCase& c) {
+                                           c.left = 5;
+                                           c.right = 2;
+                                         })},
       {"window_behind_the_last_query", with(dense(2, 20, 400, 2, 1, 32, 32),
                                             [](AttentionCase& c) {
                                               c.left = 10;
@@ -116,7 +114,7 @@ TEST_P(KernelsOn, MatchTheDefinition) {
     const auto written = actual.written(shape()), wanted = expected.written(shape());
     for (size_t i = 0; i < written.size(); ++i)
       expect_close(written[i].name, *written[i].tensor, *wanted[i].tensor,
-                   tolerance(shape().dtype));
+                   tolerance(shape().dtype) * std::sqrt(written[i].terms));
   }
 }
 

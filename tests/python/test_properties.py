@@ -123,6 +123,8 @@ INVARIANCE_CASES = [
     Case(batch=3, seqlens=(257, 113), heads=(6, 1), window_size=(50, 30), softcap=5.0),
     Case(batch=3, seqlens=(113, 300), heads=(2, 1), dims=(192, 128), sinks=FP32, bias="bhqk"),
     Case(batch=3, seqlens=(65, 90), heads=(2, 1), dims=(576, 512), dtype=FP16, alibi="h"),
+    Case(batch=3, seqlens=(129, 300), heads=(4, 2), bias="k", dims=(40, 40)),
+    Case(batch=3, seqlens=(129, 300), heads=(4, 4), bias="hq", sinks=BF16, dlse=True),
 ]
 
 
@@ -151,9 +153,10 @@ def test_run_to_run_and_for_every_number_of_threads(case, dropout_p, restore_thr
 def test_a_batch_entry_does_not_depend_on_the_others(case):
     tensors, options, dout, dlse = make_tensors(case)
     together = flash_forward_backward(tensors, options, dout, dlse)
-    names = [n for n in together if n != "ds_aux"]
+    own_names = [n for n, t in tensors.items() if t.shape[0] == case.batch]
+    names = ["out", "lse", *(f"d{n}" for n in own_names)]
     for i in range(case.batch):
-        own = {n: t if n == "s_aux" else t[i : i + 1] for n, t in tensors.items()}
+        own = {n: t[i : i + 1] if n in own_names else t for n, t in tensors.items()}
         own_dlse = None if dlse is None else dlse[i : i + 1]
         alone = flash_forward_backward(own, options, dout[i : i + 1], own_dlse)
         assert_equal_results(alone, {n: together[n][i : i + 1] for n in names}, names)

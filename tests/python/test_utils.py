@@ -111,15 +111,24 @@ class TestReference:
 
 
 class TestAssertAttentionClose:
-    exact = torch.tensor([0.0, 1.0, -2.0, torch.inf], dtype=torch.float64)
+    exact = torch.linspace(-2, 2, 2048, dtype=torch.float64)
+    exact[3] = torch.inf
 
-    def shifted(self, by, dtype=torch.float32):
-        return (self.exact + torch.tensor([0, by, 0, 0])).to(dtype)
+    def shifted(self, by, dtype=torch.float32, size=2048):
+        x = self.exact[:size].clone()
+        x[1] += by
+        return x.to(dtype)
 
     def test_accepts_twice_the_plain_error(self):
         close = reference.assert_attention_close
         close(self.shifted(1.9e-2), self.exact, self.shifted(-1e-2), "x")
         close(self.shifted(3e-3, torch.bfloat16), self.exact, self.shifted(0.0), "x")
+
+    def test_accepts_four_times_the_plain_error_of_small_tensors(self):
+        small = [self.shifted(by, size=100) for by in (3.9e-2, 4.1e-2, -1e-2)]
+        reference.assert_attention_close(small[0], self.exact[:100], small[2], "x")
+        with pytest.raises(AssertionError, match="largest error"):
+            reference.assert_attention_close(small[1], self.exact[:100], small[2], "x")
 
     @pytest.mark.parametrize("dtype,error", [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
     def test_rejects_more(self, dtype, error):

@@ -67,63 +67,65 @@ typedef struct flash_attn_tensor {
 } flash_attn_tensor;
 
 /* What the softmax sees: x = softcap(softmax_scale * q.k) - alibi + attn_bias, masked to the
- * visible keys. Key j is visible to query i of a sequence with lengths sq, sk iff i + sk - sq -
- * window_left <= j <= i + sk - sq + window_right      (-1: no limit; causal sets window_right = 0),
- * so masks are aligned to the bottom right corner. A query that sees no key yields out = 0 and
- * softmax_lse = +inf (with an attention sink: softmax_lse = s_aux). */
+ * visible keys. Key j is visible to query i of a sequence with lengths sq, sk iff
+ *
+ *   i + sk - sq - window_left <= j <= i + sk - sq + window_right
+ *
+ * (-1: no limit; causal sets window_right = 0): masks are aligned to the bottom right corner. A
+ * query that sees no key yields out = 0 and softmax_lse = +inf (with an attention sink: softmax_lse
+ * = s_aux). */
 typedef struct flash_attn_score_args {
   double softmax_scale;
   double softcap;       /* > 0: x <- softcap * tanh(x / softcap); 0: off */
   int64_t window_left;  /* -1: no limit */
   int64_t window_right; /* -1: no limit */
   int32_t is_causal;
-  const flash_attn_tensor*
-      alibi_slopes; /* fp32 [h] or [b, h]: x -= slope * |i + sk - sq - j|; NULL: none */
-  const flash_attn_tensor* s_aux; /* fp16/bf16/fp32 [h], "attention sink": a logit with no value,
-                                     joins the softmax's denominator and softmax_lse; NULL: none */
-  const flash_attn_tensor*
-      attn_bias; /* dtype of q or fp32, [b | 1, h | 1, sq | 1, sk | 1] (varlen: max_seqlen_*,
-                    indexed within each sequence), added to x; NULL: none */
+  /* fp32 [h] or [b, h]: x -= slope * |i + sk - sq - j|; NULL: none */
+  const flash_attn_tensor* alibi_slopes;
+  /* fp16/bf16/fp32 [h], "attention sink": a logit with no value, joins the softmax's denominator
+     and softmax_lse; NULL: none */
+  const flash_attn_tensor* s_aux;
+  /* dtype of q or fp32, [b | 1, h | 1, sq | 1, sk | 1] (varlen: max_seqlen_*, indexed within
+     each sequence), added to x; NULL: none */
+  const flash_attn_tensor* attn_bias;
 } flash_attn_score_args;
 
-/* ------------------------------------------------------------------------------------------------
- * forward */
+/* --------------------------------------------------------------------------- forward */
 typedef struct flash_attn_fwd_args {
-  const flash_attn_tensor*
-      q; /* fp16 / bf16 / fp32, [b, sq, h, d]; varlen [total_q, h, d]; last stride 1 */
-  const flash_attn_tensor*
-      k; /* [b, sk, hk, d]; varlen [total_k, hk, d], or paged [num_pages, page_size, hk, d] */
+  /* fp16 / bf16 / fp32, [b, sq, h, d]; varlen [total_q, h, d]; last stride 1 */
+  const flash_attn_tensor* q;
+  /* [b, sk, hk, d]; varlen [total_k, hk, d], or paged [num_pages, page_size, hk, d] */
+  const flash_attn_tensor* k;
   const flash_attn_tensor* v; /* as k with dv for d */
-  const flash_attn_tensor*
-      out; /* as q with dv for d; written; varlen: rows of no sequence become 0 */
-  const flash_attn_tensor*
-      softmax_lse; /* fp32 [b, h, sq]; varlen [h, total_q]; written; natural log */
+  /* as q with dv for d; written; varlen: rows of no sequence become 0 */
+  const flash_attn_tensor* out;
+  /* fp32 [b, h, sq]; varlen [h, total_q]; written; natural log; varlen: -inf in columns of no
+     sequence */
+  const flash_attn_tensor* softmax_lse;
   flash_attn_score_args score;
   double p_dropout; /* 0 <= p < 1 */
-  const flash_attn_tensor*
-      rng_state; /* int64 [2] = {seed, offset} in host memory; needed if p_dropout > 0 */
-  const flash_attn_tensor*
-      s_dmask; /* NULL, or dtype of q, [b, h, ceil128(sq), ceil128(sk)] (varlen: max_seqlen_*),
-                  contiguous; needs p_dropout > 0. Written: exp(x - running row max), sign bit
-                  set where dropped; the running max is that of key blocks visited from the
-                  last to the first. For tests. */
+  /* int64 [2] = {seed, offset} in host memory; needed if p_dropout > 0 */
+  const flash_attn_tensor* rng_state;
+  /* NULL, or dtype of q, [b, h, ceil128(sq), ceil128(sk)] (varlen: max_seqlen_*), contiguous;
+     needs p_dropout > 0. Written: exp(x - running row max), sign bit set where dropped; the
+     running max is that of key blocks visited from the last to the first. For tests. */
+  const flash_attn_tensor* s_dmask;
   /* varlen only; NULL / 0 in mha_fwd */
   const flash_attn_tensor* cu_seqlens_q; /* int32 [b + 1], ascending from 0 */
-  const flash_attn_tensor*
-      cu_seqlens_k; /* int32 [b + 1]; paged: its differences are the key lengths */
+  /* int32 [b + 1]; paged: its differences are the key lengths */
+  const flash_attn_tensor* cu_seqlens_k;
   const flash_attn_tensor* seqused_k; /* int32 [b]: keys used of each sequence; NULL: all */
-  const flash_attn_tensor*
-      leftpad_k; /* int32 [b]: keys skipped at each sequence's start; NULL: none */
-  const flash_attn_tensor*
-      block_table; /* int32 [b, max_pages_per_sequence]: paged k, v; NULL: not paged */
+  /* int32 [b]: keys skipped at each sequence's start; NULL: none */
+  const flash_attn_tensor* leftpad_k;
+  /* int32 [b, max_pages_per_sequence]: paged k, v; NULL: not paged */
+  const flash_attn_tensor* block_table;
   int64_t max_seqlen_q;
   int64_t max_seqlen_k;
-  int32_t
-      zero_tensors;   /* 1: out, softmax_lse (-inf) and s_dmask are filled before the kernel runs */
-  int32_t num_splits; /* 0: heuristic, fixed by the sequence's own length; 1: no split; n: n splits
-                         of the keys */
-  void* workspace; /* NULL (CPU: allocated inside), or device memory of flash_attn_*_workspace_size
-                      bytes */
+  int32_t zero_tensors; /* accepted for compatibility: nothing is ever left uninitialised */
+  /* 0: heuristic, fixed by the sequence's own length; 1: no split; n: n splits of the keys */
+  int32_t num_splits;
+  /* NULL (CPU: allocated inside), or device memory of flash_attn_*_workspace_size bytes */
+  void* workspace;
   size_t workspace_bytes;
   void* stream; /* CUstream; ignored on the CPU */
 } flash_attn_fwd_args;
@@ -135,19 +137,17 @@ FLASH_ATTN_API flash_attn_status flash_attn_mha_fwd_workspace_size(const flash_a
 FLASH_ATTN_API flash_attn_status
 flash_attn_mha_varlen_fwd_workspace_size(const flash_attn_fwd_args* args, size_t* bytes);
 
-/* ------------------------------------------------------------------------------------------------
- * backward */
+/* --------------------------------------------------------------------------- backward */
 typedef struct flash_attn_bwd_args {
-  const flash_attn_tensor *dout, *q, *k, *v, *out,
-      *softmax_lse; /* as in the forward; dout as out */
-  const flash_attn_tensor *dq, *dk,
-      *dv; /* as q, k, v; written; varlen: rows of no sequence become 0 */
-  const flash_attn_tensor*
-      softmax_d; /* fp32 [b, h, ceil128(sq)]; varlen [h, total_q + 128 b]; written:
-                    rowsum(dout * out) - dlse, 0 beyond the rows; varlen: sequence s starts at
-                    column cu_seqlens_q[s] + 128 s */
-  const flash_attn_tensor*
-      dlse; /* fp32, as softmax_lse: gradient flowing into softmax_lse; NULL: none */
+  /* as in the forward; dout as out */
+  const flash_attn_tensor *dout, *q, *k, *v, *out, *softmax_lse;
+  /* as q, k, v; written; varlen: rows of no sequence become 0 */
+  const flash_attn_tensor *dq, *dk, *dv;
+  /* fp32 [b, h, ceil128(sq)]; varlen [h, total_q + 128 b]; written: rowsum(dout * out) - dlse, 0
+     beyond the rows; varlen: sequence s starts at column cu_seqlens_q[s] + 128 s */
+  const flash_attn_tensor* softmax_d;
+  /* fp32, as softmax_lse: gradient flowing into softmax_lse; NULL: none */
+  const flash_attn_tensor* dlse;
   const flash_attn_tensor* ds_aux;     /* fp32 [h], written; needed iff score.s_aux is given */
   const flash_attn_tensor* dattn_bias; /* fp32, shape of attn_bias, written; NULL: not wanted */
   flash_attn_score_args score;
@@ -170,26 +170,25 @@ FLASH_ATTN_API flash_attn_status flash_attn_mha_bwd_workspace_size(const flash_a
 FLASH_ATTN_API flash_attn_status
 flash_attn_mha_varlen_bwd_workspace_size(const flash_attn_bwd_args* args, size_t* bytes);
 
-/* ------------------------------------------------------------------------------------------------
- * KV cache */
+/* --------------------------------------------------------------------------- KV cache */
 typedef struct flash_attn_kvcache_args {
   const flash_attn_tensor* q; /* [b, sq, h, d] */
-  const flash_attn_tensor*
-      k_cache; /* [b_cache, sk, hk, d], or paged [num_pages, page_size, hk, d]; appended to */
+  /* [b_cache, sk, hk, d], or paged [num_pages, page_size, hk, d]; appended to */
+  const flash_attn_tensor* k_cache;
   const flash_attn_tensor* v_cache; /* as k_cache with dv for d */
-  const flash_attn_tensor*
-      k; /* [b, s_new, hk, d], appended at cache_seqlens before attention; NULL: none */
+  /* [b, s_new, hk, d], appended at cache_seqlens before attention; NULL: none */
+  const flash_attn_tensor* k;
   const flash_attn_tensor* v;           /* [b, s_new, hk, dv] */
   const flash_attn_tensor* out;         /* [b, sq, h, dv], written */
   const flash_attn_tensor* softmax_lse; /* fp32 [b, h, sq], written */
   flash_attn_score_args score;          /* attn_bias must be NULL */
-  const flash_attn_tensor*
-      cache_seqlens; /* int32 [b]: tokens already in the cache; NULL: the whole cache, no k */
-  const flash_attn_tensor*
-      rotary_cos; /* dtype of q, [seqlen_rotary, rotary_dim / 2]; needs k; NULL: none */
+  /* int32 [b]: tokens already in the cache; NULL: the whole cache, no k */
+  const flash_attn_tensor* cache_seqlens;
+  /* dtype of q, [seqlen_rotary, rotary_dim / 2]; needs k; NULL: none */
+  const flash_attn_tensor* rotary_cos;
   const flash_attn_tensor* rotary_sin; /* as rotary_cos */
-  const flash_attn_tensor*
-      cache_batch_idx; /* int32 [b]: row of the cache of each sequence; NULL: its own index */
+  /* int32 [b]: row of the cache of each sequence; NULL: its own index */
+  const flash_attn_tensor* cache_batch_idx;
   const flash_attn_tensor* cache_leftpad; /* int32 [b]: first valid index in the cache; NULL: 0 */
   const flash_attn_tensor* block_table;   /* int32 [b, max_pages_per_sequence]; NULL: not paged */
   int32_t is_rotary_interleaved; /* 1: pairs (0, 1), (2, 3), ... (GPT-J); 0: halves (GPT-NeoX) */

@@ -3,8 +3,6 @@
 
 #include <algorithm>
 #include <cstdio>
-#include <cstring>
-#include <limits>
 #include <new>
 #include <string>
 
@@ -47,32 +45,15 @@ const cpu::Kernels& select(Operation operation, const flash_attn_tensor& q,
   return *select_kernel({operation, q.device_type, p.dtype, std::max(p.d, p.d_v)}).cpu;
 }
 
-// zero_tensors: out = 0, softmax_lse = -inf, s_dmask = 0, also where no sequence has rows.
-void prefill(const Flash_fwd_params& p) {
-  const size_t bytes = p.d_v * dtype_bytes(p.dtype);
-  for (int64_t row = 0; row < p.total_q; ++row) {
-    for (int64_t head = 0; head < p.h; ++head) {
-      const int64_t at = row * p.o.row_stride + head * p.o.head_stride;
-      std::memset(static_cast<char*>(p.o.ptr) + at * dtype_bytes(p.dtype), 0, bytes);
-      p.softmax_lse[head * p.lse_head_stride + row] = -std::numeric_limits<float>::infinity();
-    }
-  }
-  if (p.s_dmask != nullptr) {
-    const int64_t numel = p.b * p.h * p.seqlen_q_rounded * p.seqlen_k_rounded;
-    std::memset(p.s_dmask, 0, numel * dtype_bytes(p.dtype));
-  }
-}
-
 // Chooses a kernel and runs it, or with `workspace_bytes` only tells what it needs: CPU kernels
 // allocate inside.
 void forward(Operation operation, const flash_attn_tensor& q, const Flash_fwd_params& p,
-             bool zero_tensors, size_t* workspace_bytes) {
+             size_t* workspace_bytes) {
   const cpu::Kernels& kernels = select(operation, q, p);
   if (workspace_bytes != nullptr) {
     *workspace_bytes = 0;
     return;
   }
-  if (zero_tensors) prefill(p);
   kernels.mha_fwd(p);
 }
 
@@ -90,13 +71,13 @@ void backward(Operation operation, const flash_attn_tensor& q, const Flash_bwd_p
 void mha_fwd(const flash_attn_fwd_args* args, size_t* bytes) {
   require_pointer(args, "args");
   const Flash_fwd_params p = check_mha_fwd(*args);
-  forward(Operation::kMhaFwd, *args->q, p, false, bytes);
+  forward(Operation::kMhaFwd, *args->q, p, bytes);
 }
 
 void mha_varlen_fwd(const flash_attn_fwd_args* args, size_t* bytes) {
   require_pointer(args, "args");
   const Flash_fwd_params p = check_mha_varlen_fwd(*args);
-  forward(Operation::kMhaVarlenFwd, *args->q, p, args->zero_tensors != 0, bytes);
+  forward(Operation::kMhaVarlenFwd, *args->q, p, bytes);
 }
 
 void mha_bwd(const flash_attn_bwd_args* args, size_t* bytes) {
@@ -112,7 +93,7 @@ void mha_varlen_bwd(const flash_attn_bwd_args* args, size_t* bytes) {
 void mha_fwd_kvcache(const flash_attn_kvcache_args* args, size_t* bytes) {
   require_pointer(args, "args");
   const Flash_fwd_params p = check_mha_fwd_kvcache(*args);
-  forward(Operation::kMhaFwdKvcache, *args->q, p, false, bytes);
+  forward(Operation::kMhaFwdKvcache, *args->q, p, bytes);
 }
 
 void combine(const flash_attn_combine_args* args) {

@@ -338,7 +338,7 @@ inline void prepare_bwd(const Flash_bwd_params& p, const BwdPlan& plan, const Bw
                         int threads) {
   const int64_t entries = p.cu_seqlens_q ? 1 : p.b;
   const int64_t columns = p.cu_seqlens_q ? p.total_q + 128 * p.b : (p.seqlen_q + 127) / 128 * 128;
-  for (int64_t b = 0; b < entries; ++b)
+  for (int64_t b = 0; b < entries && columns > 0; ++b)
     for (int64_t h = 0; h < p.h; ++h)
       std::memset(p.dsoftmax_sum + b * p.dsoftmax_batch_stride + h * p.dsoftmax_head_stride, 0,
                   columns * sizeof(float));

@@ -335,8 +335,7 @@ inline void mha_fwd(const Flash_fwd_params& p) {
     const int64_t used = p.cu_seqlens_q[p.b];
     zero_rows_beyond(p.o, p.dtype, used, p.total_q, p.h, p.d_v);
     for (int64_t h = 0; h < p.h; ++h)
-      std::memset(p.softmax_lse + h * p.lse_head_stride + used, 0,
-                  (p.total_q - used) * sizeof(float));
+      for (int64_t i = used; i < p.total_q; ++i) p.softmax_lse[h * p.lse_head_stride + i] = -kInf;
   }
 }
 
