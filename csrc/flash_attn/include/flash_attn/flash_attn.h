@@ -99,8 +99,8 @@ typedef struct flash_attn_fwd_args {
   const flash_attn_tensor* v; /* as k with dv for d */
   /* as q with dv for d; written; varlen: rows of no sequence become 0 */
   const flash_attn_tensor* out;
-  /* fp32 [b, h, sq]; varlen [h, total_q]; written; natural log; varlen: -inf in columns of no
-     sequence */
+  /* fp32 [b, h, sq]; varlen [h, total_q]; last stride 1; written; natural log; varlen: -inf in
+     columns of no sequence */
   const flash_attn_tensor* softmax_lse;
   flash_attn_score_args score;
   double p_dropout; /* 0 <= p < 1 */

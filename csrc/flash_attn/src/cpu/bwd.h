@@ -207,8 +207,8 @@ class BwdTaskRunner {
     x.a_ld = d_pad;
     x.c = c + t.begin;
     x.c_ld = tile_.keys;
-    multiply<false>(count, t.end - t.begin, x, transposed_operand(b + int64_t{t.begin} * d_pad, d),
-                    false);
+    multiply_in_pieces(count, t.end - t.begin, x,
+                       transposed_operand(b + int64_t{t.begin} * d_pad, d));
   }
 
   void softmax_bwd_step(int row_index, const Row& row, float* s, float* dp, const TileColumns& t) {

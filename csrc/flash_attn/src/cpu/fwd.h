@@ -137,7 +137,7 @@ class FwdTaskRunner {
     x.a_ld = d_pad_;
     x.c = s + t.begin;
     x.c_ld = s_ld;
-    multiply<false>(count, t.end - t.begin, x, k, false);
+    multiply_in_pieces(count, t.end - t.begin, x, k);
   }
 
   // Softcap, ALiBi, bias and mask of one row. True if it sees every column.

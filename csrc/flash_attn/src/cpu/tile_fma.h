@@ -21,7 +21,9 @@ inline constexpr int kTileN = kTileVectors * kWidth;
 
 constexpr int round_up(int x, int m) { return (x + m - 1) / m * m; }
 
-enum class Init { kZero, kKeep, kScaleRows };  // C before the product: 0, C, or row_scale[m] * C
+// What the product is added to: 0, C, row_scale[m] * C, or C once the product's own sum is
+// complete.
+enum class Init { kZero, kKeep, kScaleRows, kAddSum };
 
 struct OperandB {
   const float* data;
@@ -47,7 +49,8 @@ inline void multiply_tile(const Product& x) {
   for (int m = 0; m < M; ++m) {
 #pragma GCC unroll 2
     for (int j = 0; j < kTileVectors; ++j) {
-      acc[m][j] = x.init == Init::kZero ? zero() : load(x.c + m * x.c_ld + j * kWidth);
+      const bool from_zero = x.init == Init::kZero || x.init == Init::kAddSum;
+      acc[m][j] = from_zero ? zero() : load(x.c + m * x.c_ld + j * kWidth);
       if (x.init == Init::kScaleRows) acc[m][j] *= x.row_scale[m];
     }
   }
@@ -68,8 +71,11 @@ inline void multiply_tile(const Product& x) {
   }
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m) {
-    store(x.c + m * x.c_ld, acc[m][0]);
-    store(x.c + m * x.c_ld + kWidth, acc[m][1]);
+#pragma GCC unroll 2
+    for (int j = 0; j < kTileVectors; ++j) {
+      float* c = x.c + m * x.c_ld + j * kWidth;
+      store(c, x.init == Init::kAddSum ? acc[m][j] + load(c) : acc[m][j]);
+    }
   }
 }
 
@@ -117,6 +123,19 @@ inline void multiply(int rows, int columns, const Product& product, const Operan
       x.c += kTileM * x.c_ld;
       x.row_scale += kTileM;
     }
+  }
+}
+
+// C = A B, the sum over k in pieces: one chain of up to 576 additions would cost fp32 accuracy.
+inline void multiply_in_pieces(int rows, int columns, Product x, OperandB b) {
+  constexpr int kPiece = 128;
+  const int k = x.k;
+  for (int begin = 0; begin < k; begin += kPiece) {
+    x.k = k - begin < kPiece ? k - begin : kPiece;
+    x.init = begin == 0 ? Init::kZero : Init::kAddSum;
+    multiply<false>(rows, columns, x, b, false);
+    x.a += kPiece;
+    b.data += kPiece * b.row_stride;
   }
 }
 
