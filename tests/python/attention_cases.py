@@ -75,6 +75,7 @@ CHOICES = {
     "bias_dtype": ["q", "fp32"],
     "dlse": [False, True],
 }  # fmt: skip
+SWEEP_FACTOR = 3  # of thousands of cases, where a few ratios of largest errors are far out
 MAX_COST = 1.5e8  # of batch * heads * seqlen_q * seqlen_k * (d + dv)
 
 
@@ -155,24 +156,25 @@ def flash_forward_backward(tensors, options, dout, dlse=None, **more):
     return {"out": out.detach(), "lse": lse.detach(), **gradients}
 
 
-def assert_results_close(actual, exact, plain, slack=None):
+def assert_results_close(actual, exact, plain, slack=None, factor=2):
     """``assert_attention_close`` of every result; reports all that fail."""
     assert actual.keys() == exact.keys()
     failures = []
     for name in actual:
         own_slack = (slack or {}).get(name, 0.0)
+        triple = actual[name], exact[name], plain[name]
         try:
-            assert_attention_close(actual[name], exact[name], plain[name], name, slack=own_slack)
+            assert_attention_close(*triple, name, own_slack, factor)
         except AssertionError as error:
             failures.append(str(error).splitlines()[0])
     assert not failures, "\n".join(failures)
 
 
-def check(case):
+def check(case, factor=2):
     """Runs a case through the library and compares every result with the reference's."""
     problem = make_tensors(case)
     actual = flash_forward_backward(*problem)
     assert actual["out"].dtype == case.dtype
     assert actual["lse"].dtype == FP32
     exact, plain = expected(case)
-    assert_results_close(actual, exact, plain, gradient_slack(*problem[:3], exact["out"]))
+    assert_results_close(actual, exact, plain, gradient_slack(*problem[:3], exact["out"]), factor)

@@ -7,7 +7,7 @@ import dataclasses
 import attention_cases
 import pytest
 import torch
-from attention_cases import BF16, FP16, FP32, Case, check, sampled_cases
+from attention_cases import BF16, FP16, FP32, SWEEP_FACTOR, Case, check, sampled_cases
 from reference import INF, assert_attention_close, attention, out_rounding
 
 from flash_attn import flash_attn_func, flash_attn_kvpacked_func, flash_attn_qkvpacked_func
@@ -23,7 +23,7 @@ def test_feature_product(case):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", sampled_cases(900, seed=2), ids=str)
 def test_feature_product_at_length(case):
-    check(case)
+    check(case, SWEEP_FACTOR)
 
 
 @pytest.mark.parametrize("dtype", [FP32, FP16, BF16])

@@ -141,7 +141,7 @@ def varlen_cases(count, seed):
     return [dataclasses.replace(case, batch=4) for case in sampled_cases(count, seed)]
 
 
-def check(case):
+def check(case, factor=2):
     lengths = sampled_lengths(case, case.seed)
     problem = make_tensors(case)
     actual = flash_varlen(lengths, *problem)
@@ -156,7 +156,7 @@ def check(case):
         plain["lse"] = one_by_one(reference_in(FP32), lengths, problem)["lse"]
     dense_out = attention_and_gradients(*problem)["out"]
     slack = gradient_slack(*problem[:3], dense_out)
-    attention_cases.assert_results_close(actual, exact, plain, slack)
+    attention_cases.assert_results_close(actual, exact, plain, slack, factor)
 
 
 @pytest.mark.parametrize("case", varlen_cases(20, seed=4), ids=str)
@@ -167,7 +167,7 @@ def test_feature_product(case):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", varlen_cases(300, seed=5), ids=str)
 def test_feature_product_at_length(case):
-    check(case)
+    check(case, attention_cases.SWEEP_FACTOR)
 
 
 @pytest.mark.parametrize("case", varlen_cases(20, seed=6), ids=str)

@@ -28,9 +28,9 @@ inline constexpr int kFwdTileRows = 4 * kTileM;
 inline FwdTile fwd_tile(const Flash_fwd_params& p) {
   const int bytes_a_row =
       4 * (round_up(static_cast<int>(p.d), kTileN) + round_up(static_cast<int>(p.d_v), kTileN));
-  int keys = (128 << 10) / bytes_a_row / 32 * 32;
+  int keys = (192 << 10) / bytes_a_row / 32 * 32;
   keys = keys < 32 ? 32 : keys > 256 ? 256 : keys;
-  int task_rows = (256 << 10) / bytes_a_row / kFwdTileRows * kFwdTileRows;
+  int task_rows = (512 << 10) / bytes_a_row / kFwdTileRows * kFwdTileRows;
   task_rows = task_rows < kFwdTileRows ? kFwdTileRows : task_rows;
   return {kFwdTileRows, keys, task_rows};
 }
