@@ -16,6 +16,7 @@ COLOURS = {
     "ggml": "#b8860b",
     "no_window": "#e6a188",
     "fma_peak": "#222222",
+    "dot_peak": "#777777",
     "amx_peak": "#222222",
     "read": "#222222",
 }
@@ -30,6 +31,7 @@ LABELS = {
     "ggml": "llama.cpp (ggml)",
     "no_window": "flash_attn without the window",
     "fma_peak": "FMA peak",
+    "dot_peak": "AVX-512-BF16 peak",
     "amx_peak": "AMX peak",
     "read": "plain read of the cache",
 }
@@ -144,18 +146,21 @@ def _split_by_seqlen(rows: list[dict]) -> list[list[dict]]:
     return [[row for row in rows if row["seqlen_k"] == s] for s in seqlens]
 
 
-def finish(plt, figure, machine: str, path: Path) -> None:
+def finish(plt, figure, machine: str, path: Path, columns: int = 6) -> None:
     """Write the legend and the machine under the figure, and the figure to ``path``."""
     width, height = figure.get_size_inches()
-    figure.tight_layout(rect=(0, 0.6 / height, 1, 1))
     named = {}
     for axis in figure.axes:
         for handle, label in zip(*axis.get_legend_handles_labels()):
             named.setdefault(label, handle)
     labels, handles = list(named), list(named.values())
-    place = {"loc": "lower center", "bbox_to_anchor": (0.5, 0.3 / height)}
-    figure.legend(handles, labels, ncols=len(labels), frameon=False, **place)
+    lines = -(-len(labels) // columns)
     text = textwrap.fill(machine, int(width * 17))
+    text_inches = 0.12 * (text.count("\n") + 1) + 0.1
+    rest = (text_inches + 0.22 * lines + 0.1) / height
+    figure.tight_layout(rect=(0, rest, 1, 1))
+    place = {"loc": "lower center", "bbox_to_anchor": (0.5, text_inches / height)}
+    figure.legend(handles, labels, ncols=min(columns, len(labels)), frameon=False, **place)
     figure.text(0.01, 0.05 / height, text, fontsize=6.5, color="#555555", va="bottom")
     figure.savefig(path, dpi=130)
     plt.close(figure)

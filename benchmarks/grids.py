@@ -8,10 +8,11 @@ import text_lengths
 from cases import DTYPES, Case
 
 PASSES = ("fwd", "bwd")
-KERNELS = ("flash_attn", "sdpa", "sdpa_flash", "sdpa_math", "onednn", "openvino", "ggml")
-PEAKS = ("fma_peak", "amx_peak", "exp_peak")
+RIVALS = ("onednn", "openvino", "ggml")
+PEAKS = ("fma_peak", "dot_peak", "amx_peak", "exp_peak")
 # Batch and heads by sequence length: enough tasks for many cores, and a bounded time.
 _BATCH_HEADS = {128: (8, 8), 512: (2, 8), 2048: (1, 8), 8192: (1, 2), 32768: (1, 2)}
+_ALL_BACKENDS_AT, _LONGEST_MATH = 512, 2048
 _PAGE_SIZES = (1, 16, 64, 256)
 
 
@@ -34,12 +35,21 @@ def case(
 
 
 def peers_of(case: Case) -> tuple[str, ...]:
-    """Who is measured in a case of a grid; those who cannot run it say so."""
+    """Who is measured in a case of a grid; those who cannot run it say so.
+
+    torch's own choice is its flash backend wherever that can run: naming it is measured at one
+    length. The math backend is slower everywhere but for backward in 16 bits.
+    """
     if case.op == "decode":
-        return ("flash_attn", "sdpa", "sdpa_math", "ggml", "read")
+        return ("flash_attn", "sdpa", *(("ggml",) if case.batch == 1 else ()), "read")
     if case.window:
         return ("flash_attn", "no_window", *PEAKS)
-    return (*KERNELS, *PEAKS)
+    peers = ["flash_attn", "sdpa"]
+    if case.seqlen_k == _ALL_BACKENDS_AT:
+        peers.append("sdpa_flash")
+    if case.seqlen_k <= _LONGEST_MATH:
+        peers.append("sdpa_math")
+    return (*peers, *(RIVALS if case.op == "fwd" else ()), *PEAKS)
 
 
 def _dense(seqlens, headdims, dtypes=tuple(DTYPES)) -> list[Case]:

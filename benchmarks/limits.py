@@ -1,8 +1,8 @@
 """The machine's limits, measured in turns with the kernels: what no attention can exceed.
 
-``fma_peak`` multiplies and adds fp32 vectors in registers, ``amx_peak`` bf16 tiles (random data:
-zeros run faster), ``exp_peak`` computes 2^x of fp32 in L1, ``read`` reads a decode case's keys and
-values. All on the threads that torch uses.
+``fma_peak`` multiplies and adds fp32 vectors in registers, ``dot_peak`` bf16 vectors, ``amx_peak``
+bf16 tiles (random data: zeros run faster), ``exp_peak`` computes 2^x of fp32 in L1,
+``read`` reads a decode case's keys and values. All on the threads that torch uses.
 """
 
 from __future__ import annotations
@@ -16,7 +16,12 @@ import torch
 from cases import Case, Inputs, Work
 from errors import Unsupported
 
-_ITERATIONS = {"fma": 1_000_000, "amx": 20_000, "exp": 4_000}  # a few milliseconds
+_ITERATIONS = {
+    "fma": 1_000_000,
+    "dot": 1_000_000,
+    "amx": 20_000,
+    "exp": 4_000,
+}  # a few milliseconds
 
 
 @functools.cache
@@ -38,7 +43,7 @@ def _loop(name: str) -> tuple[Callable[[], tuple], float]:
     iterations = _ITERATIONS[name]
     work = getattr(library, f"limits_{name}_work")() * iterations * threads
     if not work:
-        raise Unsupported("this CPU has no AMX")
+        raise Unsupported("this CPU has no such instruction")
     function = getattr(library, f"limits_{name}")
 
     def run():
@@ -51,6 +56,12 @@ def _loop(name: str) -> tuple[Callable[[], tuple], float]:
 def fma_peak(case: Case, inputs: Inputs):
     """Fused multiply-adds of fp32 vectors."""
     run, work = _loop("fma")
+    return run, Work(flops=work)
+
+
+def dot_peak(case: Case, inputs: Inputs):
+    """Dot products of bf16 vectors."""
+    run, work = _loop("dot")
     return run, Work(flops=work)
 
 
@@ -79,4 +90,10 @@ def read(case: Case, inputs: Inputs):
     return run, Work(bytes=float(sum(size for _, size in parts)))
 
 
-LIMITS = {"fma_peak": fma_peak, "amx_peak": amx_peak, "exp_peak": exp_peak, "read": read}
+LIMITS = {
+    "fma_peak": fma_peak,
+    "dot_peak": dot_peak,
+    "amx_peak": amx_peak,
+    "exp_peak": exp_peak,
+    "read": read,
+}

@@ -19,8 +19,9 @@ from timing import median, seconds, take_turns
 # and of what implementations round in between, with a wide margin.
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 _NOT_COMPARED = frozenset(("flash_attn", "no_window", *LIMITS))
-_LONGEST_CALL = 20.0  # seconds; with a total budget, slower calls are not begun
-_CALLS = 3  # of each peer, when guessing how long a case takes
+# With a total budget, longer calls (seconds) are not begun; of ours and torch's, of the others.
+_LONGEST_CALL, _LONGEST_CALL_OF_OTHERS = 20.0, 3.0
+_MAIN = frozenset(("flash_attn", "no_window", "sdpa"))
 
 
 @dataclass
@@ -52,12 +53,19 @@ class Budget:
             return float("inf")
         return self.total - (time.perf_counter() - self.started)
 
+    def suffices(self, case: Case, names) -> bool:
+        """Whether a case, as far as one can guess, ends in time."""
+        calls = [self.guess(case, name) for name in names if not self.refusal(case, name)]
+        turns = sum(call if call > self.case else 3 * call for call in calls)
+        return 0 < self.left() and turns < self.left()
+
     def refusal(self, case: Case, name: str) -> str:
         """Why a peer is left out, or nothing."""
         if name in HOLDS_SCORES and case.score_bytes() > self.max_scores_gib * 2**30:
             return "scores do not fit"
         guess = self.guess(case, name)
-        if self.total is not None and guess > _LONGEST_CALL:
+        longest = _LONGEST_CALL if name in _MAIN else _LONGEST_CALL_OF_OTHERS
+        if self.total is not None and guess > longest:
             return f"a call would take {guess:.0f} s"
         return ""
 
@@ -182,8 +190,7 @@ def measure(case: Case, names, budget: Budget, refcheck: bool) -> Measurement:
     not timed, unless it is PyTorch's default, for then ours may be wrong.
     """
     notes = _Notes(budget.told)
-    guess = _CALLS * sum(budget.guess(case, name) for name in names)
-    if guess > budget.left() or budget.left() <= 0:
+    if not budget.suffices(case, names):
         notes.add("left out", "the time is up", case)
         return Measurement(notes=notes.lines)
     inputs = make_inputs(case)

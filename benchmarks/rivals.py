@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import contextlib
-import functools
+from collections.abc import Iterable
 
 import rival_ggml
 import rival_onednn
 import rival_openvino
 from errors import Unsupported
 
-_MODULES = {"oneDNN": rival_onednn, "OpenVINO": rival_openvino, "ggml-python": rival_ggml}
+_MODULES = {
+    "onednn": ("oneDNN", rival_onednn),
+    "openvino": ("OpenVINO", rival_openvino),
+    "ggml": ("ggml-python", rival_ggml),
+}
 
 
-@functools.cache
-def versions() -> str:
-    """Names and versions of those that are installed."""
+def versions(peers: Iterable[str]) -> str:
+    """Names and versions of those among the peers that are installed; loads these alone."""
     found = []
-    for name, module in _MODULES.items():
+    for peer, (name, module) in _MODULES.items():
         with contextlib.suppress(Unsupported):
-            found.append(f"{name} {module.version()}")
+            if peer in peers:
+                found.append(f"{name} {module.version()}")
     return ", ".join(found)

@@ -42,7 +42,8 @@ _NUMBERS = frozenset(RESULT_COLUMNS[1:]) - {"samples"}
 def write_csv(path: Path, rows: list[dict]) -> None:
     """Write all rows with the machine's columns."""
     with path.open("w", newline="") as file:
-        columns = machine.describe() | {"rivals": rivals.versions()}
+        used = rivals.versions({row["peer"] for row in rows})
+        columns = machine.describe() | {"rivals": used}
         writer = csv.DictWriter(file, (*CASE_COLUMNS, *RESULT_COLUMNS, *columns))
         writer.writeheader()
         writer.writerows(row | columns for row in rows)

@@ -1,5 +1,5 @@
-// What the machine can do at best, as loops to be timed: fused multiply-adds, AMX products,
-// exponentials and reading memory. Compiled for the CPU it runs on (-march=native).
+// What the machine can do at best, as loops to be timed: fused multiply-adds, products of
+// bf16 vectors (AVX-512-BF16) and tiles (AMX), exponentials, reading memory. Compiled for the CPU it runs on (-march=native).
 //
 // Every function does its work on `threads` OpenMP threads. limits_*_work says how much of it one
 // call does; the caller divides by the time.
@@ -51,6 +51,22 @@ float fma_loop(int64_t iterations, int seed) {
   for (const Vector& sum : sums) total += sum[0];
   return total;
 }
+
+#if defined(__AVX512BF16__)
+float dot_loop(int64_t iterations, int seed) {
+  __m512 sums[kAccumulators];
+  for (int i = 0; i < kAccumulators; ++i) sums[i] = random_vector<__m512>(seed + i);
+  const __m512bh a = reinterpret_cast<__m512bh>(random_vector<__m512>(seed + 100));
+  const __m512bh b = reinterpret_cast<__m512bh>(random_vector<__m512>(seed + 200));
+  for (int64_t n = 0; n < iterations; ++n) {
+#pragma GCC unroll 12
+    for (int i = 0; i < kAccumulators; ++i) sums[i] = _mm512_dpbf16_ps(sums[i], a, b);
+  }
+  float total = 0;
+  for (const __m512& sum : sums) total += sum[0];
+  return total;
+}
+#endif
 
 // 2^x in fp32 to about 2e-7: round to the nearest integer, a polynomial of degree 6 for the
 // fraction, the integer into the exponent. Coefficients: Taylor's of 2^x.
@@ -169,6 +185,22 @@ void limits_fma(int threads, int64_t iterations) {
 // Floating-point operations of one iteration of one thread.
 int64_t limits_fma_work() {
   return int64_t{2} * kLanes * kAccumulators;
+}
+
+// AVX-512-BF16 dot products; no work where the CPU has none.
+void limits_dot([[maybe_unused]] int threads, [[maybe_unused]] int64_t iterations) {
+#if defined(__AVX512BF16__)
+  on_threads(threads, [&](int thread) { sink = dot_loop(iterations, thread); });
+#endif
+}
+
+// Floating-point operations of one iteration of one thread; 0 without AVX-512-BF16.
+int64_t limits_dot_work() {
+#if defined(__AVX512BF16__)
+  return int64_t{4} * kLanes * kAccumulators;
+#else
+  return 0;
+#endif
 }
 
 void limits_exp(int threads, int64_t iterations) {
