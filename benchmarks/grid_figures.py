@@ -54,7 +54,8 @@ def save_ratios(rows: list[dict], machine: str, path: Path) -> Path | None:
         shade = min(max(math.log2(ratio) / _COLOUR_RANGE, -1), 1)
         colour = plt.get_cmap("RdYlGn")((shade + 1) / 2)
         axis.add_patch(plt.Rectangle((x - 0.5, y - 0.5), 1, 1, color=colour))
-        axis.text(x, y, f"{ratio:.2f}", ha="center", va="center", fontsize=7)
+        ink = "white" if abs(shade) > 0.8 else "black"
+        axis.text(x, y, f"{ratio:.2f}", ha="center", va="center", fontsize=7, color=ink)
     names = [f"{op} {dtype} d={d} {'causal' if c else 'full'}" for op, dtype, d, c in kinds]
     axis.set_yticks(range(len(kinds)), names, fontsize=7)
     axis.set_xticks(range(len(seqlens)), [str(s) for s in seqlens])

@@ -57,7 +57,7 @@ class Budget:
         """Whether a case, as far as one can guess, ends in time."""
         calls = [self.guess(case, name) for name in names if not self.refusal(case, name)]
         turns = sum(call if call > self.case else 3 * call for call in calls)
-        return 0 < self.left() and turns < self.left()
+        return turns < self.left()
 
     def refusal(self, case: Case, name: str) -> str:
         """Why a peer is left out, or nothing."""

@@ -31,9 +31,10 @@ A call needs at least the longest of three times. The rates are measured on the 
 turns with the kernel and on as many threads ([limits.cpp](../benchmarks/native/limits.cpp)):
 
 - **products**: operations of the matrix products at the peak of the unit that multiplies. A score
-  takes 2 (d + dv) forward, 2 (3 d + 2 dv) backward; a causal mask leaves half of the scores, a window
-  those inside. The unit is FMA; for bf16 also AVX-512-BF16 dot products; and AMX where the CPU has
-  it, for fp16 at a third and for fp32 at a sixth of its peak, since so many bf16 products make one.
+  takes 2 (d + dv) forward, 2 (3 d + 2 dv) backward; a causal mask leaves half of the scores, a
+  window those inside. The unit is FMA; for bf16 also AVX-512-BF16 dot products; and AMX where the
+  CPU has it, for fp16 at a third and for fp32 at a sixth of its peak, since so many bf16 products
+  make one.
 - **exp**: one exponential a score, at the rate of a vectorized fp32 2^x in L1. It runs on the FMA
   units: where these do the products, too, the two times add up; beside AMX they overlap.
 - **bytes**: each input read and each result written once, at the rate of a plain read of a decode
@@ -219,6 +220,8 @@ def save_picture(rows: list[dict], path: Path) -> Path | None:
         x = row["gflops"] / row["gbytes"]
         axis.plot(x, row["gflops"], linestyle="", markersize=5, alpha=0.75, label=label, **style)
     axis.set(xscale="log", yscale="log", xlabel="operations a byte", ylabel="GFLOP/s")
+    axis.yaxis.set_major_formatter("{x:.0f}")
+    axis.yaxis.set_minor_formatter("")
     axis.grid(alpha=0.25)
     first = rows[0]
     machine = f"{first['cpu']}, {first['isa']}, {first['threads']} threads, {first['date']}"

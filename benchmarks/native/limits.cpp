@@ -1,5 +1,6 @@
-// What the machine can do at best, as loops to be timed: fused multiply-adds, products of
-// bf16 vectors (AVX-512-BF16) and tiles (AMX), exponentials, reading memory. Compiled for the CPU it runs on (-march=native).
+// What the machine can do at best, as loops to be timed: fused multiply-adds, products of bf16
+// vectors (AVX-512-BF16) and tiles (AMX), exponentials, reading memory. To be compiled for the CPU
+// that runs it (-march=native).
 //
 // Every function does its work on `threads` OpenMP threads. limits_*_work says how much of it one
 // call does; the caller divides by the time.
@@ -116,8 +117,7 @@ struct alignas(64) TileConfig {
 // Asks Linux for the use of the tile registers (Documentation/arch/x86/xstate.rst).
 bool amx_permitted() {
   constexpr int kArchReqXcompPerm = 0x1023, kXfeatureXtiledata = 18;
-  static const bool permitted =
-      syscall(SYS_arch_prctl, kArchReqXcompPerm, kXfeatureXtiledata) == 0;
+  static const bool permitted = syscall(SYS_arch_prctl, kArchReqXcompPerm, kXfeatureXtiledata) == 0;
   return permitted;
 }
 
@@ -183,9 +183,7 @@ void limits_fma(int threads, int64_t iterations) {
 }
 
 // Floating-point operations of one iteration of one thread.
-int64_t limits_fma_work() {
-  return int64_t{2} * kLanes * kAccumulators;
-}
+int64_t limits_fma_work() { return int64_t{2} * kLanes * kAccumulators; }
 
 // AVX-512-BF16 dot products; no work where the CPU has none.
 void limits_dot([[maybe_unused]] int threads, [[maybe_unused]] int64_t iterations) {
@@ -208,9 +206,7 @@ void limits_exp(int threads, int64_t iterations) {
 }
 
 // Exponentials of one iteration of one thread.
-int64_t limits_exp_work() {
-  return kExpBlock;
-}
+int64_t limits_exp_work() { return kExpBlock; }
 
 void limits_amx([[maybe_unused]] int threads, [[maybe_unused]] int64_t iterations) {
 #if defined(__AMX_BF16__) && defined(__AMX_TILE__)

@@ -31,9 +31,7 @@ logical_tensor tensor(Port port, logical_tensor::data_type type, const Dims& dim
   return {port, type, dims, logical_tensor::layout_type::strided};
 }
 
-logical_tensor inner_tensor(Port port) {
-  return {port, logical_tensor::data_type::f32};
-}
+logical_tensor inner_tensor(Port port) { return {port, logical_tensor::data_type::f32}; }
 
 class Attention {
  public:
@@ -57,8 +55,7 @@ class Attention {
       void* address = input.get_id() == kScale ? scale : data[input.get_id()];
       in.emplace_back(compiled_.query_logical_tensor(input.get_id()), engine_, address);
     }
-    const std::vector<graph::tensor> out{
-        {compiled_.query_logical_tensor(kOut), engine_, data[4]}};
+    const std::vector<graph::tensor> out{{compiled_.query_logical_tensor(kOut), engine_, data[4]}};
     compiled_.execute(stream_, in, out);
     stream_.wait();
   }
@@ -119,9 +116,7 @@ thread_local std::string last_error;
 extern "C" {
 
 // Why the last call of this thread failed.
-const char* onednn_error() {
-  return last_error.c_str();
-}
+const char* onednn_error() { return last_error.c_str(); }
 
 // dtype: 0 fp32, 1 bf16, 2 fp16; all tensors (batch, heads, seqlen, head_dim), dense. With masked,
 // run wants an additive fp32 mask (seqlen, seqlen). Returns null on failure.
@@ -147,9 +142,7 @@ int onednn_sdpa_run(void* attention, void* const* data, float scale) {
   }
 }
 
-void onednn_sdpa_destroy(void* attention) {
-  delete static_cast<Attention*>(attention);
-}
+void onednn_sdpa_destroy(void* attention) { delete static_cast<Attention*>(attention); }
 
 const char* onednn_version() {
   static const std::string text = [] {
