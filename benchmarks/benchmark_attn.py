@@ -63,7 +63,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--threads", type=int, help="threads of all peers (default: PyTorch's choice)")
     add("--isa", help="instruction set of this package's kernels (default: the best)")
     add("--budget", type=float, help="seconds for all cases (default: without --op, 170 or 880)")
-    add("--case-seconds", type=float, help="seconds a case (default 3; in a grid 1.5)")
+    add("--case-seconds", type=float, help="seconds a case (default 3; in a grid 1)")
     add("--max-plain-gib", type=float, default=1.0, help="largest score matrix held in memory")
     add("--refcheck", action="store_true", help="compare with fp64 first; exit 1 on a mismatch")
     add("--out", type=Path, help="directory of the files (default: build/bench; a grid: below it)")
@@ -71,7 +71,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     if not options.op:
         options.grid = options.grid or "quick"
         options.budget = options.budget or GRID_SECONDS[options.grid]
-    options.case_seconds = options.case_seconds or (1.5 if options.grid else 3.0)
+    options.case_seconds = options.case_seconds or (1.0 if options.grid else 3.0)
     return options
 
 

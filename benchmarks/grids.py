@@ -38,18 +38,23 @@ def peers_of(case: Case) -> tuple[str, ...]:
     """Who is measured in a case of a grid; those who cannot run it say so.
 
     torch's own choice is its flash backend wherever that can run: naming it is measured at one
-    length. The math backend is slower everywhere but for backward in 16 bits.
+    length. The math backend is slower everywhere but in backward of 16 bits.
     """
     if case.op == "decode":
-        return ("flash_attn", "sdpa", *(("ggml",) if case.batch == 1 else ()), "read")
+        # The others know no pages: a large cache is measured once with them.
+        others = ("sdpa", "ggml") if case.batch == 1 else ("sdpa",)
+        once = case.batch > 1 and case.page_size
+        return ("flash_attn", *(() if once else others), "read")
     if case.window:
         return ("flash_attn", "no_window", *PEAKS)
     peers = ["flash_attn", "sdpa"]
     if case.seqlen_k == _ALL_BACKENDS_AT:
         peers.append("sdpa_flash")
-    if case.seqlen_k <= _LONGEST_MATH:
+    if case.seqlen_k == _ALL_BACKENDS_AT or (case.op == "bwd" and case.seqlen_k <= _LONGEST_MATH):
         peers.append("sdpa_math")
-    return (*peers, *(RIVALS if case.op == "fwd" else ()), *PEAKS)
+    if case.op == "fwd" and (case.headdim == 128 or case.seqlen_k == _ALL_BACKENDS_AT):
+        peers += RIVALS
+    return (*peers, *PEAKS)
 
 
 def _dense(seqlens, headdims, dtypes=tuple(DTYPES)) -> list[Case]:
@@ -111,8 +116,9 @@ def full() -> list[Case]:
     cases += _dense((8192,), (64, 128))
     cases += [_window(dtype) for dtype in DTYPES]
     cases += _dense((128, 512, 2048), (256,))
+    cases += [c for c in _dense((32768,), (64, 128)) if c.causal]
     cases += _dense((8192,), (256,))
-    cases += _dense((32768,), (64, 128, 256))
+    cases += [c for c in _dense((32768,), (64, 128, 256)) if not c.causal or c.headdim == 256]
     return cases
 
 

@@ -15,9 +15,9 @@ from refcheck import RefCheck
 from table import CASE_COLUMNS
 from timing import median, seconds, take_turns
 
-# Largest difference from this package's result, relative to the largest value: rounding of results
-# and of what implementations round in between, with a wide margin.
-_TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
+# Largest difference from this package's result, relative to the largest value: enough for what
+# implementations round in between (ggml adds up fp16 values in fp16), too little for a wrong mask.
+_TOLERANCE = {torch.float32: 1e-4, torch.float16: 4e-2, torch.bfloat16: 6e-2}
 _NOT_COMPARED = frozenset(("flash_attn", "no_window", *LIMITS))
 # With a total budget, longer calls (seconds) are not begun; of ours and torch's, of the others.
 _LONGEST_CALL, _LONGEST_CALL_OF_OTHERS = 20.0, 3.0
