@@ -6,6 +6,7 @@ import datetime
 import os
 import platform
 import re
+import sys
 from pathlib import Path
 
 import torch
@@ -55,4 +56,4 @@ def summary() -> str:
 
 
 if __name__ == "__main__":
-    print(summary())
+    print(slug() if "--slug" in sys.argv else summary())
