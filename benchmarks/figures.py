@@ -37,6 +37,9 @@ LABELS = {
 }
 
 
+_LEGEND_INCHES = 2.3  # of the longest label
+
+
 def pyplot():
     """matplotlib.pyplot for files, or None if matplotlib is missing."""
     try:
@@ -146,7 +149,7 @@ def _split_by_seqlen(rows: list[dict]) -> list[list[dict]]:
     return [[row for row in rows if row["seqlen_k"] == s] for s in seqlens]
 
 
-def finish(plt, figure, machine: str, path: Path, columns: int = 6) -> None:
+def finish(plt, figure, machine: str, path: Path) -> None:
     """Write the legend and the machine under the figure, and the figure to ``path``."""
     width, height = figure.get_size_inches()
     named = {}
@@ -154,13 +157,15 @@ def finish(plt, figure, machine: str, path: Path, columns: int = 6) -> None:
         for handle, label in zip(*axis.get_legend_handles_labels()):
             named.setdefault(label, handle)
     labels, handles = list(named), list(named.values())
+    columns = max(1, int(width / _LEGEND_INCHES))
     lines = -(-len(labels) // columns)
-    text = textwrap.fill(machine, int(width * 17))
+    text = textwrap.fill(machine, int(width * 16))
     text_inches = 0.12 * (text.count("\n") + 1) + 0.1
     rest = (text_inches + 0.22 * lines + 0.1) / height
     figure.tight_layout(rect=(0, rest, 1, 1))
     place = {"loc": "lower center", "bbox_to_anchor": (0.5, text_inches / height)}
-    figure.legend(handles, labels, ncols=min(columns, len(labels)), frameon=False, **place)
+    if labels:
+        figure.legend(handles, labels, ncols=min(columns, len(labels)), frameon=False, **place)
     figure.text(0.01, 0.05 / height, text, fontsize=6.5, color="#555555", va="bottom")
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -225,7 +225,7 @@ def save_picture(rows: list[dict], path: Path) -> Path | None:
     axis.grid(alpha=0.25)
     first = rows[0]
     machine = f"{first['cpu']}, {first['isa']}, {first['threads']} threads, {first['date']}"
-    finish(plt, figure, machine, path, columns=5)
+    finish(plt, figure, machine, path)
     return path
 
 

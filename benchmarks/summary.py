@@ -51,7 +51,7 @@ def speed_table(cases: list[dict[str, dict]]) -> list[str]:
         if part:
             means = " | ".join(_mean(part, peer) for peer in present)
             lines.append(f"| {op} {dtype} | {means} |")
-    return lines
+    return lines if len(lines) > 2 else []
 
 
 def peak_lines(cases: list[dict[str, dict]], rows: list[dict]) -> list[str]:
@@ -131,10 +131,11 @@ def summarize(rows: list[dict]) -> str:
     cases = [case for case in by_case(rows) if "flash_attn" in case]
     first = rows[0]
     parts = [f"## {first['cpu']}, {first['isa']}, {first['threads']} threads"]
-    parts.append(f"torch {first['torch']}; {first['rivals']}; {first['date']}")
+    facts = [f"torch {first['torch']}", first["rivals"], first["date"]]
     peaks = [row["gflops"] for row in rows if row["peer"] == "fma_peak"]
     if peaks:
-        parts[-1] += f"; FMA peak {median(peaks):.0f} GFLOP/s"
+        facts.append(f"FMA peak {median(peaks):.0f} GFLOP/s")
+    parts.append("; ".join(fact for fact in facts if fact))
     parts.append("\n".join(speed_table(cases)))
     bullets = peak_lines(cases, rows) + decode_lines(cases, rows) + other_lines(cases)
     parts.append("\n".join(bullets))
