@@ -21,14 +21,13 @@ namespace flash::cpu::FLASH_ATTN_ISA {
 
 inline constexpr int kStreamRows = 16;              // of a head, at most
 inline constexpr int kStreamTaskRows = 64;          // of a task's heads, at most
-inline constexpr int kStreamBlockBytes = 16 << 10;  // of K, and of V: half of L1
+inline constexpr int kStreamBlockBytes = 24 << 10;  // of K, and of V
 inline constexpr int kStreamRunBytes = 4 << 10;     // of neighbouring heads of one key: a page
 inline constexpr int kValueKeys = 16;  // whose rows of V are read a strip at a time from L1
 
 inline int stream_block_keys(const Flash_fwd_params& p) {
   const int64_t row_bytes = (p.d > p.d_v ? p.d : p.d_v) * dtype_bytes(p.dtype);
-  const int keys = static_cast<int>(kStreamBlockBytes / row_bytes) / 32 * 32;
-  return keys < 32 ? 32 : keys > 128 ? 128 : keys;
+  return kStreamBlockBytes / row_bytes >= 160 ? 160 : 80;
 }
 
 inline StreamTile stream_tile(const Flash_fwd_params& p) {
@@ -43,7 +42,7 @@ inline StreamTile stream_tile(const Flash_fwd_params& p) {
 }
 
 struct StreamScratch {
-  float *q, *o;       // [kStreamTaskRows][d], [..][dv], padded to kTileN, in pair order
+  float *q, *o;       // [kStreamTaskRows][d], [..][dv], padded to kTileN, in part order
   float* s;           // [kStreamRows][block keys]
   float* buffer;      // a row of bias, or of V
   RowState* state;    // [kStreamTaskRows]
@@ -68,11 +67,11 @@ inline StreamScratch carve_stream(Carver& c, const Flash_fwd_params& p) {
   return x;
 }
 
-// Calls f with the number of rows, 1 .. kStreamM, as a compile-time constant.
-template <int M = kStreamM, class F>
-FLASH_INLINE void with_stream_rows(int rows, F f) {
-  if (rows == M) return f.template operator()<M>();
-  if constexpr (M > 1) with_stream_rows<M - 1>(rows, f);
+// Calls f with the number of rows, at most M, as a compile-time constant.
+template <int M, class F>
+FLASH_INLINE void with_rows(int rows, F f) {
+  if (rows >= M) return f.template operator()<M>();
+  if constexpr (M > 1) with_rows<M - 1>(rows, f);
 }
 
 template <Dtype T>
@@ -94,14 +93,15 @@ class StreamTaskRunner {
     for (int h = 0; h < task_.heads; ++h) load_q(h);
     std::memset(x_.o, 0, sizeof(float) * task_.heads * rows() * d_v_pad_);
     int keys = find_rows(0, task_.key_begin);
-    prefetch_first(keys);
+    prefetch(k_rows(0, 0), keys, d_ * dtype_bytes(T));
+    prefetch(v_rows(0, 0), keys, d_v_ * dtype_bytes(T));
     for (int key = task_.key_begin; key < task_.key_end; key += block_keys_, ++block_) {
       const int next_keys = find_rows((block_ + 1) % 2, key + keys);
       for (int h = 0; h < task_.heads; ++h) attend(h, key, keys, next_keys);
       keys = next_keys;
     }
     for (int r = 0; r < task_.heads * rows(); ++r)
-      from_pair_order<T>(x_.o + int64_t{r} * d_v_pad_, d_v_pad_);
+      from_part_order<T>(x_.o + int64_t{r} * d_v_pad_, d_v_pad_);
   }
 
   const Sequence& seq() const { return seq_; }
@@ -116,12 +116,11 @@ class StreamTaskRunner {
       x_.state[r] = RowState{};
       float* q = x_.q + int64_t{r} * d_pad_;
       read_query(p_, seq_, map, row, q, d_pad_);
-      to_pair_order<T>(q, d_pad_);
+      to_part_order<T>(q, d_pad_);
     }
   }
 
-  // Where the rows of the block at `key` lie; returns their number. Up to kTileKeys, missing ones
-  // repeat the last.
+  // Where the rows of the block at `key` lie; returns their number. Missing ones repeat the last.
   int find_rows(int slot, int key) {
     const int left = task_.key_end - key;
     const int keys = left < 0 ? 0 : left < block_keys_ ? left : block_keys_;
@@ -130,7 +129,10 @@ class StreamTaskRunner {
       x_.k[slot][i] = cache_row(p_, p_.k, seq_, first + i, task_.head_k);
       x_.v[slot][i] = cache_row(p_, p_.v, seq_, first + i, task_.head_k);
     }
-    for (int i = keys; i > 0 && i % kTileKeys != 0; ++i) x_.k[slot][i] = x_.k[slot][i - 1];
+    for (int i = keys; i > 0 && i < block_keys_; ++i) {
+      x_.k[slot][i] = x_.k[slot][i - 1];
+      x_.v[slot][i] = x_.v[slot][i - 1];
+    }
     return keys;
   }
 
@@ -141,50 +143,54 @@ class StreamTaskRunner {
     return {x_.v[slot], h * p_.v.head_stride * dtype_bytes(T)};
   }
 
-  void prefetch_first(int keys) const {
-    RowPrefetch(k_rows(0, 0), keys, d_ * dtype_bytes(T)).next(keys);
-    RowPrefetch(v_rows(0, 0), keys, d_v_ * dtype_bytes(T)).next(keys);
+  void prefetch(StreamRows rows, int count, int bytes) const {
+    for (int n = 0; n < count; ++n)
+      for (int i = 0; i < bytes; i += kLine) __builtin_prefetch(rows.row(n) + i);
   }
 
   // One head over one block of keys. Meanwhile the rows that come next are prefetched: the next
-  // head's, or the next block's of the first head.
+  // head's, or the next block's of the first head; at the end, for want of others, these again.
   void attend(int h, int key, int keys, int next_keys) {
     const int slot = block_ % 2;
     const bool last = h + 1 == task_.heads;
-    const int next_slot = last ? 1 - slot : slot, next_h = last ? 0 : h + 1;
-    const int ahead = last ? next_keys : keys;
-    RowPrefetch k_ahead(k_rows(next_slot, next_h), ahead, d_ * dtype_bytes(T));
-    RowPrefetch v_ahead(v_rows(next_slot, next_h), ahead, d_v_ * dtype_bytes(T));
+    const int next_slot = last && next_keys > 0 ? 1 - slot : slot;
+    const int next_h = last ? 0 : h + 1;
     const int first = h * rows();
-    scores(first, keys, k_rows(slot, h), k_ahead);
+    scores(first, keys, k_rows(slot, h), k_rows(next_slot, next_h));
     bool all_visible = true;
     const RowMap map(p_, seq_, task_.head_k + h);
     for (int r = 0; r < rows(); ++r)
       all_visible &= softmax_step(map, first + r, x_.s + r * block_keys_, key, keys);
-    if (!all_visible && !values_finite(v_rows(slot, h), keys)) {
-      for (int r = 0; r < rows(); ++r)
-        accumulate_values_skipping_zeros<T>(value_product(first, r, 0, keys, v_rows(slot, h)));
+    values(first, keys, v_rows(slot, h), v_rows(next_slot, next_h), all_visible);
+  }
+
+  // Of columns 0 .. keys, rounded up to kTileKeys.
+  void scores(int first, int keys, StreamRows k, StreamRows ahead) const {
+    for (int n = 0; n < keys; n += kTileKeys)
+      for (int r = 0; r < rows(); r += kScoreM)
+        with_rows<kScoreM>(rows() - r, [&]<int M>() {
+          dot_keys<T, M>(x_.q + int64_t{first + r} * d_pad_, d_pad_, k.from(n), d_,
+                         x_.s + r * block_keys_ + n, block_keys_, ahead.from(n),
+                         r == 0 ? 0 : kScoreN);
+        });
+  }
+
+  void values(int first, int keys, StreamRows v, StreamRows ahead, bool all_visible) const {
+    const auto product = [&](int r, int n, int count) {
+      return ValueProduct{
+          x_.s + r * block_keys_ + n,           block_keys_, v.from(n), ahead.from(n), count, d_v_,
+          x_.o + int64_t{first + r} * d_v_pad_, d_v_pad_};
+    };
+    if (!all_visible && !values_finite(v, keys)) {
+      for (int r = 0; r < rows(); ++r) accumulate_values_skipping_zeros<T>(product(r, 0, keys));
       return;
     }
     for (int n = 0; n < keys; n += kValueKeys) {
       const int count = keys - n < kValueKeys ? keys - n : kValueKeys;
-      for (int r = 0; r < rows(); r += kStreamM)
-        with_stream_rows(group_rows(r), [&]<int M>() {
-          accumulate_values<T, M>(value_product(first, r, n, count, v_rows(slot, h)), v_ahead);
-        });
+      for (int r = 0; r < rows(); r += kValueM)
+        with_rows<kValueM>(rows() - r,
+                           [&]<int M>() { accumulate_values<T, M>(product(r, n, count), r == 0); });
     }
-  }
-
-  int group_rows(int r) const { return rows() - r < kStreamM ? rows() - r : kStreamM; }
-
-  // Of columns 0 .. keys, rounded up to kTileKeys.
-  void scores(int first, int keys, StreamRows k, RowPrefetch& ahead) const {
-    for (int n = 0; n < keys; n += kTileKeys)
-      for (int r = 0; r < rows(); r += kStreamM)
-        with_stream_rows(group_rows(r), [&]<int M>() {
-          dot_keys<T, M>(x_.q + int64_t{first + r} * d_pad_, d_pad_, {k.first + n, k.offset}, d_,
-                         x_.s + r * block_keys_ + n, block_keys_, ahead);
-        });
   }
 
   // s -> P of one row; its state and o follow the new maximum. True if it sees all keys.
@@ -208,11 +214,6 @@ class StreamTaskRunner {
     bool finite = true;
     for (int n = 0; n < keys; ++n) finite &= read_row<T>(x_.buffer, v.row(n), d_v_, d_v_pad_);
     return finite;
-  }
-
-  ValueProduct value_product(int first, int r, int n, int keys, StreamRows v) const {
-    return {x_.s + r * block_keys_ + n,           block_keys_, {v.first + n, v.offset}, keys, d_v_,
-            x_.o + int64_t{first + r} * d_v_pad_, d_v_pad_};
   }
 
   const Flash_fwd_params& p_;

@@ -5,8 +5,8 @@
 namespace flash::cpu {
 namespace {
 
-constexpr int kSplitKeys = 512;  // keys of a part when the caller leaves the number of splits open
-constexpr int kStreamKeys = 64;  // parts of a streamed sequence are multiples of it
+constexpr int kSplitKeys = 640;  // keys of a part when the caller leaves the number of splits open
+constexpr int kStreamKeys = 160;  // parts of a streamed sequence are multiples of it
 constexpr int kTasksPerThread = 4;
 constexpr double kFlopsPerByte = 5;  // that take as long as reading it: 50 GFLOP/s, 10 GB/s a core
 

@@ -1,98 +1,106 @@
 // Products of a few rows with keys and values as they lie in memory, without packing: decode's tile
 // unit.
 //
-//   scores   s[m][n] = q[m] . k[n]          vectors along d, kTileKeys keys at a time; the sums of
-//                                           all accumulators by one transposing reduction
+//   scores   s[m][n] = q[m] . k[n]          vectors along d; the sums of all accumulators by one
+//                                           transposing reduction for kTileKeys keys
 //   values   o[m] += sum_n p[m][n] v[n]     a strip of dims in registers over a few keys
 //
-// Both convert a vector of K or V once for kStreamM rows. Vectors come in pairs of kTileN elements.
-// Those of bf16 hold the even and the odd elements, which costs one operation each; q and o lie in
-// that "pair order".
+// Both convert a vector of K or V once for a few rows. A unit of bytes of a row makes
+// kParts vectors: of bf16 two, the even and the odd elements, for one operation each; q and o lie
+// in that order (to_part_order).
 #pragma once
 
 #include "cpu/tile_fma.h"
 
 namespace flash::cpu::FLASH_ATTN_ISA {
 
-inline constexpr int kStreamM = 4;                       // rows that share a conversion
-inline constexpr int kTileKeys = kWidth == 16 ? 16 : 8;  // also the number of accumulators
-static_assert(kTileKeys % kWidth == 0 && kTileVectors == 2);
-
-// Rows of K or V: row(n) is row n of one head.
-struct StreamRows {
-  const char* const* first;  // of the heads' first one
-  int64_t offset;            // bytes from there
-  FLASH_INLINE const char* row(int n) const { return first[n] + offset; }
-};
+// Accumulators for the latency of two FMAs a cycle, in 16 registers (32 with AVX-512).
+inline constexpr int kScoreM = kWidth == 16 ? 4 : 2;  // rows x keys: 10 (20) accumulators; with 12
+inline constexpr int kScoreN = 5;                     // of 16 gcc 12 spills half of them
+inline constexpr int kTileKeys = kWidth == 16 ? 80 : 40;  // keys of a reduction
+static_assert(kTileKeys % kScoreN == 0 && kTileKeys % kWidth == 0);
+inline constexpr int kValueM = 4;  // rows x vectors of a strip: 8 (16) accumulators
+template <int M>
+inline constexpr int kValueVectors = (kWidth == 16 ? 16 : 8) / (M == 3 ? 4 : M);
 
 template <Dtype T>
-FLASH_INLINE void load_pair(const char* p, Vec& a, Vec& b) {
+struct Unit {
+  static constexpr int kParts = T == Dtype::kBFloat16 ? 2 : 1;
+  static constexpr int kElements = kParts * kWidth;
+  static constexpr int kElementBytes = T == Dtype::kFloat32 ? 4 : 2;
+  static constexpr int kBytes = kElements * kElementBytes;
+};
+
+template <Dtype T, int kPart>
+FLASH_INLINE Vec load_part(const char* p) {
   if constexpr (T == Dtype::kBFloat16) {
     VecU u;
     std::memcpy(&u, p, sizeof(u));
-    a = from_bits(u << 16);
-    b = from_bits(u & 0xffff0000u);
+    return from_bits(kPart == 0 ? u << 16 : u & 0xffff0000u);
   } else {
-    a = load_as_float<T>(p, 0);
-    b = load_as_float<T>(p, kWidth);
+    return load_as_float<T>(p, 0);
   }
 }
 
-// The last n < kTileN elements of a row, missing ones 0.
+// The last n elements of a row as a whole unit, missing ones 0.
 template <Dtype T>
-FLASH_INLINE void load_pair_tail(const char* p, int n, Vec& a, Vec& b) {
-  constexpr int bytes = T == Dtype::kFloat32 ? 4 : 2;
-  alignas(64) char buffer[kTileN * bytes] = {};
-  if (n == kWidth)
-    std::memcpy(buffer, p, kWidth * bytes);  // without a call
-  else
-    std::memcpy(buffer, p, n * bytes);
-  load_pair<T>(buffer, a, b);
-}
+struct TailUnit {
+  alignas(64) char bytes[Unit<T>::kBytes] = {};
+  FLASH_INLINE const char* copy(const char* p, int n) {
+    if (n == kWidth)  // without a call
+      std::memcpy(bytes, p, kWidth * Unit<T>::kElementBytes);
+    else
+      std::memcpy(bytes, p, n * Unit<T>::kElementBytes);
+    return bytes;
+  }
+};
 
 template <int... kLane>
-FLASH_INLINE void split_pair(float* x, std::integer_sequence<int, kLane...>) {
+FLASH_INLINE void split_unit(float* x, std::integer_sequence<int, kLane...>) {
   const Vec a = load(x), b = load(x + kWidth);
   store(x, __builtin_shufflevector(a, b, (2 * kLane)...));
   store(x + kWidth, __builtin_shufflevector(a, b, (2 * kLane + 1)...));
 }
 template <int... kLane>
-FLASH_INLINE void join_pair(float* x, std::integer_sequence<int, kLane...>) {
+FLASH_INLINE void join_unit(float* x, std::integer_sequence<int, kLane...>) {
   const Vec a = load(x), b = load(x + kWidth);
   store(x, __builtin_shufflevector(a, b, (kLane / 2 + kLane % 2 * kWidth)...));
   store(x + kWidth,
         __builtin_shufflevector(a, b, (kWidth / 2 + kLane / 2 + kLane % 2 * kWidth)...));
 }
 template <Dtype T>
-inline void to_pair_order(float* x, int padded) {
-  if constexpr (T == Dtype::kBFloat16)
-    for (int i = 0; i < padded; i += kTileN)
-      split_pair(x + i, std::make_integer_sequence<int, kWidth>{});
+inline void to_part_order(float* x, int padded) {
+  if constexpr (Unit<T>::kParts == 2)
+    for (int i = 0; i < padded; i += 2 * kWidth)
+      split_unit(x + i, std::make_integer_sequence<int, kWidth>{});
 }
 template <Dtype T>
-inline void from_pair_order(float* x, int padded) {
-  if constexpr (T == Dtype::kBFloat16)
-    for (int i = 0; i < padded; i += kTileN)
-      join_pair(x + i, std::make_integer_sequence<int, kWidth>{});
+inline void from_part_order(float* x, int padded) {
+  if constexpr (Unit<T>::kParts == 2)
+    for (int i = 0; i < padded; i += 2 * kWidth)
+      join_unit(x + i, std::make_integer_sequence<int, kWidth>{});
 }
 
-// Rows that will be read soon, prefetched one at a time.
-class RowPrefetch {
- public:
-  FLASH_INLINE RowPrefetch(StreamRows rows, int count, int bytes)
-      : rows_(rows), count_(count), bytes_(bytes) {}
-  FLASH_INLINE void next(int rows) {
-    for (const int end = next_ + rows < count_ ? next_ + rows : count_; next_ < end; ++next_) {
-      const char* row = rows_.row(next_);
-      for (int byte = 0; byte < bytes_; byte += 64) __builtin_prefetch(row + byte);
-    }
-  }
-
- private:
-  StreamRows rows_;
-  int count_, bytes_;
-  int next_ = 0;
+// Rows of K or V: row(n) is row n of one head.
+struct StreamRows {
+  const char* const* first;  // of some head
+  int64_t offset;            // bytes from there
+  FLASH_INLINE const char* row(int n) const { return first[n] + offset; }
+  FLASH_INLINE StreamRows from(int n) const { return {first + n, offset}; }
 };
+
+inline constexpr int kLine = 64;  // bytes of a cache line
+
+// f<0>(), f<1>(), ...
+template <int kCount, class F>
+FLASH_INLINE void unrolled(F f) {
+  [&]<int... kI>(std::integer_sequence<int, kI...>) __attribute__((always_inline)) {
+    (f.template operator()<kI>(), ...);
+  }(std::make_integer_sequence<int, kCount>{});
+}
+
+// ------------------------------------------------------------------------------------------------
+// scores
 
 // Sums of neighbouring groups of kGroup lanes, within blocks of 4 groups where there are as many:
 // a's in the lower half of each block, b's in the upper.
@@ -124,122 +132,145 @@ FLASH_INLINE Vec sums_of(const Vec* x) {
   }
 }
 
-// s[m][n] for M rows and N keys.
-template <Dtype T, int M, int N>
-FLASH_INLINE void dot_tile(const float* q, int64_t q_ld, StreamRows k, int d, float* s,
-                           int64_t s_ld) {
-  constexpr int bytes = T == Dtype::kFloat32 ? 4 : 2;
-  Vec acc[kTileKeys] = {};
-  const char* row[N];
-#pragma GCC unroll 16
-  for (int n = 0; n < N; ++n) row[n] = k.row(n);
-  const auto add = [&](int i, auto load_k) __attribute__((always_inline)) {
-    Vec a[N], b[N];
-#pragma GCC unroll 16
-    for (int n = 0; n < N; ++n) load_k(row[n] + i * bytes, a[n], b[n]);
+// sums[m][n] = q[m] * k[n], not yet added up over the lanes. Of the rows that will be read later,
+// first_ahead .. kScoreN are prefetched.
+template <Dtype T, int M>
+FLASH_INLINE void multiply_keys(const float* q, int64_t q_ld, StreamRows k, int d, Vec* sums,
+                                StreamRows ahead, int first_ahead) {
+  constexpr int kBytes = Unit<T>::kElementBytes, kElements = Unit<T>::kElements;
+  Vec acc[M][kScoreN] = {};
+  const char* row[kScoreN];
+#pragma GCC unroll 8
+  for (int n = 0; n < kScoreN; ++n) row[n] = k.row(n);
+  const auto add = [&](int i, int64_t byte) __attribute__((always_inline)) {
+    unrolled<Unit<T>::kParts>([&]<int kPart>() __attribute__((always_inline)) {
+      Vec qv[M];
 #pragma GCC unroll 4
-    for (int m = 0; m < M; ++m) {
-      const Vec q0 = load(q + m * q_ld + i), q1 = load(q + m * q_ld + i + kWidth);
-#pragma GCC unroll 16
-      for (int n = 0; n < N; ++n) acc[m * N + n] = fma(q0, a[n], acc[m * N + n]);
-#pragma GCC unroll 16
-      for (int n = 0; n < N; ++n) acc[m * N + n] = fma(q1, b[n], acc[m * N + n]);
-    }
+      for (int m = 0; m < M; ++m) qv[m] = load(q + m * q_ld + i + kPart * kWidth);
+#pragma GCC unroll 8
+      for (int n = 0; n < kScoreN; ++n) {
+        const Vec kv = load_part<T, kPart>(row[n] + byte);
+#pragma GCC unroll 4
+        for (int m = 0; m < M; ++m) acc[m][n] = fma(qv[m], kv, acc[m][n]);
+      }
+    });
   };
   int i = 0;
-  for (; i + kTileN <= d; i += kTileN)
-    add(i, [](const char* p, Vec& a, Vec& b) { load_pair<T>(p, a, b); });
-  if (i < d) add(i, [&](const char* p, Vec& a, Vec& b) { load_pair_tail<T>(p, d - i, a, b); });
-#pragma GCC unroll 4
-  for (int first = 0; first < M * N; first += kWidth) {
-    alignas(64) float sums[kWidth];
-    store(sums, sums_of(acc + first));
-    constexpr int kRun = N < kWidth ? N : kWidth;  // sums that lie in the same row of s
-    for (int j = 0; j < kWidth && first + j < M * N; j += kRun)
-      std::memcpy(s + (first + j) / N * s_ld + (first + j) % N, sums + j, sizeof(float) * kRun);
+  for (; i + kElements <= d; i += kElements) {
+    if (i * kBytes % kLine == 0)
+      for (int n = first_ahead; n < kScoreN; ++n) __builtin_prefetch(ahead.row(n) + i * kBytes);
+    add(i, int64_t{i} * kBytes);
   }
+  if (i < d) {
+    TailUnit<T> tail[kScoreN];
+    for (int n = 0; n < kScoreN; ++n) row[n] = tail[n].copy(row[n] + i * kBytes, d - i);
+    add(i, 0);
+  }
+#pragma GCC unroll 4
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+    for (int n = 0; n < kScoreN; ++n) sums[m * kTileKeys + n] = acc[m][n];
 }
 
-// s[m][0..kTileKeys), prefetching as it goes.
+// s[m][0..kTileKeys) of M rows.
 template <Dtype T, int M>
 inline void dot_keys(const float* q, int64_t q_ld, StreamRows k, int d, float* s, int64_t s_ld,
-                     RowPrefetch& ahead) {
-  constexpr int N = kTileKeys / (M == 3 ? 4 : M);
-  for (int n = 0; n < kTileKeys; n += N) {
-    ahead.next(N);
-    dot_tile<T, M, N>(q, q_ld, {k.first + n, k.offset}, d, s + n, s_ld);
-  }
+                     StreamRows ahead, int first_ahead) {
+  Vec sums[M * kTileKeys];
+  for (int n = 0; n < kTileKeys; n += kScoreN)
+    multiply_keys<T, M>(q, q_ld, k.from(n), d, sums + n, ahead.from(n), first_ahead);
+  for (int m = 0; m < M; ++m)
+    for (int j = 0; j < kTileKeys; j += kWidth)
+      store(s + m * s_ld + j, sums_of(sums + m * kTileKeys + j));
 }
 
-// A product P V of up to kStreamM rows.
+// ------------------------------------------------------------------------------------------------
+// values
+
+// P V of up to kValueM rows, added to o.
 struct ValueProduct {
   const float* p;  // [m][n]
   int64_t p_ld;
-  StreamRows v;
+  StreamRows v, ahead;  // ahead: rows that will be read later, prefetched
   int keys, d;
-  float* o;  // [m][d rounded up to kTileN]
+  float* o;  // [m][d rounded up to kTileN], in part order
   int64_t o_ld;
 };
 
-// o[m][i..i + kPairs * kTileN) += p[m] v
-template <Dtype T, int M, int kPairs, class Load>
-FLASH_INLINE void accumulate_strip(const ValueProduct& x, int i, Load load_v) {
-  constexpr int bytes = T == Dtype::kFloat32 ? 4 : 2;
-  Vec acc[M][2 * kPairs];
+// kVectors vectors of o. unit(n) is where those of v's row n begin.
+template <Dtype T, int M, int kVectors, class RowUnit>
+FLASH_INLINE void accumulate_strip(const ValueProduct& x, float* o, RowUnit unit) {
+  Vec acc[M][kVectors];
 #pragma GCC unroll 4
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
-    for (int j = 0; j < 2 * kPairs; ++j) acc[m][j] = load(x.o + m * x.o_ld + i + j * kWidth);
+    for (int j = 0; j < kVectors; ++j) acc[m][j] = load(o + m * x.o_ld + j * kWidth);
   for (int n = 0; n < x.keys; ++n) {
-    const char* row = x.v.row(n) + i * bytes;
-    Vec v[2 * kPairs];
+    const char* v = unit(n);
+    Vec weight[M];
 #pragma GCC unroll 4
-    for (int j = 0; j < kPairs; ++j) load_v(row + j * kTileN * bytes, v[2 * j], v[2 * j + 1]);
+    for (int m = 0; m < M; ++m) weight[m] = set1(x.p[m * x.p_ld + n]);
+    unrolled<kVectors>([&]<int kJ>() __attribute__((always_inline)) {
+      constexpr int kParts = Unit<T>::kParts;
+      const Vec vj = load_part<T, kJ % kParts>(v + kJ / kParts * Unit<T>::kBytes);
 #pragma GCC unroll 4
-    for (int m = 0; m < M; ++m) {
-      const Vec p = set1(x.p[m * x.p_ld + n]);
-#pragma GCC unroll 8
-      for (int j = 0; j < 2 * kPairs; ++j) acc[m][j] = fma(p, v[j], acc[m][j]);
-    }
+      for (int m = 0; m < M; ++m) acc[m][kJ] = fma(weight[m], vj, acc[m][kJ]);
+    });
   }
 #pragma GCC unroll 4
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
-    for (int j = 0; j < 2 * kPairs; ++j) store(x.o + m * x.o_ld + i + j * kWidth, acc[m][j]);
+    for (int j = 0; j < kVectors; ++j) store(o + m * x.o_ld + j * kWidth, acc[m][j]);
+}
+
+// The next kVectors vectors of o, after `done`.
+template <Dtype T, int M, int kVectors>
+FLASH_INLINE void accumulate_vectors(const ValueProduct& x, int& done, bool prefetch) {
+  constexpr int kStripBytes = kVectors * kWidth * Unit<T>::kElementBytes;
+  const int64_t byte = int64_t{done} * kWidth * Unit<T>::kElementBytes;
+  const char* const* first = x.v.first;
+  const char* const* next = x.ahead.first;
+  const int64_t offset = x.v.offset + byte, next_offset = x.ahead.offset + byte;
+  float* o = x.o + done * kWidth;
+  done += kVectors;
+  if (!prefetch)
+    return accumulate_strip<T, M, kVectors>(x, o, [=](int n) { return first[n] + offset; });
+  accumulate_strip<T, M, kVectors>(x, o, [=](int n) __attribute__((always_inline)) {
+    for (int i = 0; i < kStripBytes; i += kLine) __builtin_prefetch(next[n] + next_offset + i);
+    return first[n] + offset;
+  });
 }
 
 template <Dtype T, int M>
-inline void accumulate_values(const ValueProduct& x, RowPrefetch& ahead) {
-  constexpr int kPairs = kTileKeys / 2 / (M == 3 ? 4 : M);
-  constexpr int kStep = kPairs * kTileN;
-  const auto whole = [](const char* p, Vec& a, Vec& b) { load_pair<T>(p, a, b); };
-  const int rows_a_strip = (x.keys * kStep + x.d - 1) / x.d;
-  int i = 0;
-  for (; i + kStep <= x.d; i += kStep) {
-    ahead.next(rows_a_strip);
-    accumulate_strip<T, M, kPairs>(x, i, whole);
+inline void accumulate_values(const ValueProduct& x, bool prefetch) {
+  constexpr int kParts = Unit<T>::kParts, kMost = kValueVectors<M>;
+  const int vectors = x.d / Unit<T>::kElements * kParts;
+  for (int done = 0; done < vectors;) {
+    const int left = vectors - done;
+    if (left >= kMost)
+      accumulate_vectors<T, M, kMost>(x, done, prefetch);
+    else if (left >= 2)
+      accumulate_vectors<T, M, 2>(x, done, false);
+    else if constexpr (kParts == 1)
+      accumulate_vectors<T, M, 1>(x, done, false);
   }
-  for (; i + kTileN <= x.d; i += kTileN) accumulate_strip<T, M, 1>(x, i, whole);
-  if (i < x.d)
-    accumulate_strip<T, M, 1>(
-        x, i, [&](const char* p, Vec& a, Vec& b) { load_pair_tail<T>(p, x.d - i, a, b); });
+  const int i = vectors * kWidth;
+  if (i == x.d) return;
+  TailUnit<T> tail;
+  accumulate_strip<T, M, kParts>(x, x.o + i, [&](int n) {
+    return tail.copy(x.v.row(n) + i * Unit<T>::kElementBytes, x.d - i);
+  });
 }
 
 // The same for one row where zeros in p hide rows of V that hold inf or NaN.
 template <Dtype T>
 inline void accumulate_values_skipping_zeros(const ValueProduct& x) {
+  ValueProduct one = x;
+  one.keys = 1;
   for (int n = 0; n < x.keys; ++n) {
-    if (x.p[n] == 0.f) continue;
-    for (int i = 0; i < x.d; i += kTileN) {
-      constexpr int bytes = T == Dtype::kFloat32 ? 4 : 2;
-      Vec a, b;
-      if (x.d - i >= kTileN)
-        load_pair<T>(x.v.row(n) + i * bytes, a, b);
-      else
-        load_pair_tail<T>(x.v.row(n) + i * bytes, x.d - i, a, b);
-      store(x.o + i, fma(set1(x.p[n]), a, load(x.o + i)));
-      store(x.o + i + kWidth, fma(set1(x.p[n]), b, load(x.o + i + kWidth)));
-    }
+    one.p = x.p + n;
+    one.v = x.v.from(n);
+    if (x.p[n] != 0.f) accumulate_values<T, 1>(one, false);
   }
 }
 
