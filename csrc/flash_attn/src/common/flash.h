@@ -5,12 +5,13 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "common/host_device.h"
 #include "flash_attn/flash_attn.h"
 
 namespace flash {
 
 enum class Dtype : int { kFloat16, kBFloat16, kFloat32 };
-inline int dtype_bytes(Dtype t) { return t == Dtype::kFloat32 ? 4 : 2; }
+FLASH_INLINE int dtype_bytes(Dtype t) { return t == Dtype::kFloat32 ? 4 : 2; }
 
 // A [batch, row, head, dim] operand with unit stride in dim. In varlen calls batch_stride is 0 and
 // rows count from the start of the whole packed tensor.
