@@ -1,4 +1,5 @@
-// Which blocks of keys a group of neighbouring queries has to visit, and which of them need no mask.
+// Which blocks of keys a group of neighbouring queries has to visit, and which of them need no
+// mask.
 #pragma once
 
 #include "common/host_device.h"

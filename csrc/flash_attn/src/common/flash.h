@@ -34,6 +34,8 @@ struct Qkv_params {
               // page stride
   Operand v;  // as k with dv
   Dtype dtype = Dtype::kFloat32;
+  flash_attn_device_type device_type = FLASH_ATTN_CPU;
+  int device_id = 0;
   int64_t b = 0, h = 0, h_k = 0;
   int64_t d = 0, d_v = 0;
   int64_t seqlen_q = 0, seqlen_k = 0;  // dense: exact; varlen: the largest over the batch

@@ -18,9 +18,9 @@ struct Tile_coordinates {
 };
 
 struct Tile_scheduler {
-  int m_blocks;    // of one head
-  int heads;       // batch * query heads
-  int section;     // heads in a section, 1..heads; the last section may be smaller
+  int m_blocks;  // of one head
+  int heads;     // batch * query heads
+  int section;   // heads in a section, 1..heads; the last section may be smaller
 
   FLASH_INLINE int64_t tiles() const { return static_cast<int64_t>(m_blocks) * heads; }
 

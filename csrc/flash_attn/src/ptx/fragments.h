@@ -31,8 +31,8 @@ FLASH_INLINE constexpr Element b_element(int lane, int i, int h) {
   return {2 * (lane % 4) + h + 8 * i, lane / 4};
 }
 
-// ldmatrix.x4 loads four 8 x 8 blocks; lane l gives the address of row l % 8 of block l / 8, and the
-// block arrives in register l / 8. Below: that row, and its column in units of 8 elements (one
+// ldmatrix.x4 loads four 8 x 8 blocks; lane l gives the address of row l % 8 of block l / 8, and
+// the block arrives in register l / 8. Below: that row, and its column in units of 8 elements (one
 // 16-byte chunk), for a 16 x 16 block of shared memory.
 
 struct Chunk {

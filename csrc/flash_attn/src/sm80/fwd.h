@@ -2,19 +2,20 @@
 //
 // A CTA of 4 warps owns 128 queries of one head and walks over the blocks of 64 keys that any of
 // them sees, from the last to the first. A warp owns 32 queries: scores, probabilities, row maxima
-// and sums and the output never leave its registers, and the accumulators of Q K^T are, packed to 16
-// bits, operand A of P V. Warps share K and V through a ring of three slots in shared memory
+// and sums and the output never leave its registers, and the accumulators of Q K^T are, packed to
+// 16 bits, operand A of P V. Warps share K and V through a ring of three slots in shared memory
 // (pipeline.h); each step, over K or over V, ends where the next one waits.
 //
 // What bounds it. Per block and warp, with d the head dim: 64 d / 32 mma; ldmatrix d for K and V,
 // each serving two m16 tiles, and d / 8 for Q; 32 x 64 / 32 = 64 scores a lane, at one FFMA, MUFU,
-// FMNMX and FADD each and half a pack; d FMUL to rescale the output. A mma takes a scheduler 8 cycles
-// on an A100, so the about 4.5 (d = 64) and 3.2 (d = 128) instructions for each find room beside it,
-// and the 16 cycles of MUFU per 16 x 8 scores beside their d / 8 mma. 32 queries a warp rather than 16
-// halve the ldmatrix and the traffic of shared memory, which would otherwise be the next bound.
+// FMNMX and FADD each and half a pack; d FMUL to rescale the output. A mma takes a scheduler 8
+// cycles on an A100, so the about 4.5 (d = 64) and 3.2 (d = 128) instructions for each find room
+// beside it, and the 16 cycles of MUFU per 16 x 8 scores beside their d / 8 mma. 32 queries a warp
+// rather than 16 halve the ldmatrix and the traffic of shared memory, which would otherwise be the
+// next bound.
 //
-// Memory traffic of a CTA: Q and O once, K and V of the visible blocks once, from L2 where the other
-// CTAs of the head and of its GQA group have left them (common/tile_scheduler.h).
+// Memory traffic of a CTA: Q and O once, K and V of the visible blocks once, from L2 where the
+// other CTAs of the head and of its GQA group have left them (common/tile_scheduler.h).
 #pragma once
 
 #include "common/block_range.h"
@@ -36,9 +37,8 @@ template <FwdConfig C>
 FLASH_DEVICE void negate_q(uint32_t sQ) {
   constexpr int kChunks = C.tile().m * SmemTile<C.head_dim>::kChunks;
   for (int i = threadIdx.x; i < kChunks; i += C.threads()) {
-    const uint32_t address =
-        sQ + SmemTile<C.head_dim>::offset(i / SmemTile<C.head_dim>::kChunks,
-                                          i % SmemTile<C.head_dim>::kChunks);
+    const uint32_t address = sQ + SmemTile<C.head_dim>::offset(i / SmemTile<C.head_dim>::kChunks,
+                                                               i % SmemTile<C.head_dim>::kChunks);
     uint4 x = ptx::load_shared_16_bytes(address);
     x.x ^= 0x80008000u;
     x.y ^= 0x80008000u;
@@ -72,7 +72,8 @@ struct Place {
   }
 };
 
-// Writes out and softmax_lse. Finds its place anew: during the loop over keys every register counts.
+// Writes out and softmax_lse. Finds its place anew: during the loop over keys every register
+// counts.
 template <FwdConfig C>
 FLASH_DEVICE void epilogue(const Flash_fwd_params& p, const FwdLaunch& launch, uint32_t sO,
                            typename WarpTile<C>::Output& rO, typename WarpTile<C>::Rows& rows) {
@@ -98,21 +99,23 @@ FLASH_DEVICE void mha_fwd(const Flash_fwd_params& p, const FwdLaunch& launch) {
   const Place<C> here(p, launch);
   const BlockRange blocks =
       block_range(here.mask, here.cta_row, here.cta_row + kTile.m - 1, kTile.n);
-  const BlockRange mine = block_range(here.mask, here.warp_row,
-                                      here.warp_row + C.rows_per_warp() - 1, kTile.n);
+  const BlockRange mine =
+      block_range(here.mask, here.warp_row, here.warp_row + C.rows_per_warp() - 1, kTile.n);
 
-  const TileLoader<C, kTile.m> load_q(operand_row(p.q, C.dtype, here.batch, here.seq.q_row, here.head),
-                                      p.q.row_stride, here.seq.seqlen_q, static_cast<int>(p.d));
-  const TileLoader<C, kTile.n> load_k(operand_row(p.k, C.dtype, here.batch, here.seq.k_row, here.head_k),
-                                      p.k.row_stride, here.seq.seqlen_k, static_cast<int>(p.d));
-  const TileLoader<C, kTile.n> load_v(operand_row(p.v, C.dtype, here.batch, here.seq.k_row, here.head_k),
-                                      p.v.row_stride, here.seq.seqlen_k, static_cast<int>(p.d_v));
+  const TileLoader<C, kTile.m> load_q(
+      operand_row(p.q, C.dtype, here.batch, here.seq.q_row, here.head), p.q.row_stride,
+      here.seq.seqlen_q, static_cast<int>(p.d));
+  const TileLoader<C, kTile.n> load_k(
+      operand_row(p.k, C.dtype, here.seq.k_batch, here.seq.k_row, here.head_k), p.k.row_stride,
+      here.seq.seqlen_k, static_cast<int>(p.d));
+  const TileLoader<C, kTile.n> load_v(
+      operand_row(p.v, C.dtype, here.seq.k_batch, here.seq.k_row, here.head_k), p.v.row_stride,
+      here.seq.seqlen_k, static_cast<int>(p.d_v));
 
-  // Fetches a block into a slot, if there is such a block. Always a group of copies, maybe empty, so
-  // that the number of groups under way tells which have landed.
+  // Fetches a block into a slot, if there is such a block. Always a group of copies, maybe empty,
+  // so that the number of groups under way tells which have landed.
   const auto fetch = [&](const TileLoader<C, kTile.n>& loader, int block, int slot) {
-    if (block >= blocks.begin)
-      loader.copy(ring + slot * kTile.n * W::kRowBytes, block * kTile.n);
+    if (block >= blocks.begin) loader.copy(ring + slot * kTile.n * W::kRowBytes, block * kTile.n);
     ptx::cp_async_commit_group();
   };
   constexpr int kAhead = (kTile.stages - 1) / 2;  // blocks

@@ -14,7 +14,8 @@ namespace flash::sm80 {
 template <FwdConfig C, int kRows>
 class TileLoader {
  public:
-  // The matrix has `rows` rows of `head_dim` elements, a multiple of 8, `row_stride` elements apart.
+  // The matrix has `rows` rows of `head_dim` elements, a multiple of 8, `row_stride` elements
+  // apart.
   FLASH_DEVICE TileLoader(const void* matrix, int64_t row_stride, int rows, int head_dim)
       : row_bytes_(row_stride * 2) {
     const int row = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;

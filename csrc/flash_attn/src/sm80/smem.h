@@ -1,9 +1,9 @@
 // What lies where in a CTA's shared memory, and how a 16-bit tile lies there.
 //
 // A row of a tile is a row of its matrix. Its 16-byte chunks are permuted: chunk c of row r lies at
-// c ^ (r % 8). So the eight rows that ldmatrix reads at a time, the eight chunks of a row that eight
-// threads copy, and an accumulator's eight rows of 16 bytes each lie in eight different groups of
-// four banks: no access conflicts.
+// c ^ (r % 8). So the eight rows that ldmatrix reads at a time, the eight chunks of a row that
+// eight threads copy, and an accumulator's eight rows of 16 bytes each lie in eight different
+// groups of four banks: no access conflicts.
 #pragma once
 
 #include <cstdint>

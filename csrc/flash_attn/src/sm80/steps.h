@@ -77,9 +77,8 @@ FLASH_DEVICE void apply_mask(typename WarpTile<C>::Scores& rS, const Mask& mask,
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const ptx::Element first = ptx::accumulator_element(lane, 2 * half);
-      const KeyRange keys = C.mask == MaskClass::kNone
-                                ? KeyRange{0, mask.seqlen_k}
-                                : mask.keys(first_row + m * 16 + first.row);
+      const KeyRange keys = C.mask == MaskClass::kNone ? KeyRange{0, mask.seqlen_k}
+                                                       : mask.keys(first_row + m * 16 + first.row);
       const int begin = keys.begin - (first_key + first.col);
       const int end = keys.end - (first_key + first.col);
 #pragma unroll
@@ -106,9 +105,9 @@ FLASH_DEVICE float quad_sum(float x) {
   return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
 
-// rP = 2^(scale_log2 (rS - anchor)), the unnormalised probabilities, and the rows' states with these
-// scores; `sum` counts this lane's columns alone. `rescale` is what outputs of earlier blocks must be
-// multiplied by.
+// rP = 2^(scale_log2 (rS - anchor)), the unnormalised probabilities, and the rows' states with
+// these scores; `sum` counts this lane's columns alone. `rescale` is what outputs of earlier blocks
+// must be multiplied by.
 template <FwdConfig C>
 FLASH_DEVICE void softmax_step(typename WarpTile<C>::Probabilities& rP,
                                float (&rescale)[WarpTile<C>::kM][2],

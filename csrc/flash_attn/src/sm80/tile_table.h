@@ -6,15 +6,16 @@
 namespace flash::sm80 {
 
 struct Tile {
-  int head_dim;         // of this bucket: head dims up to it are filled up with zeros
-  int m, n;             // queries of a CTA, keys of a block
-  int warps;            // each owns m / warps queries
-  int stages;           // slots of the ring that K and V blocks pass through
-  int ctas_per_sm;      // what registers and shared memory are held to
+  int head_dim;     // of this bucket: head dims up to it are filled up with zeros
+  int m, n;         // queries of a CTA, keys of a block
+  int warps;        // each owns m / warps queries
+  int stages;       // slots of the ring that K and V blocks pass through
+  int ctas_per_sm;  // what registers and shared memory are held to
 };
 
 // d =  64: 48 + 32 + 64 accumulator and operand registers leave three CTAs on an SM.
-// d = 128: 128 output and 64 score accumulators a thread; two CTAs on an SM, 80 KiB of shared memory
+// d = 128: 128 output and 64 score accumulators a thread; two CTAs on an SM, 80 KiB of shared
+// memory
 //          each. A third one would need fewer than 168 registers.
 inline constexpr Tile kTiles[] = {
     {.head_dim = 64, .m = 128, .n = 64, .warps = 4, .stages = 3, .ctas_per_sm = 2},
@@ -43,6 +44,8 @@ struct FwdConfig {
   Dtype dtype;
   int head_dim;
   MaskClass mask;
+
+  constexpr bool operator==(const FwdConfig&) const = default;
 
   consteval Tile tile() const { return tile_of(head_dim); }
   consteval int threads() const { return 32 * tile().warps; }
