@@ -18,7 +18,7 @@ def in_use() -> bool:
     return bool(getattr(_local, "stack", _whole_process))
 
 
-class emulator:  # noqa: N801  a context manager, used like a function
+class emulator:
     """Within the context, calls of this thread with CPU tensors run the CUDA kernels, emulated.
 
     They are the kernels that a GPU runs; the emulator executes them on the CPU, thousands of times
@@ -34,7 +34,7 @@ class emulator:  # noqa: N801  a context manager, used like a function
     - seed: of mode "random".
     - checks: "all" (bounds, alignment, uninitialised values, races), "memory" or "none".
     - threads: CPU threads that run CTAs; 0 for all.
-    - library: the emulator's shared library, by default ``libgpu_emulator.so`` beside the package's.
+    - library: the emulator, by default ``libgpu_emulator.so`` beside the package's.
 
     Options hold for the emulated device, in all threads. The environment variable
     ``FLASH_ATTENTION_EMULATOR``, "sm_80" or "sm_80,mode=late", does the same for a whole process.

@@ -7,11 +7,13 @@
 
 namespace flash::ptx {
 
-// cp.async.cg: 16 bytes past L1, both addresses multiples of 16; without `read` nothing is read and
-// the bytes become 0 (PTX ISA, "Data Movement and Conversion Instructions: cp.async").
+// cp.async.cg: 16 bytes past L1 to `shared` + kOffset, both addresses multiples of 16; without
+// `read` nothing is read and the bytes become 0 (PTX ISA, "Data Movement and Conversion
+// Instructions: cp.async").
+template <int kOffset>
 FLASH_DEVICE void cp_async_16_bytes(uint32_t shared, const void* global, bool read) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
-               "r"(read ? 16 : 0)
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0 + %1], [%2], 16, %3;" ::"r"(shared),
+               "n"(kOffset), "l"(global), "r"(read ? 16 : 0)
                : "memory");
 }
 

@@ -13,21 +13,23 @@ FLASH_DEVICE uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// ldmatrix.sync.aligned.m8n8.x4: four 8 x 8 blocks of 16-bit elements; `row` is the address of the
-// 16-byte row that fragments.h names for this lane (PTX ISA, "Warp-level matrix load
+// ldmatrix.sync.aligned.m8n8.x4: four 8 x 8 blocks of 16-bit elements; `row` + kOffset is the
+// address of the 16-byte row that fragments.h names for this lane (PTX ISA, "Warp-level matrix load
 // instruction: ldmatrix").
+template <int kOffset>
 FLASH_DEVICE void ldmatrix_x4(uint32_t (&r)[4], uint32_t row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4 + %5];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(row)
+               : "r"(row), "n"(kOffset)
                : "memory");
 }
 
 // The same, each block transposed.
+template <int kOffset>
 FLASH_DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4 + %5];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(row)
+               : "r"(row), "n"(kOffset)
                : "memory");
 }
 

@@ -21,7 +21,8 @@ MaskClass mask_class(const Flash_fwd_params& p) {
 }
 
 const FwdKernel& choose(const Flash_fwd_params& p) {
-  const FwdConfig wanted{p.dtype, tile_of(std::max(p.d, p.d_v)).head_dim, mask_class(p)};
+  const MaskClass mask = mask_class(p);
+  const FwdConfig wanted{p.dtype, tile_of(std::max(p.d, p.d_v), mask).head_dim, mask};
   return *std::find_if(kFwdKernels.begin(), kFwdKernels.end(),
                        [&](const FwdKernel& kernel) { return kernel.config == wanted; });
 }
@@ -85,7 +86,8 @@ void enqueue(const Flash_fwd_params& p, cuda::Device& device) {
                        std::to_string(device.compute_capability() / 10) + "." +
                        std::to_string(device.compute_capability() % 10));
   const FwdKernel& kernel = choose(p);
-  FwdLaunch launch = plan(p, tile_of(kernel.config.head_dim), device.l2_cache_bytes());
+  FwdLaunch launch =
+      plan(p, tile_of(kernel.config.head_dim, kernel.config.mask), device.l2_cache_bytes());
   Flash_fwd_params params = p;
   void* args[] = {&params, &launch};
   device.launch(kernel.image,

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "common/flash.h"
+#include "common/static_for.h"
 #include "ptx/cp_async.h"
 #include "sm80/smem.h"
 
@@ -27,12 +28,12 @@ class TileLoader {
   // Copies rows first_row.. to the tile at `shared`. Rows and columns beyond the matrix become 0.
   FLASH_DEVICE void copy(uint32_t shared, int first_row) const {
     const char* source = source_ + first_row * row_bytes_;
-#pragma unroll
-    for (int i = 0; i < kRows / kRowStep; ++i) {
-      ptx::cp_async_16_bytes(shared + offset_ + i * kRowStep * SmemTile<C.head_dim>::kRowBytes,
-                             source, first_row + i * kRowStep < rows_);
+    const int rows = rows_ - first_row;
+    static_for<kRows / kRowStep>([&](auto i) {
+      ptx::cp_async_16_bytes<i * kRowStep * SmemTile<C.head_dim>::kRowBytes>(
+          shared + offset_, source, i * kRowStep < rows);
       source += kRowStep * row_bytes_;
-    }
+    });
   }
 
  private:

@@ -7,6 +7,7 @@
 
 #include "common/mask.h"
 #include "common/softmax.h"
+#include "common/static_for.h"
 #include "ptx/fragments.h"
 #include "ptx/math.h"
 #include "ptx/mma.h"
@@ -46,23 +47,20 @@ FLASH_DEVICE void gemm_qk(typename WarpTile<C>::Scores& rS, uint32_t sQ, uint32_
     for (int n = 0; n < W::kS; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) rS[m][n][i] = 0.f;
-#pragma unroll
-  for (int k = 0; k < C.head_dim / 16; ++k) {
+  static_for<C.head_dim / 16>([&](auto k) {
     uint32_t rQ[W::kM][4];
-#pragma unroll
-    for (int m = 0; m < W::kM; ++m)
-      ptx::ldmatrix_x4(rQ[m], (sQ ^ (k * 32)) + m * 16 * W::kRowBytes);
-#pragma unroll
-    for (int n = 0; n < W::kS; n += 2) {
+    static_for<W::kM>(
+        [&](auto m) { ptx::ldmatrix_x4<m * 16 * W::kRowBytes>(rQ[m], sQ ^ (k * 32)); });
+    static_for<W::kS / 2>([&](auto n) {
       uint32_t rK[4];
-      ptx::ldmatrix_x4(rK, (sK ^ (k * 32)) + n * 8 * W::kRowBytes);
+      ptx::ldmatrix_x4<n * 16 * W::kRowBytes>(rK, sK ^ (k * 32));
 #pragma unroll
       for (int m = 0; m < W::kM; ++m) {
-        ptx::mma_m16n8k16<C.dtype>(rS[m][n], rQ[m], rK[0], rK[1]);
-        ptx::mma_m16n8k16<C.dtype>(rS[m][n + 1], rQ[m], rK[2], rK[3]);
+        ptx::mma_m16n8k16<C.dtype>(rS[m][2 * n], rQ[m], rK[0], rK[1]);
+        ptx::mma_m16n8k16<C.dtype>(rS[m][2 * n + 1], rQ[m], rK[2], rK[3]);
       }
-    }
-  }
+    });
+  });
 }
 
 // Hides the scores of keys that their query does not see. `first_row` and `first_key` are those of
@@ -157,24 +155,23 @@ template <FwdConfig C>
 FLASH_DEVICE void gemm_pv(typename WarpTile<C>::Output& rO,
                           const typename WarpTile<C>::Probabilities& rP, uint32_t sV) {
   using W = WarpTile<C>;
-#pragma unroll
-  for (int k = 0; k < W::kS; k += 2) {
+  static_for<W::kS / 2>([&](auto k) {
     uint32_t rA[W::kM][4];
 #pragma unroll
     for (int m = 0; m < W::kM; ++m)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) rA[m][i] = rP[m][k + i / 2][i % 2];
+      for (int i = 0; i < 4; ++i) rA[m][i] = rP[m][2 * k + i / 2][i % 2];
 #pragma unroll
-    for (int n = 0; n < W::kO; n += 2) {
+    for (int n = 0; n < W::kO / 2; ++n) {
       uint32_t rV[4];
-      ptx::ldmatrix_x4_trans(rV, (sV ^ (n * 16)) + k * 8 * W::kRowBytes);
+      ptx::ldmatrix_x4_trans<k * 16 * W::kRowBytes>(rV, sV ^ (n * 32));
 #pragma unroll
       for (int m = 0; m < W::kM; ++m) {
-        ptx::mma_m16n8k16<C.dtype>(rO[m][n], rA[m], rV[0], rV[1]);
-        ptx::mma_m16n8k16<C.dtype>(rO[m][n + 1], rA[m], rV[2], rV[3]);
+        ptx::mma_m16n8k16<C.dtype>(rO[m][2 * n], rA[m], rV[0], rV[1]);
+        ptx::mma_m16n8k16<C.dtype>(rO[m][2 * n + 1], rA[m], rV[2], rV[3]);
       }
     }
-  }
+  });
 }
 
 }  // namespace flash::sm80
