@@ -20,15 +20,17 @@ struct BlockRange {
 // For queries first..last, cut to the sequence, and blocks of `block_size` keys.
 FLASH_INLINE BlockRange block_range(const Mask& mask, int first, int last, int block_size) {
   if (last > mask.seqlen_q - 1) last = mask.seqlen_q - 1;
-  if (last < first) return {0, 0, 0, 0};
-  const KeyRange some = mask.keys(first, last);
-  if (some.end <= some.begin) return {0, 0, 0, 0};
+  // Queries above the first key's diagonal see nothing.
+  const int64_t above = static_cast<int64_t>(mask.seqlen_q) - mask.seqlen_k - mask.right;
+  const int64_t top = mask.right >= 0 && above > first ? above : first;
+  if (last < top || mask.seqlen_k == 0) return {0, 0, 0, 0};
+  const int begin = mask.keys(static_cast<int>(top)).begin, end = mask.keys(last).end;
   // Both ends of a query's range grow with the query, so the last query begins and the first query
   // ends the keys that all see.
   const int all_begin = mask.keys(last).begin, all_end = mask.keys(first).end;
   BlockRange range;
-  range.begin = some.begin / block_size;
-  range.end = (some.end + block_size - 1) / block_size;
+  range.begin = begin / block_size;
+  range.end = (end + block_size - 1) / block_size;
   range.full_begin = (all_begin + block_size - 1) / block_size;
   range.full_end = all_end / block_size;
   return range;
