@@ -127,13 +127,14 @@ FLASH_DEVICE void mha_fwd(const Flash_fwd_params& p, const FwdLaunch& launch) {
     fetch(loader, block - kAhead, pipe.freed());
   };
 
-  if (blocks.begin < blocks.end) load_q.copy(sQ, here.cta_row);
+  const bool sees_keys = blocks.begin < blocks.end;
+  if (sees_keys) load_q.copy(sQ, here.cta_row);
 #pragma unroll
   for (int i = 0; i < kAhead; ++i) {
     fetch(load_k, blocks.end - 1 - i, 2 * i);
     fetch(load_v, blocks.end - 1 - i, 2 * i + 1);
   }
-  if (launch.negate_q) {
+  if (launch.negate_q && sees_keys) {
     ptx::cp_async_wait_group<kTile.stages - 2>();
     __syncthreads();
     negate_q<C>(sQ);
