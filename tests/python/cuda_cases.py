@@ -1,5 +1,4 @@
-"""The CUDA kernels on the emulated GPU: what they do, sampled, and how to compare it with the CPU
-backend."""
+"""What the CUDA kernels do, sampled, and how to compare it with the CPU backend."""
 
 from __future__ import annotations
 
@@ -95,8 +94,21 @@ def make_tensors(case):
     return normal(sq, h, d), normal(sk, hk, d), normal(sk, hk, dv)
 
 
-def check(case):
-    """The emulated kernel's out and LSE are as good as plain PyTorch's in the case's dtype,
+def on_emulator(case, q, k, v, **options):
+    """(out, lse) of the emulated kernel."""
+    with flash_attn.emulator(mode=case.mode, seed=case.seed):
+        return flash_attn_func(q, k, v, **options, return_attn_probs=True)[:2]
+
+
+def on_gpu(case, q, k, v, **options):
+    """(out, lse) of the kernel on the machine's GPU."""
+    q, k, v = (x.cuda() for x in (q, k, v))
+    out, lse, _ = flash_attn_func(q, k, v, **options, return_attn_probs=True)
+    return out.cpu(), lse.cpu()
+
+
+def check(case, run=on_emulator):
+    """The kernel's out and LSE are as good as plain PyTorch's in the case's dtype,
     measured against the CPU backend in fp32."""
     q, k, v = make_tensors(case)
     options = {
@@ -106,8 +118,7 @@ def check(case):
     }
     exact = flash_attn_func(q.float(), k.float(), v.float(), **options, return_attn_probs=True)
     plain = attention(q, k, v, **options)[0]
-    with flash_attn.emulator(mode=case.mode, seed=case.seed):
-        out, lse, _ = flash_attn_func(q, k, v, **options, return_attn_probs=True)
+    out, lse = run(case, q, k, v, **options)
     assert out.dtype == case.dtype
     assert_attention_close(out, exact[0].double(), plain, "out")
     assert_attention_close(lse, exact[1].double(), exact[1], "lse", slack=2e-6 * lse_size(exact[1]))
