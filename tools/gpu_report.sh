@@ -43,10 +43,10 @@ step() {
 export FLASH_ATTN_LIBRARY_DIR=$out/build/lib PYTHONPATH=$PWD
 install=("$python" -m pip install --no-index)
 [[ -n ${FLASH_ATTN_WHEELS:-} ]] && install+=(--find-links "$FLASH_ATTN_WHEELS")
-step environment 20 python3 -m venv --system-site-packages "$venv" || exit 1
+step environment 40 python3 -m venv --system-site-packages "$venv" || exit 1
 step packages 30 "${install[@]}" apache-tvm-ffi pytest hypothesis || exit 1
 step machine 20 bash -c "nvidia-smi && '$python' -c 'import torch; print(torch.__version__, torch.cuda.get_device_name())'"
-step configure 20 cmake -S . -B "$out/build" -G Ninja -DCMAKE_BUILD_TYPE=Release -DFLASH_ATTN_CUDA=ON \
+step configure 30 cmake -S . -B "$out/build" -G Ninja -DCMAKE_BUILD_TYPE=Release -DFLASH_ATTN_CUDA=ON \
   -DFLASH_ATTN_TESTS=OFF -DPython_EXECUTABLE="$python" || exit 1
 step build 150 cmake --build "$out/build" || exit 1
 cp "$out/build/cuda/kernels.csv" "$out/"

@@ -1,18 +1,17 @@
 // Attention, forward, for compute capability 8.0 and newer: cp.async, ldmatrix, mma.sync.
 //
-// A CTA of 4 warps owns 128 queries of one head and walks over the blocks of 64 keys that any of
-// them sees, from the last to the first. A warp owns 32 queries: scores, probabilities, row maxima
-// and sums and the output never leave its registers, and the accumulators of Q K^T are, packed to
-// 16 bits, operand A of P V. Warps share K and V through a ring of three slots in shared memory
-// (pipeline.h); each step, over K or over V, ends where the next one waits.
+// A CTA of 4 warps owns 128 queries of one head and walks over the blocks of n keys (tile_table.h)
+// that any of them sees, from the last to the first. A warp owns 32 queries: scores, probabilities,
+// row maxima and sums and the output never leave its registers, and the accumulators of Q K^T are,
+// packed to 16 bits, operand A of P V. Warps share K and V through a ring of three slots in shared
+// memory (pipeline.h); a step, over K or over V, ends where the next one waits.
 //
-// What bounds it. Per block and warp, with d the head dim: 64 d / 32 mma; ldmatrix d for K and V,
-// each serving two m16 tiles, and d / 8 for Q; 32 x 64 / 32 = 64 scores a lane, at one FFMA, MUFU,
-// FMNMX and FADD each and half a pack; d FMUL to rescale the output. A mma takes a scheduler 8
-// cycles on an A100, so the about 4.5 (d = 64) and 3.2 (d = 128) instructions for each find room
-// beside it, and the 16 cycles of MUFU per 16 x 8 scores beside their d / 8 mma. 32 queries a warp
-// rather than 16 halve the ldmatrix and the traffic of shared memory, which would otherwise be the
-// next bound.
+// What bounds it. A warp's block takes n d / 32 mma, d being the head dim, and a scheduler of an
+// A100 8 cycles for each. The other instructions must fit beside: an FFMA, MUFU, FMNMX and FADD for
+// each of a lane's n scores and half a pack, n d / 128 ldmatrix, 2 d FMUL for the output.
+// docs/cuda.md has the sum for each mma: 4.6 to 5.4 instructions at d = 64, 3.8 at d = 128. 32
+// queries a warp rather than 16 halve the ldmatrix and the traffic of shared memory, the next
+// bound.
 //
 // Memory traffic of a CTA: Q and O once, K and V of the visible blocks once, from L2 where the
 // other CTAs of the head and of its GQA group have left them (common/tile_scheduler.h).
