@@ -27,7 +27,16 @@ _LONG_CALLS = (
     "mha_fwd_kvcache",
     "combine",
 )
-_SHORT_CALLS = ("version", "kernels", "cpu_isas", "cpu_isa", "set_cpu_isa", "cpu_threads")
+_SHORT_CALLS = (
+    "version",
+    "kernels",
+    "cpu_isas",
+    "cpu_isa",
+    "set_cpu_isa",
+    "cpu_threads",
+    "use_emulator",
+    "emulator_counters",
+)
 
 
 def library_path() -> Path:
