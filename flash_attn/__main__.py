@@ -64,6 +64,13 @@ def _gpus() -> str:
     return seen + "".join(devices)
 
 
+def _emulator() -> str:
+    path = _library.library_path().parent / "libgpu_emulator.so"
+    text = str(path) if path.is_file() else "not built"
+    whole_process = os.environ.get("FLASH_ATTENTION_EMULATOR")
+    return text + (f" (FLASH_ATTENTION_EMULATOR={whole_process})" if whole_process else "")
+
+
 def report() -> str:
     """Return the versions, the machine and the kernels in use, one item a line."""
     lib = _library.lib
@@ -82,6 +89,7 @@ def report() -> str:
         "threads": f"{lib.cpu_threads()} (torch: {torch.get_num_threads()})",
         "OpenMP": _openmp(),
         "GPUs": _gpus(),
+        "emulated GPU": _emulator(),
         "kernels": f"backend, instruction set, operation, dtypes, head dims\n  {kernels}",
     }
     return "\n".join(f"{name}: {value}" for name, value in items.items())

@@ -34,6 +34,7 @@ class emulator:
     - seed: of mode "random".
     - checks: "all" (bounds, alignment, uninitialised values, races), "memory" or "none".
     - threads: CPU threads that run CTAs; 0 for all.
+    - count: whether to count what kernels do, for ``counters``.
     - library: the emulator, by default ``libgpu_emulator.so`` beside the package's.
 
     Options hold for the emulated device, in all threads. The environment variable
@@ -49,9 +50,16 @@ class emulator:
         seed: int = 0,
         checks: str = "all",
         threads: int = 0,
+        count: bool = True,
         library: Optional[str] = None,
     ):
-        options = {"mode": mode, "seed": seed, "checks": checks, "threads": threads}
+        options = {
+            "mode": mode,
+            "seed": seed,
+            "checks": checks,
+            "threads": threads,
+            "count": int(count),
+        }
         self._description = ",".join([arch, *(f"{name}={x}" for name, x in options.items())])
         self._library = library
         self._counters = "{}"

@@ -39,15 +39,11 @@ def attend(
 ):
     """Attention of a dense batch: (out, softmax_lse); s_dmask is written too."""
     q, k, v = maybe_contiguous(q), maybe_contiguous(k), maybe_contiguous(v)
+    if out is None:
+        out = buffers.dense_out(q, v)
     written = out
     if q.is_cuda or emulator_in_use():
-        headdim_v = v.shape[-1] if v.dim() else 0
-        q, k, v = buffers.for_cuda(q), buffers.for_cuda(k), buffers.for_cuda(v)
-        written = buffers.dense_out(q, v) if out is None else buffers.for_cuda(out)
-        if out is None:
-            out = written[..., :headdim_v]
-    elif out is None:
-        out = written = buffers.dense_out(q, v)
+        q, k, v, written = map(buffers.for_cuda, (q, k, v, out))
     softmax_lse = buffers.dense_lse(q)
     _mha_fwd(
         q,
@@ -67,7 +63,7 @@ def attend(
         window_size_right,
         softcap,
     )
-    if written.data_ptr() != out.data_ptr():
+    if written is not out:
         out.copy_(written[..., : out.shape[-1]])
     return out, softmax_lse
 

@@ -5,8 +5,8 @@
 #   FLASH_ATTN_WHEELS=DIR tools/gpu_report.sh OUTDIR
 #
 # Needs nvcc, CMake, Ninja and Python with torch; compute-sanitizer and ncu if they are there. DIR holds wheels of
-# apache-tvm-ffi, pytest and hypothesis, as far as Python does not have them:
-#   pip download -d DIR apache-tvm-ffi pytest hypothesis
+# apache-tvm-ffi, pytest and hypothesis for that Python, as far as it does not have them:
+#   pip download -d DIR --python-version 3.12 --only-binary=:all: apache-tvm-ffi pytest hypothesis
 set -uo pipefail
 
 if [[ $# -ne 1 ]]; then

@@ -1,7 +1,7 @@
 """The table of CUDA kernels in docs/cuda.md, from what ptxas told the build.
 
-    python tools/kernel_table.py build/release/cuda/kernels.csv            # rewrite docs/cuda.md
-    python tools/kernel_table.py build/release/cuda/kernels.csv --print
+python tools/kernel_table.py build/release/cuda/kernels.csv            # rewrite docs/cuda.md
+python tools/kernel_table.py build/release/cuda/kernels.csv --print
 """
 
 from __future__ import annotations

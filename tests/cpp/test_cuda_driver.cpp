@@ -19,6 +19,10 @@ Function fake(const char* name) {
 void reset(const char* failing = "") { fake<void (*)(const char*)>("fake_reset")(failing); }
 std::string calls() { return fake<const char* (*)()>("fake_calls")(); }
 
+std::string in_context(const std::string& call) {
+  return "cuCtxPushCurrent " + call + " cuCtxPopCurrent ";
+}
+
 // A dense fp16 forward, [2, 130, 4, 40] over [2, 70, 2, 40], of CUDA tensors that nothing reads.
 struct CudaForward {
   FwdCall call;
@@ -52,7 +56,7 @@ TEST(CudaDriver, LaunchesOnTheCallersStreamAndDoesNothingElse) {
   ASSERT_EQ(c.run(), FLASH_ATTN_OK) << flash_attn_last_error();
   reset();
   ASSERT_EQ(c.run(), FLASH_ATTN_OK) << flash_attn_last_error();
-  EXPECT_EQ(calls(), "cuCtxPushCurrent cuLaunchKernel cuCtxPopCurrent ");
+  EXPECT_EQ(calls(), in_context("cuLaunchKernel"));
   EXPECT_EQ(fake<void* (*)()>("fake_last_stream")(), c.call.args.stream);
   const unsigned* shape = fake<const unsigned* (*)()>("fake_last_shape")();
   EXPECT_EQ(shape[0], 2u * 4 * 2);  // batch, heads, blocks of 128 queries
@@ -134,12 +138,13 @@ TEST(EmulatedCall, RegistersOverlappingTensorsOnce) {
                                             {memory, memory + 20},
                                             {memory + 60, memory + 70},
                                             {memory + 40, memory + 40}});
+    EXPECT_EQ(calls(), in_context("cuMemHostRegister") + in_context("cuMemHostRegister"));
+    reset();
     call.run([] {});
-    EXPECT_EQ(calls(),
-              "cuMemHostRegister cuMemHostRegister cuCtxPushCurrent cuStreamSynchronize "
-              "cuCtxPopCurrent ");
+    EXPECT_EQ(calls(), in_context("cuStreamSynchronize"));
+    reset();
   }
-  EXPECT_NE(calls().find("cuMemHostUnregister cuMemHostUnregister"), std::string::npos);
+  EXPECT_EQ(calls(), in_context("cuMemHostUnregister") + in_context("cuMemHostUnregister"));
 }
 
 TEST(SelectKernel, CudaBackendNamesEverythingItLacks) {

@@ -39,7 +39,7 @@ int Device::attribute(CUdevice_attribute which, const char* name) const {
   return value;
 }
 
-Device::CurrentContext::CurrentContext(Device& device) : device_(device) {
+Device::CurrentContext::CurrentContext(const Device& device) : device_(device) {
   device.driver_.check(device.driver_->ctx_push_current(device.context_), "cuCtxPushCurrent",
                        "the primary context");
 }
@@ -107,6 +107,19 @@ void Device::synchronise(void* stream) {
   const CurrentContext current(*this);
   driver_.check(driver_->stream_synchronize(static_cast<CUstream>(stream)), "cuStreamSynchronize",
                 "device " + std::to_string(ordinal_));
+}
+
+void Device::register_host(const void* begin, size_t bytes) {
+  const CurrentContext current(*this);
+  driver_.check(driver_->mem_host_register(const_cast<void*>(begin), bytes, 0), "cuMemHostRegister",
+                "a tensor");
+}
+
+void Device::unregister_host(const void* begin) noexcept {
+  driver_->ctx_push_current(context_);
+  driver_->mem_host_unregister(const_cast<void*>(begin));
+  CUcontext popped;
+  driver_->ctx_pop_current(&popped);
 }
 
 }  // namespace flash::cuda

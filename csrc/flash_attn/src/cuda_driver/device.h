@@ -42,17 +42,21 @@ class Device {
   // Waits for `stream`.
   void synchronise(void* stream);
 
+  // Makes host memory visible to kernels at its own address, until it is unregistered.
+  void register_host(const void* begin, size_t bytes);
+  void unregister_host(const void* begin) noexcept;
+
  private:
   // The device's primary context, current while this lives.
   class CurrentContext {
    public:
-    explicit CurrentContext(Device& device);
+    explicit CurrentContext(const Device& device);
     ~CurrentContext();
     CurrentContext(const CurrentContext&) = delete;
     CurrentContext& operator=(const CurrentContext&) = delete;
 
    private:
-    Device& device_;
+    const Device& device_;
   };
   // Makes loading a module legal while some stream is being captured.
   class RelaxedCapture;

@@ -118,11 +118,8 @@ std::string emulator_counters() {
 EmulatedCall::EmulatedCall(Device& device, std::vector<HostRange> ranges) : device_(device) {
   call_mutex().lock();
   try {
-    const Driver& driver = device.driver();
     for (const HostRange& range : merged(std::move(ranges))) {
-      driver.check(driver->mem_host_register(const_cast<char*>(range.begin),
-                                             static_cast<size_t>(range.end - range.begin), 0),
-                   "cuMemHostRegister", "a tensor");
+      device.register_host(range.begin, static_cast<size_t>(range.end - range.begin));
       registered_.push_back(range);
     }
   } catch (...) {
@@ -134,8 +131,7 @@ EmulatedCall::EmulatedCall(Device& device, std::vector<HostRange> ranges) : devi
 EmulatedCall::~EmulatedCall() { unregister(); }
 
 void EmulatedCall::unregister() noexcept {
-  for (const HostRange& range : registered_)
-    device_.driver()->mem_host_unregister(const_cast<char*>(range.begin));
+  for (const HostRange& range : registered_) device_.unregister_host(range.begin);
   call_mutex().unlock();
 }
 

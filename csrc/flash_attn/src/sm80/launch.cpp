@@ -78,7 +78,7 @@ FwdLaunch plan(const Flash_fwd_params& p, const Tile& tile, int64_t l2_cache_byt
   return launch;
 }
 
-void enqueue(const Flash_fwd_params& p, cuda::Device& device) {
+void enqueue(const Flash_fwd_params& p, cuda::Device& device, void* stream) {
   if (device.compute_capability() < kMinComputeCapability)
     throw ApiError(FLASH_ATTN_UNSUPPORTED,
                    "CUDA kernels need compute capability 8.0 or newer: device " +
@@ -93,7 +93,7 @@ void enqueue(const Flash_fwd_params& p, cuda::Device& device) {
   device.launch(kernel.image,
                 {static_cast<unsigned>(launch.scheduler.tiles()),
                  static_cast<unsigned>(kernel.threads), static_cast<unsigned>(kernel.shared_bytes)},
-                p.stream, args);
+                stream, args);
 }
 
 }  // namespace
@@ -107,7 +107,7 @@ void mha_fwd(const Flash_fwd_params& p) {
     require_alignment(p.v, "v", p.d_v, {p.b, p.seqlen_k, p.h_k});
   }
   if (p.device_type == FLASH_ATTN_CUDA) {
-    enqueue(p, cuda::Device::get(cuda::Driver::machine(), p.device_id));
+    enqueue(p, cuda::Device::get(cuda::Driver::machine(), p.device_id), p.stream);
     return;
   }
   cuda::Device& device = *cuda::emulated_device();
@@ -115,7 +115,7 @@ void mha_fwd(const Flash_fwd_params& p) {
                                    memory_of(p.k, p.b, p.seqlen_k, p.h_k, p.d),
                                    memory_of(p.v, p.b, p.seqlen_k, p.h_k, p.d_v),
                                    memory_of(p.o, p.b, p.seqlen_q, p.h, p.d_v), memory_of_lse(p)});
-  call.run([&] { enqueue(p, device); });
+  call.run([&] { enqueue(p, device, nullptr); });
 }
 
 }  // namespace flash::sm80
