@@ -109,7 +109,7 @@ void check_rows(const flash::cpu::FwdPlan& plan, const Batch& batch,
     ASSERT_LE(t.row_end - t.row_begin, tile.task_rows);
     ASSERT_EQ(t.streamed, batch.rows(t.batch) <= tile.stream.rows);
     ASSERT_LE(t.heads, t.streamed ? tile.stream.heads : 1);
-    if (t.heads > 1) ASSERT_LE(t.heads * (t.row_end - t.row_begin), tile.stream.task_rows);
+    ASSERT_LE(t.heads > 1 ? t.heads * (t.row_end - t.row_begin) : 0, tile.stream.task_rows);
     for (int head = t.head_k; head < t.head_k + t.heads; ++head)
       for (int row = t.row_begin; row < t.row_end; ++row) {
         std::vector<int>& of_row = splits[{t.batch, head, row}];
