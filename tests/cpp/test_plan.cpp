@@ -16,6 +16,7 @@ using flash::cpu::plan_bwd;
 
 constexpr int kThreads[] = {1, 2, 8, 64, 192};
 constexpr flash::cpu::FwdTile kTile{24, 64, 96};
+constexpr flash::cpu::FwdTile kStreamTile{24, 64, 96, {10, 16, 3}};
 
 // A batch of sequences; params() points into it.
 struct Batch {
@@ -73,7 +74,7 @@ std::vector<int> split_of_scores(const flash::cpu::FwdPlan& plan, const Batch& b
   constexpr int kNone = -1, kTwice = 1000;
   std::vector<int> x(static_cast<size_t>(batch.rows(b)) * seqlen_k, kNone);
   for (const FwdTask& t : plan.tasks) {
-    if (t.batch != b || t.head_k != head_k) continue;
+    if (t.batch != b || head_k < t.head_k || head_k >= t.head_k + t.heads) continue;
     for (int row = t.row_begin; row < t.row_end; ++row)
       for (int key = t.key_begin; key < t.key_end; ++key) {
         int& split = x.at(static_cast<size_t>(row) * seqlen_k + key);
@@ -98,18 +99,23 @@ void check_coverage(const flash::cpu::FwdPlan& plan, const Batch& batch) {
 }
 
 // Each row has one task for each split, also where it sees no key: somebody must store its result.
-void check_rows(const flash::cpu::FwdPlan& plan, const Batch& batch) {
+void check_rows(const flash::cpu::FwdPlan& plan, const Batch& batch,
+                const flash::cpu::FwdTile& tile) {
   std::map<std::vector<int>, std::vector<int>> splits;  // (batch, head_k, row)
   int64_t rows = 0;
   for (const FwdTask& t : plan.tasks) {
-    ASSERT_EQ(t.row_begin % kTile.rows, 0);
+    ASSERT_EQ(t.row_begin % tile.rows, 0);
     ASSERT_LT(t.row_begin, t.row_end);
-    ASSERT_LE(t.row_end - t.row_begin, kTile.task_rows);
-    for (int row = t.row_begin; row < t.row_end; ++row) {
-      std::vector<int>& of_row = splits[{t.batch, t.head_k, row}];
-      of_row.resize(t.num_splits, 0);
-      ++of_row.at(t.split);
-    }
+    ASSERT_LE(t.row_end - t.row_begin, tile.task_rows);
+    ASSERT_EQ(t.streamed, batch.rows(t.batch) <= tile.stream.rows);
+    ASSERT_LE(t.heads, t.streamed ? tile.stream.heads : 1);
+    ASSERT_LE(t.heads > 1 ? t.heads * (t.row_end - t.row_begin) : 0, tile.stream.task_rows);
+    for (int head = t.head_k; head < t.head_k + t.heads; ++head)
+      for (int row = t.row_begin; row < t.row_end; ++row) {
+        std::vector<int>& of_row = splits[{t.batch, head, row}];
+        of_row.resize(t.num_splits, 0);
+        ++of_row.at(t.split);
+      }
   }
   for (const auto& [place, of_row] : splits)
     for (int count : of_row) ASSERT_EQ(count, 1) << testing::PrintToString(place);
@@ -117,7 +123,8 @@ void check_rows(const flash::cpu::FwdPlan& plan, const Batch& batch) {
   ASSERT_EQ(static_cast<int64_t>(splits.size()), rows);
 }
 
-// The parts of a row block lie one after the other; together they fill the buffer without overlap.
+// The parts of a row block lie one after the other, head by head; together they fill the buffer
+// without overlap.
 void check_partial_rows(const flash::cpu::FwdPlan& plan) {
   std::vector<int> uses(plan.partial_rows, 0);
   std::map<std::vector<int>, int64_t> base;
@@ -128,45 +135,64 @@ void check_partial_rows(const flash::cpu::FwdPlan& plan) {
     const int64_t rows = t.row_end - t.row_begin;
     const int64_t first = base.at({t.batch, t.head_k, t.row_begin}) + t.split * rows;
     ASSERT_EQ(t.partial_row, first);
-    for (int64_t i = 0; i < rows; ++i) ++uses.at(first + i);
+    for (int head = 0; head < t.heads; ++head)
+      for (int64_t i = 0; i < rows; ++i) ++uses.at(first + head * t.num_splits * rows + i);
   }
   ASSERT_EQ(std::count(uses.begin(), uses.end(), 1), plan.partial_rows);
 }
 
-int64_t scores(const FwdTask& t) {
-  return int64_t{t.row_end - t.row_begin} * (t.key_end - t.key_begin);
-}
-
 TEST(PlanFwd, ComputesEveryVisibleScoreOnce) {
   std::mt19937 rng(1);
-  for (int n = 0; n < 60; ++n) {
-    Batch batch = random_batch(rng, 120);
-    const int threads = kThreads[n % std::size(kThreads)];
-    const flash::cpu::FwdPlan plan = plan_fwd(batch.params(), kTile, threads);
+  for (int n = 0; n < 120; ++n) {
+    const flash::cpu::FwdTile& tile = n % 2 ? kTile : kStreamTile;
+    Batch batch = random_batch(rng, n % 4 ? 120 : 6);
+    const int threads = kThreads[n / 2 % std::size(kThreads)];
+    const flash::Flash_bwd_params p = batch.params();
+    const flash::cpu::FwdPlan plan = plan_fwd(p, tile, threads);
     check_coverage(plan, batch);
-    check_rows(plan, batch);
+    check_rows(plan, batch, tile);
     check_partial_rows(plan);
-    if (HasFatalFailure()) FAIL() << "batch " << n;
+    if (testing::Test::HasFatalFailure()) FAIL() << "batch " << n;
     if (threads == 1) continue;
-    EXPECT_TRUE(std::is_sorted(plan.tasks.begin(), plan.tasks.end(),
-                               [](auto& a, auto& b) { return scores(a) > scores(b); }));
+    EXPECT_TRUE(std::is_sorted(plan.tasks.begin(), plan.tasks.end(), [&](auto& a, auto& b) {
+      return task_flops(p, a) > task_flops(p, b);
+    }));
   }
 }
 
 TEST(PlanFwd, SplitsDoNotDependOnThreads) {
   std::mt19937 rng(2);
-  for (int n = 0; n < 20; ++n) {
-    Batch batch = random_batch(rng, n % 2 ? 8 : 100);
+  for (int n = 0; n < 40; ++n) {
+    const flash::cpu::FwdTile& tile = n % 2 ? kTile : kStreamTile;
+    Batch batch = random_batch(rng, n / 2 % 2 ? 8 : 100);
     batch.seqlens_k[0] = 4000;
     const flash::Flash_bwd_params p = batch.params();
     const int last = static_cast<int>(batch.seqlens_q.size()) - 1;
-    const flash::cpu::FwdPlan one = plan_fwd(p, kTile, 1);
+    const flash::cpu::FwdPlan one = plan_fwd(p, tile, 1);
     for (int threads : kThreads) {
-      const flash::cpu::FwdPlan plan = plan_fwd(p, kTile, threads);
+      const flash::cpu::FwdPlan plan = plan_fwd(p, tile, threads);
       for (int b : {0, last})
         EXPECT_TRUE(split_of_scores(plan, batch, b, 0) == split_of_scores(one, batch, b, 0))
             << "batch " << n << ", " << threads << " threads";
     }
+  }
+}
+
+TEST(PlanFwd, StreamedHeadsShareATaskUntilThreadsWait) {
+  Batch batch{{1, 1}, {5000, 5000}, 24, 6, -1, 0, 0, {}, {}};
+  const flash::Flash_bwd_params p = batch.params();
+  EXPECT_EQ(plan_fwd(p, kStreamTile, 1).tasks.front().heads, 3);
+  EXPECT_EQ(plan_fwd(p, kStreamTile, 192).tasks.front().heads, 1);
+}
+
+// A window leaves the same parts to a long sequence as to a short one.
+TEST(PlanFwd, StreamedPartsCoverTheWindowAlone) {
+  Batch batch{{1}, {100000}, 4, 4, 999, 0, 0, {}, {}};
+  const flash::cpu::FwdPlan plan = plan_fwd(batch.params(), kStreamTile, 1);
+  for (const FwdTask& t : plan.tasks) {
+    EXPECT_EQ(t.num_splits, 2);
+    EXPECT_GE(t.key_begin, 99000);
+    EXPECT_LT(t.key_begin, t.key_end);
   }
 }
 
@@ -191,14 +217,6 @@ TEST(PlanFwd, NumberOfSplits) {
     const flash::Flash_bwd_params p = batch.params();
     EXPECT_EQ(num_splits(p, sequence(p, 0), kTile), c.expected)
         << c.seqlen_q << " x " << c.seqlen_k << " wish " << c.wish;
-  }
-}
-
-TEST(PlanFwd, GivesEveryThreadWork) {
-  Batch batch{{1000, 1000}, {1000, 1000}, 4, 4, -1, -1, 0, {}, {}};
-  for (int threads : {2, 8, 64}) {
-    const flash::cpu::FwdPlan plan = plan_fwd(batch.params(), kTile, threads);
-    EXPECT_GE(plan.tasks.size(), 4u * threads);
   }
 }
 
@@ -227,7 +245,7 @@ bool finishes(const flash::cpu::BwdPlan& plan, size_t threads, std::mt19937& rng
   }
 }
 
-void check_bwd_plan(const flash::cpu::BwdPlan& plan, const Batch& batch) {
+void check_bwd_plan(const flash::cpu::BwdPlan& plan, const Batch& batch, bool batch_order = false) {
   std::vector<std::vector<int>> heads;
   size_t chunks = 0;
   int max_rows = 0;
@@ -238,10 +256,18 @@ void check_bwd_plan(const flash::cpu::BwdPlan& plan, const Batch& batch) {
       chunks += heads.back()[2];
     }
   }
-  ASSERT_EQ(plan.heads.size(), heads.size());
-  for (size_t h = 0; h < heads.size(); ++h)
-    ASSERT_EQ((std::vector<int>{plan.heads[h].batch, plan.heads[h].head_k, plan.heads[h].chunks}),
-              heads[h]);
+  std::vector<std::vector<int>> planned;
+  for (const flash::cpu::BwdHead& head : plan.heads)
+    planned.push_back({head.batch, head.head_k, head.chunks});
+  if (batch_order) {
+    ASSERT_EQ(planned, heads);
+  } else {
+    EXPECT_TRUE(std::is_sorted(plan.heads.begin(), plan.heads.end(), [&](auto& a, auto& b) {
+      return int64_t{a.chunks} * batch.rows(a.batch) > int64_t{b.chunks} * batch.rows(b.batch);
+    }));
+    std::sort(planned.begin(), planned.end());
+    ASSERT_EQ(planned, heads);
+  }
   ASSERT_EQ(plan.tasks.size(), chunks);
   ASSERT_EQ(plan.max_rows, max_rows);
   std::vector<int> next_chunk(plan.heads.size(), 0);
@@ -279,7 +305,7 @@ TEST(PlanBwd, HeadsThatShareABiasGradientRunOneAfterTheOther) {
     p.dbias.b = c.b;
     p.dbias.h = c.h;
     EXPECT_EQ(plan_bwd(p, kChunk, 8).wave_heads, c.wave_heads) << c.b << ", " << c.h;
-    check_bwd_plan(plan_bwd(p, kChunk, 8), batch);
+    check_bwd_plan(plan_bwd(p, kChunk, 8), batch, c.wave_heads == 1);
   }
 }
 

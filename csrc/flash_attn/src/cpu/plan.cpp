@@ -1,22 +1,21 @@
 #include "cpu/plan.h"
 
 #include <algorithm>
+#include <functional>
+#include <numeric>
+#include <queue>
+#include <utility>
 
 namespace flash::cpu {
 namespace {
 
-constexpr int kSplitKeys = 640;  // keys of a part when the caller leaves the number of splits open
+constexpr int kSplitKeys = 640;   // keys of a part when the caller leaves the number of splits open
 constexpr int kStreamKeys = 160;  // parts of a streamed sequence are multiples of it
 constexpr int kTasksPerThread = 4;
+constexpr double kPackRows = 30;     // rows whose products with a key take as long as packing it
 constexpr double kFlopsPerByte = 5;  // that take as long as reading it: 50 GFLOP/s, 10 GB/s a core
 
 int ceil_div(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
-
-double task_flops(const Flash_fwd_params& p, const FwdTask& t) {
-  const double elements = static_cast<double>(t.key_end - t.key_begin) * (p.d + p.d_v) * t.heads;
-  const double flops = 2. * (t.row_end - t.row_begin) * elements;
-  return t.streamed ? std::max(flops, kFlopsPerByte * dtype_bytes(p.dtype) * elements) : flops;
-}
 
 int rows_of(const Flash_fwd_params& p, const Sequence& seq) {
   return seq.seqlen_q * static_cast<int>(p.h / p.h_k);
@@ -31,17 +30,69 @@ KeyRange seen_keys(const Flash_fwd_params& p, const Sequence& seq) {
   return mask_of(p, seq).keys(0, seq.seqlen_q - 1);
 }
 
-// Rows of a task: as many as share a block of keys well, fewer when that would leave threads
-// without work.
-int task_rows(const Flash_fwd_params& p, const FwdTile& tile, int threads) {
-  if (threads == 1) return tile.task_rows;
-  const int64_t group = p.h / p.h_k;
-  for (int rows = tile.task_rows; rows > tile.rows; rows = rows / 2 / tile.rows * tile.rows) {
-    int64_t tasks = 0;
-    for (int b = 0; b < p.b; ++b) tasks += p.h_k * ceil_div(sequence(p, b).seqlen_q * group, rows);
-    if (tasks >= static_cast<int64_t>(kTasksPerThread) * threads) return rows;
+// Scores that rows [task.row_begin, task.row_end) see: exact where their number changes evenly from
+// the first row to the last.
+double seen_scores(const Flash_fwd_params& p, const Sequence& seq, const FwdTask& task) {
+  const int group = static_cast<int>(p.h / p.h_k);
+  const Mask mask = mask_of(p, seq);
+  const auto seen = [&](int row) {
+    const KeyRange keys = mask.keys(row / group);
+    return std::max(0, std::min(keys.end, task.key_end) - std::max(keys.begin, task.key_begin));
+  };
+  return .5 * (task.row_end - task.row_begin) * (seen(task.row_begin) + seen(task.row_end - 1));
+}
+
+// The end of the last thread when each takes the next task once it is free.
+double finish_time(std::vector<double>& tasks, int threads) {
+  std::sort(tasks.begin(), tasks.end(), std::greater<>());
+  std::priority_queue<double, std::vector<double>, std::greater<>> ends(
+      std::greater<>(), std::vector<double>(threads, 0.));
+  double last = 0;
+  for (double task : tasks) {
+    const double end = ends.top() + task;
+    ends.pop();
+    ends.push(end);
+    last = std::max(last, end);
   }
-  return tile.rows;
+  return last;
+}
+
+// Work of the packed tasks of at most `rows` rows.
+std::vector<double> packed_work(const Flash_fwd_params& p, const FwdTile& tile, int rows) {
+  const int group = static_cast<int>(p.h / p.h_k);
+  std::vector<double> work;
+  for (int b = 0; b < p.b; ++b) {
+    const Sequence seq = sequence(p, b);
+    if (is_streamed(p, seq, tile)) continue;
+    FwdTask task{b, 0, 0, 0, 0, seq.seqlen_k, 0, 1, 0};
+    for (const int end = rows_of(p, seq); task.row_begin < end; task.row_begin = task.row_end) {
+      task.row_end = std::min(end, task.row_begin + rows);
+      const KeyRange keys =
+          mask_of(p, seq).keys(task.row_begin / group, (task.row_end - 1) / group);
+      task.key_begin = keys.begin;
+      task.key_end = keys.end;
+      work.insert(work.end(), p.h_k, task_flops(p, task));
+    }
+  }
+  return work;
+}
+
+// Rows of a task: of many rows packing is cheap, of few the threads finish together.
+int task_rows(const Flash_fwd_params& p, const FwdTile& tile, int threads) {
+  int best = tile.task_rows;
+  if (threads == 1) return best;
+  double best_time = 0;
+  for (int rows = best; rows >= tile.rows; rows -= tile.rows) {
+    std::vector<double> work = packed_work(p, tile, rows);
+    const double time = finish_time(work, threads);
+    if (rows == tile.task_rows || time < .99 * best_time) {
+      best = rows;
+      best_time = time;
+    }
+    const double mean = std::accumulate(work.begin(), work.end(), 0.) / threads;
+    if (best_time <= 1.05 * mean) break;  // smaller tasks only pack more
+  }
+  return best;
 }
 
 // Heads of a streamed task: as many as lie together, fewer when that would leave threads without
@@ -58,6 +109,15 @@ int stream_heads(const Flash_fwd_params& p, const FwdTile& tile, int threads) {
     if (tasks >= static_cast<int64_t>(kTasksPerThread) * threads) break;
   }
   return std::max(heads, 1);
+}
+
+void sort_longest_first(const Flash_fwd_params& p, std::vector<FwdTask>& tasks) {
+  std::vector<std::pair<double, FwdTask>> by_length;
+  by_length.reserve(tasks.size());
+  for (const FwdTask& task : tasks) by_length.emplace_back(task_flops(p, task), task);
+  std::stable_sort(by_length.begin(), by_length.end(),
+                   [](const auto& x, const auto& y) { return x.first > y.first; });
+  for (size_t i = 0; i < tasks.size(); ++i) tasks[i] = by_length[i].second;
 }
 
 void add_task(const Flash_fwd_params& p, const FwdTask& task, FwdPlan& plan) {
@@ -116,6 +176,15 @@ void plan_sequence(const Flash_fwd_params& p, const Sequence& seq, const FwdTile
 
 }  // namespace
 
+double task_flops(const Flash_fwd_params& p, const FwdTask& task) {
+  const Sequence seq = sequence(p, task.batch);
+  const double keys = task.key_end - task.key_begin, dims = static_cast<double>(p.d + p.d_v);
+  const double products = 2. * task.heads * dims * seen_scores(p, seq, task);
+  if (task.streamed)
+    return std::max(products, kFlopsPerByte * dtype_bytes(p.dtype) * task.heads * keys * dims);
+  return products + 2. * dims * kPackRows * keys;
+}
+
 int num_splits(const Flash_fwd_params& p, const Sequence& seq, const FwdTile& tile) {
   const bool streamed = is_streamed(p, seq, tile);
   const KeyRange seen = streamed ? seen_keys(p, seq) : KeyRange{0, seq.seqlen_k};
@@ -140,10 +209,7 @@ FwdPlan plan_fwd(const Flash_fwd_params& p, const FwdTile& tile, int threads) {
     else
       plan_sequence(p, seq, tile, rows, plan);
   }
-  if (threads > 1)
-    std::stable_sort(plan.tasks.begin(), plan.tasks.end(), [&](const FwdTask& x, const FwdTask& y) {
-      return task_flops(p, x) > task_flops(p, y);
-    });
+  if (threads > 1) sort_longest_first(p, plan.tasks);
   return plan;
 }
 
@@ -160,6 +226,13 @@ BwdPlan plan_bwd(const Flash_bwd_params& p, int chunk_keys, int threads) {
   }
   // Sums into a bias' gradient that several heads share are made one head after the other.
   const bool heads_share_bias = p.dbias.ptr && (p.dbias.b < p.b || p.dbias.h < p.h);
+  if (!heads_share_bias) {
+    const auto work = [&](const BwdHead& head) {
+      return int64_t{head.chunks} * sequence(p, head.batch).seqlen_q;
+    };
+    std::stable_sort(plan.heads.begin(), plan.heads.end(),
+                     [&](const BwdHead& x, const BwdHead& y) { return work(x) > work(y); });
+  }
   plan.wave_heads =
       heads_share_bias ? 1 : static_cast<int>(std::min<int64_t>(threads, plan.heads.size()));
   plan.wave_heads = std::max(plan.wave_heads, 1);

@@ -39,10 +39,13 @@ struct FwdTile {
 };
 
 struct FwdPlan {
-  std::vector<FwdTask> tasks;  // the longest first
+  std::vector<FwdTask> tasks;  // the longest first if several threads share them
   int64_t partial_rows = 0;
   double flops = 0;  // or what takes as long
 };
+
+// What a task takes: the products with the scores it sees, packing its keys, or reading them.
+double task_flops(const Flash_fwd_params& params, const FwdTask& task);
 
 FwdPlan plan_fwd(const Flash_fwd_params& params, const FwdTile& tile, int threads);
 
@@ -66,7 +69,7 @@ struct BwdTask {
 // the same head (sums into dq are in key order), and, in wave w > 0, for the head `wave_heads`
 // before its own, whose dq slot it takes over.
 struct BwdPlan {
-  std::vector<BwdHead> heads;
+  std::vector<BwdHead> heads;  // the longest first, unless they share a bias' gradient
   std::vector<BwdTask> tasks;
   int wave_heads = 1;    // heads in flight, each with a slot for the fp32 sums of dq
   int64_t max_rows = 0;  // rows of the longest head, with or without keys
