@@ -31,7 +31,7 @@ std::vector<const IsaProbe*> find_probes() {
 std::vector<const flash::cpu::Kernels*> find_kernels() {
   std::vector<const flash::cpu::Kernels*> kernels = library_kernels();
 #if defined(FLASH_ATTN_HAVE_AVX2)
-  if (runs("avx2")) kernels.push_back(&kernels_wide16);
+  if (runs("avx2")) kernels.insert(kernels.end(), {&kernels_wide16, &kernels_soft_tiles});
 #endif
   return kernels;
 }

@@ -72,6 +72,12 @@ inline FwdScratch carve_fwd(Carver& c, const Flash_fwd_params& p, const FwdTile&
 
 class FwdTaskRunner {
  public:
+  using Scratch = FwdScratch;
+  static FwdTile tile(const Flash_fwd_params& p) { return fwd_tile(p); }
+  static Scratch carve(Carver& c, const Flash_fwd_params& p, const FwdTile& tile) {
+    return carve_fwd(c, p, tile);
+  }
+
   FwdTaskRunner(const Flash_fwd_params& p, const FwdTask& task, const FwdTile& tile,
                 const FwdScratch& x)
       : p_(p),
@@ -152,7 +158,7 @@ class FwdTaskRunner {
 
   const Dropout& dropout() const { return dropout_; }
 
- private:
+ protected:
   // One tile of rows over the packed key block; rows count from the task's first.
   void attend(int row, int key, int keys) {
     const int end = rows() - row < tile_.rows ? rows() : row + tile_.rows;
@@ -258,7 +264,8 @@ struct Partials {
   int64_t o_ld;
 };
 
-inline void keep_partial(const FwdTask& task, const FwdTaskRunner& run, const Partials& partials) {
+template <class Runner>
+inline void keep_partial(const FwdTask& task, const Runner& run, const Partials& partials) {
   for (int r = 0; r < run.rows(); ++r) {
     partials.state[task.partial_row + r] = run.scratch().state[r];
     std::memcpy(partials.o + (task.partial_row + r) * partials.o_ld,
@@ -293,15 +300,17 @@ inline void zero_rows_beyond(const Operand& x, Dtype t, int64_t first, int64_t t
     for (int64_t h = 0; h < heads; ++h) zero_row(t, operand_row(x, t, 0, i, h), d);
 }
 
+// Runner does one task: FwdTaskRunner, or one with other products.
+template <class Runner = FwdTaskRunner>
 inline void mha_fwd(const Flash_fwd_params& p) {
   if (p.knew.ptr) append_kv(p);
-  const FwdTile tile = fwd_tile(p);
+  const FwdTile tile = Runner::tile(p);
   const FwdPlan plan = plan_fwd(p, tile, num_threads());
   const int threads = threads_for(plan.flops);
   const int64_t o_ld = round_up(static_cast<int>(p.d_v), kTileN);
 
   Carver measure(nullptr);
-  carve_fwd(measure, p, tile);
+  Runner::carve(measure, p, tile);
   const size_t thread_bytes = measure.used();
   const size_t partial_bytes = plan.partial_rows * (o_ld * sizeof(float) + sizeof(RowState)) + 128;
   Scratch scratch(thread_bytes * threads + partial_bytes);
@@ -312,8 +321,8 @@ inline void mha_fwd(const Flash_fwd_params& p) {
   const FwdTask* tasks = plan.tasks.data();
   parallel_for(static_cast<int64_t>(plan.tasks.size()), threads, [&](int64_t i, int thread) {
     Carver carver(scratch.data() + thread_bytes * thread);
-    const FwdScratch x = carve_fwd(carver, p, tile);
-    FwdTaskRunner run(p, tasks[i], tile, x);
+    const typename Runner::Scratch x = Runner::carve(carver, p, tile);
+    Runner run(p, tasks[i], tile, x);
     run.run();
     if (tasks[i].num_splits > 1) return keep_partial(tasks[i], run, partials);
     for (int r = 0; r < run.rows(); ++r)
