@@ -87,9 +87,10 @@ class FwdTilesRunner : public FwdTaskRunner {
     std::memset(x_.lane_sum, 0, sizeof(float) * padded_rows * kWidth);
     std::memset(x_.packed_p, 0, 4 * packed_words(kBlockRows, kPieceKeys, kTerms));
     const int first = task_.key_begin / kPieceKeys * kPieceKeys;
-    for (int key = first, next; key < task_.key_end; key = next) {
+    const int end = task_.key_begin < task_.key_end ? task_.key_end : first;
+    for (int key = first, next; key < end; key = next) {
       next = (key / tile_.keys + 1) * tile_.keys;
-      next = next < task_.key_end ? next : task_.key_end;
+      next = next < end ? next : end;
       pack_kv(key, next - key);
       for (int row = 0; row < rows(); row += kBlockRows) attend(row, key, next - key);
     }
