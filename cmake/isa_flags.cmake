@@ -8,10 +8,18 @@ if(CMAKE_CXX_COMPILER_ID STREQUAL GNU AND CMAKE_CXX_COMPILER_VERSION VERSION_LES
   # Its own AVX-512 header warns: https://gcc.gnu.org/PR105593
   list(APPEND FLASH_ATTN_AVX512_FLAGS -Wno-uninitialized -Wno-maybe-uninitialized)
 endif()
+# Tile instructions are written in assembly: the assembler needs to know them (binutils 2.34, LLVM 12), not the compiler.
+set(FLASH_ATTN_AMX_FLAGS ${FLASH_ATTN_AVX512_FLAGS})
 
 set(FLASH_ATTN_ISAS baseline)
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
   list(APPEND FLASH_ATTN_ISAS avx2 avx512)
+  include(CheckCXXSourceCompiles)
+  check_cxx_source_compiles("int main() { asm volatile(\"tdpbf16ps %tmm0, %tmm1, %tmm2\"); }"
+                            FLASH_ATTN_ASSEMBLER_HAS_AMX)
+  if(FLASH_ATTN_ASSEMBLER_HAS_AMX AND CMAKE_SYSTEM_NAME STREQUAL Linux)
+    list(APPEND FLASH_ATTN_ISAS amx)
+  endif()
 endif()
 
 # Adds the units of every instruction set to `target`, worst set first, and defines FLASH_ATTN_HAVE_<ISA> for each that

@@ -8,5 +8,5 @@
 #include "isa_probe_table.h"
 
 const flash::cpu::Kernels flash_test::kernels_soft_tiles = {
-    "soft_tiles", flash::cpu::soft_tiles::mha_fwd_tiles, flash::cpu::soft_tiles::mha_bwd,
+    "soft_tiles", flash::cpu::soft_tiles::mha_fwd_tiles, flash::cpu::soft_tiles::mha_bwd_tiles,
     flash::cpu::soft_tiles::combine};

@@ -96,15 +96,15 @@ template <int kStep>
 FLASH_INLINE void swap_blocks(Vec (&r)[16]) {
   swap_blocks<kStep>(r, std::make_integer_sequence<int, 16>{});
 }
-// dst[j][i] = src[i][j] of a tile's 16 x 16 words; rows of src lie src_ld words apart.
-inline void transpose_tile(uint32_t* dst, const uint32_t* src, int64_t src_ld) {
+// dst[j][i] = src[i][j] of a tile's 16 x 16 words; rows lie dst_ld and src_ld words apart.
+inline void transpose_tile(uint32_t* dst, int64_t dst_ld, const uint32_t* src, int64_t src_ld) {
   Vec r[16];
   for (int i = 0; i < 16; ++i) std::memcpy(&r[i], src + i * src_ld, sizeof(Vec));
   swap_blocks<8>(r);
   swap_blocks<4>(r);
   swap_blocks<2>(r);
   swap_blocks<1>(r);
-  for (int i = 0; i < 16; ++i) std::memcpy(dst + i * 16, &r[i], sizeof(Vec));
+  for (int i = 0; i < 16; ++i) std::memcpy(dst + i * dst_ld, &r[i], sizeof(Vec));
 }
 
 // Two rows of bf16 to one of pairs.
@@ -192,7 +192,7 @@ inline void pack_columns(const Packed& b, int n, const Staging& s, int staged_ro
   for (int t = 0; t < kTerms; ++t) {
     const uint16_t* src = s.rows + (int64_t{t} * kTileDepth + staged_row) * s.ld;
     for (int k = 0; k < b.depth_tiles; ++k)
-      transpose_tile(b.tile(t, n, k), reinterpret_cast<const uint32_t*>(src + k * kTileDepth),
+      transpose_tile(b.tile(t, n, k), 16, reinterpret_cast<const uint32_t*>(src + k * kTileDepth),
                      s.ld / 2);
   }
 }
@@ -218,7 +218,7 @@ inline void pack_transpose(const Packed& a, int k, int d, const Staging& s) {
       interleave_rows(s.pairs + int64_t{i} * s.ld, even, even + s.ld, d);
     }
     for (int m = 0; m < d / kTileSide; ++m)
-      transpose_tile(a.tile(t, m, k), s.pairs + m * kTileSide, s.ld);
+      transpose_tile(a.tile(t, m, k), 16, s.pairs + m * kTileSide, s.ld);
   }
 }
 
