@@ -4,6 +4,8 @@
 #
 #   tools/run_in_bochs.sh PROGRAM [ARGUMENT...]     arguments without spaces
 #
+# FLASH_ATTENTION_* variables pass into the program's environment.
+#
 # Bochs runs about 50 million instructions a second. It comes from Debian, with all it needs, into
 # ${FLASH_ATTN_BOCHS_DIR:-~/.cache/flash_attn/bochs} (350 MB; nothing is installed and root is not needed). The host
 # needs apt-get, the Debian archive's keys (package debian-archive-keyring), gcc, xorriso and script (bsdutils).
@@ -11,7 +13,7 @@
 # FLASH_ATTN_BOCHS_SECONDS limits the time (900).
 set -eu
 set -o pipefail
-[ $# -ge 1 ] || { sed -n '2,12s/^# \{0,1\}//p' "$0"; exit 2; }
+[ $# -ge 1 ] || { sed -n '2,14s/^# \{0,1\}//p' "$0"; exit 2; }
 program=$(readlink -f "$1")
 shift
 here=$(dirname "$(readlink -f "$0")")/bochs
@@ -50,7 +52,7 @@ gcc -std=gnu11 -O2 -ffreestanding -fno-builtin -fno-pic -fno-stack-protector -mn
   -static -no-pie -Wl,-T,"$here/kernel.ld" -Wl,--build-id=none -Wl,-z,max-page-size=4096 -Wl,--no-warn-rwx-segments \
   -o "$work/cd/boot/kernel" "$here/boot.S" "$here/kernel.c"
 cp "$program" "$work/cd/boot/program"
-printf 'multiboot /boot/kernel\nmodule /boot/program %s\nboot\n' "program $*" > "$work/cd/boot/grub/grub.cfg"
+printf 'multiboot /boot/kernel\nmodule /boot/program %s\nboot\n' "$(env | grep '^FLASH_ATTENTION_' | tr '\n' ' ') program $*" > "$work/cd/boot/grub/grub.cfg"
 in_root "$root/usr/bin/grub-mkimage" -d "$root/usr/lib/grub/i386-pc" -O i386-pc-eltorito -p /boot/grub \
   -o "$work/cd/boot/eltorito.img" biosdisk iso9660 multiboot normal configfile boot
 xorriso -as mkisofs -quiet -R -o "$work/boot.iso" -b boot/eltorito.img -no-emul-boot -boot-load-size 4 -boot-info-table \

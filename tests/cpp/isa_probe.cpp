@@ -1,5 +1,6 @@
 #include "isa_probe.h"
 
+#include <cstdlib>
 #include <cstring>
 
 namespace flash_test {
@@ -28,7 +29,9 @@ std::vector<const IsaProbe*> find_probes() {
   return probes;
 }
 
+// FLASH_ATTENTION_CPU_ISA in the environment leaves its instruction set alone.
 std::vector<const flash::cpu::Kernels*> find_kernels() {
+  if (std::getenv("FLASH_ATTENTION_CPU_ISA")) return {&flash::cpu::current()};
   std::vector<const flash::cpu::Kernels*> kernels = library_kernels();
 #if defined(FLASH_ATTN_HAVE_AVX2)
   if (runs("avx2")) kernels.insert(kernels.end(), {&kernels_wide16, &kernels_soft_tiles});

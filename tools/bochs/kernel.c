@@ -236,19 +236,27 @@ static const Elf64_Ehdr* load_program(const uint8_t* file) {
   return header;
 }
 
-// argc, argv, environment and auxiliary vector; `line` is cut into words in place.
+// argc, argv, environment and auxiliary vector. `line` is cut into words in place: NAME=VALUE for
+// the environment, then the program's name and arguments.
 static uint64_t* make_stack(char* line, const Elf64_Ehdr* header) {
-  static char environment[] = "OMP_NUM_THREADS=1";
-  static uint64_t words[512];
-  uint64_t n = 1;
+  static char threads[] = "OMP_NUM_THREADS=1";
+  static uint64_t words[512], environment[64];
+  uint64_t n = 1, variables = 0;
+  environment[variables++] = (uint64_t)threads;
   for (char* p = line; *p;) {
     while (*p == ' ') *p++ = 0;
-    if (*p) words[n++] = (uint64_t)p;
-    while (*p && *p != ' ') ++p;
+    char* word = p;
+    int assignment = 0;
+    while (*p && *p != ' ') assignment |= *p++ == '=';
+    if (p == word) continue;
+    if (assignment && n == 1)
+      environment[variables++] = (uint64_t)word;
+    else
+      words[n++] = (uint64_t)word;
   }
   words[0] = n - 1;
   words[n++] = 0;
-  words[n++] = (uint64_t)environment;
+  for (uint64_t i = 0; i < variables; ++i) words[n++] = environment[i];
   words[n++] = 0;
   const uint64_t auxiliary[] = {
       AT_PHDR,   image + header->e_phoff,          AT_PHENT, header->e_phentsize,
