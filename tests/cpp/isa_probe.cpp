@@ -34,7 +34,7 @@ std::vector<const flash::cpu::Kernels*> find_kernels() {
   if (std::getenv("FLASH_ATTENTION_CPU_ISA")) return {&flash::cpu::current()};
   std::vector<const flash::cpu::Kernels*> kernels = library_kernels();
 #if defined(FLASH_ATTN_HAVE_AVX2)
-  if (runs("avx2")) kernels.insert(kernels.end(), {&kernels_wide16, &kernels_soft_tiles});
+  if (runs("avx2")) kernels.insert(kernels.end(), {&kernels_wide16, &kernels_soft_dot, &kernels_soft_tiles});
 #endif
   return kernels;
 }

@@ -47,6 +47,6 @@ struct IsaProbe {
 };
 
 extern const IsaProbe probe_baseline, probe_avx2, probe_avx512, probe_wide16;
-extern const flash::cpu::Kernels kernels_wide16, kernels_soft_tiles;
+extern const flash::cpu::Kernels kernels_wide16, kernels_soft_dot, kernels_soft_tiles;
 
 }  // namespace flash_test

@@ -47,10 +47,8 @@ FLASH_INLINE void end_tile(const TileProduct& x, int m, int n) {
   Tile::template store<kC>(x.c + m * x.c_m + n * x.c_n, x.c_ld * 4);
 }
 
-// Rows of tiles [m, m + M), M = 1 or 2, and columns of tiles n, n + 1; between() runs after every
-// 2 M tile products: vector work that the tile unit hides.
 template <class Tile, class Terms, int M, class Between>
-inline void multiply_tiles(const TileProduct& x, int m, int n, Between& between) {
+inline void multiply_registers(const TileProduct& x, int m, int n, Between& between) {
   begin_tile<Tile, 0>(x, m, n);
   begin_tile<Tile, 1>(x, m, n + 1);
   if constexpr (M == 2) {
@@ -79,6 +77,16 @@ inline void multiply_tiles(const TileProduct& x, int m, int n, Between& between)
     end_tile<Tile, 2>(x, m + 1, n);
     end_tile<Tile, 3>(x, m + 1, n + 1);
   }
+}
+
+// Rows of tiles [m, m + M), M = 1 or 2, and columns of tiles n, n + 1; between() runs after every
+// 2 M tile products: vector work that the tile unit hides.
+template <class Tile, class Terms, int M, class Between>
+inline void multiply_tiles(const TileProduct& x, int m, int n, Between& between) {
+  if constexpr (requires { Tile::template multiply_block<Terms, M>(x, m, n, between); })
+    return Tile::template multiply_block<Terms, M>(x, m, n, between);
+  else
+    return multiply_registers<Tile, Terms, M>(x, m, n, between);
 }
 
 // Rows of tiles [0, m_tiles), columns of tiles [n_begin, n_end), an even number.
