@@ -11,7 +11,7 @@ unexport FLASH_ATTN_LIBRARY_DIR PYTHONPATH
 
 SOURCES := $(shell find csrc cmake examples/cpp tests/cpp flash_attn -name __pycache__ -prune -o -type f -print) \
   CMakeLists.txt pyproject.toml flash_attn_2_cuda.py
-CPP_FILES = $(shell find csrc examples tests -name '*.h' -o -name '*.cpp')
+CPP_FILES = $(shell find csrc benchmarks examples tests -name '*.h' -o -name '*.cpp')
 CMAKE_FLAGS := -G Ninja -DPython_EXECUTABLE=$(CURDIR)/.venv/bin/python -DFLASH_ATTN_WERROR=ON
 
 VENV := .venv/.complete
@@ -50,8 +50,8 @@ test: $(INSTALLED) ## C++ tests, then Python tests of the installed package
 	ctest --test-dir build/release --output-on-failure
 	cd build && pytest --config-file=../pyproject.toml ../tests/python
 
-bench: $(INSTALLED) ## time attention against PyTorch
-	.venv/bin/python benchmarks/benchmark_attn.py
+bench: $(INSTALLED) ## time attention against PyTorch and the machine's limits (build/bench)
+	.venv/bin/python benchmarks/benchmark_attn.py --quick
 
 lint: $(RELEASE) ## formatting, ruff, and a build without compiler warnings
 	clang-format --dry-run --Werror $(CPP_FILES)

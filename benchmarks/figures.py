@@ -5,8 +5,39 @@ from __future__ import annotations
 import textwrap
 from pathlib import Path
 
-COLOURS = {"flash_attn": "#c1440e", "sdpa": "#3b6ea5", "plain": "#8a8a8a"}
-LABELS = {"flash_attn": "flash_attn", "sdpa": "torch SDPA", "plain": "plain softmax"}
+COLOURS = {
+    "flash_attn": "#c1440e",
+    "sdpa": "#3b6ea5",
+    "sdpa_flash": "#7fa6cf",
+    "sdpa_math": "#a8b8c8",
+    "plain": "#8a8a8a",
+    "onednn": "#2a9d8f",
+    "openvino": "#8e6bbf",
+    "ggml": "#b8860b",
+    "no_window": "#e6a188",
+    "fma_peak": "#222222",
+    "dot_peak": "#777777",
+    "amx_peak": "#222222",
+    "read": "#222222",
+}
+LABELS = {
+    "flash_attn": "flash_attn",
+    "sdpa": "torch SDPA",
+    "sdpa_flash": "torch SDPA, flash",
+    "sdpa_math": "torch SDPA, math",
+    "plain": "plain softmax",
+    "onednn": "oneDNN graph",
+    "openvino": "OpenVINO",
+    "ggml": "llama.cpp (ggml)",
+    "no_window": "flash_attn without the window",
+    "fma_peak": "FMA peak",
+    "dot_peak": "AVX-512-BF16 peak",
+    "amx_peak": "AMX peak",
+    "read": "plain read of the cache",
+}
+
+
+_LEGEND_INCHES = 2.3  # of the longest label
 
 
 def pyplot():
@@ -28,9 +59,9 @@ def draw_lines(axis, rows: list[dict], column: str, title: str, unit: str, log_y
     for peer in COLOURS:
         points = sorted((int(r["seqlen_k"]), float(r[column])) for r in rows if r["peer"] == peer)
         if points:
-            axis.plot(
-                *zip(*points), marker="o", markersize=4, color=COLOURS[peer], label=LABELS[peer]
-            )
+            limit = peer.endswith("_peak")
+            style = {"linestyle": ":"} if limit else {"marker": "o", "markersize": 4}
+            axis.plot(*zip(*points), color=COLOURS[peer], label=LABELS[peer], **style)
     seqlens = sorted({int(r["seqlen_k"]) for r in rows})
     axis.set_xscale("log", base=2)
     axis.set_xticks(seqlens, [f"{s // 1024}k" if s >= 1024 else str(s) for s in seqlens])
@@ -50,7 +81,19 @@ def _group_key(row: dict) -> tuple:
     return tuple(v for k, v in row.items() if k in _GROUP_COLUMNS)
 
 
-_GROUP_COLUMNS = ("op", "dtype", "batch", "nheads", "nheads_k", "headdim", "headdim_v", "causal")
+_GROUP_COLUMNS = (
+    "op",
+    "dtype",
+    "batch",
+    "nheads",
+    "nheads_k",
+    "headdim",
+    "headdim_v",
+    "causal",
+    "window",
+    "page_size",
+    "lengths_of",
+)
 
 
 def _group_title(row: dict) -> str:
@@ -109,11 +152,20 @@ def _split_by_seqlen(rows: list[dict]) -> list[list[dict]]:
 def finish(plt, figure, machine: str, path: Path) -> None:
     """Write the legend and the machine under the figure, and the figure to ``path``."""
     width, height = figure.get_size_inches()
-    figure.tight_layout(rect=(0, 0.6 / height, 1, 1))
-    handles, labels = figure.axes[0].get_legend_handles_labels()
-    place = {"loc": "lower center", "bbox_to_anchor": (0.5, 0.3 / height)}
-    figure.legend(handles, labels, ncols=len(labels), frameon=False, **place)
-    text = textwrap.fill(machine, int(width * 17))
+    named = {}
+    for axis in figure.axes:
+        for handle, label in zip(*axis.get_legend_handles_labels()):
+            named.setdefault(label, handle)
+    labels, handles = list(named), list(named.values())
+    columns = max(1, int(width / _LEGEND_INCHES))
+    lines = -(-len(labels) // columns)
+    text = textwrap.fill(machine, int(width * 16))
+    text_inches = 0.12 * (text.count("\n") + 1) + 0.1
+    rest = (text_inches + 0.22 * lines + 0.1) / height
+    figure.tight_layout(rect=(0, rest, 1, 1))
+    place = {"loc": "lower center", "bbox_to_anchor": (0.5, text_inches / height)}
+    if labels:
+        figure.legend(handles, labels, ncols=min(columns, len(labels)), frameon=False, **place)
     figure.text(0.01, 0.05 / height, text, fontsize=6.5, color="#555555", va="bottom")
     figure.savefig(path, dpi=130)
     plt.close(figure)
@@ -125,6 +177,8 @@ def save_benchmark(rows: list[dict], machine: str, path: Path) -> Path | None:
         return None
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
+        if row["peer"] not in COLOURS:  # exponentials: no GFLOP/s
+            continue
         groups.setdefault(_group_key(row), []).append(row)
     has_sweep = any(len(_split_by_seqlen(group)) >= 3 for group in groups.values())
     (_save_lines if has_sweep else _save_bars)(plt, list(groups.values()), machine, path)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import platform
+import re
+import sys
 from pathlib import Path
 
 import torch
@@ -22,6 +25,13 @@ def cpu_model() -> str:
     return next(names, platform.processor() or platform.machine())
 
 
+def slug() -> str:
+    """A directory name for results: CPU, instruction set and threads."""
+    words = re.sub(r"\((r|tm)\)|\bcpu\b|processor|@.*", " ", cpu_model(), flags=re.IGNORECASE)
+    text = f"{words} {_library.cpu_isa()} {torch.get_num_threads()} threads"
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
 def describe() -> dict[str, str | int]:
     """CPU, cores this process may use, threads, instruction set in use and versions."""
     return {
@@ -32,6 +42,7 @@ def describe() -> dict[str, str | int]:
         "torch": torch.__version__,
         "torch_isa": torch.backends.cpu.get_cpu_capability(),
         "flash_attn": flash_attn.__version__,
+        "date": datetime.date.today().isoformat(),
     }
 
 
@@ -45,4 +56,4 @@ def summary() -> str:
 
 
 if __name__ == "__main__":
-    print(summary())
+    print(slug() if "--slug" in sys.argv else summary())

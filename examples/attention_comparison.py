@@ -37,7 +37,7 @@ def _read(path: Path) -> list[dict]:
 
 def measure(out: Path) -> list[dict]:
     """Rows {op, peer, seqlen, value}: op fwd and fwd_bwd in milliseconds, memory in MiB."""
-    _run("benchmark_attn.py", "--op", "fwd", "fwd_bwd", "--budget", "1.5", "--out", str(out))
+    _run("benchmark_attn.py", "--op", "fwd", "fwd_bwd", "--case-seconds", "1.5", "--out", str(out))
     _run("memory.py", "--peers", *PEERS, "--out", str(out))
     columns = [(row, row["op"], "median_ms") for row in _read(out / "attention.csv")]
     columns += [(row, "memory", "extra_mib") for row in _read(out / "memory.csv")]

@@ -12,15 +12,19 @@ _LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2
 _HELD_OUT = 20  # every twentieth file is for validation
 
 
-def load_corpus() -> tuple[Tensor, Tensor]:
-    """Training and validation bytes, uint8, of different files; tests are left out."""
+def source_files() -> list[Path]:
+    """The files, by name; tests are left out."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    files = sorted(
+    return sorted(
         path
         for path in root.rglob("*.py")
         if not _LEFT_OUT & set(path.relative_to(root).parts) and path.is_file()
     )
-    texts = [path.read_bytes() for path in files]
+
+
+def load_corpus() -> tuple[Tensor, Tensor]:
+    """Training and validation bytes, uint8, of different files."""
+    texts = [path.read_bytes() for path in source_files()]
     held_out = b"".join(texts[::_HELD_OUT])
     del texts[::_HELD_OUT]
     return tuple(

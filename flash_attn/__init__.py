@@ -2,6 +2,7 @@
 
 from pkgutil import extend_path
 
+from flash_attn._emulator import emulator
 from flash_attn.flash_attn_interface import (
     flash_attn_func,
     flash_attn_kvpacked_func,
@@ -18,6 +19,7 @@ __version__ = "2.8.3.post1"
 __path__ = extend_path(__path__, __name__)
 
 __all__ = [
+    "emulator",
     "flash_attn_func",
     "flash_attn_kvpacked_func",
     "flash_attn_qkvpacked_func",

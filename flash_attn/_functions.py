@@ -101,8 +101,9 @@ def _flash_attn_varlen_forward(
 
     The arguments and results are those of flash_attn_varlen_func.
     ``leftpad_k`` and ``seqused_k``, int32 (batch,): keys skipped at a sequence's start, and keys
-    used of it. ``zero_tensors`` fills the outputs first. ``num_splits``: 0 is a heuristic, n splits
-    the keys n times. There is no backward with ``block_table``, ``leftpad_k`` or ``seqused_k``.
+    used of it. ``zero_tensors`` is accepted and has no effect: every output element is written.
+    ``num_splits``: 0 is a heuristic, n splits the keys n times. There is no backward with
+    ``block_table``, ``leftpad_k`` or ``seqused_k``.
     """
     return _varlen_forward_op(
         q,

@@ -10,6 +10,7 @@ import torch
 
 from flash_attn import _buffers as buffers
 from flash_attn._buffers import maybe_contiguous
+from flash_attn._emulator import in_use as emulator_in_use
 from flash_attn._library import lib
 
 _mha_fwd = lib.mha_fwd
@@ -38,14 +39,21 @@ def attend(
 ):
     """Attention of a dense batch: (out, softmax_lse); s_dmask is written too."""
     q, k, v = maybe_contiguous(q), maybe_contiguous(k), maybe_contiguous(v)
-    if out is None:
-        out = buffers.dense_out(q, v)
+    written = out
+    if q.is_cuda or emulator_in_use():
+        headdim_v = v.shape[-1] if v.dim() else 0
+        q, k, v = buffers.for_cuda(q), buffers.for_cuda(k), buffers.for_cuda(v)
+        written = buffers.dense_out(q, v) if out is None else buffers.for_cuda(out)
+        if out is None:
+            out = written[..., :headdim_v]
+    elif out is None:
+        out = written = buffers.dense_out(q, v)
     softmax_lse = buffers.dense_lse(q)
     _mha_fwd(
         q,
         k,
         v,
-        out,
+        written,
         softmax_lse,
         s_dmask,
         rng_state,
@@ -59,6 +67,8 @@ def attend(
         window_size_right,
         softcap,
     )
+    if written.data_ptr() != out.data_ptr():
+        out.copy_(written[..., : out.shape[-1]])
     return out, softmax_lse
 
 

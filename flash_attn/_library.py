@@ -8,14 +8,16 @@ TypeError or OverflowError for an argument that is not of the expected kind.
 
 from __future__ import annotations
 
+import importlib
 import os
+from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
-import torch  # noqa: F401  before the library, so that both share torch's OpenMP threads
-import tvm_ffi
+import torch  # before the library, so that both share torch's OpenMP threads
 
 _FILE_NAME = "libflash_attn_ffi.so"
+_NO_EXTENSION = "TVM_FFI_DISABLE_TORCH_C_DLPACK"  # read by tvm_ffi when it is imported
 # Long calls let other Python threads run; the short ones would only lose time by it.
 _LONG_CALLS = (
     "mha_fwd",
@@ -25,7 +27,16 @@ _LONG_CALLS = (
     "mha_fwd_kvcache",
     "combine",
 )
-_SHORT_CALLS = ("version", "kernels", "cpu_isas", "cpu_isa", "set_cpu_isa", "cpu_threads")
+_SHORT_CALLS = (
+    "version",
+    "kernels",
+    "cpu_isas",
+    "cpu_isa",
+    "set_cpu_isa",
+    "cpu_threads",
+    "use_emulator",
+    "emulator_counters",
+)
 
 
 def library_path() -> Path:
@@ -43,8 +54,29 @@ def library_path() -> Path:
     return path
 
 
+def _import_tvm_ffi() -> ModuleType:
+    """Import tvm_ffi without letting it compile anything, where calls do without.
+
+    torch before 2.10 lacks the C side of DLPack's exchange. tvm_ffi's import then compiles an
+    extension that has it, for two minutes. CPU tensors cross without it; CUDA needs it to tell the
+    current stream.
+    """
+    has_exchange = hasattr(torch.Tensor, "__dlpack_c_exchange_api__")
+    if has_exchange or find_spec("torch_c_dlpack_ext") or torch.cuda.is_available():
+        return importlib.import_module("tvm_ffi")
+    before = os.environ.get(_NO_EXTENSION)
+    os.environ[_NO_EXTENSION] = "1"
+    try:
+        return importlib.import_module("tvm_ffi")
+    finally:
+        if before is None:
+            del os.environ[_NO_EXTENSION]
+        else:
+            os.environ[_NO_EXTENSION] = before
+
+
 def _load() -> SimpleNamespace:
-    module = tvm_ffi.load_module(library_path())
+    module = _import_tvm_ffi().load_module(library_path())
     functions = SimpleNamespace()
     for name in _LONG_CALLS + _SHORT_CALLS:
         function = module.get_function(name)

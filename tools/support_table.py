@@ -20,15 +20,22 @@ BEGIN = "<!-- support table: made by tools/support_table.py from the library's k
 END = "<!-- end of support table -->\n"
 
 
-def table() -> str:
-    """Return the table in Markdown, one line for each backend and operation."""
+def table(text: str) -> str:
+    """Return the table in Markdown, one line for each backend and operation.
+
+    A backend that this build lacks keeps the lines that it has in ``text``.
+    """
     rows = {}
+    built = {line.split()[0] for line in lib.kernels().splitlines()}
     for line in lib.kernels().splitlines():
         backend, _isa, operation, dtypes, head_dims = line.split()
         rows[backend, operation] = (dtypes.replace(",", ", "), head_dims)
     lines = ["| backend | operation | dtypes | head dims |", "| --- | --- | --- | --- |"]
     for (backend, operation), (dtypes, head_dims) in rows.items():
         lines.append(f"| {backend} | {operation} | {dtypes} | {head_dims} |")
+    for line in text.split(BEGIN)[1].split(END)[0].splitlines()[2:]:
+        if line.split()[1] not in built:
+            lines.append(line)
     return "\n".join(lines) + "\n"
 
 
@@ -36,7 +43,7 @@ def with_table(text: str) -> str:
     """Return README.md's text with the table between its two marks."""
     head, rest = text.split(BEGIN)
     tail = rest.split(END)[1]
-    return head + BEGIN + table() + END + tail
+    return head + BEGIN + table(text) + END + tail
 
 
 def main() -> int:

@@ -2,6 +2,7 @@
 // goes out as a Python RuntimeError, or MemoryError, with the library's sentence. Arguments are
 // checked behind the C interface, not here.
 #include <dlpack/dlpack.h>
+#include <tvm/ffi/extra/c_env_api.h>
 #include <tvm/ffi/tvm_ffi.h>
 
 #include <algorithm>
@@ -79,6 +80,14 @@ int32_t saturate(int64_t x) {
                                                   std::numeric_limits<int32_t>::max()));
 }
 
+// The stream that the caller's framework works on now, for the device of `q`; tvm-ffi asks the
+// framework when tensors cross.
+void* current_stream(const TensorView& q) {
+  const DLDevice device = q.device();
+  if (device.device_type != kDLCUDA) return nullptr;
+  return TVMFFIEnvGetStream(device.device_type, device.device_id);
+}
+
 flash_attn_score_args score_args(double softmax_scale, double softcap, bool is_causal,
                                  int64_t window_left, int64_t window_right) {
   flash_attn_score_args score{};
@@ -109,6 +118,7 @@ void mha_fwd(TensorView q, TensorView k, TensorView v, TensorView out, TensorVie
   args.p_dropout = p_dropout;
   args.rng_state = rng_t;
   args.s_dmask = s_dmask_t;
+  args.stream = current_stream(q);
   check_status(flash_attn_mha_fwd(&args));
 }
 
@@ -146,6 +156,7 @@ void mha_varlen_fwd(TensorView q, TensorView k, TensorView v, TensorView out,
   args.max_seqlen_k = max_seqlen_k;
   args.zero_tensors = zero_tensors;
   args.num_splits = saturate(num_splits);
+  args.stream = current_stream(q);
   check_status(flash_attn_mha_varlen_fwd(&args));
 }
 
@@ -179,6 +190,7 @@ void mha_bwd(TensorView dout, TensorView q, TensorView k, TensorView v, TensorVi
   args.p_dropout = p_dropout;
   args.rng_state = rng_t;
   args.deterministic = deterministic;
+  args.stream = current_stream(q);
   check_status(flash_attn_mha_bwd(&args));
 }
 
@@ -220,6 +232,7 @@ void mha_varlen_bwd(TensorView dout, TensorView q, TensorView k, TensorView v, T
   args.max_seqlen_q = max_seqlen_q;
   args.max_seqlen_k = max_seqlen_k;
   args.zero_tensors = zero_tensors;
+  args.stream = current_stream(q);
   check_status(flash_attn_mha_varlen_bwd(&args));
 }
 
@@ -254,6 +267,7 @@ void mha_fwd_kvcache(TensorView q, TensorView k_cache, TensorView v_cache, Maybe
   args.block_table = table_t;
   args.is_rotary_interleaved = is_rotary_interleaved;
   args.num_splits = saturate(num_splits);
+  args.stream = current_stream(q);
   check_status(flash_attn_mha_fwd_kvcache(&args));
 }
 
@@ -264,6 +278,7 @@ void combine(TensorView out_partial, TensorView lse_partial, TensorView out, May
   args.lse_partial = lse_partial_t;
   args.out = out_t;
   args.lse = lse_t;
+  args.stream = current_stream(out);
   check_status(flash_attn_combine(&args));
 }
 
@@ -271,10 +286,16 @@ void set_cpu_isa(Optional<String> name) {
   check_status(flash_attn_set_cpu_isa(name.has_value() ? name.value().c_str() : nullptr));
 }
 
+void use_emulator(String description, Optional<String> library) {
+  check_status(flash_attn_use_emulator(description.c_str(),
+                                       library.has_value() ? library.value().c_str() : nullptr));
+}
+
 String version() { return flash_attn_version(); }
 String cpu_isas() { return flash_attn_cpu_isas(); }
 String cpu_isa() { return flash_attn_cpu_isa(); }
 int64_t cpu_threads() { return flash_attn_cpu_threads(); }
+String emulator_counters() { return flash_attn_emulator_counters(); }
 String kernels() { return flash_attn_kernels(); }
 
 }  // namespace
@@ -291,3 +312,5 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(cpu_isas, cpu_isas);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(cpu_isa, cpu_isa);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(cpu_threads, cpu_threads);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(kernels, kernels);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(use_emulator, use_emulator);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(emulator_counters, emulator_counters);

@@ -24,6 +24,12 @@ int longest(const std::vector<int>& lengths) {
 }
 int round_up(int n) { return (n + kRound - 1) / kRound * kRound; }
 
+flash::Bias bias_view(PoisonTensor& x) {
+  const PoisonTensor::Index& n = x.shape();
+  const auto stride = [&](int dim) { return n[dim] == 1 ? 0 : x.stride(dim); };  // broadcast
+  return {x.data(), x.dtype(), stride(0), stride(1), stride(2), stride(3), n[0], n[1], n[2], n[3]};
+}
+
 }  // namespace
 
 std::ostream& operator<<(std::ostream& os, const AttentionCase& c) {
@@ -165,9 +171,8 @@ AttentionOutputs AttentionProblem::make_outputs(flash::Dtype dtype) const {
           PoisonTensor(kFp32, {1, 1, 1, case_.h}), PoisonTensor(kFp32, bias.shape(), 3)};
 }
 
-flash::Flash_bwd_params AttentionProblem::params(AttentionOutputs& r) {
+void AttentionProblem::set_operands(flash::Flash_bwd_params& p, AttentionOutputs& r) {
   const AttentionCase& c = case_;
-  flash::Flash_bwd_params p;
   const auto operand = [&](PoisonTensor& x) { return c.packed ? x.packed_operand() : x.operand(); };
   p.q = operand(q);
   p.k = operand(k);
@@ -177,6 +182,45 @@ flash::Flash_bwd_params AttentionProblem::params(AttentionOutputs& r) {
   p.dq = operand(r.dq);
   p.dk = operand(r.dk);
   p.dv = operand(r.dv);
+  p.softmax_lse = r.lse.floats();
+  p.lse_batch_stride = c.packed ? 0 : r.lse.stride(1);
+  p.lse_head_stride = r.lse.stride(2);
+  p.dsoftmax_sum = r.softmax_d.floats();
+  p.dsoftmax_batch_stride = c.packed ? 0 : r.softmax_d.stride(1);
+  p.dsoftmax_head_stride = r.softmax_d.stride(2);
+  if (!c.has_dlse) return;
+  p.dlse = dlse.floats();
+  p.dlse_batch_stride = c.packed ? 0 : dlse.stride(0);
+  p.dlse_head_stride = dlse.stride(1);
+  p.dlse_row_stride = dlse.stride(2);
+}
+
+void AttentionProblem::set_score(flash::Flash_bwd_params& p, AttentionOutputs& r) {
+  const AttentionCase& c = case_;
+  p.scale_softmax = static_cast<float>(1 / std::sqrt(c.d));
+  p.softcap = static_cast<float>(c.softcap);
+  p.window_left = c.left;
+  p.window_right = c.right;
+  if (c.alibi_dims > 0) p.alibi_slopes = slopes.floats();
+  p.alibi_batch_stride = c.alibi_dims == 2 ? slopes.stride(2) : 0;
+  if (c.has_sink) {
+    p.s_aux = sink.data();
+    p.s_aux_dtype = sink.dtype();
+    p.s_aux_stride = sink.stride(2);
+    p.ds_aux = r.ds_aux.floats();
+  }
+  if (c.has_bias) {
+    p.bias = bias_view(bias);
+    p.dbias = bias_view(r.dbias);
+  }
+  p.p_dropout = static_cast<float>(c.p_dropout);
+  p.seed = kSeed;
+  p.offset = kOffset;
+}
+
+flash::Flash_bwd_params AttentionProblem::params(AttentionOutputs& r) {
+  const AttentionCase& c = case_;
+  flash::Flash_bwd_params p;
   p.dtype = c.dtype;
   p.b = c.sequences();
   p.h = c.h;
@@ -191,51 +235,9 @@ flash::Flash_bwd_params AttentionProblem::params(AttentionOutputs& r) {
     p.cu_seqlens_q = cu_seqlens_q_.data();
     p.cu_seqlens_k = cu_seqlens_k_.data();
   }
-  p.softmax_lse = r.lse.floats();
-  p.lse_batch_stride = c.packed ? 0 : r.lse.stride(1);
-  p.lse_head_stride = r.lse.stride(2);
-  p.dsoftmax_sum = r.softmax_d.floats();
-  p.dsoftmax_batch_stride = c.packed ? 0 : r.softmax_d.stride(1);
-  p.dsoftmax_head_stride = r.softmax_d.stride(2);
-  if (c.has_dlse) {
-    p.dlse = dlse.floats();
-    p.dlse_batch_stride = c.packed ? 0 : dlse.stride(0);
-    p.dlse_head_stride = dlse.stride(1);
-    p.dlse_row_stride = dlse.stride(2);
-  }
-  p.scale_softmax = static_cast<float>(1 / std::sqrt(c.d));
-  p.softcap = static_cast<float>(c.softcap);
-  p.window_left = c.left;
-  p.window_right = c.right;
-  if (c.alibi_dims > 0) p.alibi_slopes = slopes.floats();
-  p.alibi_batch_stride = c.alibi_dims == 2 ? slopes.stride(2) : 0;
-  if (c.has_sink) {
-    p.s_aux = sink.data();
-    p.s_aux_dtype = sink.dtype();
-    p.s_aux_stride = sink.stride(2);
-    p.ds_aux = r.ds_aux.floats();
-  }
-  if (c.has_bias) {
-    const auto view = [](PoisonTensor& x) {
-      const PoisonTensor::Index& n = x.shape();
-      return flash::Bias{x.data(),
-                         x.dtype(),
-                         x.stride_or_0(0),
-                         x.stride_or_0(1),
-                         x.stride_or_0(2),
-                         x.stride_or_0(3),
-                         n[0],
-                         n[1],
-                         n[2],
-                         n[3]};
-    };
-    p.bias = view(bias);
-    p.dbias = view(r.dbias);
-  }
-  p.p_dropout = static_cast<float>(c.p_dropout);
-  p.seed = kSeed;
-  p.offset = kOffset;
   p.num_splits = c.num_splits;
+  set_operands(p, r);
+  set_score(p, r);
   return p;
 }
 
@@ -245,6 +247,18 @@ AttentionOutputs AttentionProblem::run(const flash::cpu::Kernels& kernels) {
   kernels.mha_fwd(p);
   kernels.mha_bwd(p);
   return r;
+}
+
+Matrix AttentionProblem::keep_factors(int b, int h) const {
+  const auto dropout = flash::Dropout::make(static_cast<float>(case_.p_dropout), kSeed, kOffset);
+  Matrix keep(case_.seqlens_q[b], case_.seqlens_k[b]);
+  for (int i = 0; i < keep.rows; ++i)
+    for (int j = 0; j < keep.columns; ++j) {
+      uint8_t bytes[32];
+      dropout.row_bytes(b * case_.h + h, i, j / 32, bytes);
+      keep(i, j) = bytes[j % 32] <= dropout.keep_threshold ? dropout.rescale : 0.;
+    }
+  return keep;
 }
 
 AttentionHead AttentionProblem::head(int b, int h) const {
@@ -272,16 +286,7 @@ AttentionHead AttentionProblem::head(int b, int h) const {
     for (int i = 0; i < sq; ++i)
       for (int j = 0; j < sk; ++j) x.bias(i, j) = bias.get(bias_index(b, h, i, j));
   }
-  if (c.p_dropout > 0) {
-    const auto dropout = flash::Dropout::make(static_cast<float>(c.p_dropout), kSeed, kOffset);
-    x.keep = Matrix(sq, sk);
-    for (int i = 0; i < sq; ++i)
-      for (int j = 0; j < sk; ++j) {
-        uint8_t bytes[32];
-        dropout.row_bytes(b * c.h + h, i, j / 32, bytes);
-        x.keep(i, j) = bytes[j % 32] <= dropout.keep_threshold ? dropout.rescale : 0.;
-      }
-  }
+  if (c.p_dropout > 0) x.keep = keep_factors(b, h);
   return x;
 }
 

@@ -72,6 +72,9 @@ class AttentionProblem {
   PoisonTensor::Index dlse_index(int b, int h, int row) const;
   PoisonTensor::Index softmax_d_index(int b, int h, int row) const;
   PoisonTensor::Index bias_index(int b, int h, int row, int key) const;
+  void set_operands(flash::Flash_bwd_params& p, AttentionOutputs& r);
+  void set_score(flash::Flash_bwd_params& p, AttentionOutputs& r);
+  Matrix keep_factors(int b, int h) const;  // dropout's
   void add_backward(AttentionOutputs& r, int b, int h) const;
 
   AttentionCase case_;

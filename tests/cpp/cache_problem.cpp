@@ -130,13 +130,37 @@ PoisonTensor::Index CacheProblem::q_index(int b, int row, int h, int dim) const 
   return {b, row, h, dim};
 }
 
+void CacheProblem::set_cache(flash::Flash_fwd_params& p) {
+  const CacheCase& c = case_;
+  const bool packed_k = c.packed && pages_ == 0;
+  p.k = packed_k ? k_cache.packed_operand() : k_cache.operand();
+  p.v = packed_k ? v_cache.packed_operand() : v_cache.operand();
+  p.seqlen_k = c.capacity;
+  p.total_k = c.sequences() * p.seqlen_k;
+  if (c.packed) p.cu_seqlens_k = cu_seqlens_k_.data();
+  if (!c.packed || packed_k) p.seqused_k = case_.cached.data();
+  p.leftpad_k = case_.leftpad.data();
+  if (c.other_row) p.cache_batch_idx = batch_idx_.data();
+  if (pages_ > 0) p.block_table = block_table_.data();
+  p.block_table_batch_stride = pages_;
+  p.page_size = c.page_size;
+  p.rotary_cos = cos.data();
+  p.rotary_sin = sin.data();
+  p.rotary_cos_row_stride = cos.stride(2);
+  p.rotary_sin_row_stride = sin.stride(2);
+  p.rotary_dim = c.rotary_dim;
+  p.is_rotary_interleaved = c.interleaved;
+  if (c.appended == 0) return;
+  p.knew = k_new.operand();
+  p.vnew = v_new.operand();
+  p.seqlen_knew = c.appended;
+}
+
 flash::Flash_fwd_params CacheProblem::params() {
   const CacheCase& c = case_;
   flash::Flash_fwd_params p;
   p.q = c.packed ? q.packed_operand() : q.operand();
   p.o = c.packed ? out.packed_operand() : out.operand();
-  p.k = c.packed && pages_ == 0 ? k_cache.packed_operand() : k_cache.operand();
-  p.v = c.packed && pages_ == 0 ? v_cache.packed_operand() : v_cache.operand();
   p.dtype = c.dtype;
   p.b = c.sequences();
   p.h = c.h;
@@ -144,9 +168,8 @@ flash::Flash_fwd_params CacheProblem::params() {
   p.d = c.d;
   p.d_v = c.d_v;
   p.seqlen_q = *std::max_element(c.seqlens_q.begin(), c.seqlens_q.end());
-  p.seqlen_k = c.capacity;
-  p.total_q = cu_seqlens_q_.back();
-  p.total_k = p.b * p.seqlen_k;
+  p.total_q = sum(c.seqlens_q);
+  if (c.packed) p.cu_seqlens_q = cu_seqlens_q_.data();
   p.softmax_lse = lse.floats();
   p.lse_batch_stride = c.packed ? 0 : lse.stride(1);
   p.lse_head_stride = lse.stride(2);
@@ -157,26 +180,8 @@ flash::Flash_fwd_params CacheProblem::params() {
   if (c.has_alibi) p.alibi_slopes = slopes.floats();
   if (c.has_sink) p.s_aux = sink.data();
   p.s_aux_dtype = sink.dtype();
-  if (c.packed) p.cu_seqlens_q = cu_seqlens_q_.data();
-  if (c.packed) p.cu_seqlens_k = cu_seqlens_k_.data();
-  if (!c.packed || pages_ == 0) p.seqused_k = case_.cached.data();
-  p.leftpad_k = case_.leftpad.data();
-  if (c.other_row) p.cache_batch_idx = batch_idx_.data();
-  if (pages_ > 0) p.block_table = block_table_.data();
-  p.block_table_batch_stride = pages_;
-  p.page_size = c.page_size;
-  if (c.appended > 0) {
-    p.knew = k_new.operand();
-    p.vnew = v_new.operand();
-    p.seqlen_knew = c.appended;
-  }
-  p.rotary_cos = cos.data();
-  p.rotary_sin = sin.data();
-  p.rotary_cos_row_stride = cos.stride(2);
-  p.rotary_sin_row_stride = sin.stride(2);
-  p.rotary_dim = c.rotary_dim;
-  p.is_rotary_interleaved = c.interleaved;
   p.num_splits = c.num_splits;
+  set_cache(p);
   return p;
 }
 

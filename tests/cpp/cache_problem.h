@@ -56,6 +56,7 @@ class CacheProblem {
   PoisonTensor::Index cache_index(int b, int row, int h, int dim) const;
   PoisonTensor::Index q_index(int b, int row, int h, int dim) const;
   flash::Flash_fwd_params params();
+  void set_cache(flash::Flash_fwd_params& p);
 
   CacheCase case_;
   int pages_;  // of a sequence

@@ -29,7 +29,6 @@ class PoisonTensor {
   flash::Dtype dtype() const { return dtype_; }
   const Index& shape() const { return shape_; }
   int64_t stride(int dim) const { return stride_[dim]; }
-  int64_t stride_or_0(int dim) const { return shape_[dim] == 1 ? 0 : stride_[dim]; }  // broadcast
   void* data() { return bytes_.data() + kGuard * flash::dtype_bytes(dtype_); }
   float* floats() { return reinterpret_cast<float*>(data()); }
   flash::Operand operand() { return {data(), stride_[0], stride_[1], stride_[2]}; }

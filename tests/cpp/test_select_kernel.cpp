@@ -157,15 +157,21 @@ TEST(Params, EmptyAndBroadcastTensorsAreValid) {
   EXPECT_EQ(check_mha_fwd(broadcast.args).k.head_stride, 0);
 }
 
-TEST(SelectKernel, CudaTensorsAreUnsupported) {
+TEST(SelectKernel, WhatCudaTensorsLackIsNamed) {
   FwdCall c = make_fwd();
   for (const char* name :
        {"q", "k", "v", "out", "softmax_lse", "s_dmask", "alibi_slopes", "s_aux", "attn_bias"}) {
     c[name].device_type = FLASH_ATTN_CUDA;
   }
   EXPECT_EQ(flash_attn_mha_fwd(&c.args), FLASH_ATTN_UNSUPPORTED);
+#if defined(FLASH_ATTN_HAVE_CUDA)
+  EXPECT_STREQ(flash_attn_last_error(),
+               "the CUDA backend lacks dropout, ALiBi slopes, attention sinks (s_aux), attention "
+               "bias, fp32 (in mha_fwd); CPU tensors have it");
+#else
   EXPECT_STREQ(flash_attn_last_error(),
                "this build of flash_attn has no CUDA kernels: mha_fwd takes CPU tensors only");
+#endif
   EXPECT_TRUE(c.outputs_untouched());
 }
 
@@ -182,6 +188,10 @@ TEST(SelectKernel, TableHasEveryOperationOfEveryInstructionSet) {
     }
   }
   EXPECT_GT(lines, 0);
+#if defined(FLASH_ATTN_HAVE_CUDA)
+  EXPECT_NE(table.find("cuda sm80 mha_fwd fp16,bf16 1-128\n"), std::string::npos) << table;
+  ++lines;
+#endif
   EXPECT_EQ(std::count(table.begin(), table.end(), '\n'), lines);
 }
 

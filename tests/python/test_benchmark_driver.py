@@ -1,20 +1,18 @@
-"""The benchmark driver, the memory measurement and the demo, on tiny cases."""
+"""The benchmark driver and the memory measurement, on tiny cases."""
 
 from __future__ import annotations
 
 import csv
-import math
+import dataclasses
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from scripts import ROOT, forget_modules
 
-ROOT = Path(__file__).resolve().parents[2]
 BENCHMARKS = ROOT / "benchmarks"
-EXAMPLES = ROOT / "examples"
 SHAPE = ["--seqlen", "65", "--nheads", "4", "--headdim", "16"]
 
 
@@ -24,25 +22,13 @@ def one_thread(restore_threads):
     torch.set_num_threads(1)
 
 
-def _forget_modules(directory):
-    for path in directory.glob("*.py"):
-        sys.modules.pop(path.stem, None)
-
-
 @pytest.fixture
 def benchmark_modules(monkeypatch):
     """Makes the benchmark's own modules importable."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     yield
-    _forget_modules(BENCHMARKS)
-
-
-@pytest.fixture
-def demo_modules(monkeypatch, benchmark_modules):
-    """Makes the demo's own modules importable."""
-    monkeypatch.syspath_prepend(str(EXAMPLES))
-    yield
-    _forget_modules(EXAMPLES)
+    forget_modules(BENCHMARKS)
+    forget_modules(ROOT / "examples")  # text_lengths.py imports from there
 
 
 def run_script(name, *arguments):
@@ -58,7 +44,7 @@ def read_rows(path):
 
 
 def test_driver_measures_every_operation_and_checks_it(tmp_path):
-    arguments = [*SHAPE, "--nheads-k", "2", "--batch", "2", "--budget", "0.05", "--refcheck"]
+    arguments = [*SHAPE, "--nheads-k", "2", "--batch", "2", "--case-seconds", "0.05", "--refcheck"]
     dtypes = ["--dtype", "float32", "bfloat16"]
     operations = ["--op", "fwd", "bwd", "fwd_bwd", "decode", "varlen"]
     finished = run_script(
@@ -77,7 +63,15 @@ def test_driver_measures_every_operation_and_checks_it(tmp_path):
 
 
 def test_plain_attention_stops_where_its_scores_would_not_fit(tmp_path):
-    limit = ["--max-plain-gib", "0.00001", "--peers", "flash_attn", "plain", "--budget", "0.05"]
+    limit = [
+        "--max-plain-gib",
+        "0.00001",
+        "--peers",
+        "flash_attn",
+        "plain",
+        "--case-seconds",
+        "0.05",
+    ]
     finished = run_script(
         "benchmarks/benchmark_attn.py", "--op", "fwd", *SHAPE, *limit, "--out", str(tmp_path)
     )
@@ -94,44 +88,6 @@ def test_memory_of_plain_attention_is_seen(tmp_path):
     extra = {row["peer"]: float(row["extra_mib"]) for row in read_rows(tmp_path / "memory.csv")}
     assert extra["plain"] > 2 * 16
     assert extra["flash_attn"] < 16
-
-
-@pytest.mark.parametrize("batch", [1, 3])
-def test_demo_generates_alike_with_and_without_cache(demo_modules, batch):
-    from gpt import GPT, GPTConfig, KVCache, generate, generate_without_cache
-
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(num_layers=2, width=64, num_heads=2, max_seqlen=64))
-    for parameter in model.parameters():  # some start at zero
-        torch.nn.init.normal_(parameter, std=0.2)
-    prompt = torch.randint(256, (batch, 11))
-    assert torch.equal(generate(model, prompt, 30), generate_without_cache(model, prompt, 30))
-    with torch.inference_mode():
-        cache = KVCache.empty(model.config, batch)
-        parts = [model(part, cache) for part in prompt.split([5, 1, 5], dim=1)]
-        torch.testing.assert_close(torch.cat(parts, 1), model(prompt), rtol=0, atol=1e-4)
-
-
-def test_demo_learns(demo_modules):
-    from corpus import load_corpus, random_batch
-    from gpt import GPT, GPTConfig
-    from train_text import loss_of
-
-    text, held_out = load_corpus()
-    assert len(text) > len(held_out) > 10_000
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(num_layers=1, width=32, num_heads=2))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    losses = []
-    for step in range(30):
-        batch = random_batch(text, 4, 64, torch.Generator().manual_seed(step))
-        loss = loss_of(model, *batch, torch.float32)
-        optimizer.zero_grad()
-        loss.backward()
-        losses.append(loss.item())
-        optimizer.step()
-    assert losses[0] == pytest.approx(math.log(256), abs=1e-3)
-    assert losses[-1] < 3.8
 
 
 @pytest.mark.parametrize("op", ["fwd", "bwd", "varlen"])
@@ -162,6 +118,162 @@ def test_operations_are_counted(benchmark_modules):
     assert flops("fwd", False) == scores * 2 * (8 + 4)
     assert flops("bwd", False) == scores * 2 * (3 * 8 + 2 * 4)
     assert flops("fwd_bwd", True) == (flops("fwd", False) + flops("bwd", False)) / 2
+    assert flops("decode", True) == flops("decode", False)
+    windowed = Case("fwd", "float32", 1, 10, 10, 1, 1, 8, 8, True, window=3)
+    assert windowed.scores() == 1 + 2 + 3 + 4 * 7
+    assert Case("fwd", "float32", 1, 10, 10, 1, 1, 8, 8, True, window=99).scores() == 55
     varlen = Case("varlen", "float32", 2, 16, 16, 1, 1, 8, 8, False)
     assert varlen.lengths() == [16, 2]
     assert varlen.flops() == (16**2 + 2**2) * 2 * 16
+
+
+def test_bytes_are_counted(benchmark_modules):
+    from cases import Case
+
+    fwd = Case("fwd", "bfloat16", 2, 10, 10, 4, 2, 8, 8, False).work()
+    assert fwd.bytes == 2 * (2 * 10) * (4 * 16 + 2 * 16)  # q and out, k and v
+    assert fwd.exps == 2 * 4 * 100
+    bwd = Case("bwd", "bfloat16", 2, 10, 10, 4, 2, 8, 8, False).work()
+    assert bwd.bytes == 2 * fwd.bytes  # with dout, dq, dk and dv
+
+
+@pytest.mark.parametrize("page_size", [0, 1, 4, 16])
+def test_decode_from_pages_is_right(benchmark_modules, page_size):
+    from cases import Case, make_inputs
+    from peers import PEERS
+    from refcheck import RefCheck
+
+    case = Case("decode", "float32", 3, 1, 32, 4, 2, 16, 16, False, page_size=page_size)
+    inputs = make_inputs(case)
+    assert not torch.equal(inputs.k[0], inputs.k[1])
+    assert RefCheck(case, inputs).ratio(PEERS["flash_attn"](case, inputs)()) <= 1
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("name", ["onednn", "openvino", "ggml", "sdpa_flash", "sdpa_math"])
+def test_others_compute_the_same(benchmark_modules, name, dtype, causal):
+    from cases import Case, make_inputs
+    from errors import Unsupported
+    from measure import _difference
+    from peers import PEERS
+
+    case = Case("fwd", dtype, 2, 48, 48, 4, 4, 32, 32, causal)
+    inputs = make_inputs(case)
+    try:
+        run = PEERS[name](case, inputs)
+    except Unsupported as reason:
+        pytest.skip(str(reason))
+    expected = PEERS["flash_attn"](case, inputs)()
+    assert _difference(run(), expected, case.torch_dtype) <= 1
+    other = dataclasses.replace(case, causal=not causal)
+    assert _difference(run(), PEERS["flash_attn"](other, inputs)(), case.torch_dtype) > 1
+
+
+def test_limits_are_work_over_time(benchmark_modules):
+    from cases import Case, make_inputs
+    from errors import Unsupported
+    from limits import LIMITS
+    from timing import seconds
+
+    case = Case("decode", "float32", 1, 1, 4096, 4, 4, 64, 64, False)
+    inputs = make_inputs(case)
+    for name, make in LIMITS.items():
+        try:
+            run, work = make(case, inputs)
+        except Unsupported:
+            assert name in ("amx_peak", "dot_peak")
+            continue
+        run()
+        rate = max(work.flops, work.exps, work.bytes) / seconds(run) / 1e9
+        assert 0.01 < rate < 1e5, name
+
+
+def test_a_wrong_peer_is_left_out(benchmark_modules, monkeypatch):
+    import measure
+    from cases import Case
+
+    def wrong(case, inputs):
+        return lambda: (torch.zeros_like(inputs.q),)
+
+    monkeypatch.setitem(measure.PEERS, "onednn", wrong)
+    case = Case("fwd", "float32", 1, 16, 16, 2, 2, 8, 8, False)
+    budget = measure.Budget(None, 0.01, 1.0)
+    result = measure.measure(case, ("flash_attn", "onednn"), budget, refcheck=False)
+    assert [row["peer"] for row in result.rows] == ["flash_attn"]
+    assert any("differs" in note for note in result.notes)
+
+
+def test_budget_leaves_out_what_would_take_too_long(benchmark_modules):
+    from cases import Case
+    from measure import Budget
+
+    case = Case("fwd", "float32", 1, 16, 16, 2, 2, 8, 8, False)
+    longer = dataclasses.replace(case, seqlen_q=1600, seqlen_k=1600)
+    budget = Budget(60.0, 1.0, 1.0)
+    assert budget.suffices(longer, ("flash_attn", "sdpa"))
+    budget.learn(case, "sdpa", 0.01)
+    assert budget.guess(longer, "sdpa") == pytest.approx(100)
+    assert "100 s" in budget.refusal(longer, "sdpa")
+    assert not budget.refusal(longer, "flash_attn")
+    budget.learn(case, "sdpa", 0.0015)
+    assert budget.suffices(longer, ("sdpa",))
+    budget.started -= 50
+    assert not budget.suffices(longer, ("sdpa",))
+
+
+def test_grid_writes_table_pictures_summary_and_roofline(tmp_path, benchmark_modules, monkeypatch):
+    pytest.importorskip("matplotlib")
+    import benchmark_attn
+    import grids
+    import roofline
+    import summary
+
+    def tiny():
+        cases = [grids.case(op, "float32", 1, 64, 2, 2, 16, True) for op in grids.PASSES]
+        cases.append(grids.case("decode", "bfloat16", 1, 64, 4, 2, 16, False, page_size=16))
+        cases.append(grids.case("fwd", "float32", 1, 512, 2, 2, 16, True, window=32))
+        ragged = {"lengths_of": "documents", "ragged": (5, 60)}
+        return [*cases, grids.case("varlen", "float32", 2, 60, 2, 2, 16, True, **ragged)]
+
+    monkeypatch.setitem(benchmark_attn.GRIDS, "quick", tiny)
+    peers = ["flash_attn", "no_window", "sdpa", "fma_peak", "exp_peak", "read"]
+    options = ["--quick", "--case-seconds", "0.02", "--peers", *peers, "--out", str(tmp_path)]
+    assert benchmark_attn.main(options) == 0
+    table = tmp_path / "attention.csv"
+    assert {"ratios.png", "others.png"} <= {path.name for path in tmp_path.iterdir()}
+    assert roofline.main([str(table), "--out", str(tmp_path)]) == 0
+    page = (tmp_path / "roofline.md").read_text()
+    assert "decode, bfloat16" in page
+    assert (tmp_path / f"roofline-{tmp_path.name}.png").is_file()
+    text = summary.summarize(summary.read_csv(table))
+    assert "faster than without the window" in text
+    assert "of a plain read" in text
+
+
+def test_bounds_of_a_kernel(benchmark_modules):
+    from roofline import Limits, bound_of
+
+    row = {"dtype": "float32", "gflops": 50.0, "gexps": 1.0, "gbytes": 2.0, "median_ms": 10.0}
+    vector = Limits(fma=100.0, dot=0.0, amx=0.0, exps=5.0, read=20.0)
+    bound = bound_of(row, vector)
+    assert (bound.products, bound.exps, bound.bytes) == pytest.approx((5.0, 2.0, 1.0))
+    assert bound.total == pytest.approx(7.0)
+    assert bound.cause == "FMA and exp throughput"
+    tiles = Limits(fma=100.0, dot=0.0, amx=1200.0, exps=1.25, read=20.0)
+    assert tiles.multiply("float32") == (200.0, "AMX")
+    bound = bound_of(row, tiles)
+    assert (bound.total, bound.cause) == (pytest.approx(8.0), "exp throughput")
+    slow_memory = Limits(fma=100.0, dot=0.0, amx=0.0, exps=5.0, read=2.5)
+    assert bound_of(row, slow_memory).cause == "memory bandwidth"
+
+
+def test_real_lengths(benchmark_modules):
+    import text_lengths
+
+    documents, paragraphs = text_lengths.documents(), text_lengths.paragraphs()
+    assert 8192 < sum(documents) <= 16384
+    assert max(documents) <= 4096
+    assert sum(paragraphs) <= 4096
+    assert len(paragraphs) > 3 * len(documents)
+    assert len(set(documents)) > 5

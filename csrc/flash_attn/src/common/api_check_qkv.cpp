@@ -25,6 +25,8 @@ void check_types(const Arg& q, const Arg& k, const Arg& v, Qkv_params& p) {
   require(k.t->dtype == q.t->dtype, "query and key must have the same dtype");
   require(v.t->dtype == q.t->dtype, "query and value must have the same dtype");
   check_device_of_q(q);
+  p.device_type = q.t->device_type;
+  p.device_id = q.t->device_id;
   check_device(k, q);
   check_device(v, q);
   for (const Arg* x : {&q, &k, &v}) {

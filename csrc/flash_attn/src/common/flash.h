@@ -5,12 +5,13 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "common/host_device.h"
 #include "flash_attn/flash_attn.h"
 
 namespace flash {
 
 enum class Dtype : int { kFloat16, kBFloat16, kFloat32 };
-inline int dtype_bytes(Dtype t) { return t == Dtype::kFloat32 ? 4 : 2; }
+FLASH_INLINE int dtype_bytes(Dtype t) { return t == Dtype::kFloat32 ? 4 : 2; }
 
 // A [batch, row, head, dim] operand with unit stride in dim. In varlen calls batch_stride is 0 and
 // rows count from the start of the whole packed tensor.
@@ -33,6 +34,8 @@ struct Qkv_params {
               // page stride
   Operand v;  // as k with dv
   Dtype dtype = Dtype::kFloat32;
+  flash_attn_device_type device_type = FLASH_ATTN_CPU;
+  int device_id = 0;
   int64_t b = 0, h = 0, h_k = 0;
   int64_t d = 0, d_v = 0;
   int64_t seqlen_q = 0, seqlen_k = 0;  // dense: exact; varlen: the largest over the batch

@@ -9,11 +9,15 @@
 #include "common/api_check.h"
 #include "common/select_kernel.h"
 #include "cpu/cpu_backend.h"
+#if defined(FLASH_ATTN_HAVE_CUDA)
+#include "cuda_driver/emulated.h"
+#endif
 
 namespace flash {
 namespace {
 
-thread_local char last_error[1024] = "";
+// Reports of the emulated GPU are long.
+thread_local char last_error[8192] = "";
 
 flash_attn_status keep_error(flash_attn_status status, const char* sentence) {
   std::snprintf(last_error, sizeof(last_error), "%s", sentence);
@@ -40,66 +44,73 @@ void require_pointer(const void* pointer, const char* name) {
   require(pointer != nullptr, name, " must not be NULL");
 }
 
-const cpu::Kernels& select(Operation operation, const flash_attn_tensor& q,
-                           const Flash_fwd_params& p) {
-  return *select_kernel({operation, q.device_type, p.dtype, std::max(p.d, p.d_v)}).cpu;
+// The device whose kernels serve a tensor: CPU tensors may belong to the emulated GPU.
+flash_attn_device_type serving_device(flash_attn_device_type type) {
+#if defined(FLASH_ATTN_HAVE_CUDA)
+  if (type == FLASH_ATTN_CPU && cuda::emulated_device() != nullptr) return FLASH_ATTN_CUDA;
+#endif
+  return type;
 }
 
-// Chooses a kernel and runs it, or with `workspace_bytes` only tells what it needs: CPU kernels
-// allocate inside.
-void forward(Operation operation, const flash_attn_tensor& q, const Flash_fwd_params& p,
-             size_t* workspace_bytes) {
-  const cpu::Kernels& kernels = select(operation, q, p);
+const Kernel& select(Operation operation, const Flash_fwd_params& p) {
+  return select_kernel(
+      {operation, serving_device(p.device_type), p.dtype, std::max(p.d, p.d_v), features_of(p)});
+}
+
+// Chooses a kernel and runs it, or with `workspace_bytes` only tells what it needs: no kernel wants
+// any so far.
+void forward(Operation operation, const Flash_fwd_params& p, size_t* workspace_bytes) {
+  const Kernel& kernel = select(operation, p);
   if (workspace_bytes != nullptr) {
     *workspace_bytes = 0;
     return;
   }
-  kernels.mha_fwd(p);
+  kernel.mha_fwd(p);
 }
 
-void backward(Operation operation, const flash_attn_tensor& q, const Flash_bwd_params& p,
-              size_t* workspace_bytes) {
-  const cpu::Kernels& kernels = select(operation, q, p);
+void backward(Operation operation, const Flash_bwd_params& p, size_t* workspace_bytes) {
+  const Kernel& kernel = select(operation, p);
   if (workspace_bytes != nullptr) {
     *workspace_bytes = 0;
     return;
   }
-  kernels.mha_bwd(p);
+  kernel.mha_bwd(p);
 }
 
 // The six operations; `bytes` as in forward and backward.
 void mha_fwd(const flash_attn_fwd_args* args, size_t* bytes) {
   require_pointer(args, "args");
   const Flash_fwd_params p = check_mha_fwd(*args);
-  forward(Operation::kMhaFwd, *args->q, p, bytes);
+  forward(Operation::kMhaFwd, p, bytes);
 }
 
 void mha_varlen_fwd(const flash_attn_fwd_args* args, size_t* bytes) {
   require_pointer(args, "args");
   const Flash_fwd_params p = check_mha_varlen_fwd(*args);
-  forward(Operation::kMhaVarlenFwd, *args->q, p, bytes);
+  forward(Operation::kMhaVarlenFwd, p, bytes);
 }
 
 void mha_bwd(const flash_attn_bwd_args* args, size_t* bytes) {
   require_pointer(args, "args");
-  backward(Operation::kMhaBwd, *args->q, check_mha_bwd(*args), bytes);
+  backward(Operation::kMhaBwd, check_mha_bwd(*args), bytes);
 }
 
 void mha_varlen_bwd(const flash_attn_bwd_args* args, size_t* bytes) {
   require_pointer(args, "args");
-  backward(Operation::kMhaVarlenBwd, *args->q, check_mha_varlen_bwd(*args), bytes);
+  backward(Operation::kMhaVarlenBwd, check_mha_varlen_bwd(*args), bytes);
 }
 
 void mha_fwd_kvcache(const flash_attn_kvcache_args* args, size_t* bytes) {
   require_pointer(args, "args");
   const Flash_fwd_params p = check_mha_fwd_kvcache(*args);
-  forward(Operation::kMhaFwdKvcache, *args->q, p, bytes);
+  forward(Operation::kMhaFwdKvcache, p, bytes);
 }
 
 void combine(const flash_attn_combine_args* args) {
   require_pointer(args, "args");
   const Combine_params p = check_combine(*args);
-  select_kernel({Operation::kCombine, args->out->device_type, p.out_dtype, p.d_v}).cpu->combine(p);
+  const flash_attn_device_type device = serving_device(args->out->device_type);
+  select_kernel({Operation::kCombine, device, p.out_dtype, p.d_v}).combine(p);
 }
 
 std::string join_isas() {
@@ -111,6 +122,29 @@ std::string join_isas() {
     names += isas[i]->isa;
   }
   return names;
+}
+
+// Sends this thread's CPU tensors to the emulated GPU, or with "" back to the CPU backend.
+void use_emulator(const char* description, const char* library) {
+  const std::string device = description != nullptr ? description : "";
+#if defined(FLASH_ATTN_HAVE_CUDA)
+  cuda::use_emulator(device, library != nullptr ? library : "");
+#else
+  static_cast<void>(library);
+  if (!device.empty())
+    throw ApiError(FLASH_ATTN_UNSUPPORTED,
+                   "this build of flash_attn has no CUDA kernels to emulate");
+#endif
+}
+
+const char* emulator_counters() {
+#if defined(FLASH_ATTN_HAVE_CUDA)
+  thread_local std::string counters;
+  counters = cuda::emulator_counters();
+  return counters.c_str();
+#else
+  return "";
+#endif
 }
 
 const std::string& isa_names() {
@@ -204,6 +238,12 @@ flash_attn_status flash_attn_set_cpu_isa(const char* name) {
                    "\" is not available; this machine has: ", flash::isa_names());
   });
 }
+
+flash_attn_status flash_attn_use_emulator(const char* description, const char* library) {
+  return guarded([=] { flash::use_emulator(description, library); });
+}
+
+const char* flash_attn_emulator_counters(void) { return flash::emulator_counters(); }
 
 int flash_attn_cpu_threads(void) { return flash::cpu::num_threads(); }
 

@@ -15,11 +15,8 @@
 // depends on its own position only: neither on the task it falls into nor on the number of threads.
 #pragma once
 
-#include "cpu/append.h"
+#include "cpu/decode.h"
 #include "cpu/parallel.h"
-#include "cpu/plan.h"
-#include "cpu/scores.h"
-#include "cpu/scratch.h"
 
 namespace flash::cpu::FLASH_ATTN_ISA {
 
@@ -32,15 +29,8 @@ inline FwdTile fwd_tile(const Flash_fwd_params& p) {
   keys = keys < 32 ? 32 : keys > 256 ? 256 : keys;
   int task_rows = (512 << 10) / bytes_a_row / kFwdTileRows * kFwdTileRows;
   task_rows = task_rows < kFwdTileRows ? kFwdTileRows : task_rows;
-  return {kFwdTileRows, keys, task_rows};
+  return {kFwdTileRows, keys, task_rows, stream_tile(p)};
 }
-
-// Softmax state of a row, base 2: x = max so far in units of log2, l = sum of 2^(score - max).
-// FlashInfer's RowState.
-struct RowState {
-  float max = -kInf;
-  float sum = 0.f;
-};
 
 struct FwdScratch {
   float *q, *o;      // [task_rows][d], [task_rows][dv], padded to kTileN
@@ -105,7 +95,6 @@ class FwdTaskRunner {
     }
   }
 
-  const FwdScratch& scratch() const { return x_; }
   const RowMap& map() const { return map_; }
   int rows() const { return task_.row_end - task_.row_begin; }
 
@@ -115,13 +104,7 @@ class FwdTaskRunner {
       const int row = task_.row_begin + r;
       x_.rows[r] = map_.row(row);
       x_.state[r] = RowState{};
-      float* q = x_.q + int64_t{r} * d_pad_;
-      read_row(p_.dtype, q, map_.tensor_row(p_.q, row), d_, d_pad_);
-      if (p_.rotary_dim > 0) {
-        const bool positions_differ = p_.window_left >= 0 || p_.window_right >= 0;
-        rotate_row(p_, q, seq_.cached + (positions_differ ? x_.rows[r].query : 0));
-      }
-      for (int i = 0; i < d_pad_; i += kWidth) store(q + i, load(q + i) * p_.scale_softmax);
+      read_query(p_, seq_, map_, row, x_.q + int64_t{r} * d_pad_, d_pad_);
     }
   }
 
@@ -180,25 +163,7 @@ class FwdTaskRunner {
   // every column.
   bool softmax_step(int r, float* s, const TileColumns& t, int scale_index) {
     const bool all_visible = finish_scores(r, s, t);
-    Vec largest = set1(-kInf);
-#pragma GCC unroll 4
-    for (int j = t.begin; j < t.end; j += kWidth) largest = max(largest, load(s + j));
-    RowState& state = x_.state[r];
-    const float candidate = reduce_max(largest) * kLog2e;
-    const float new_max = candidate > state.max ? candidate : state.max;
-    const float reference =
-        new_max == -kInf ? 0.f : new_max;  // nothing visible yet: 2^(-inf - 0) = 0
-    Vec sum = zero();
-#pragma GCC unroll 4
-    for (int j = t.begin; j < t.end; j += kWidth) {
-      const Vec p = exp2(fma(load(s + j), set1(kLog2e), set1(-reference)));
-      sum += p;
-      store(s + j, p);
-    }
-    const float scale = new_max == state.max ? 1.f : exp2(state.max - reference);
-    state.sum = state.sum * scale + reduce_add(sum);
-    state.max = new_max;
-    x_.row_scale[scale_index] = scale;
+    x_.row_scale[scale_index] = flash_step(s, t.begin, t.end, x_.state[r]);
     if (dropout_.enabled) drop(x_.rows[r], s, t);
     return all_visible;
   }
@@ -264,20 +229,55 @@ struct Partials {
   int64_t o_ld;
 };
 
-template <class Runner>
-inline void keep_partial(const FwdTask& task, const Runner& run, const Partials& partials) {
-  for (int r = 0; r < run.rows(); ++r) {
-    partials.state[task.partial_row + r] = run.scratch().state[r];
-    std::memcpy(partials.o + (task.partial_row + r) * partials.o_ld,
-                run.scratch().o + r * partials.o_ld, partials.o_ld * sizeof(float));
+// Rows of one of the task's heads are complete, or are parts to merge.
+inline void finish_rows(const Flash_fwd_params& p, const Sequence& seq, const FwdTask& task,
+                        int head, const RowState* state, float* o, const Partials& partials) {
+  const RowMap map(p, seq, task.head_k + head);
+  const int rows = task.row_end - task.row_begin;
+  const int64_t base = task.partial_row + int64_t{head} * task.num_splits * rows;
+  for (int r = 0; r < rows; ++r) {
+    if (task.num_splits == 1) {
+      store_row(p, map, task.row_begin + r, state[r], o + r * partials.o_ld);
+    } else {
+      partials.state[base + r] = state[r];
+      std::memcpy(partials.o + (base + r) * partials.o_ld, o + r * partials.o_ld,
+                  partials.o_ld * sizeof(float));
+    }
   }
 }
 
+template <class Runner>
+inline void run_task(const Flash_fwd_params& p, const FwdTask& task, const FwdTile& tile,
+                     Carver& carver, const Partials& partials) {
+  const int rows = task.row_end - task.row_begin;
+  const Sequence seq = sequence(p, task.batch);
+  if (task.streamed) {
+    const StreamScratch x = carve_stream(carver, p);
+    with_dtype(p.dtype, [&]<Dtype T>() { StreamTaskRunner<T>(p, task, x).run(); });
+    for (int h = 0; h < task.heads; ++h)
+      finish_rows(p, seq, task, h, x.state + h * rows, x.o + h * rows * partials.o_ld, partials);
+  } else {
+    const typename Runner::Scratch x = Runner::carve(carver, p, tile);
+    Runner(p, task, tile, x).run();
+    finish_rows(p, seq, task, 0, x.state, x.o, partials);
+  }
+}
+
+// Scratch of one thread, enough for any task.
+template <class Runner>
+inline size_t fwd_scratch_bytes(const Flash_fwd_params& p, const FwdTile& tile) {
+  Carver packed(nullptr), streamed(nullptr);
+  Runner::carve(packed, p, tile);
+  if (tile.stream.rows > 0) carve_stream(streamed, p);
+  return packed.used() > streamed.used() ? packed.used() : streamed.used();
+}
+
 // Merges the parts of one row in order into the first, and stores it.
-inline void merge_row(const Flash_fwd_params& p, const RowMap& map, const FwdTask& first, int r,
+inline void merge_row(const Flash_fwd_params& p, const FwdTask& first, int head, int r,
                       const Partials& x) {
+  const Sequence seq = sequence(p, first.batch);
   const int64_t stride = first.row_end - first.row_begin;
-  const int64_t base = first.partial_row + r;
+  const int64_t base = first.partial_row + head * first.num_splits * stride + r;
   RowState total = x.state[base];
   float* o = x.o + base * x.o_ld;
   for (int split = 1; split < first.num_splits; ++split) {
@@ -290,7 +290,7 @@ inline void merge_row(const Flash_fwd_params& p, const RowMap& map, const FwdTas
     for (int i = 0; i < x.o_ld; i += kWidth)
       store(o + i, fma(set1(b), load(o_part + i), load(o + i) * a));
   }
-  store_row(p, map, first.row_begin + r, total, o);
+  store_row(p, RowMap(p, seq, first.head_k + head), first.row_begin + r, total, o);
 }
 
 // Rows of a packed batch that belong to no sequence.
@@ -300,7 +300,7 @@ inline void zero_rows_beyond(const Operand& x, Dtype t, int64_t first, int64_t t
     for (int64_t h = 0; h < heads; ++h) zero_row(t, operand_row(x, t, 0, i, h), d);
 }
 
-// Runner does one task: FwdTaskRunner, or one with other products.
+// Runner does tasks that are not streamed: FwdTaskRunner, or one with other products.
 template <class Runner = FwdTaskRunner>
 inline void mha_fwd(const Flash_fwd_params& p) {
   if (p.knew.ptr) append_kv(p);
@@ -309,9 +309,7 @@ inline void mha_fwd(const Flash_fwd_params& p) {
   const int threads = threads_for(plan.flops);
   const int64_t o_ld = round_up(static_cast<int>(p.d_v), kTileN);
 
-  Carver measure(nullptr);
-  Runner::carve(measure, p, tile);
-  const size_t thread_bytes = measure.used();
+  const size_t thread_bytes = fwd_scratch_bytes<Runner>(p, tile);
   const size_t partial_bytes = plan.partial_rows * (o_ld * sizeof(float) + sizeof(RowState)) + 128;
   Scratch scratch(thread_bytes * threads + partial_bytes);
   Carver shared(scratch.data() + thread_bytes * threads);
@@ -321,12 +319,7 @@ inline void mha_fwd(const Flash_fwd_params& p) {
   const FwdTask* tasks = plan.tasks.data();
   parallel_for(static_cast<int64_t>(plan.tasks.size()), threads, [&](int64_t i, int thread) {
     Carver carver(scratch.data() + thread_bytes * thread);
-    const typename Runner::Scratch x = Runner::carve(carver, p, tile);
-    Runner run(p, tasks[i], tile, x);
-    run.run();
-    if (tasks[i].num_splits > 1) return keep_partial(tasks[i], run, partials);
-    for (int r = 0; r < run.rows(); ++r)
-      store_row(p, run.map(), tasks[i].row_begin + r, x.state[r], x.o + r * o_ld);
+    run_task<Runner>(p, tasks[i], tile, carver, partials);
   });
   if (plan.partial_rows > 0) {
     const double merge_flops = 4.0 * plan.partial_rows * o_ld;
@@ -334,10 +327,9 @@ inline void mha_fwd(const Flash_fwd_params& p) {
                  [&](int64_t i, int) {
                    const FwdTask& task = tasks[i];
                    if (task.num_splits == 1 || task.split > 0) return;
-                   const Sequence seq = sequence(p, task.batch);
-                   const RowMap map(p, seq, task.head_k);
-                   for (int r = 0; r < task.row_end - task.row_begin; ++r)
-                     merge_row(p, map, task, r, partials);
+                   for (int h = 0; h < task.heads; ++h)
+                     for (int r = 0; r < task.row_end - task.row_begin; ++r)
+                       merge_row(p, task, h, r, partials);
                  });
   }
   if (p.cu_seqlens_q) {

@@ -1,4 +1,5 @@
 // Forward attention on tile registers of bf16 (AMX): fwd.h's loop over tasks with other products.
+// Tasks of few rows are streamed as everywhere (decode.h).
 //
 // A task packs a chunk of keys, as much of K and V as leaves room in L2, and walks over it with
 // blocks of 32 rows:
@@ -45,7 +46,7 @@ class FwdTilesRunner : public FwdTaskRunner {
     keys = keys < kPieceKeys ? kPieceKeys : keys > 1024 ? 1024 : keys;
     int task_rows = (768 << 10) / (2 * kTerms * d + 4 * dv) / kBlockRows * kBlockRows;
     task_rows = task_rows < kBlockRows ? kBlockRows : task_rows > 1024 ? 1024 : task_rows;
-    return {kBlockRows, keys, task_rows};
+    return {kBlockRows, keys, task_rows, stream_tile(p)};
   }
 
   static Scratch carve(Carver& c, const Flash_fwd_params& p, const FwdTile& tile) {

@@ -13,12 +13,21 @@ namespace flash::cpu {
 // [row_begin, row_end) and walks over the keys [key_begin, key_end). Its result is a part of the
 // softmax if num_splits > 1.
 struct FwdTask {
-  int batch, head_k;
+  int batch, head_k;  // the first of `heads`
   int row_begin, row_end;
   int key_begin, key_end;
   int split, num_splits;
-  int64_t partial_row;  // of its first row in the buffer of partial results; the parts of a row
-                        // block lie one after the other, row_end - row_begin rows each
+  int64_t partial_row;    // of its first row in the buffer of partial results; the parts of a row
+                          // block lie one after the other, row_end - row_begin rows each
+  int heads = 1;          // neighbouring key-value heads; their parts lie one head after the other
+  bool streamed = false;  // reads K and V unpacked (decode.h); heads > 1 only then
+};
+
+// What is streamed: sequences of few rows.
+struct StreamTile {
+  int rows = 0;       // of a key-value head, at most; 0: nothing is streamed
+  int task_rows = 0;  // of all heads of a task, at most
+  int heads = 1;      // of a task, at most
 };
 
 struct FwdTile {
@@ -26,18 +35,19 @@ struct FwdTile {
              // the task's size
   int keys;  // of a score tile, a multiple of 32
   int task_rows;  // at most, a multiple of rows
+  StreamTile stream = {};
 };
 
 struct FwdPlan {
   std::vector<FwdTask> tasks;  // the longest first
   int64_t partial_rows = 0;
-  double flops = 0;
+  double flops = 0;  // or what takes as long
 };
 
 FwdPlan plan_fwd(const Flash_fwd_params& params, const FwdTile& tile, int threads);
 
-// Number of parts the keys of a sequence are cut into: a function of its own lengths, or the
-// caller's wish.
+// Number of parts the keys of a sequence are cut into: a function of its own lengths and mask, or
+// the caller's wish.
 int num_splits(const Flash_fwd_params& params, const Sequence& seq, const FwdTile& tile);
 
 // One key-value head of one sequence in the backward, cut into chunks of keys; sequences without

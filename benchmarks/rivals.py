@@ -1,0 +1,27 @@
+"""Which of the other libraries are here."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable
+
+import rival_ggml
+import rival_onednn
+import rival_openvino
+from errors import Unsupported
+
+_MODULES = {
+    "onednn": ("oneDNN", rival_onednn),
+    "openvino": ("OpenVINO", rival_openvino),
+    "ggml": ("ggml-python", rival_ggml),
+}
+
+
+def versions(peers: Iterable[str]) -> str:
+    """Names and versions of those among the peers that are installed; loads these alone."""
+    found = []
+    for peer, (name, module) in _MODULES.items():
+        with contextlib.suppress(Unsupported):
+            if peer in peers:
+                found.append(f"{name} {module.version()}")
+    return ", ".join(found)

@@ -1,0 +1,29 @@
+// The running softmax of one row of scores (FlashAttention, arXiv:2205.14135, algorithm 1).
+#pragma once
+
+#include <cmath>
+
+#include "common/host_device.h"
+
+namespace flash {
+
+// Of the scores seen so far: `max` is the largest, `sum` the sum of 2^(c (score - anchor)), where c
+// is the scale to base 2. A row that has seen nothing, or nothing but -inf, is {-inf, 0}.
+struct RowState {
+  float max = -INFINITY;
+  float sum = 0.f;
+
+  // What is subtracted from scores: the maximum, or 0 while there is none, since -inf - -inf is not
+  // a number.
+  FLASH_INLINE float anchor() const { return max == -INFINITY ? 0.f : max; }
+
+  // What the row's unnormalised output is divided by; a row without keys stays 0.
+  FLASH_INLINE float inverse_sum() const { return sum == 0.f ? 0.f : 1.f / sum; }
+
+  // log(sum_j exp(scale * score_j)); +inf marks a row without keys.
+  FLASH_INLINE float lse(float scale) const {
+    return sum == 0.f ? INFINITY : max * scale + logf(sum);
+  }
+};
+
+}  // namespace flash

@@ -1,0 +1,232 @@
+// Attention of few rows over many keys ("decode"): K and V are read once, straight from the (paged)
+// cache, and never packed.
+//
+// A task owns all rows (queries x GQA group) of neighbouring key-value heads and a part of the keys
+// (plan.h). It walks over blocks of keys, and over its heads within a block: in a cache of layout
+// [key, head, dim] it thus reads long runs of memory. For each block and head
+//
+//   S = Q K^T, mask, softmax, O = a O + P V      as in fwd.h, on tile_stream.h's products
+//
+// while the rows of the next block and head are prefetched. The bound is memory: a key costs
+// bytes(d + dv) to read and rows (d + dv) FMAs. Split keys: FlashDecoding (the "KV split" of
+// https://pytorch.org/blog/flash-decoding), merged by merge_row in the order of the keys.
+#pragma once
+
+#include "cpu/plan.h"
+#include "cpu/row_state.h"
+#include "cpu/scratch.h"
+#include "cpu/tile_stream.h"
+
+namespace flash::cpu::FLASH_ATTN_ISA {
+
+inline constexpr int kStreamRows = 16;              // of a head, at most
+inline constexpr int kStreamTaskRows = 64;          // of a task's heads, at most
+inline constexpr int kStreamBlockBytes = 24 << 10;  // of K, and of V
+inline constexpr int kStreamRunBytes = 4 << 10;     // of neighbouring heads of one key: a page
+inline constexpr int kValueKeys = 16;  // whose rows of V are read a strip at a time from L1
+
+// Keys of a block: tiles of keys, and columns of a score tile.
+inline int stream_block_keys(const Flash_fwd_params& p) {
+  constexpr int kStep = kTileKeys % kTileN == 0 ? kTileKeys : 2 * kTileKeys;
+  static_assert(kStep % kTileN == 0);
+  const int64_t row_bytes = (p.d > p.d_v ? p.d : p.d_v) * dtype_bytes(p.dtype);
+  return kStreamBlockBytes / row_bytes >= 2 * kStep ? 2 * kStep : kStep;
+}
+
+inline StreamTile stream_tile(const Flash_fwd_params& p) {
+  if (p.p_dropout > 0.f) return {};  // random bytes come for aligned columns
+  const auto heads_adjoin = [](const Operand& x) {
+    return x.head_stride > 0 && x.head_stride < x.row_stride;
+  };
+  const int64_t row_bytes = (p.d > p.d_v ? p.d : p.d_v) * dtype_bytes(p.dtype);
+  int64_t heads = heads_adjoin(p.k) && heads_adjoin(p.v) ? kStreamRunBytes / row_bytes : 1;
+  heads = heads < 1 ? 1 : heads < p.h_k ? heads : p.h_k;
+  return {kStreamRows, kStreamTaskRows, static_cast<int>(heads)};
+}
+
+struct StreamScratch {
+  float *q, *o;       // [kStreamTaskRows][d], [..][dv], padded to kTileN, in part order
+  float* s;           // [kStreamRows][block keys]
+  float* buffer;      // a row of bias, or of V
+  RowState* state;    // [kStreamTaskRows]
+  Row* rows;          // [kStreamTaskRows]
+  const char** k[2];  // rows of a block, of the task's first head; this block's and the next's
+  const char** v[2];
+};
+
+inline StreamScratch carve_stream(Carver& c, const Flash_fwd_params& p) {
+  const int keys = stream_block_keys(p);
+  StreamScratch x;
+  x.q = c.take<float>(int64_t{kStreamTaskRows} * round_up(static_cast<int>(p.d), kTileN));
+  x.o = c.take<float>(int64_t{kStreamTaskRows} * round_up(static_cast<int>(p.d_v), kTileN));
+  x.s = c.take<float>(int64_t{kStreamRows} * keys);
+  x.buffer = c.take<float>(keys + kWidth + round_up(static_cast<int>(p.d_v), kTileN));
+  x.state = c.take<RowState>(kStreamTaskRows);
+  x.rows = c.take<Row>(kStreamTaskRows);
+  for (int i = 0; i < 2; ++i) {
+    x.k[i] = c.take<const char*>(keys);
+    x.v[i] = c.take<const char*>(keys);
+  }
+  return x;
+}
+
+// Calls f with the number of rows, at most M, as a compile-time constant.
+template <int M, class F>
+FLASH_INLINE void with_rows(int rows, F f) {
+  if (rows >= M) return f.template operator()<M>();
+  if constexpr (M > 1) with_rows<M - 1>(rows, f);
+}
+
+template <Dtype T>
+class StreamTaskRunner {
+ public:
+  StreamTaskRunner(const Flash_fwd_params& p, const FwdTask& task, const StreamScratch& x)
+      : p_(p),
+        task_(task),
+        x_(x),
+        seq_(sequence(p, task.batch)),
+        d_(static_cast<int>(p.d)),
+        d_v_(static_cast<int>(p.d_v)),
+        d_pad_(round_up(d_, kTileN)),
+        d_v_pad_(round_up(d_v_, kTileN)),
+        block_keys_(stream_block_keys(p)),
+        modifiers_(has_score_modifiers(p)) {}
+
+  void run() {
+    for (int h = 0; h < task_.heads; ++h) load_q(h);
+    std::memset(x_.o, 0, sizeof(float) * task_.heads * rows() * d_v_pad_);
+    int keys = find_rows(0, task_.key_begin);
+    prefetch(k_rows(0, 0), keys, d_ * dtype_bytes(T));
+    prefetch(v_rows(0, 0), keys, d_v_ * dtype_bytes(T));
+    for (int key = task_.key_begin; key < task_.key_end; key += block_keys_, ++block_) {
+      const int next_keys = find_rows((block_ + 1) % 2, key + keys);
+      for (int h = 0; h < task_.heads; ++h) attend(h, key, keys, next_keys);
+      keys = next_keys;
+    }
+    for (int r = 0; r < task_.heads * rows(); ++r)
+      from_part_order<T>(x_.o + int64_t{r} * d_v_pad_, d_v_pad_);
+  }
+
+  const Sequence& seq() const { return seq_; }
+  int rows() const { return task_.row_end - task_.row_begin; }  // of a head
+
+ private:
+  void load_q(int h) {
+    const RowMap map(p_, seq_, task_.head_k + h);
+    for (int i = 0; i < rows(); ++i) {
+      const int row = task_.row_begin + i, r = h * rows() + i;
+      x_.rows[r] = map.row(row);
+      x_.state[r] = RowState{};
+      float* q = x_.q + int64_t{r} * d_pad_;
+      read_query(p_, seq_, map, row, q, d_pad_);
+      to_part_order<T>(q, d_pad_);
+    }
+  }
+
+  // Where the rows of the block at `key` lie; returns their number. Missing ones repeat the last.
+  int find_rows(int slot, int key) {
+    const int left = task_.key_end - key;
+    const int keys = left < 0 ? 0 : left < block_keys_ ? left : block_keys_;
+    const int64_t first = seq_.leftpad + key;
+    for (int i = 0; i < keys; ++i) {
+      x_.k[slot][i] = cache_row(p_, p_.k, seq_, first + i, task_.head_k);
+      x_.v[slot][i] = cache_row(p_, p_.v, seq_, first + i, task_.head_k);
+    }
+    for (int i = keys; i > 0 && i < block_keys_; ++i) {
+      x_.k[slot][i] = x_.k[slot][i - 1];
+      x_.v[slot][i] = x_.v[slot][i - 1];
+    }
+    return keys;
+  }
+
+  StreamRows k_rows(int slot, int h) const {
+    return {x_.k[slot], h * p_.k.head_stride * dtype_bytes(T)};
+  }
+  StreamRows v_rows(int slot, int h) const {
+    return {x_.v[slot], h * p_.v.head_stride * dtype_bytes(T)};
+  }
+
+  void prefetch(StreamRows rows, int count, int bytes) const {
+    for (int n = 0; n < count; ++n)
+      for (int i = 0; i < bytes; i += kLine) __builtin_prefetch(rows.row(n) + i);
+  }
+
+  // One head over one block of keys. Meanwhile the rows that come next are prefetched: the next
+  // head's, or the next block's of the first head; at the end, for want of others, these again.
+  void attend(int h, int key, int keys, int next_keys) {
+    const int slot = block_ % 2;
+    const bool last = h + 1 == task_.heads;
+    const int next_slot = last && next_keys > 0 ? 1 - slot : slot;
+    const int next_h = last ? 0 : h + 1;
+    const int first = h * rows();
+    scores(first, keys, k_rows(slot, h), k_rows(next_slot, next_h));
+    bool all_visible = true;
+    const RowMap map(p_, seq_, task_.head_k + h);
+    for (int r = 0; r < rows(); ++r)
+      all_visible &= softmax_step(map, first + r, x_.s + r * block_keys_, key, keys);
+    values(first, keys, v_rows(slot, h), v_rows(next_slot, next_h), all_visible);
+  }
+
+  // Of columns 0 .. keys, rounded up to kTileKeys.
+  void scores(int first, int keys, StreamRows k, StreamRows ahead) const {
+    for (int n = 0; n < keys; n += kTileKeys)
+      for (int r = 0; r < rows(); r += kScoreM)
+        with_rows<kScoreM>(rows() - r, [&]<int M>() {
+          dot_keys<T, M>(x_.q + int64_t{first + r} * d_pad_, d_pad_, k.from(n), d_,
+                         x_.s + r * block_keys_ + n, block_keys_, ahead.from(n),
+                         r == 0 ? 0 : kScoreN);
+        });
+  }
+
+  void values(int first, int keys, StreamRows v, StreamRows ahead, bool all_visible) const {
+    const auto product = [&](int r, int n, int count) {
+      return ValueProduct{
+          x_.s + r * block_keys_ + n,           block_keys_, v.from(n), ahead.from(n), count, d_v_,
+          x_.o + int64_t{first + r} * d_v_pad_, d_v_pad_};
+    };
+    if (!all_visible && !values_finite(v, keys)) {
+      for (int r = 0; r < rows(); ++r) accumulate_values_skipping_zeros<T>(product(r, 0, keys));
+      return;
+    }
+    for (int n = 0; n < keys; n += kValueKeys) {
+      const int count = keys - n < kValueKeys ? keys - n : kValueKeys;
+      for (int r = 0; r < rows(); r += kValueM)
+        with_rows<kValueM>(rows() - r,
+                           [&]<int M>() { accumulate_values<T, M>(product(r, n, count), r == 0); });
+    }
+  }
+
+  // s -> P of one row; its state and o follow the new maximum. True if it sees all keys.
+  bool softmax_step(const RowMap& map, int r, float* s, int key, int keys) {
+    const TileColumns t{0, round_up(keys, kTileN), key};
+    const Row& row = x_.rows[r];
+    if (modifiers_) modify_scores(p_, map, row, s, t, x_.buffer, nullptr);
+    KeyRange seen = visible(row, t);
+    if (seen.end > keys) seen.end = keys;
+    fill_invisible(s, t, seen, -kInf);
+    RowState& state = x_.state[r];
+    const float scale = flash_step(s, t.begin, t.end, state);
+    if (scale != 1.f) {
+      float* o = x_.o + int64_t{r} * d_v_pad_;
+      for (int i = 0; i < d_v_pad_; i += kWidth) store(o + i, load(o + i) * scale);
+    }
+    return seen.begin == 0 && seen.end == keys;
+  }
+
+  bool values_finite(StreamRows v, int keys) const {
+    bool finite = true;
+    for (int n = 0; n < keys; ++n) finite &= read_row<T>(x_.buffer, v.row(n), d_v_, d_v_pad_);
+    return finite;
+  }
+
+  const Flash_fwd_params& p_;
+  const FwdTask& task_;
+  const StreamScratch& x_;
+  const Sequence seq_;
+  const int d_, d_v_, d_pad_, d_v_pad_;
+  const int block_keys_;
+  const bool modifiers_;
+  int block_ = 0;
+};
+
+}  // namespace flash::cpu::FLASH_ATTN_ISA

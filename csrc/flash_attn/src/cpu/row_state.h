@@ -1,0 +1,49 @@
+// A row of queries on its way through the forward: read, then the state of its softmax.
+#pragma once
+
+#include "cpu/append.h"
+#include "cpu/scores.h"
+
+namespace flash::cpu::FLASH_ATTN_ISA {
+
+// Row `index` of map in fp32, rotated and scaled, padded with zeros to d_pad.
+inline void read_query(const Flash_fwd_params& p, const Sequence& seq, const RowMap& map, int index,
+                       float* q, int d_pad) {
+  read_row(p.dtype, q, map.tensor_row(p.q, index), static_cast<int>(p.d), d_pad);
+  if (p.rotary_dim > 0) {
+    const bool positions_differ = p.window_left >= 0 || p.window_right >= 0;
+    rotate_row(p, q, seq.cached + (positions_differ ? map.query(index) : 0));
+  }
+  for (int i = 0; i < d_pad; i += kWidth) store(q + i, load(q + i) * p.scale_softmax);
+}
+
+// Softmax state of a row, base 2: x = max so far in units of log2, l = sum of 2^(score - max).
+// FlashInfer's RowState.
+struct RowState {
+  float max = -kInf;
+  float sum = 0.f;
+};
+
+// Scores s[begin, end), multiples of kWidth, become P; returns the factor that what was summed
+// before must be scaled by.
+FLASH_INLINE float flash_step(float* s, int begin, int end, RowState& state) {
+  Vec largest = set1(-kInf);
+#pragma GCC unroll 4
+  for (int j = begin; j < end; j += kWidth) largest = max(largest, load(s + j));
+  const float candidate = reduce_max(largest) * kLog2e;
+  const float new_max = candidate > state.max ? candidate : state.max;
+  const float reference = new_max == -kInf ? 0.f : new_max;  // nothing visible: 2^(-inf - 0) = 0
+  Vec sum = zero();
+#pragma GCC unroll 4
+  for (int j = begin; j < end; j += kWidth) {
+    const Vec p = exp2(fma(load(s + j), set1(kLog2e), set1(-reference)));
+    sum += p;
+    store(s + j, p);
+  }
+  const float scale = new_max == state.max ? 1.f : exp2(state.max - reference);
+  state.sum = state.sum * scale + reduce_add(sum);
+  state.max = new_max;
+  return scale;
+}
+
+}  // namespace flash::cpu::FLASH_ATTN_ISA

@@ -1,0 +1,19 @@
+// Every kernel of this backend, from kernels.inc, for the host.
+#pragma once
+
+#include <span>
+
+#include "cuda_driver/device.h"
+#include "sm80/tile_table.h"
+
+namespace flash::sm80 {
+
+struct FwdKernel {
+  FwdConfig config;
+  cuda::KernelImage image;
+  int threads, shared_bytes;  // of a CTA
+};
+
+extern const std::span<const FwdKernel> kFwdKernels;
+
+}  // namespace flash::sm80

@@ -1,0 +1,14 @@
+// The sm80 backend as the rest of the library sees it.
+#pragma once
+
+#include "common/flash.h"
+
+namespace flash::sm80 {
+
+inline constexpr int kMinComputeCapability = 80;
+
+// Dense forward on a CUDA device, or on the emulated one where p.device_type is the CPU. fp16,
+// bf16; head dims at most kMaxHeadDim (tile_table.h). Throws ApiError.
+void mha_fwd(const Flash_fwd_params& p);
+
+}  // namespace flash::sm80

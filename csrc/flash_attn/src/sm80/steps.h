@@ -1,0 +1,177 @@
+// The steps of FlashAttention-2's forward (arXiv:2307.08691, algorithm 1) for one warp, whose rows
+// are kRows m16 tiles. Tensors by the paper's letters: s and g are shared and global memory, r
+// registers.
+#pragma once
+
+#include <cstdint>
+
+#include "common/mask.h"
+#include "common/softmax.h"
+#include "common/static_for.h"
+#include "ptx/fragments.h"
+#include "ptx/math.h"
+#include "ptx/mma.h"
+#include "ptx/shared_memory.h"
+#include "sm80/smem.h"
+
+namespace flash::sm80 {
+
+// Accumulators of a warp: m16 tile, n8 tile, register (fragments.h: accumulator_element). A lane
+// holds two rows of each m16 tile, `half` 0 and 1: registers 2 half and 2 half + 1.
+template <FwdConfig C>
+struct WarpTile {
+  static constexpr int kM = C.row_tiles();
+  static constexpr int kS = C.tile().n / 8;
+  static constexpr int kO = C.head_dim / 8;
+  static constexpr int kRowBytes = SmemTile<C.head_dim>::kRowBytes;
+
+  using Scores = float[kM][kS][4];
+  using Probabilities = uint32_t[kM][kS][2];  // packed pairs of Scores' registers
+  using Output = float[kM][kO][4];
+  using Rows = RowState[kM][2];
+};
+
+// A lane's address of a 16 x 16 block's row for ldmatrix.
+template <int kHeadDim>
+FLASH_DEVICE uint32_t lane_address(uint32_t tile, ptx::Chunk chunk) {
+  return tile + SmemTile<kHeadDim>::offset(chunk.row, chunk.chunk);
+}
+
+// rS = sQ sK^T. `sQ` and `sK` are this lane's addresses in the first blocks.
+template <FwdConfig C>
+FLASH_DEVICE void gemm_qk(typename WarpTile<C>::Scores& rS, uint32_t sQ, uint32_t sK) {
+  using W = WarpTile<C>;
+#pragma unroll
+  for (int m = 0; m < W::kM; ++m)
+#pragma unroll
+    for (int n = 0; n < W::kS; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) rS[m][n][i] = 0.f;
+  static_for<C.head_dim / 16>([&](auto k) {
+    uint32_t rQ[W::kM][4];
+    static_for<W::kM>(
+        [&](auto m) { ptx::ldmatrix_x4<m * 16 * W::kRowBytes>(rQ[m], sQ ^ (k * 32)); });
+    static_for<W::kS / 2>([&](auto n) {
+      uint32_t rK[4];
+      ptx::ldmatrix_x4<n * 16 * W::kRowBytes>(rK, sK ^ (k * 32));
+#pragma unroll
+      for (int m = 0; m < W::kM; ++m) {
+        ptx::mma_m16n8k16<C.dtype>(rS[m][2 * n], rQ[m], rK[0], rK[1]);
+        ptx::mma_m16n8k16<C.dtype>(rS[m][2 * n + 1], rQ[m], rK[2], rK[3]);
+      }
+    });
+  });
+}
+
+// Hides the scores of keys that their query does not see. `first_row` and `first_key` are those of
+// the warp's tile.
+template <FwdConfig C>
+FLASH_DEVICE void apply_mask(typename WarpTile<C>::Scores& rS, const Mask& mask, int first_row,
+                             int first_key) {
+  using W = WarpTile<C>;
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int m = 0; m < W::kM; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const ptx::Element first = ptx::accumulator_element(lane, 2 * half);
+      const KeyRange keys = C.mask == MaskClass::kNone ? KeyRange{0, mask.seqlen_k}
+                                                       : mask.keys(first_row + m * 16 + first.row);
+      const int begin = keys.begin - (first_key + first.col);
+      const int end = keys.end - (first_key + first.col);
+#pragma unroll
+      for (int n = 0; n < W::kS; ++n) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int key = n * 8 + i;
+          const bool seen = key < end && (C.mask == MaskClass::kNone || key >= begin);
+          if (!seen) rS[m][n][2 * half + i] = -INFINITY;
+        }
+      }
+    }
+  }
+}
+
+// The largest of the four lanes that share a row.
+FLASH_DEVICE float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
+  return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+}
+
+FLASH_DEVICE float quad_sum(float x) {
+  x += __shfl_xor_sync(0xffffffffu, x, 1);
+  return x + __shfl_xor_sync(0xffffffffu, x, 2);
+}
+
+// rP = 2^(scale_log2 (rS - anchor)), the unnormalised probabilities, and the rows' states with
+// these scores; `sum` counts this lane's columns alone. `rescale` is what outputs of earlier blocks
+// must be multiplied by.
+template <FwdConfig C>
+FLASH_DEVICE void softmax_step(typename WarpTile<C>::Probabilities& rP,
+                               float (&rescale)[WarpTile<C>::kM][2],
+                               const typename WarpTile<C>::Scores& rS,
+                               typename WarpTile<C>::Rows& rows, float scale_log2) {
+  using W = WarpTile<C>;
+#pragma unroll
+  for (int m = 0; m < W::kM; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      RowState& row = rows[m][half];
+      const float old_max = row.max;
+#pragma unroll
+      for (int n = 0; n < W::kS; ++n)
+        row.max = fmaxf(row.max, fmaxf(rS[m][n][2 * half], rS[m][n][2 * half + 1]));
+      row.max = quad_max(row.max);
+      const float scaled_anchor = row.anchor() * scale_log2;
+      rescale[m][half] = ptx::ex2(fmaf(old_max, scale_log2, -scaled_anchor));
+      row.sum *= rescale[m][half];
+#pragma unroll
+      for (int n = 0; n < W::kS; ++n) {
+        const float p0 = ptx::ex2(fmaf(rS[m][n][2 * half], scale_log2, -scaled_anchor));
+        const float p1 = ptx::ex2(fmaf(rS[m][n][2 * half + 1], scale_log2, -scaled_anchor));
+        row.sum += p0;
+        row.sum += p1;
+        rP[m][n][half] = ptx::pack<C.dtype>(p0, p1);
+      }
+    }
+  }
+}
+
+template <FwdConfig C>
+FLASH_DEVICE void rescale_o(typename WarpTile<C>::Output& rO,
+                            const float (&rescale)[WarpTile<C>::kM][2]) {
+  using W = WarpTile<C>;
+#pragma unroll
+  for (int m = 0; m < W::kM; ++m)
+#pragma unroll
+    for (int n = 0; n < W::kO; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) rO[m][n][i] *= rescale[m][i / 2];
+}
+
+// rO += rP sV. The accumulators of two n8 tiles of scores are operand A of 16 keys. `sV` is this
+// lane's address in the first block.
+template <FwdConfig C>
+FLASH_DEVICE void gemm_pv(typename WarpTile<C>::Output& rO,
+                          const typename WarpTile<C>::Probabilities& rP, uint32_t sV) {
+  using W = WarpTile<C>;
+  static_for<W::kS / 2>([&](auto k) {
+    uint32_t rA[W::kM][4];
+#pragma unroll
+    for (int m = 0; m < W::kM; ++m)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) rA[m][i] = rP[m][2 * k + i / 2][i % 2];
+#pragma unroll
+    for (int n = 0; n < W::kO / 2; ++n) {
+      uint32_t rV[4];
+      ptx::ldmatrix_x4_trans<k * 16 * W::kRowBytes>(rV, sV ^ (n * 32));
+#pragma unroll
+      for (int m = 0; m < W::kM; ++m) {
+        ptx::mma_m16n8k16<C.dtype>(rO[m][2 * n], rA[m], rV[0], rV[1]);
+        ptx::mma_m16n8k16<C.dtype>(rO[m][2 * n + 1], rA[m], rV[2], rV[3]);
+      }
+    }
+  });
+}
+
+}  // namespace flash::sm80

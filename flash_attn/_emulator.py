@@ -1,0 +1,84 @@
+"""CUDA kernels on machines without a GPU: CPU tensors on the emulated device."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from typing import Optional
+
+from flash_attn._library import lib
+
+_local = threading.local()
+_whole_process = bool(os.environ.get("FLASH_ATTENTION_EMULATOR"))
+
+
+def in_use() -> bool:
+    """Whether this thread's CPU tensors go to CUDA kernels on the emulated device."""
+    return bool(getattr(_local, "stack", _whole_process))
+
+
+class emulator:
+    """Within the context, calls of this thread with CPU tensors run the CUDA kernels, emulated.
+
+    They are the kernels that a GPU runs; the emulator executes them on the CPU, thousands of times
+    slower, and checks what they do. What the CUDA backend lacks raises RuntimeError. ::
+
+        with flash_attn.emulator(mode="late", seed=1) as gpu:
+            out = flash_attn.flash_attn_func(q, k, v, causal=True)
+        print(gpu.counters)
+
+    - arch: "sm_80" (an A100) or "sm_90a" (an H100).
+    - mode: when asynchronous operations take effect: "eager", at once; "late", as late as their
+      waits allow, their destination poisoned until then; "random", and warps in random order.
+    - seed: of mode "random".
+    - checks: "all" (bounds, alignment, uninitialised values, races), "memory" or "none".
+    - threads: CPU threads that run CTAs; 0 for all.
+    - library: the emulator, by default ``libgpu_emulator.so`` beside the package's.
+
+    Options hold for the emulated device, in all threads. The environment variable
+    ``FLASH_ATTENTION_EMULATOR``, "sm_80" or "sm_80,mode=late", does the same for a whole process.
+    Raises RuntimeError if the library cannot be loaded or does not know an option.
+    """
+
+    def __init__(
+        self,
+        arch: str = "sm_80",
+        *,
+        mode: str = "eager",
+        seed: int = 0,
+        checks: str = "all",
+        threads: int = 0,
+        library: Optional[str] = None,
+    ):
+        options = {"mode": mode, "seed": seed, "checks": checks, "threads": threads}
+        self._description = ",".join([arch, *(f"{name}={x}" for name, x in options.items())])
+        self._library = library
+        self._counters = "{}"
+
+    def __enter__(self) -> emulator:
+        lib.use_emulator(self._description, self._library)
+        if not hasattr(_local, "stack"):
+            _local.stack = []
+        _local.stack.append(self)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._counters = str(lib.emulator_counters())
+        _local.stack.pop()
+        if _local.stack:
+            outer = _local.stack[-1]
+            lib.use_emulator(outer._description, outer._library)
+        else:
+            del _local.stack
+            lib.use_emulator(os.environ.get("FLASH_ATTENTION_EMULATOR", ""), None)
+
+    @property
+    def counters(self) -> dict:
+        """What the launches did, by kernel name: instructions, tensor-core work, memory traffic.
+
+        Of the launches since the context was entered; after it, of those until it was left.
+        """
+        if self in getattr(_local, "stack", ()):
+            self._counters = str(lib.emulator_counters())
+        return json.loads(self._counters or "{}")

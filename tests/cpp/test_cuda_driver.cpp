@@ -1,0 +1,169 @@
+// CUDA tensors, the driver replaced by one that remembers its calls (fake_driver/).
+#if defined(FLASH_ATTN_HAVE_CUDA)
+#include <cstdlib>
+
+#include "api_calls.h"
+#include "common/select_kernel.h"
+#include "cuda_driver/emulated.h"
+
+namespace flash_test {
+namespace {
+
+// Before anything of the library asks for the driver.
+const bool fake_is_chosen = setenv("FLASH_ATTENTION_CUDA_DRIVER", FLASH_FAKE_DRIVER, 1) == 0;
+
+template <typename Function>
+Function fake(const char* name) {
+  return reinterpret_cast<Function>(flash::cuda::Driver::machine().symbol(name));
+}
+void reset(const char* failing = "") { fake<void (*)(const char*)>("fake_reset")(failing); }
+std::string calls() { return fake<const char* (*)()>("fake_calls")(); }
+
+// A dense fp16 forward, [2, 130, 4, 40] over [2, 70, 2, 40], of CUDA tensors that nothing reads.
+struct CudaForward {
+  FwdCall call;
+  CudaForward() {
+    call.args = {};
+    const auto add = [&](const char* name, flash_attn_dtype dtype,
+                         std::initializer_list<int64_t> shape) {
+      flash_attn_tensor* t = call.add(name, dtype, shape);
+      t->device_type = FLASH_ATTN_CUDA;
+      t->data = reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(t->data) / 16 * 16 + 16);
+      return t;
+    };
+    call.args.q = add("q", FLASH_ATTN_FLOAT16, {2, 130, 4, 40});
+    call.args.k = add("k", FLASH_ATTN_FLOAT16, {2, 70, 2, 40});
+    call.args.v = add("v", FLASH_ATTN_FLOAT16, {2, 70, 2, 40});
+    call.args.out = add("out", FLASH_ATTN_FLOAT16, {2, 130, 4, 40});
+    call.args.softmax_lse = add("softmax_lse", FLASH_ATTN_FLOAT32, {2, 4, 130});
+    call.args.score.softmax_scale = 1;
+    call.args.score.window_left = call.args.score.window_right = -1;
+  }
+  flash_attn_status run() { return flash_attn_mha_fwd(&call.args); }
+  void move_to(int device) {
+    for (const char* name : {"q", "k", "v", "out", "softmax_lse"}) call[name].device_id = device;
+  }
+};
+
+TEST(CudaDriver, LaunchesOnTheCallersStreamAndDoesNothingElse) {
+  ASSERT_TRUE(fake_is_chosen);
+  CudaForward c;
+  c.call.args.stream = reinterpret_cast<void*>(0x5000);
+  ASSERT_EQ(c.run(), FLASH_ATTN_OK) << flash_attn_last_error();
+  reset();
+  ASSERT_EQ(c.run(), FLASH_ATTN_OK) << flash_attn_last_error();
+  EXPECT_EQ(calls(), "cuCtxPushCurrent cuLaunchKernel cuCtxPopCurrent ");
+  EXPECT_EQ(fake<void* (*)()>("fake_last_stream")(), c.call.args.stream);
+  const unsigned* shape = fake<const unsigned* (*)()>("fake_last_shape")();
+  EXPECT_EQ(shape[0], 2u * 4 * 2);  // batch, heads, blocks of 128 queries
+  EXPECT_EQ(shape[1], 128u);
+  EXPECT_EQ(shape[2], (128u + 3 * 128) * 128);  // Q and a ring of three blocks, rows of 128 bytes
+}
+
+TEST(CudaDriver, LoadsAKernelAtItsFirstLaunchWhileStreamsMayBeCaptured) {
+  CudaForward c;
+  c.call.args.score.is_causal = 1;
+  for (const char* name : {"q", "k", "v", "out"}) c.call[name].dtype = FLASH_ATTN_BFLOAT16;
+  reset();
+  ASSERT_EQ(c.run(), FLASH_ATTN_OK) << flash_attn_last_error();
+  EXPECT_NE(calls().find("cuThreadExchangeStreamCaptureMode cuModuleLoadData cuModuleGetFunction "
+                         "cuFuncSetAttribute cuThreadExchangeStreamCaptureMode cuLaunchKernel "),
+            std::string::npos)
+      << calls();
+}
+
+TEST(CudaDriver, ErrorsNameCallErrorAndKernel) {
+  CudaForward c;
+  ASSERT_EQ(c.run(), FLASH_ATTN_OK);
+  reset("cuLaunchKernel");
+  EXPECT_EQ(c.run(), FLASH_ATTN_DEVICE_ERROR);
+  EXPECT_STREQ(flash_attn_last_error(),
+               "cuLaunchKernel failed for kernel flash_fwd_sm80_fp16_d64_none: "
+               "CUDA_ERROR_ILLEGAL_ADDRESS (700, an error of the fake driver)");
+  EXPECT_EQ(fake<int (*)()>("fake_contexts")(), 0);
+  reset();
+}
+
+TEST(CudaDriver, OldAndMissingDevicesAreTurnedDown) {
+  CudaForward c;
+  c.move_to(1);
+  EXPECT_EQ(c.run(), FLASH_ATTN_UNSUPPORTED);
+  EXPECT_STREQ(flash_attn_last_error(),
+               "CUDA kernels need compute capability 8.0 or newer: device 1 has 7.5");
+  c.move_to(2);
+  EXPECT_EQ(c.run(), FLASH_ATTN_DEVICE_ERROR);
+  EXPECT_NE(std::string(flash_attn_last_error()).find("there is no CUDA device 2"),
+            std::string::npos);
+}
+
+TEST(CudaDriver, UnalignedRowsAreTurnedDown) {
+  const std::string rule =
+      "CUDA kernels take head dimensions that are multiples of 8 and rows that start at multiples "
+      "of 16 bytes: ";
+  CudaForward shifted;
+  shifted.call["k"].data = static_cast<char*>(shifted.call["k"].data) + 2;
+  EXPECT_EQ(shifted.run(), FLASH_ATTN_UNSUPPORTED);
+  EXPECT_EQ(flash_attn_last_error(), rule + "k has a row that does not");
+  CudaForward narrow;
+  for (const char* name : {"v", "out"}) narrow.call[name].shape[3] = 36;
+  EXPECT_EQ(narrow.run(), FLASH_ATTN_UNSUPPORTED);
+  EXPECT_EQ(flash_attn_last_error(), rule + "out has head dimension 36 (pad it with zeros)");
+}
+
+TEST(CudaDriver, EmptyBatchesOfQueriesLaunchNothing) {
+  CudaForward c;
+  c.call["q"].shape[1] = c.call["out"].shape[1] = c.call["softmax_lse"].shape[2] = 0;
+  reset();
+  EXPECT_EQ(c.run(), FLASH_ATTN_OK) << flash_attn_last_error();
+  EXPECT_EQ(calls(), "");
+}
+
+TEST(CudaDriver, LibrariesThatCannotBeLoadedAreNamed) {
+  EXPECT_EQ(flash_attn_use_emulator("sm_80", "/nowhere/libgpu.so"), FLASH_ATTN_DEVICE_ERROR);
+  EXPECT_NE(std::string(flash_attn_last_error()).find("/nowhere/libgpu.so"), std::string::npos);
+  EXPECT_STREQ(flash_attn_emulator_counters(), "");
+}
+
+// Views of one tensor overlap; memory may be registered once.
+TEST(EmulatedCall, RegistersOverlappingTensorsOnce) {
+  flash::cuda::Device& device = flash::cuda::Device::get(flash::cuda::Driver::machine(), 0);
+  char memory[100] = {};
+  reset();
+  {
+    flash::cuda::EmulatedCall call(device, {{memory + 10, memory + 30},
+                                            {memory, memory + 20},
+                                            {memory + 60, memory + 70},
+                                            {memory + 40, memory + 40}});
+    call.run([] {});
+    EXPECT_EQ(calls(),
+              "cuMemHostRegister cuMemHostRegister cuCtxPushCurrent cuStreamSynchronize "
+              "cuCtxPopCurrent ");
+  }
+  EXPECT_NE(calls().find("cuMemHostUnregister cuMemHostUnregister"), std::string::npos);
+}
+
+TEST(SelectKernel, CudaBackendNamesEverythingItLacks) {
+  const auto sentence = [](const flash::KernelRequest& request) -> std::string {
+    try {
+      flash::select_kernel(request);
+    } catch (const flash::ApiError& error) {
+      EXPECT_EQ(error.status(), FLASH_ATTN_UNSUPPORTED);
+      return error.what();
+    }
+    return "served";
+  };
+  using flash::Dtype;
+  using flash::Operation;
+  EXPECT_EQ(sentence({Operation::kMhaFwd, FLASH_ATTN_CUDA, Dtype::kBFloat16, 128}), "served");
+  EXPECT_EQ(sentence({Operation::kMhaFwd, FLASH_ATTN_CUDA, Dtype::kFloat32, 192,
+                      flash::kDropout | flash::kSoftcap}),
+            "the CUDA backend lacks dropout, softcap, fp32, head dimension 192 (at most 128) (in "
+            "mha_fwd); CPU tensors have it");
+  EXPECT_EQ(sentence({Operation::kMhaBwd, FLASH_ATTN_CUDA, Dtype::kFloat16, 64, flash::kSink}),
+            "the CUDA backend lacks the backward pass, attention sinks (s_aux) (in mha_bwd); CPU "
+            "tensors have it");
+}
+
+}  // namespace
+}  // namespace flash_test
+#endif  // FLASH_ATTN_HAVE_CUDA

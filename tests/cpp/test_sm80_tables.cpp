@@ -1,0 +1,242 @@
+// What the sm80 kernels take for granted, checked without a GPU: who holds which element, which
+// addresses conflict, in which order slots and tiles go round, which blocks are visited.
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <set>
+#include <utility>
+#include <vector>
+
+#include "common/block_range.h"
+#include "common/softmax.h"
+#include "common/tile_scheduler.h"
+#include "ptx/fragments.h"
+#include "sm80/pipeline.h"
+#include "sm80/smem.h"
+#include "sm80/tile_table.h"
+
+namespace flash_test {
+namespace {
+
+using flash::ptx::Chunk;
+using flash::ptx::Element;
+using Place = std::pair<int, int>;
+
+// Every element of a rows x cols matrix is held once.
+template <typename Map>
+void expect_partition(int rows, int cols, int registers, int halves, const Map& map) {
+  std::set<Place> seen;
+  for (int lane = 0; lane < 32; ++lane) {
+    for (int i = 0; i < registers; ++i) {
+      for (int h = 0; h < halves; ++h) {
+        const Element e = map(lane, i, h);
+        EXPECT_TRUE(0 <= e.row && e.row < rows && 0 <= e.col && e.col < cols);
+        EXPECT_TRUE(seen.emplace(e.row, e.col).second) << "twice: " << e.row << ", " << e.col;
+      }
+    }
+  }
+  EXPECT_EQ(seen.size(), static_cast<size_t>(rows * cols));
+}
+
+TEST(Fragments, HoldEveryElementOnce) {
+  expect_partition(16, 8, 4, 1,
+                   [](int lane, int i, int) { return flash::ptx::accumulator_element(lane, i); });
+  expect_partition(16, 16, 4, 2, flash::ptx::a_element);
+  expect_partition(16, 8, 2, 2, flash::ptx::b_element);
+}
+
+// The examples of the PTX ISA's figures for mma.m16n8k16.
+TEST(Fragments, FollowThePtxIsa) {
+  const auto is = [](Element e, int row, int col) { return e.row == row && e.col == col; };
+  EXPECT_TRUE(is(flash::ptx::accumulator_element(0, 1), 0, 1));
+  EXPECT_TRUE(is(flash::ptx::accumulator_element(31, 3), 15, 7));
+  EXPECT_TRUE(is(flash::ptx::accumulator_element(4, 2), 9, 0));
+  EXPECT_TRUE(is(flash::ptx::a_element(0, 1, 0), 8, 0));
+  EXPECT_TRUE(is(flash::ptx::a_element(0, 2, 1), 0, 9));
+  EXPECT_TRUE(is(flash::ptx::a_element(31, 3, 1), 15, 15));
+  EXPECT_TRUE(is(flash::ptx::b_element(5, 0, 1), 3, 1));
+  EXPECT_TRUE(is(flash::ptx::b_element(31, 1, 1), 15, 7));
+}
+
+// Two neighbouring n8 accumulators are operand A of 16 keys, register by register.
+TEST(Fragments, AccumulatorsAreOperandA) {
+  for (int lane = 0; lane < 32; ++lane) {
+    for (int i = 0; i < 4; ++i) {
+      for (int h = 0; h < 2; ++h) {
+        const Element a = flash::ptx::a_element(lane, i, h);
+        const Element s = flash::ptx::accumulator_element(lane, 2 * (i % 2) + h);
+        EXPECT_EQ(a.row, s.row);
+        EXPECT_EQ(a.col, s.col + 8 * (i / 2));
+      }
+    }
+  }
+}
+
+// What ldmatrix.x4 leaves in half h of register i of `lane`, as (row, column) of shared memory.
+template <typename ChunkOf>
+Element ldmatrix_x4(int lane, int i, int h, bool transposed, const ChunkOf& chunk_of) {
+  const int row = transposed ? 2 * (lane % 4) + h : lane / 4;
+  const int col = transposed ? lane / 4 : 2 * (lane % 4) + h;
+  const Chunk address = chunk_of(8 * i + row);
+  return {address.row, address.chunk * 8 + col};
+}
+
+TEST(Fragments, LdmatrixFetchesTheOperands) {
+  for (int lane = 0; lane < 32; ++lane) {
+    for (int i = 0; i < 4; ++i) {
+      for (int h = 0; h < 2; ++h) {
+        const Element a = ldmatrix_x4(lane, i, h, false, flash::ptx::a_chunk);
+        const Element wanted_a = flash::ptx::a_element(lane, i, h);
+        EXPECT_TRUE(a.row == wanted_a.row && a.col == wanted_a.col);
+        Element wanted_b = flash::ptx::b_element(lane, i % 2, h);
+        wanted_b.col += 8 * (i / 2);
+        const Element k = ldmatrix_x4(lane, i, h, false, flash::ptx::b_chunk_n_major);
+        EXPECT_TRUE(k.row == wanted_b.col && k.col == wanted_b.row);
+        const Element v = ldmatrix_x4(lane, i, h, true, flash::ptx::b_chunk_k_major);
+        EXPECT_TRUE(v.row == wanted_b.row && v.col == wanted_b.col);
+      }
+    }
+  }
+}
+
+// Eight accesses of 16 bytes touch all 32 banks.
+void expect_no_conflict(const std::array<int, 8>& offsets) {
+  std::set<int> groups;
+  for (int offset : offsets) groups.insert(offset / 16 % 8);
+  EXPECT_EQ(groups.size(), 8u);
+}
+
+template <int kHeadDim>
+void check_swizzle() {
+  using Smem = flash::sm80::SmemTile<kHeadDim>;
+  for (auto chunk_of : {flash::ptx::a_chunk, flash::ptx::b_chunk_n_major}) {
+    for (int column = 0; column < kHeadDim / 16; ++column) {
+      for (int block = 0; block < 4; ++block) {
+        std::array<int, 8> offsets;
+        for (int i = 0; i < 8; ++i) {
+          const Chunk c = chunk_of(8 * block + i);
+          offsets[i] = Smem::offset(c.row, c.chunk) ^ (column * 32);
+          EXPECT_EQ(offsets[i], Smem::offset(c.row, c.chunk + 2 * column));
+        }
+        expect_no_conflict(offsets);
+      }
+    }
+  }
+  for (int row = 0; row < 16; ++row) {  // copies of whole rows, eight threads at a time
+    for (int first = 0; first < Smem::kChunks; first += 8) {
+      std::array<int, 8> offsets;
+      for (int i = 0; i < 8; ++i) offsets[i] = Smem::offset(row, first + i);
+      expect_no_conflict(offsets);
+    }
+  }
+}
+
+TEST(Smem, OperandsConflictNowhere) {
+  check_swizzle<64>();
+  check_swizzle<128>();
+}
+
+TEST(Pipeline, TheFreedSlotIsTheOneReadBefore) {
+  flash::sm80::PipeState<3> pipe;
+  int before = 2;
+  std::array<int, 3> visits{};
+  for (int step = 0; step < 30; ++step) {
+    EXPECT_EQ(pipe.freed(), before);
+    before = pipe.slot;
+    ++visits[pipe.slot];
+    pipe.advance();
+  }
+  EXPECT_EQ(visits, (std::array<int, 3>{10, 10, 10}));
+}
+
+TEST(TileTable, HasABucketForEveryHeadDim) {
+  for (auto mask : {flash::sm80::MaskClass::kNone, flash::sm80::MaskClass::kCausalLocal}) {
+    for (int d = 1; d <= flash::sm80::kMaxHeadDim; ++d) {
+      const flash::sm80::Tile& tile = flash::sm80::tile_of(d, mask);
+      EXPECT_EQ(tile.head_dim, d <= 64 ? 64 : 128);
+      EXPECT_EQ(tile.mask, mask);
+    }
+  }
+}
+
+// How many of the scores of queries first..last and keys of a block are visible, by the predicate
+// of flash_attn.h.
+int visible_scores(const flash::Mask& m, int first, int last, int block, int size) {
+  int visible = 0;
+  for (int i = first; i <= std::min(last, m.seqlen_q - 1); ++i) {
+    for (int j = block * size; j < std::min(m.seqlen_k, (block + 1) * size); ++j) {
+      const int64_t diagonal = int64_t{i} + m.seqlen_k - m.seqlen_q;
+      visible += (m.left < 0 || j >= diagonal - m.left) && (m.right < 0 || j <= diagonal + m.right);
+    }
+  }
+  return visible;
+}
+
+void check_block_range(const flash::Mask& m, int first, int last) {
+  const int size = 4;
+  const flash::BlockRange range = flash::block_range(m, first, last, size);
+  const int queries = std::min(last, m.seqlen_q - 1) - first + 1;
+  for (int block = 0; block * size < m.seqlen_k; ++block) {
+    const int visible = visible_scores(m, first, last, block, size);
+    const bool full = queries > 0 && visible == queries * size;
+    EXPECT_EQ(range.contains(block) && range.is_full(block), full);
+    // Nothing but a gap between two queries' keys is visited in vain, and queries are neighbours.
+    EXPECT_EQ(range.contains(block), visible > 0)
+        << "sq " << m.seqlen_q << " sk " << m.seqlen_k << " left " << m.left << " right " << m.right
+        << " queries " << first << ".." << last << " block " << block;
+  }
+}
+
+TEST(BlockRange, HoldsTheVisibleBlocksAndNoOthers) {
+  for (int sq : {1, 5, 9}) {
+    for (int sk : {0, 1, 6, 12, 17}) {
+      for (int left : {-1, 0, 3, 9}) {
+        for (int right : {-1, 0, 2, 8}) {
+          for (int first = 0; first < 12; first += 3)
+            check_block_range({sq, sk, left, right}, first, first + 2);
+        }
+      }
+    }
+  }
+}
+
+TEST(TileScheduler, VisitsEveryTileOnceLongestFirst) {
+  for (int section : {1, 3, 4, 7}) {
+    const flash::Tile_scheduler scheduler{5, 7, section};
+    std::set<Place> seen;
+    int first_head = 0, last_m = 4;
+    for (int number = 0; number < scheduler.tiles(); ++number) {
+      const flash::Tile_coordinates tile = scheduler.tile(number);
+      EXPECT_TRUE(seen.emplace(tile.m_block, tile.batch_head).second);
+      const int head = tile.batch_head / section * section;
+      EXPECT_GE(head, first_head);  // a section after the other
+      EXPECT_TRUE(head > first_head || tile.m_block <= last_m);
+      first_head = head;
+      last_m = tile.m_block;
+    }
+    EXPECT_EQ(seen.size(), 35u);
+  }
+}
+
+TEST(TileScheduler, SectionsFitIntoTheCache) {
+  EXPECT_EQ(flash::section_of(32, 4, 1 << 20, 10 << 20), 32);  // 8 groups of 1 MiB
+  EXPECT_EQ(flash::section_of(32, 4, 2 << 20, 10 << 20), 20);
+  EXPECT_EQ(flash::section_of(32, 4, 64 << 20, 10 << 20), 4);  // at least a group
+  EXPECT_EQ(flash::section_of(6, 1, 0, 10 << 20), 6);
+}
+
+TEST(RowState, EmptyRowsAreMarked) {
+  flash::RowState row;
+  EXPECT_EQ(row.anchor(), 0.f);
+  EXPECT_EQ(row.inverse_sum(), 0.f);
+  EXPECT_EQ(row.lse(1.f), INFINITY);
+  row = {2.f, 4.f};
+  EXPECT_EQ(row.anchor(), 2.f);
+  EXPECT_EQ(row.inverse_sum(), 0.25f);
+  EXPECT_FLOAT_EQ(row.lse(0.5f), 1.f + std::log(4.f));
+}
+
+}  // namespace
+}  // namespace flash_test

@@ -1,0 +1,218 @@
+"""The CUDA kernels, on the emulated GPU, against the CPU backend; and what they say they lack."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+
+import pytest
+import torch
+from attention_cases import BF16, FP16
+from cuda_cases import Case, check, make_tensors, needs_emulator, needs_kernels, sampled_cases
+
+import flash_attn
+from flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
+
+
+@needs_emulator
+@pytest.mark.parametrize("case", sampled_cases(60, seed=1), ids=str)
+def test_feature_product(case):
+    check(case)
+
+
+@needs_emulator
+@pytest.mark.slow
+@pytest.mark.parametrize("case", sampled_cases(600, seed=2), ids=str)
+def test_feature_product_at_length(case):
+    check(case)
+
+
+@needs_emulator
+@pytest.mark.parametrize("mode", ["eager", "late", "random"])
+@pytest.mark.parametrize("seed", [1, 2])
+def test_schedules_agree_bitwise(mode, seed):
+    """The order of warps and the time of copies change nothing."""
+    q, k, v = make_tensors(Case(seqlens=(200, 260), heads=(2, 1), dims=(128, 128)))
+    results = []
+    for options in ({}, {"mode": mode, "seed": seed}):
+        with flash_attn.emulator(**options):
+            results.append(flash_attn_func(q, k, v, causal=True, return_attn_probs=True)[:2])
+    (out, lse), (other_out, other_lse) = results
+    assert torch.equal(out, other_out)
+    assert torch.equal(lse, other_lse)
+
+
+@needs_emulator
+@pytest.mark.parametrize("dtype", [FP16, BF16])
+@pytest.mark.parametrize("scale", [8.0, -8.0])
+def test_large_scores(dtype, scale):
+    check(Case(dtype=dtype, softmax_scale=scale))
+
+
+@needs_emulator
+@pytest.mark.parametrize("causal", [False, True])
+def test_nan_reaches_the_rows_that_see_it(causal):
+    q, k, v = make_tensors(Case(dtype=FP16, heads=(1, 1), seqlens=(70, 70)))
+    k[0, 40] = float("nan")
+    with flash_attn.emulator():
+        out, lse, _ = flash_attn_func(q, k, v, causal=causal, return_attn_probs=True)
+    sees = torch.arange(70) >= 40 if causal else torch.ones(70, dtype=torch.bool)
+    assert torch.equal(lse[0, 0].isnan(), sees)
+    assert torch.equal(out[0, :, 0].isnan().all(-1), sees)
+
+
+@needs_emulator
+def test_out_of_the_caller_and_overlapping_views():
+    """All of q, k, v and out in one tensor."""
+    memory = torch.randn(1, 96, 4, 64).to(FP16)
+    q, k, v = memory[:, :, 0:1], memory[:, :, 1:2], memory[:, :, 2:3]
+    expected = flash_attn_func(q, k, v)
+    with flash_attn.emulator():
+        out = torch.ops.flash_attn._flash_attn_forward(
+            q, k, v, 0.0, 0.125, False, -1, -1, 0.0, None, False
+        )[0]
+    torch.testing.assert_close(out, expected, atol=2e-3, rtol=0)
+
+
+@needs_emulator
+def test_context_holds_for_its_thread_and_ends():
+    q, k, v = make_tensors(Case())
+    on_cpu = flash_attn_func(q, k, v)
+    seen = {}
+    with flash_attn.emulator() as gpu:
+        thread = threading.Thread(target=lambda: seen.update(other=flash_attn_func(q, k, v)))
+        thread.start()
+        thread.join()
+        assert gpu.counters == {}
+        with flash_attn.emulator(mode="late") as inner:
+            flash_attn_func(q, k, v)
+        assert list(inner.counters) == ["flash_fwd_sm80_bf16_d64_none"]
+        with pytest.raises(RuntimeError, match="lacks softcap"):
+            flash_attn_func(q, k, v, softcap=3.0)
+    assert torch.equal(seen["other"], on_cpu)
+    assert torch.equal(flash_attn_func(q, k, v), on_cpu)
+    assert flash_attn_func(q, k, v, softcap=3.0).isfinite().all()
+
+
+@needs_emulator
+def test_whole_process_by_environment():
+    code = (
+        "import torch, flash_attn\n"
+        "x = torch.randn(1, 40, 1, 64).half()\n"
+        "flash_attn.flash_attn_func(x, x, x)\n"
+        "print(flash_attn._library.lib.emulator_counters())\n"
+        "try: flash_attn.flash_attn_func(x, x, x, softcap=1.0)\n"
+        "except RuntimeError as error: print(error)\n"
+    )
+    env = {**os.environ, "FLASH_ATTENTION_EMULATOR": "sm_80,mode=late"}
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
+    )
+    assert "flash_fwd_sm80_fp16_d64_none" in result.stdout
+    assert "the CUDA backend lacks softcap" in result.stdout
+
+
+def _lacking(name):
+    q, k, v = make_tensors(Case())
+    lengths = torch.tensor([0, 128], dtype=torch.int32)
+    calls = {
+        "dropout": lambda: flash_attn_func(q, k, v, dropout_p=0.5),
+        "softcap": lambda: flash_attn_func(q, k, v, softcap=2.0),
+        "ALiBi slopes": lambda: flash_attn_func(q, k, v, alibi_slopes=torch.ones(2)),
+        "attention sinks": lambda: flash_attn_func(q, k, v, s_aux=torch.ones(2)),
+        "attention bias": lambda: flash_attn_func(q, k, v, attn_bias=torch.ones(1, 1)),
+        "fp32": lambda: flash_attn_func(q.float(), k.float(), v.float()),
+        "head dimension 136": lambda: flash_attn_func(*[torch.ones(1, 8, 1, 136, dtype=BF16)] * 3),
+        "packed sequences": lambda: flash_attn_varlen_func(
+            q[0], k[0, :128], v[0, :128], lengths, lengths, 128, 128
+        ),
+        "attention with a KV cache": lambda: flash_attn_with_kvcache(q, k, v),
+        "the backward pass": lambda: flash_attn_func(q.requires_grad_(), k, v).sum().backward(),
+    }
+    return calls[name]
+
+
+@needs_emulator
+@pytest.mark.parametrize(
+    "feature",
+    [
+        "dropout",
+        "softcap",
+        "ALiBi slopes",
+        "attention sinks",
+        "attention bias",
+        "fp32",
+        "head dimension 136",
+        "packed sequences",
+        "attention with a KV cache",
+        "the backward pass",
+    ],
+)
+def test_what_is_missing_is_named(feature):
+    call = _lacking(feature)
+    with (
+        flash_attn.emulator(),
+        pytest.raises(RuntimeError, match="the CUDA backend lacks") as error,
+    ):
+        call()
+    assert feature in str(error.value)
+
+
+@needs_emulator
+@pytest.mark.parametrize("options", [{"arch": "sm_1"}, {"mode": "lazy"}, {"seed": "x"}])
+def test_unknown_options_raise(options):
+    with pytest.raises(RuntimeError, match="the emulator"), flash_attn.emulator(**options):
+        pass
+    assert flash_attn_func(*make_tensors(Case()), softcap=2.0).isfinite().all()
+
+
+@needs_kernels
+def test_emulator_that_is_not_there(tmp_path):
+    missing = str(tmp_path / "libgpu_emulator.so")
+    with pytest.raises(RuntimeError, match=missing), flash_attn.emulator(library=missing):
+        pass
+
+
+@needs_kernels
+def test_cuda_tensors_without_a_driver():
+    """Raises, and names the library that is missing. CUDA tensors cannot be made without a GPU, so
+    the C interface is asked."""
+    code = """
+import ctypes
+from flash_attn import _library
+
+class Tensor(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p), ("dtype", ctypes.c_int), ("device_type", ctypes.c_int),
+                ("device_id", ctypes.c_int32), ("ndim", ctypes.c_int32),
+                ("shape", ctypes.c_int64 * 5), ("stride", ctypes.c_int64 * 5)]
+
+class Score(ctypes.Structure):
+    _fields_ = [("softmax_scale", ctypes.c_double), ("softcap", ctypes.c_double),
+                ("window_left", ctypes.c_int64), ("window_right", ctypes.c_int64),
+                ("is_causal", ctypes.c_int32), ("tensors", ctypes.c_void_p * 3)]
+
+class Forward(ctypes.Structure):
+    _fields_ = [("tensors", ctypes.POINTER(Tensor) * 5), ("score", Score),
+                ("rest", ctypes.c_byte * 256)]
+
+def tensor(data, dtype, *shape):
+    stride = [1]
+    for n in reversed(shape[1:]):
+        stride.insert(0, stride[0] * n)
+    return ctypes.pointer(Tensor(data, dtype, 2, 0, len(shape), shape, tuple(stride)))
+
+half = [tensor(4096 * i, 0, 1, 8, 1, 64) for i in range(1, 5)]
+args = Forward((ctypes.POINTER(Tensor) * 5)(*half, tensor(65536, 2, 1, 1, 8)),
+               Score(1.0, 0.0, -1, -1))
+lib = ctypes.CDLL(str(_library.library_path().parent / "libflash_attn.so.2"))
+lib.flash_attn_last_error.restype = ctypes.c_char_p
+print(lib.flash_attn_mha_fwd(ctypes.byref(args)), lib.flash_attn_last_error().decode())
+"""
+    env = {**os.environ, "FLASH_ATTENTION_CUDA_DRIVER": "libcuda-that-is-not-there.so"}
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
+    )
+    assert result.stdout.startswith("4 CUDA tensors need NVIDIA's driver, which cannot be loaded")
+    assert "libcuda-that-is-not-there.so" in result.stdout

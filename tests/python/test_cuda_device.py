@@ -1,0 +1,70 @@
+"""The CUDA kernels on a GPU: results, streams, graphs. Skipped where there is none."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from attention_cases import BF16
+from cuda_cases import Case, check, make_tensors, needs_kernels, on_gpu, sampled_cases
+
+from flash_attn import flash_attn_func
+
+pytestmark = [
+    needs_kernels,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+
+
+@pytest.mark.parametrize("case", sampled_cases(150, seed=3), ids=str)
+def test_feature_product(case):
+    check(case, on_gpu)
+
+
+@pytest.mark.parametrize("dims", [(64, 64), (128, 128)])
+@pytest.mark.parametrize("causal", [False, True])
+def test_long_sequences(dims, causal):
+    check(Case(seqlens=(1500, 2000), heads=(8, 2), dims=dims, causal=causal), on_gpu)
+
+
+def _tensors():
+    return [x.cuda() for x in make_tensors(Case(dtype=BF16, seqlens=(700, 700), heads=(4, 4)))]
+
+
+def test_results_are_bitwise_reproducible():
+    q, k, v = _tensors()
+    first = flash_attn_func(q, k, v, causal=True)
+    for _ in range(10):
+        assert torch.equal(flash_attn_func(q, k, v, causal=True), first)
+
+
+def test_runs_on_the_current_stream():
+    """On a side stream the call is ordered after that stream's work."""
+    q, k, v = _tensors()
+    expected = flash_attn_func(q, k, v)
+    stream = torch.cuda.Stream()
+    late = torch.zeros_like(q)
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        late.copy_(q)
+        out = flash_attn_func(late, k, v)
+    stream.synchronize()
+    assert torch.equal(out, expected)
+
+
+def test_can_be_captured():
+    q, k, v = _tensors()
+    expected = flash_attn_func(q, k, v, causal=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = flash_attn_func(q, k, v, causal=True)
+    out.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(out, expected)
+
+
+def test_backward_is_turned_down():
+    q, k, v = _tensors()
+    out = flash_attn_func(q.requires_grad_(), k, v)
+    with pytest.raises(RuntimeError, match="lacks the backward pass"):
+        out.sum().backward()
