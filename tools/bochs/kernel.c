@@ -196,7 +196,7 @@ int64_t system_call(uint64_t number, uint64_t a, uint64_t b, uint64_t c) {
       return 0;
     default:  // files, threads, limits: the C library copes without
       return number == SYS_openat || number == SYS_readlinkat || number == SYS_newfstatat ? -ENOENT
-                                                                                           : -ENOSYS;
+                                                                                          : -ENOSYS;
   }
 }
 
@@ -258,12 +258,15 @@ static uint64_t* make_stack(char* line, const Elf64_Ehdr* header) {
   words[n++] = 0;
   for (uint64_t i = 0; i < variables; ++i) words[n++] = environment[i];
   words[n++] = 0;
-  const uint64_t auxiliary[] = {
-      AT_PHDR,   image + header->e_phoff,          AT_PHENT, header->e_phentsize,
-      AT_PHNUM,  header->e_phnum,                  AT_ENTRY, header->e_entry,
-      AT_PAGESZ, kPage,                            AT_RANDOM, (uint64_t)words,
-      AT_SECURE, 0,                                AT_MINSIGSTKSZ, 16384,
-      AT_NULL,   0};
+  const uint64_t auxiliary[] = {AT_PHDR,        image + header->e_phoff,
+                                AT_PHENT,       header->e_phentsize,
+                                AT_PHNUM,       header->e_phnum,
+                                AT_ENTRY,       header->e_entry,
+                                AT_PAGESZ,      kPage,
+                                AT_RANDOM,      (uint64_t)words,
+                                AT_SECURE,      0,
+                                AT_MINSIGSTKSZ, 16384,
+                                AT_NULL,        0};
   memcpy(words + n, auxiliary, sizeof(auxiliary));
   uint64_t* stack = (uint64_t*)(top - sizeof(words) - 4096);
   memcpy(stack, words, sizeof(words));

@@ -141,8 +141,7 @@ class BwdTilesRunner : public BwdTaskRunner {
     for (int i = 0; i < rows; i += kTileDepth) {
       const RowGroup group{p_.dtype, i, kTileDepth, rows, d};
       const bool finite = stage_rows<kTerms>(x_.staging, group, row, nullptr);
-      for (int r = 0; r < kTileDepth; ++r)
-        copy_staged_row<kTerms>(natural, i + r, x_.staging, r);
+      for (int r = 0; r < kTileDepth; ++r) copy_staged_row<kTerms>(natural, i + r, x_.staging, r);
       std::memset(spoilt + i, 0, kTileDepth);
       if (!finite) stage_rows<kTerms>(x_.staging, group, row, spoilt + i);
       pack_transpose<kTerms>(transposed, i / kTileDepth, round_up(d, kTileDepth), x_.staging);
@@ -181,7 +180,8 @@ class BwdTilesRunner : public BwdTaskRunner {
   void take_turn(const int* turn, int row0, int rows, int first_chunk) {
     wait_for(turn, chunk_ - first_chunk);
     if (chunk_ == first_chunk)
-      std::memset(dq_sums_ + int64_t{row0} * d_pad_, 0, sizeof(float) * tiles(rows) * kTileSide * d_pad_);
+      std::memset(dq_sums_ + int64_t{row0} * d_pad_, 0,
+                  sizeof(float) * tiles(rows) * kTileSide * d_pad_);
   }
 
   static int subs(int rows) { return (rows + kBlockRows - 1) / kBlockRows; }
@@ -194,7 +194,8 @@ class BwdTilesRunner : public BwdTaskRunner {
   // What each 32 rows see of the keys [first, first + count) of the chunk.
   void find_columns(int row0, int rows, int first, int count) {
     for (int sub = 0; sub < subs(rows); ++sub)
-      columns_[sub] = map_.columns(row0 + sub * kBlockRows, sub_rows(rows, sub), key_ + first, count);
+      columns_[sub] =
+          map_.columns(row0 + sub * kBlockRows, sub_rows(rows, sub), key_ + first, count);
   }
 
   // P and dS of the block.
@@ -256,18 +257,18 @@ class BwdTilesRunner : public BwdTaskRunner {
       }
     }
     for (int j = 0; j < columns; j += kTileSide) {
-      VecU even[kTerms], odd[kTerms];
+      const int column = unit.begin + j, row = unit.sub * kBlockRows + 2 * pair;
+      VecU16 even[kTerms], odd[kTerms];
       split<kTerms>(load(s + j), even);
       split<kTerms>(load(s + kUnitKeys + j), odd);
-      store_pairs(p_pairs_, unit, pair, unit.begin + j, even, odd);
+      for (int t = 0; t < kTerms; ++t)
+        store_pairs(pairs_element(p_pairs_, t, row, column), even[t], odd[t]);
       split<kTerms>(load(dp + j), even);
       split<kTerms>(load(dp + kUnitKeys + j), odd);
-      store_pairs(ds_pairs_, unit, pair, unit.begin + j, even, odd);
-      const int row = unit.sub * kBlockRows + 2 * pair;
       for (int t = 0; t < kTerms; ++t) {
-        uint16_t* dst = ds_element(t, row, unit.begin + j);
-        store_u16(dst, __builtin_convertvector(even[t], VecU16));
-        store_u16(dst + kTileDepth, __builtin_convertvector(odd[t], VecU16));
+        store_pairs(pairs_element(ds_pairs_, t, row, column), even[t], odd[t]);
+        store_u16(ds_element(t, row, column), even[t]);
+        store_u16(ds_element(t, row + 1, column), odd[t]);
       }
     }
   }
@@ -282,24 +283,19 @@ class BwdTilesRunner : public BwdTaskRunner {
     fill_invisible(dp, t, seen, 0.f);
   }
 
-  FLASH_INLINE static void store_pairs(const Packed& b, const Unit& unit, int pair, int column,
-                                       const VecU (&even)[kTerms], const VecU (&odd)[kTerms]) {
-    for (int t = 0; t < kTerms; ++t) {
-      const VecU words = even[t] | odd[t] << 16;
-      std::memcpy(b.tile(t, column / kTileSide, unit.sub) + pair * 16, &words, sizeof(words));
-    }
-  }
   uint16_t* ds_element(int term, int row, int column) const {
     uint32_t* tile = ds_.tile(term, row / kTileSide, column / kTileDepth);
     return reinterpret_cast<uint16_t*>(tile + row % kTileSide * 16) + column % kTileDepth;
   }
-  static float pairs_element(const Packed& b, int row, int column) {
+  // The pair that holds an element of P or dS.
+  FLASH_INLINE static uint32_t* pairs_element(const Packed& b, int term, int row, int column) {
+    uint32_t* tile = b.tile(term, column / kTileSide, row / kTileDepth);
+    return tile + row % kTileDepth / 2 * kTileSide + column % kTileSide;
+  }
+  static float sum_of_terms(const Packed& b, int row, int column) {
     float sum = 0.f;
-    for (int t = kTerms - 1; t >= 0; --t) {
-      const uint32_t* tile = b.tile(t, column / kTileSide, row / kTileDepth);
-      sum += load_scalar(tile + row % kTileDepth / 2 * 16 + column % kTileSide, Dtype::kBFloat16,
-                         row % 2);
-    }
+    for (int t = kTerms - 1; t >= 0; --t)
+      sum += load_scalar(pairs_element(b, t, row, column), Dtype::kBFloat16, row % 2);
     return sum;
   }
 
@@ -340,7 +336,7 @@ class BwdTilesRunner : public BwdTaskRunner {
       for (int i = 0; i < d; i += kTileSide) {
         const int n = (first + j) / kTileSide, n_tiles = tile_.keys / kTileSide;
         float* column = c + (int64_t{i / kTileSide} * n_tiles + n) * kTileWords + j % kTileSide;
-        add_not_finite(column, kTileSide, pairs_element(weights, r, j), p_.dtype,
+        add_not_finite(column, kTileSide, sum_of_terms(weights, r, j), p_.dtype,
                        row + i * dtype_bytes(p_.dtype), d - i < kTileSide ? d - i : kTileSide);
       }
   }
@@ -368,7 +364,7 @@ class BwdTilesRunner : public BwdTaskRunner {
       const KeyRange seen = visible(x_.rows[row], columns_[sub]);
       for (int j = seen.begin; j < seen.end; ++j)
         if (x_.spoilt_k[first + j])
-          add_not_finite(dq + int64_t{r} * d_pad_, 1, pairs_element(ds_pairs_, row, j), p_.dtype,
+          add_not_finite(dq + int64_t{r} * d_pad_, 1, sum_of_terms(ds_pairs_, row, j), p_.dtype,
                          key_row(p_.k, first + j), d_);
     }
   }
@@ -378,10 +374,10 @@ class BwdTilesRunner : public BwdTaskRunner {
     const int n_tiles = tile_.keys / kTileSide, ld = x_.staging.ld;
     for (int n = 0; n * kTileSide < keys_; ++n) {
       for (int m = 0; m * kTileSide < d; ++m)
-        transpose_tile(x_.staging.pairs + m * kTileSide, ld,
-                       reinterpret_cast<const uint32_t*>(tiles) +
-                           (int64_t{m} * n_tiles + n) * kTileWords,
-                       kTileSide);
+        transpose_tile(
+            x_.staging.pairs + m * kTileSide, ld,
+            reinterpret_cast<const uint32_t*>(tiles) + (int64_t{m} * n_tiles + n) * kTileWords,
+            kTileSide);
       for (int j = 0; j < kTileSide && n * kTileSide + j < keys_; ++j) {
         const int64_t row = seq_.k_row + seq_.leftpad + key_ + n * kTileSide + j;
         write_row(p_.dtype, operand_row(gradient, p_.dtype, seq_.k_batch, row, head_.head_k),

@@ -104,7 +104,7 @@ class FwdTaskRunner {
       const int row = task_.row_begin + r;
       x_.rows[r] = map_.row(row);
       x_.state[r] = RowState{};
-      read_query(p_, seq_, map_, row, x_.q + int64_t{r} * d_pad_, d_pad_);
+      read_scaled_query(p_, seq_, map_, row, x_.q + int64_t{r} * d_pad_, d_pad_);
     }
   }
 

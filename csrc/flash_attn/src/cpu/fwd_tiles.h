@@ -128,9 +128,7 @@ class FwdTilesRunner : public FwdTaskRunner {
   }
   void stage_rotated(int r) {
     float* q = x_.buffer;
-    read_row(p_.dtype, q, map_.tensor_row(p_.q, task_.row_begin + r), d_, d_pad_);
-    const bool positions_differ = p_.window_left >= 0 || p_.window_right >= 0;
-    rotate_row(p_, q, seq_.cached + (positions_differ ? x_.rows[r].query : 0));
+    read_query(p_, seq_, map_, task_.row_begin + r, q, d_pad_);
     split_row<kTerms>(x_.staging.rows, int64_t{kTileDepth} * x_.staging.ld, q, d_pad_);
   }
 
@@ -255,10 +253,9 @@ class FwdTilesRunner : public FwdTaskRunner {
   }
 
   void store_weights(int r, int column, Vec p) const {
-    VecU term[kTerms];
+    VecU16 term[kTerms];
     split<kTerms>(p, term);
-    for (int i = 0; i < kTerms; ++i)
-      store_u16(weight(i, r, column), __builtin_convertvector(term[i], VecU16));
+    for (int i = 0; i < kTerms; ++i) store_u16(weight(i, r, column), term[i]);
   }
   Vec load_weights(int r, int column) const {
     Vec p = zero();

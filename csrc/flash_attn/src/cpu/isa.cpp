@@ -67,7 +67,7 @@ struct Available {
     }
 #endif
 #if defined(FLASH_ATTN_HAVE_AMX)
-    if (has_amx()) list[count++] = &kernels_amx;
+    if (__builtin_cpu_supports("avx512bf16") && has_amx()) list[count++] = &kernels_amx;
 #endif
   }
 #endif

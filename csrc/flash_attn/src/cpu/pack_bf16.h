@@ -11,9 +11,10 @@
 
 namespace flash::cpu::FLASH_ATTN_ISA {
 
-inline constexpr int kTileSide = 16;     // rows of any tile, columns of fp32 tiles
-inline constexpr int kTileDepth = 32;    // bf16 elements along the sum
-inline constexpr int kTileWords = 256;   // pairs, or fp32 elements, of a tile
+inline constexpr int kTileSide = 16;    // rows of any tile, columns of fp32 tiles
+inline constexpr int kTileDepth = 32;   // bf16 elements along the sum
+inline constexpr int kTileWords = 256;  // pairs, or fp32 elements, of a tile
+inline constexpr float kLargestBf16 = 0x1.fep127f;
 static_assert(kTileSide % kWidth == 0);
 
 struct Packed {
@@ -32,19 +33,29 @@ inline constexpr int64_t packed_words(int64_t rows, int64_t depth, int terms) {
   return rows * depth / 2 * terms;
 }
 
-// term[i] = the bf16 nearest to what the terms before leave of x, in the low 16 bits of each lane.
+// Round to nearest even; NaN stays NaN, subnormal results may become 0.
+FLASH_INLINE VecU16 round_to_bf16(Vec v) {
+#if defined(__AVX512BF16__) && defined(FLASH_ATTN_SIMD_AVX512)
+  return reinterpret_cast<VecU16>(_mm512_cvtneps_pbh(v));
+#else
+  return float_to_bf16(v);
+#endif
+}
+
+// term[i] = the bf16 nearest to what the terms before leave of x.
 template <int kTerms>
-FLASH_INLINE void split(Vec x, VecU (&term)[kTerms]) {
+FLASH_INLINE void split(Vec x, VecU16 (&term)[kTerms]) {
+  if constexpr (kTerms == 1) {
+    term[0] = round_to_bf16(x);
+    return;
+  }
   const VecI is_finite = abs(x) < __builtin_inff();
   Vec rest = x;
   for (int i = 0; i < kTerms; ++i) {
-    term[i] = __builtin_convertvector(float_to_bf16(rest), VecU);
-    if constexpr (kTerms > 1) {
-      // Rounding up to infinity would leave -infinity.
-      const VecI overflow = is_finite & ((term[i] & 0x7fffu) == 0x7f80u);
-      term[i] = overflow ? bits(rest) >> 16 : term[i];
-      rest = select(is_finite, rest - from_bits(term[i] << 16), zero());
-    }
+    // Not rounded up to infinity: that would leave -infinity.
+    const VecI overflow = is_finite & (abs(rest) > kLargestBf16);
+    term[i] = round_to_bf16(select(overflow, from_bits(bits(rest) & 0xffff0000u), rest));
+    rest = select(is_finite, rest - bf16_to_float(term[i]), zero());
   }
 }
 
@@ -59,10 +70,9 @@ FLASH_INLINE bool all_of(VecI mask) {
 template <int kTerms>
 inline void split_row(uint16_t* dst, int64_t term_stride, const float* src, int padded) {
   for (int i = 0; i < padded; i += kWidth) {
-    VecU term[kTerms];
+    VecU16 term[kTerms];
     split<kTerms>(load(src + i), term);
-    for (int t = 0; t < kTerms; ++t)
-      store_u16(dst + t * term_stride + i, __builtin_convertvector(term[t], VecU16));
+    for (int t = 0; t < kTerms; ++t) store_u16(dst + t * term_stride + i, term[t]);
   }
 }
 template <int kTerms>
@@ -107,13 +117,14 @@ inline void transpose_tile(uint32_t* dst, int64_t dst_ld, const uint32_t* src, i
   for (int i = 0; i < 16; ++i) std::memcpy(dst + i * dst_ld, &r[i], sizeof(Vec));
 }
 
+FLASH_INLINE void store_pairs(uint32_t* dst, VecU16 even, VecU16 odd) {
+  const VecU pairs = __builtin_convertvector(even, VecU) | __builtin_convertvector(odd, VecU) << 16;
+  std::memcpy(dst, &pairs, sizeof(pairs));
+}
+
 // Two rows of bf16 to one of pairs.
 inline void interleave_rows(uint32_t* dst, const uint16_t* even, const uint16_t* odd, int n) {
-  for (int i = 0; i < n; i += kWidth) {
-    const VecU pairs = __builtin_convertvector(load_u16(even + i), VecU) |
-                       __builtin_convertvector(load_u16(odd + i), VecU) << 16;
-    std::memcpy(dst + i, &pairs, sizeof(pairs));
-  }
+  for (int i = 0; i < n; i += kWidth) store_pairs(dst + i, load_u16(even + i), load_u16(odd + i));
 }
 
 // Rows [first, first + count) of `end` rows of d elements.

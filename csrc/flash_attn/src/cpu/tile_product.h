@@ -94,11 +94,9 @@ template <class Tile, class Terms, class Between>
 inline void multiply(const TileProduct& x, int m_tiles, int n_begin, int n_end, Between between) {
   int m = 0;
   for (; m + 2 <= m_tiles; m += 2)
-    for (int n = n_begin; n < n_end; n += 2)
-      multiply_tiles<Tile, Terms, 2>(x, m, n, between);
+    for (int n = n_begin; n < n_end; n += 2) multiply_tiles<Tile, Terms, 2>(x, m, n, between);
   if (m < m_tiles)
-    for (int n = n_begin; n < n_end; n += 2)
-      multiply_tiles<Tile, Terms, 1>(x, m, n, between);
+    for (int n = n_begin; n < n_end; n += 2) multiply_tiles<Tile, Terms, 1>(x, m, n, between);
 }
 template <class Tile, class Terms>
 inline void multiply(const TileProduct& x, int m_tiles, int n_begin, int n_end) {
