@@ -1,4 +1,4 @@
-# The compiler flags of each instruction set: kernels_<isa>*.cpp is compiled once with these, and with nothing that
+# The compiler flags of each instruction set: kernels_<isa>.cpp and kernels_<isa>_*.cpp are compiled once with these, and with nothing that
 # depends on the building machine. Which set is used is decided when the library is loaded.
 
 set(FLASH_ATTN_AVX2_FLAGS -mavx2 -mfma -mf16c)
@@ -8,10 +8,19 @@ if(CMAKE_CXX_COMPILER_ID STREQUAL GNU AND CMAKE_CXX_COMPILER_VERSION VERSION_LES
   # Its own AVX-512 header warns: https://gcc.gnu.org/PR105593
   list(APPEND FLASH_ATTN_AVX512_FLAGS -Wno-uninitialized -Wno-maybe-uninitialized)
 endif()
+set(FLASH_ATTN_AVX512BF16_FLAGS ${FLASH_ATTN_AVX512_FLAGS} -mavx512bf16)
+# Tile instructions are written in assembly: the assembler needs to know them (binutils 2.34, LLVM 12), not the compiler.
+set(FLASH_ATTN_AMX_FLAGS ${FLASH_ATTN_AVX512BF16_FLAGS})
 
 set(FLASH_ATTN_ISAS baseline)
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
-  list(APPEND FLASH_ATTN_ISAS avx2 avx512)
+  list(APPEND FLASH_ATTN_ISAS avx2 avx512 avx512bf16)
+  include(CheckCXXSourceCompiles)
+  check_cxx_source_compiles("int main() { asm volatile(\"tdpbf16ps %tmm0, %tmm1, %tmm2\"); }"
+                            FLASH_ATTN_ASSEMBLER_HAS_AMX)
+  if(FLASH_ATTN_ASSEMBLER_HAS_AMX AND CMAKE_SYSTEM_NAME STREQUAL Linux)
+    list(APPEND FLASH_ATTN_ISAS amx)
+  endif()
 endif()
 
 # Adds the units of every instruction set to `target`, worst set first, and defines FLASH_ATTN_HAVE_<ISA> for each that
@@ -19,7 +28,7 @@ endif()
 function(flash_attn_add_isa_units target directory)
   foreach(isa IN LISTS FLASH_ATTN_ISAS)
     string(TOUPPER ${isa} ISA)
-    file(GLOB units CONFIGURE_DEPENDS ${directory}/kernels_${isa}*.cpp)
+    file(GLOB units CONFIGURE_DEPENDS ${directory}/kernels_${isa}.cpp ${directory}/kernels_${isa}_*.cpp)
     target_sources(${target} PRIVATE ${units})
     if(NOT isa STREQUAL baseline)
       set_source_files_properties(${units} PROPERTIES COMPILE_OPTIONS "${FLASH_ATTN_${ISA}_FLAGS}")

@@ -1,5 +1,6 @@
 #include "isa_probe.h"
 
+#include <cstdlib>
 #include <cstring>
 
 namespace flash_test {
@@ -28,10 +29,27 @@ std::vector<const IsaProbe*> find_probes() {
   return probes;
 }
 
+std::vector<const TileProbe*> find_tile_probes() {
+  std::vector<const TileProbe*> probes;
+#if defined(FLASH_ATTN_HAVE_AVX2)
+  if (runs("avx2")) probes.insert(probes.end(), {&tile_probe_soft_dot, &tile_probe_soft_tiles});
+#endif
+#if defined(FLASH_ATTN_HAVE_AVX512BF16)
+  if (runs("avx512bf16")) probes.push_back(&tile_probe_avx512bf16);
+#endif
+#if defined(FLASH_ATTN_HAVE_AMX)
+  if (runs("amx")) probes.push_back(&tile_probe_amx);
+#endif
+  return probes;
+}
+
+// FLASH_ATTENTION_CPU_ISA in the environment leaves its instruction set alone.
 std::vector<const flash::cpu::Kernels*> find_kernels() {
+  if (std::getenv("FLASH_ATTENTION_CPU_ISA")) return {&flash::cpu::current()};
   std::vector<const flash::cpu::Kernels*> kernels = library_kernels();
 #if defined(FLASH_ATTN_HAVE_AVX2)
-  if (runs("avx2")) kernels.push_back(&kernels_wide16);
+  if (runs("avx2"))
+    kernels.insert(kernels.end(), {&kernels_wide16, &kernels_soft_dot, &kernels_soft_tiles});
 #endif
   return kernels;
 }
@@ -40,6 +58,11 @@ std::vector<const flash::cpu::Kernels*> find_kernels() {
 
 const std::vector<const IsaProbe*>& isa_probes() {
   static const std::vector<const IsaProbe*> probes = find_probes();
+  return probes;
+}
+
+const std::vector<const TileProbe*>& tile_probes() {
+  static const std::vector<const TileProbe*> probes = find_tile_probes();
   return probes;
 }
 

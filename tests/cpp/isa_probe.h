@@ -1,6 +1,7 @@
 // What every instruction set's unit inlines (simd.h, vec_math.h, rows.h, tile_fma.h), behind
-// function pointers. Instances: those of the library, and wide16, vectors of 16 floats compiled for
-// AVX2, which runs the code of the widest vectors on machines without AVX-512.
+// function pointers. Instances: those of the library, and some compiled for AVX2 that run the code
+// of other machines: wide16, vectors of 16 floats; soft_dot and soft_tiles, the loops over bf16
+// products with AVX-512-BF16's or AMX's instructions in software.
 #pragma once
 
 #include <gtest/gtest.h>
@@ -16,6 +17,7 @@ namespace flash_test {
 
 // Those that this machine runs.
 const std::vector<const IsaProbe*>& isa_probes();
+const std::vector<const TileProbe*>& tile_probes();
 const std::vector<const flash::cpu::Kernels*>& all_kernels();
 
 // A test of this suite runs once for each.

@@ -46,7 +46,29 @@ struct IsaProbe {
   bool (*pack_natural)(float* y, const float* x, int n, int n_padded, int d, float* buffer);
 };
 
+struct TileMatrices {
+  int m, n, k;
+  const float *a, *b;
+  float* c;
+  bool add;          // C += A B instead of C = A B
+  uint32_t* memory;  // (m + n) * k * 3 / 2 words, 64-byte aligned, then 512 KiB
+};
+
+// Packed bf16 operands and their products (pack_bf16.h, tile_product.h). m is a multiple of 16, n
+// and k are multiples of 32; terms 1, 2 or 3.
+struct TileProbe {
+  const char* name;
+  void (*exp2_bf16)(float* y, const float* x, int n);
+  void (*split)(int terms, float* y, const float* x, int n);  // y[t * n + i] = term t of x[i]
+  // A [m][k] and the transpose of B, [n][k], row-major.
+  void (*multiply_columns)(int terms, const TileMatrices& x);
+  // The transpose of A, [k][m], and B [k][n] row-major; m a multiple of 32.
+  void (*multiply_rows)(int terms, const TileMatrices& x);
+};
+
 extern const IsaProbe probe_baseline, probe_avx2, probe_avx512, probe_wide16;
-extern const flash::cpu::Kernels kernels_wide16;
+extern const TileProbe tile_probe_soft_dot, tile_probe_soft_tiles, tile_probe_avx512bf16,
+    tile_probe_amx;
+extern const flash::cpu::Kernels kernels_wide16, kernels_soft_dot, kernels_soft_tiles;
 
 }  // namespace flash_test

@@ -14,6 +14,7 @@
 
 #include <sched.h>
 
+#include "cpu/exp2_bf16.h"
 #include "cpu/fwd.h"
 
 namespace flash::cpu::FLASH_ATTN_ISA {
@@ -85,6 +86,12 @@ inline int64_t dsoftmax_offset(const Flash_bwd_params& p, const Sequence& seq, i
 
 class BwdTaskRunner {
  public:
+  using Scratch = BwdScratch;
+  static BwdTile tile(const Flash_bwd_params& p) { return bwd_tile(p); }
+  static Scratch carve(Carver& c, const Flash_bwd_params& p, const BwdTile& tile) {
+    return carve_bwd(c, p, tile);
+  }
+
   BwdTaskRunner(const Flash_bwd_params& p, const BwdHead& head, int chunk, const BwdTile& tile,
                 const BwdScratch& x, float* dq_sums, int* turns)  // both of the head's slot
       : p_(p),
@@ -121,7 +128,7 @@ class BwdTaskRunner {
     }
   }
 
- private:
+ protected:
   void pack_chunk() {
     const auto k_row = [&](int i) {
       return cache_row(p_, p_.k, seq_, seq_.leftpad + key_ + i, head_.head_k);
@@ -211,14 +218,20 @@ class BwdTaskRunner {
                        transposed_operand(b + int64_t{t.begin} * d_pad, d));
   }
 
+  // s holds scores / score_scale_. With kForBf16, P will be rounded to bf16.
+  template <bool kForBf16 = false>
   void softmax_bwd_step(int row_index, const Row& row, float* s, float* dp, const TileColumns& t) {
     float* cap_slope = p_.softcap > 0.f ? x_.cap_slope : nullptr;
+    if (modifiers_ && score_scale_ != 1.f)
+      for (int j = t.begin; j < t.end; j += kWidth) store(s + j, load(s + j) * score_scale_);
+    const Vec factor = set1(modifiers_ ? kLog2e : score_scale_ * kLog2e);
     if (modifiers_) modify_scores(p_, map_, row, s, t, x_.buffer, cap_slope);
     if (dropout_.enabled) random_row_bytes(dropout_, map_.batch_head(row), row.query, t, x_.random);
     const Vec lse = set1(-p_.softmax_lse[map_.lse_index(row_index)] * kLog2e);
     const Vec delta = set1(p_.dsoftmax_sum[dsoftmax_index(row)]);
     for (int j = t.begin; j < t.end; j += kWidth) {
-      const Vec p = exp2(fma(load(s + j), set1(kLog2e), lse));
+      const Vec exponent = fma(load(s + j), factor, lse);
+      const Vec p = kForBf16 ? exp2_bf16(exponent) : exp2(exponent);
       Vec dropped = p, dp_j = load(dp + j);
       if (dropout_.enabled) {
         const VecI keep = kept(dropout_, x_.random, j);
@@ -285,6 +298,7 @@ class BwdTaskRunner {
   float* const dq_sums_;
   int* const turns_;
   bool k_finite_ = true, q_finite_ = true, dout_finite_ = true;
+  float score_scale_ = 1.f;  // of the products q.k: 1 where the scale is already part of q
 };
 
 // softmax_d = rowsum(dO * O) - dlse of a block of rows; dq of blocks that see no key is 0.
@@ -368,10 +382,11 @@ inline DqSlots carve_slots(Carver& c, const Flash_bwd_params& p, const BwdPlan& 
   return x;
 }
 
+template <class Runner>
 inline void run_bwd_tasks(const Flash_bwd_params& p, const BwdPlan& plan, const BwdTile& tile,
                           int threads) {
   Carver measure(nullptr);
-  carve_bwd(measure, p, tile);
+  Runner::carve(measure, p, tile);
   const size_t thread_bytes = measure.used();
   carve_slots(measure, p, plan, tile);
   Scratch scratch(thread_bytes * (threads - 1) + measure.used());
@@ -390,12 +405,11 @@ inline void run_bwd_tasks(const Flash_bwd_params& p, const BwdPlan& plan, const 
   parallel_for(static_cast<int64_t>(plan.tasks.size()), threads, [&](int64_t i, int thread) {
     const int h = tasks[i].head, slot = h % plan.wave_heads;
     Carver carver(scratch.data() + thread_bytes * thread);
-    const BwdScratch x = carve_bwd(carver, p, tile);
+    const typename Runner::Scratch x = Runner::carve(carver, p, tile);
     if (h >= plan.wave_heads) wait_for(slots.head_done + h - plan.wave_heads, 1);
     if (chunks_share_bias) wait_for(slots.chunks_done + h, tasks[i].chunk);
     int* turns = slots.turns + slot * slots.row_blocks;
-    BwdTaskRunner(p, heads[h], tasks[i].chunk, tile, x, slots.sums + slot * slots.slot_size, turns)
-        .run();
+    Runner(p, heads[h], tasks[i].chunk, tile, x, slots.sums + slot * slots.slot_size, turns).run();
     if (__atomic_add_fetch(slots.chunks_done + h, 1, __ATOMIC_ACQ_REL) == heads[h].chunks) {
       std::memset(turns, 0, slots.row_blocks * sizeof(int));
       __atomic_store_n(slots.head_done + h, 1, __ATOMIC_RELEASE);
@@ -403,12 +417,14 @@ inline void run_bwd_tasks(const Flash_bwd_params& p, const BwdPlan& plan, const 
   });
 }
 
+// Runner does one task: BwdTaskRunner, or one with other products.
+template <class Runner = BwdTaskRunner>
 inline void mha_bwd(const Flash_bwd_params& p) {
-  const BwdTile tile = bwd_tile(p);
+  const BwdTile tile = Runner::tile(p);
   const BwdPlan plan = plan_bwd(p, tile.keys, num_threads());
   const int threads = threads_for(plan.flops);
   prepare_bwd(p, plan, tile, threads);
-  run_bwd_tasks(p, plan, tile, threads);
+  run_bwd_tasks<Runner>(p, plan, tile, threads);
   if (p.ds_aux)
     parallel_for(p.h, threads, [&](int64_t h, int) { store_ds_aux(p, static_cast<int>(h)); });
   if (p.cu_seqlens_q) {

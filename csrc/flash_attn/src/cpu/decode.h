@@ -118,7 +118,7 @@ class StreamTaskRunner {
       x_.rows[r] = map.row(row);
       x_.state[r] = RowState{};
       float* q = x_.q + int64_t{r} * d_pad_;
-      read_query(p_, seq_, map, row, q, d_pad_);
+      read_scaled_query(p_, seq_, map, row, q, d_pad_);
       to_part_order<T>(q, d_pad_);
     }
   }

@@ -62,6 +62,12 @@ inline FwdScratch carve_fwd(Carver& c, const Flash_fwd_params& p, const FwdTile&
 
 class FwdTaskRunner {
  public:
+  using Scratch = FwdScratch;
+  static FwdTile tile(const Flash_fwd_params& p) { return fwd_tile(p); }
+  static Scratch carve(Carver& c, const Flash_fwd_params& p, const FwdTile& tile) {
+    return carve_fwd(c, p, tile);
+  }
+
   FwdTaskRunner(const Flash_fwd_params& p, const FwdTask& task, const FwdTile& tile,
                 const FwdScratch& x)
       : p_(p),
@@ -98,7 +104,7 @@ class FwdTaskRunner {
       const int row = task_.row_begin + r;
       x_.rows[r] = map_.row(row);
       x_.state[r] = RowState{};
-      read_query(p_, seq_, map_, row, x_.q + int64_t{r} * d_pad_, d_pad_);
+      read_scaled_query(p_, seq_, map_, row, x_.q + int64_t{r} * d_pad_, d_pad_);
     }
   }
 
@@ -135,7 +141,7 @@ class FwdTaskRunner {
 
   const Dropout& dropout() const { return dropout_; }
 
- private:
+ protected:
   // One tile of rows over the packed key block; rows count from the task's first.
   void attend(int row, int key, int keys) {
     const int end = rows() - row < tile_.rows ? rows() : row + tile_.rows;
@@ -240,6 +246,7 @@ inline void finish_rows(const Flash_fwd_params& p, const Sequence& seq, const Fw
   }
 }
 
+template <class Runner>
 inline void run_task(const Flash_fwd_params& p, const FwdTask& task, const FwdTile& tile,
                      Carver& carver, const Partials& partials) {
   const int rows = task.row_end - task.row_begin;
@@ -250,16 +257,17 @@ inline void run_task(const Flash_fwd_params& p, const FwdTask& task, const FwdTi
     for (int h = 0; h < task.heads; ++h)
       finish_rows(p, seq, task, h, x.state + h * rows, x.o + h * rows * partials.o_ld, partials);
   } else {
-    const FwdScratch x = carve_fwd(carver, p, tile);
-    FwdTaskRunner(p, task, tile, x).run();
+    const typename Runner::Scratch x = Runner::carve(carver, p, tile);
+    Runner(p, task, tile, x).run();
     finish_rows(p, seq, task, 0, x.state, x.o, partials);
   }
 }
 
 // Scratch of one thread, enough for any task.
+template <class Runner>
 inline size_t fwd_scratch_bytes(const Flash_fwd_params& p, const FwdTile& tile) {
   Carver packed(nullptr), streamed(nullptr);
-  carve_fwd(packed, p, tile);
+  Runner::carve(packed, p, tile);
   if (tile.stream.rows > 0) carve_stream(streamed, p);
   return packed.used() > streamed.used() ? packed.used() : streamed.used();
 }
@@ -292,14 +300,16 @@ inline void zero_rows_beyond(const Operand& x, Dtype t, int64_t first, int64_t t
     for (int64_t h = 0; h < heads; ++h) zero_row(t, operand_row(x, t, 0, i, h), d);
 }
 
+// Runner does tasks that are not streamed: FwdTaskRunner, or one with other products.
+template <class Runner = FwdTaskRunner>
 inline void mha_fwd(const Flash_fwd_params& p) {
   if (p.knew.ptr) append_kv(p);
-  const FwdTile tile = fwd_tile(p);
+  const FwdTile tile = Runner::tile(p);
   const FwdPlan plan = plan_fwd(p, tile, num_threads());
   const int threads = threads_for(plan.flops);
   const int64_t o_ld = round_up(static_cast<int>(p.d_v), kTileN);
 
-  const size_t thread_bytes = fwd_scratch_bytes(p, tile);
+  const size_t thread_bytes = fwd_scratch_bytes<Runner>(p, tile);
   const size_t partial_bytes = plan.partial_rows * (o_ld * sizeof(float) + sizeof(RowState)) + 128;
   Scratch scratch(thread_bytes * threads + partial_bytes);
   Carver shared(scratch.data() + thread_bytes * threads);
@@ -309,7 +319,7 @@ inline void mha_fwd(const Flash_fwd_params& p) {
   const FwdTask* tasks = plan.tasks.data();
   parallel_for(static_cast<int64_t>(plan.tasks.size()), threads, [&](int64_t i, int thread) {
     Carver carver(scratch.data() + thread_bytes * thread);
-    run_task(p, tasks[i], tile, carver, partials);
+    run_task<Runner>(p, tasks[i], tile, carver, partials);
   });
   if (plan.partial_rows > 0) {
     const double merge_flops = 4.0 * plan.partial_rows * o_ld;

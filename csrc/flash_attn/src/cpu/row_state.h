@@ -6,7 +6,7 @@
 
 namespace flash::cpu::FLASH_ATTN_ISA {
 
-// Row `index` of map in fp32, rotated and scaled, padded with zeros to d_pad.
+// Row `index` of map in fp32, rotated, padded with zeros to d_pad.
 inline void read_query(const Flash_fwd_params& p, const Sequence& seq, const RowMap& map, int index,
                        float* q, int d_pad) {
   read_row(p.dtype, q, map.tensor_row(p.q, index), static_cast<int>(p.d), d_pad);
@@ -14,6 +14,10 @@ inline void read_query(const Flash_fwd_params& p, const Sequence& seq, const Row
     const bool positions_differ = p.window_left >= 0 || p.window_right >= 0;
     rotate_row(p, q, seq.cached + (positions_differ ? map.query(index) : 0));
   }
+}
+inline void read_scaled_query(const Flash_fwd_params& p, const Sequence& seq, const RowMap& map,
+                              int index, float* q, int d_pad) {
+  read_query(p, seq, map, index, q, d_pad);
   for (int i = 0; i < d_pad; i += kWidth) store(q + i, load(q + i) * p.scale_softmax);
 }
 

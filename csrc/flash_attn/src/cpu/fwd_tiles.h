@@ -1,0 +1,301 @@
+// Forward attention on tile registers of bf16 (AMX): fwd.h's loop over tasks with other products.
+// Tasks of few rows are streamed as everywhere (decode.h).
+//
+// A task packs a chunk of keys, as much of K and V as leaves room in L2, and walks over it with
+// blocks of 32 rows:
+//
+//   units of 64 keys      S = Q K^T in L1, twice: while the tile unit computes one, vector units
+//                         make P of the other
+//   pieces of 128 keys    O += P V with P as bf16
+//
+// The reference of a row's exponents is raised only when a score exceeds it by 2^8: O is almost
+// never rescaled, and P needs no maximum before it. Row sums stay one vector a row until the end.
+// All grids of keys start at multiples of their size, so that a row's arithmetic does not depend on
+// the task it falls into.
+#pragma once
+
+#include "cpu/exp2_bf16.h"
+#include "cpu/fwd.h"
+#include "cpu/tile_product.h"
+
+namespace flash::cpu::FLASH_ATTN_ISA {
+
+inline constexpr int kBlockRows = 32;
+inline constexpr int kUnitKeys = 64;
+inline constexpr int kPieceKeys = 128;
+static_assert(kTileN == kTileDepth);  // columns of a tile of scores are whole tiles of a sum
+
+struct FwdTilesScratch : FwdScratch {  // of FwdScratch: o, buffer, state, rows, random
+  uint32_t *packed_q, *packed_k, *packed_v, *packed_p;
+  float* units;     // two of [32][kUnitKeys] scores
+  float* lane_sum;  // [task_rows][kWidth]
+  uint8_t* spoilt;  // [tile.keys]: V's rows with inf or NaN
+  Staging staging;
+};
+
+template <class Tile, class Terms>
+class FwdTilesRunner : public FwdTaskRunner {
+ public:
+  using Scratch = FwdTilesScratch;
+  static constexpr int kTerms = Terms::kTerms;
+
+  static FwdTile tile(const Flash_fwd_params& p) {
+    const int d = round_up(static_cast<int>(p.d), kTileDepth),
+              dv = round_up(static_cast<int>(p.d_v), kTileDepth);
+    int keys = (512 << 10) / (2 * kTerms * (d + dv)) / kPieceKeys * kPieceKeys;
+    keys = keys < kPieceKeys ? kPieceKeys : keys > 1024 ? 1024 : keys;
+    int task_rows = (768 << 10) / (2 * kTerms * d + 4 * dv) / kBlockRows * kBlockRows;
+    task_rows = task_rows < kBlockRows ? kBlockRows : task_rows > 1024 ? 1024 : task_rows;
+    return {kBlockRows, keys, task_rows, stream_tile(p)};
+  }
+
+  static Scratch carve(Carver& c, const Flash_fwd_params& p, const FwdTile& tile) {
+    const int64_t d = round_up(static_cast<int>(p.d), kTileDepth),
+                  dv = round_up(static_cast<int>(p.d_v), kTileDepth);
+    Scratch x{};
+    x.o = c.take<float>(tile.task_rows * dv);
+    x.packed_q = c.take<uint32_t>(packed_words(tile.task_rows, d, kTerms));
+    x.packed_k = c.take<uint32_t>(packed_words(tile.keys, d, kTerms));
+    x.packed_v = c.take<uint32_t>(packed_words(tile.keys, dv, kTerms));
+    x.packed_p = c.take<uint32_t>(packed_words(kBlockRows, kPieceKeys, kTerms));
+    x.units = c.take<float>(2 * kBlockRows * kUnitKeys);
+    x.lane_sum = c.take<float>(int64_t{tile.task_rows} * kWidth);
+    x.staging = carve_staging(c, kTerms, static_cast<int>(d > dv ? d : dv));
+    x.buffer = c.take<float>(d + tile.keys + kWidth);
+    x.state = c.take<RowState>(tile.task_rows);
+    x.rows = c.take<Row>(tile.task_rows);
+    x.random = c.take<uint8_t>(kUnitKeys + 64);
+    x.spoilt = c.take<uint8_t>(tile.keys);
+    return x;
+  }
+
+  FwdTilesRunner(const Flash_fwd_params& p, const FwdTask& task, const FwdTile& tile,
+                 const Scratch& x)
+      : FwdTaskRunner(p, task, tile, x),
+        x_(x),
+        fold_scale_(!modifiers_ && p.scale_softmax > 0.f),
+        factor_(fold_scale_ ? p.scale_softmax * kLog2e : kLog2e),
+        q_(packed_grid(x.packed_q, tile.task_rows, d_pad_)),
+        k_(packed_grid(x.packed_k, tile.keys, d_pad_)),
+        v_(packed_grid(x.packed_v, d_v_pad_, tile.keys)),
+        weights_(packed_grid(x.packed_p, kBlockRows, kPieceKeys)) {}
+
+  void run() {
+    Tile::configure();
+    load_q();
+    const int padded_rows = round_up(rows(), kBlockRows);
+    std::memset(x_.o, 0, sizeof(float) * padded_rows * d_v_pad_);
+    std::memset(x_.lane_sum, 0, sizeof(float) * padded_rows * kWidth);
+    std::memset(x_.packed_p, 0, 4 * packed_words(kBlockRows, kPieceKeys, kTerms));
+    const int first = task_.key_begin / kPieceKeys * kPieceKeys;
+    const int end = task_.key_begin < task_.key_end ? task_.key_end : first;
+    for (int key = first, next; key < end; key = next) {
+      next = (key / tile_.keys + 1) * tile_.keys;
+      next = next < end ? next : end;
+      pack_kv(key, next - key);
+      for (int row = 0; row < rows(); row += kBlockRows) attend(row, key, next - key);
+    }
+    for (int r = 0; r < rows(); ++r)
+      x_.state[r].sum = reduce_add(load(x_.lane_sum + int64_t{r} * kWidth));
+    Tile::release();
+  }
+
+ private:
+  // A block of rows over the columns [begin, end) of a chunk of keys.
+  struct Unit {
+    int row, rows;   // of the task
+    int begin, end;  // columns of the chunk, at most kUnitKeys, multiples of 32
+    int seen_begin;  // first column that any of the rows sees
+    int first_key;   // of the chunk
+    float* scores;   // [rows][kUnitKeys]
+  };
+
+  void load_q() {
+    for (int r = 0; r < rows(); ++r) {
+      x_.rows[r] = map_.row(task_.row_begin + r);
+      x_.state[r] = RowState{};
+    }
+    const auto q_row = [&](int r) -> const void* {
+      return map_.tensor_row(p_.q, task_.row_begin + r);
+    };
+    for (int r = 0; r < round_up(rows(), kBlockRows); ++r) {
+      if (p_.rotary_dim > 0 && r < rows())
+        stage_rotated(r);
+      else
+        stage_rows<kTerms>(x_.staging, {p_.dtype, r, 1, rows(), d_}, q_row, nullptr);
+      copy_staged_row<kTerms>(q_, r, x_.staging, 0);
+    }
+  }
+  void stage_rotated(int r) {
+    float* q = x_.buffer;
+    read_query(p_, seq_, map_, task_.row_begin + r, q, d_pad_);
+    split_row<kTerms>(x_.staging.rows, int64_t{kTileDepth} * x_.staging.ld, q, d_pad_);
+  }
+
+  const char* k_row(int64_t key) const {
+    return cache_row(p_, p_.k, seq_, seq_.leftpad + key, task_.head_k);
+  }
+  const char* v_row(int64_t key) const {
+    return cache_row(p_, p_.v, seq_, seq_.leftpad + key, task_.head_k);
+  }
+
+  void pack_kv(int key, int keys) {
+    v_finite_ = true;
+    for (int i = 0; i < keys; i += kTileDepth) {
+      const RowGroup k_rows{p_.dtype, i, kTileDepth, keys, d_};
+      stage_rows<kTerms>(x_.staging, k_rows, [&](int j) { return k_row(key + j); }, nullptr);
+      pack_columns<kTerms>(k_, i / kTileSide, x_.staging, 0);
+      pack_columns<kTerms>(k_, i / kTileSide + 1, x_.staging, kTileSide);
+      const RowGroup v_rows{p_.dtype, i, kTileDepth, keys, d_v_};
+      v_finite_ &= stage_rows<kTerms>(
+          x_.staging, v_rows, [&](int j) { return v_row(key + j); }, x_.spoilt + i);
+      pack_pairs<kTerms>(v_, i / kTileDepth, d_v_pad_, x_.staging);
+    }
+  }
+
+  // Scores of a unit on the tile unit, P of the unit before on the vector units, in turns; products
+  // with V follow where a piece of keys ends.
+  void attend(int row, int key, int keys) {
+    const int count = rows() - row < kBlockRows ? rows() - row : kBlockRows;
+    const TileColumns t = map_.columns(task_.row_begin + row, count, key, keys);
+    Unit unit{row, count, 0, 0, t.begin, key, x_.units};
+    for (int begin = t.begin; begin < t.end;) {
+      const Unit done = unit;
+      const int end = (begin / kUnitKeys + 1) * kUnitKeys;
+      unit.begin = begin;
+      unit.end = end < t.end ? end : t.end;
+      unit.scores = done.scores == x_.units ? x_.units + kBlockRows * kUnitKeys : x_.units;
+      score(unit, done);
+      finish_piece(done, done.end % kPieceKeys == 0);
+      begin = unit.end;
+    }
+    for (int r = 0; r < count && unit.begin < unit.end; ++r) weigh(unit, r);
+    finish_piece(unit, true);
+  }
+
+  // S of `unit`, and P of the rows of `done` between the tile products.
+  void score(const Unit& unit, const Unit& done) {
+    const int m = unit.row / kTileSide, m_tiles = tiles(unit.rows), n = unit.begin / kTileSide;
+    Packed q = q_, k = k_;
+    q.data = q_.tile(0, m, 0);
+    k.data = k_.tile(0, n, 0);
+    const TileProduct x = row_major_product(q, k, unit.scores, kUnitKeys);
+    const int n_tiles = (unit.end - unit.begin) / kTileSide;
+    const int steps = multiply_steps<Terms>(x, m_tiles, 0, n_tiles);
+    const int rows = done.begin < done.end ? done.rows : 0, each = (rows + steps - 1) / steps;
+    int r = 0;
+    multiply<Tile, Terms>(x, m_tiles, 0, n_tiles, [&] {
+      for (int i = 0; i < each && r < rows; ++i) weigh(done, r++);
+    });
+  }
+
+  static int tiles(int rows) { return (rows + kTileSide - 1) / kTileSide; }
+  uint16_t* weight(int term, int r, int column) const {
+    const int j = column % kPieceKeys;
+    uint32_t* tile = weights_.tile(term, r / kTileSide, j / kTileDepth);
+    return reinterpret_cast<uint16_t*>(tile + r % kTileSide * 16) + j % kTileDepth;
+  }
+
+  // P of row r of a unit.
+  void weigh(const Unit& unit, int r) {
+    const int task_row = unit.row + r;
+    float* s = unit.scores + r * kUnitKeys;
+    const TileColumns t{0, unit.end - unit.begin, unit.first_key + unit.begin};
+    if (!fold_scale_)
+      for (int j = 0; j < t.end; j += kWidth) store(s + j, load(s + j) * p_.scale_softmax);
+    finish_scores(task_row, s, t);
+    if (dropout_.enabled) {
+      const Row& row = x_.rows[task_row];
+      random_row_bytes(dropout_, map_.batch_head(row), row.query, t, x_.random);
+    }
+    Vec sum = load(x_.lane_sum + int64_t{task_row} * kWidth);
+    if (must_raise(s, t, x_.state[task_row])) sum *= raise_reference(s, unit, r);
+    const float max = x_.state[task_row].max;
+    const Vec reference = set1(max == -kInf ? 0.f : -max);
+    for (int j = 0; j < t.end; j += kWidth) {
+      Vec p = exp2_for(Terms{}, fma(load(s + j), set1(factor_), reference));
+      sum += p;
+      if (dropout_.enabled) p = select(kept(dropout_, x_.random, j), p, zero());
+      store_weights(r, unit.begin + j, p);
+    }
+    store(x_.lane_sum + int64_t{task_row} * kWidth, sum);
+  }
+
+  static FLASH_INLINE Vec exp2_for(OneTerm, Vec x) { return exp2_bf16(x); }
+  template <class Other>
+  static FLASH_INLINE Vec exp2_for(Other, Vec x) {
+    return exp2(x);
+  }
+
+  bool must_raise(const float* s, const TileColumns& t, const RowState& state) const {
+    if (state.max == -kInf) return true;
+    Vec largest = load(s);
+    for (int j = kWidth; j < t.end; j += kWidth) largest = max(largest, load(s + j));
+    return any_greater(largest * factor_, state.max + 8.f);
+  }
+
+  // The largest score of row r so far becomes the reference of its exponents. Returns what sums
+  // so far must be multiplied by: O and the weights that wait for their product with V already are.
+  float raise_reference(const float* s, const Unit& unit, int r) {
+    Vec largest = set1(-kInf);
+    for (int j = 0; j < unit.end - unit.begin; j += kWidth) largest = max(largest, load(s + j));
+    const float candidate = reduce_max(largest) * factor_;
+    RowState& state = x_.state[unit.row + r];
+    if (!(candidate > state.max)) return 1.f;
+    const float scale = exp2(state.max - candidate);
+    state.max = candidate;
+    float* o = x_.o + int64_t{unit.row + r} * d_v_pad_;
+    for (int i = 0; i < d_v_pad_; i += kWidth) store(o + i, load(o + i) * scale);
+    const int piece = unit.begin / kPieceKeys * kPieceKeys;
+    for (int j = unit.seen_begin > piece ? unit.seen_begin : piece; j < unit.begin; j += kWidth)
+      store_weights(r, j, load_weights(r, j) * scale);
+    return scale;
+  }
+
+  void store_weights(int r, int column, Vec p) const {
+    VecU16 term[kTerms];
+    split<kTerms>(p, term);
+    for (int i = 0; i < kTerms; ++i) store_u16(weight(i, r, column), term[i]);
+  }
+  Vec load_weights(int r, int column) const {
+    Vec p = zero();
+    for (int i = kTerms - 1; i >= 0; --i) p += bf16_to_float(load_u16(weight(i, r, column)));
+    return p;
+  }
+
+  // O += P V of the piece that ends with this unit.
+  void finish_piece(const Unit& unit, bool ends) {
+    if (!ends || unit.begin == unit.end) return;
+    const int piece = unit.begin / kPieceKeys * kPieceKeys;
+    const int begin = unit.seen_begin > piece ? unit.seen_begin : piece;
+    TileProduct x = row_major_product(weights_, v_, x_.o + int64_t{unit.row} * d_v_pad_, d_v_pad_);
+    x.b.data = v_.tile(0, 0, piece / kTileDepth);
+    x.k_begin = (begin - piece) / kTileDepth;
+    x.k_end = (unit.end - piece) / kTileDepth;
+    x.add = true;
+    multiply<Tile, Terms>(x, tiles(unit.rows), 0, d_v_pad_ / kTileSide);
+    if (!v_finite_) add_spoilt_values(unit, begin);
+  }
+
+  // What the zeros in place of inf and NaN left out, in rows that see them.
+  void add_spoilt_values(const Unit& unit, int begin) {
+    for (int j = begin; j < unit.end; ++j) {
+      const int key = unit.first_key + j;
+      if (key >= task_.key_end || !x_.spoilt[j]) continue;
+      for (int r = 0; r < unit.rows; ++r) {
+        const KeyRange seen = x_.rows[unit.row + r].keys;
+        if (key < seen.begin || key >= seen.end) continue;
+        float p = 0.f;
+        for (int i = 0; i < kTerms; ++i) p += load_scalar(weight(i, r, j), Dtype::kBFloat16, 0);
+        add_not_finite(x_.o + int64_t{unit.row + r} * d_v_pad_, 1, p, p_.dtype, v_row(key), d_v_);
+      }
+    }
+  }
+
+  const Scratch& x_;
+  const bool fold_scale_;
+  const float factor_;  // from scores as the tile unit makes them (or as modified) to units of log2
+  const Packed q_, k_, v_, weights_;
+};
+
+}  // namespace flash::cpu::FLASH_ATTN_ISA

@@ -1,0 +1,140 @@
+// Packed bf16 operands and their products.
+#include <cfloat>
+#include <random>
+
+#include "isa_probe.h"
+
+namespace flash_test {
+namespace {
+
+class PerTile : public testing::TestWithParam<const TileProbe*> {
+ protected:
+  const TileProbe& tile() const { return *GetParam(); }
+};
+// Machines without AVX2 run none.
+GTEST_ALLOW_UNINSTANTIATED_PARAMETERIZED_TEST(PerTile);
+INSTANTIATE_TEST_SUITE_P(Tile, PerTile, testing::ValuesIn(tile_probes()),
+                         [](const auto& info) { return std::string(info.param->name); });
+
+std::vector<float> random_floats(size_t n, uint32_t seed) {
+  std::mt19937 generator(seed);
+  std::normal_distribution<float> normal;
+  std::vector<float> x(n);
+  for (float& v : x) v = normal(generator);
+  return x;
+}
+
+float rounded_to_bf16(float x) {
+  uint32_t u;
+  std::memcpy(&u, &x, 4);
+  u = (u + 0x7fffu + (u >> 16 & 1u)) & 0xffff0000u;
+  std::memcpy(&x, &u, 4);
+  return x;
+}
+
+TEST_P(PerTile, Exp2ForBf16) {
+  constexpr int kCount = 1 << 14;
+  std::vector<float> x(kCount), y(kCount);
+  for (int i = 0; i < kCount; ++i) x[i] = -125.f + 133.f * i / kCount;
+  tile().exp2_bf16(y.data(), x.data(), kCount);
+  double worst = 0.;
+  for (int i = 0; i < kCount; ++i)
+    worst = std::max(worst, std::fabs(y[i] / std::exp2(static_cast<double>(x[i])) - 1.));
+  EXPECT_LT(worst, 3.2e-6);
+
+  std::vector<float> special(16), result(16);
+  const float inputs[] = {0.f, 1.f, -7.f, 8.f, -125.f, -INFINITY, -1000.f, NAN};
+  const float expected[] = {1.f, 2.f, 0x1p-7f, 256.f, 0x1p-125f, 0.f, 0.f, NAN};
+  std::copy(std::begin(inputs), std::end(inputs), special.begin());
+  tile().exp2_bf16(result.data(), special.data(), 16);
+  for (int i = 0; i < 7; ++i) EXPECT_EQ(result[i], expected[i]) << inputs[i];
+  EXPECT_TRUE(std::isnan(result[7]));
+}
+
+TEST_P(PerTile, TermsSumToTheNumber) {
+  constexpr int kCount = 4096;
+  std::vector<float> x = random_floats(kCount, 1);
+  for (int i = 0; i < kCount; ++i) x[i] = std::ldexp(x[i], i % 160 - 80);
+  x[0] = FLT_MAX;
+  x[1] = -FLT_MAX;
+  x[2] = 0x1.fffp127f;
+  const double bounds[] = {0x1p-8, 0x1p-16, 0x1p-24};
+  for (int terms = 1; terms <= 3; ++terms) {
+    std::vector<float> y(static_cast<size_t>(terms) * kCount);
+    tile().split(terms, y.data(), x.data(), kCount);
+    for (int i = terms == 1 ? 3 : 0; i < kCount; ++i) {
+      double sum = 0.;
+      for (int t = 0; t < terms; ++t) {
+        const float term = y[static_cast<size_t>(t) * kCount + i];
+        EXPECT_EQ(term, rounded_to_bf16(term));
+        sum += term;
+      }
+      // The largest numbers are cut, not rounded, to the first term: one bit less.
+      const double bound = bounds[terms - 1] * (i < 3 ? 2. : 1.);
+      ASSERT_LE(std::fabs(sum - x[i]), bound * std::fabs(x[i])) << x[i] << " in " << terms;
+    }
+  }
+}
+
+TEST_P(PerTile, SpecialNumbersKeepTheirMeaning) {
+  std::vector<float> x(16, 0.f);
+  const float inputs[] = {INFINITY, -INFINITY, NAN, -0.f};
+  std::copy(std::begin(inputs), std::end(inputs), x.begin());
+  for (int terms = 1; terms <= 3; ++terms) {
+    std::vector<float> y(static_cast<size_t>(terms) * 16);
+    tile().split(terms, y.data(), x.data(), 16);
+    EXPECT_EQ(y[0], INFINITY);
+    EXPECT_EQ(y[1], -INFINITY);
+    EXPECT_TRUE(std::isnan(y[2]));
+    EXPECT_EQ(y[3], 0.f);
+    for (int t = 1; t < terms; ++t)
+      for (int i = 0; i < 4; ++i) EXPECT_EQ(y[16 * t + i], 0.f) << t << " " << i;
+  }
+}
+
+struct ProductShape {
+  int m, n, k;
+};
+
+// Against sums in double, within what rounding operands to `terms` terms and summing in fp32 give.
+void check_product(const TileProbe& probe, const ProductShape& s, int terms, bool by_rows) {
+  const size_t m = s.m, n = s.n, k = s.k;
+  const std::vector<float> a = random_floats(m * k, 2), b = random_floats(n * k, 3);
+  const std::vector<float> before = random_floats(m * n, 4);
+  std::vector<uint32_t> memory((m + n) * k * 3 / 2 + (512 << 10) / 4 + 16);
+  uint32_t* aligned = memory.data();
+  while (reinterpret_cast<uintptr_t>(aligned) % 64) ++aligned;
+  const double bounds[] = {0x1p-7, 0x1p-15, 0x1p-21};
+  for (const bool add : {false, true}) {
+    std::vector<float> c = before;
+    const TileMatrices x{s.m, s.n, s.k, a.data(), b.data(), c.data(), add, aligned};
+    (by_rows ? probe.multiply_rows : probe.multiply_columns)(terms, x);
+    double worst = 0.;
+    for (size_t i = 0; i < m; ++i)
+      for (size_t j = 0; j < n; ++j) {
+        double sum = add ? before[i * n + j] : 0., size = std::fabs(sum);
+        for (size_t l = 0; l < k; ++l) {
+          const double term =
+              by_rows ? double{a[l * m + i]} * b[l * n + j] : double{a[i * k + l]} * b[j * k + l];
+          sum += term;
+          size += std::fabs(term);
+        }
+        worst = std::max(worst, std::fabs(c[i * n + j] - sum) / size);
+      }
+    EXPECT_LT(worst, bounds[terms - 1])
+        << s.m << " " << s.n << " " << s.k << ", " << terms << " terms, add " << add;
+    EXPECT_GT(worst, bounds[terms - 1] / 256) << "more terms than said";
+  }
+}
+
+TEST_P(PerTile, Products) {
+  for (int terms = 1; terms <= 3; ++terms) {
+    for (const ProductShape& s : {ProductShape{16, 32, 32}, {32, 64, 96}, {48, 96, 64}})
+      check_product(tile(), s, terms, false);
+    for (const ProductShape& s : {ProductShape{32, 32, 32}, {96, 64, 64}, {64, 96, 128}})
+      check_product(tile(), s, terms, true);
+  }
+}
+
+}  // namespace
+}  // namespace flash_test
