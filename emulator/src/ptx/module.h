@@ -35,6 +35,8 @@ enum class Type : uint8_t {
   kF64,
 };
 
+uint32_t type_bytes(Type type);  // in memory; 0 of kNone and kPred
+
 enum class Space : uint8_t { kReg, kConst, kGlobal, kLocal, kParam, kShared };
 
 struct Operand {
@@ -47,13 +49,17 @@ struct Operand {
     kVariable,   // address of a variable: index, variable_scope; value = added offset
     kLabel,      // index: Function::labels
     kFunction,   // index: Module::functions
-    kVector,  // {a, b, ...}: elements. Also tensor coordinates, call argument lists and brx tables
-    kPair,    // a|b: two elements
+    kVector,  // {a, b, ...}: elements. Also tensor coordinates, call argument lists in parentheses,
+              // and a vector register named as a whole
+    kBranchTargets,  // index: Function::branch_targets
+    kPair,           // a|b: two elements
     kMemory,  // [base + value]: elements[0] is base (register, variable or immediate); further
               // elements: what follows it after commas, e.g. coordinates in [map, {c0, c1}]
-    kName,  // any other bare word (prototype names, ...): name
+    kName,    // any other bare word (prototype names, ...): name
   };
-  enum class Scope : uint8_t { kModule, kFunction, kParam };
+  // Which list `index` of a kVariable is for: Module::variables, Function::variables, ::params,
+  // ::returns.
+  enum class Scope : uint8_t { kModule, kFunction, kParam, kReturn };
 
   Kind kind = Kind::kSink;
   bool negated = false;   // !%p or -%r
@@ -67,7 +73,7 @@ struct Operand {
 };
 
 struct SourceLocation {
-  int file = 0;  // index into Module::files' numbers; 0 = none
+  int file = 0;  // index into Module::files; 0 = none
   int line = 0;
   int column = 0;
 };
@@ -94,7 +100,7 @@ struct Variable {
   uint64_t bytes = 0;  // 0: extern, of a size known at launch
   uint32_t alignment = 1;
   bool is_extern = false;
-  std::vector<uint8_t> initial;  // empty: zero
+  std::vector<uint8_t> initial;  // of the first bytes; the others are zero
   struct Relocation {  // initial[offset...offset+8) += address of a module variable or function
     uint64_t offset;
     bool is_function;
@@ -112,10 +118,11 @@ struct Function {
   std::string name;
   bool is_entry = false;
   bool has_body = false;
-  std::vector<Variable> params;  // space kParam
+  std::vector<Variable> params;  // space kParam, or kReg: the register of that name
   std::vector<Variable> returns;
   std::vector<Variable> variables;  // .local, .shared, .param declared inside, in all nested scopes
-  std::vector<Register> registers;  // of all nested scopes; a vector register is several
+  std::vector<Register> registers;  // of all nested scopes, those that the body names; a vector
+                                    // register is several
   std::vector<Label> labels;
   std::vector<Instruction> body;
   std::vector<std::vector<int>> branch_targets;  // .branchtargets tables, label indices
@@ -131,7 +138,7 @@ struct Module {
   std::string source;  // the text, for reports
   int version_major = 0, version_minor = 0;
   std::string target;              // "sm_90a"
-  std::vector<std::string> files;  // .file n "name": files[n]
+  std::vector<std::string> files;  // of .file, in order of appearance; files[0] is ""
   std::vector<Variable> variables;
   std::vector<Function> functions;
 };
