@@ -47,6 +47,7 @@ struct Cta {
   std::vector<std::unique_ptr<Warp>> warps;
   std::array<NamedBarrier, 16> barriers;
   std::shared_ptr<HopperCtaState> hopper;
+  void* observed = nullptr;  // the observer's own state
 
   uint32_t live_threads() const;
 };
@@ -65,6 +66,7 @@ struct Cluster {
   std::vector<std::unique_ptr<Cta>> ctas;
   std::deque<AsyncOperation> pending;
   std::shared_ptr<HopperClusterState> hopper;
+  void* observed = nullptr;   // the observer's own state
   std::mt19937_64 random;  // of this cluster: seeded by Options::seed and index
   bool done = false;
 

@@ -41,12 +41,23 @@ enum class SyncKind : uint8_t {
   kBarrierLeave,     // id; this warp goes on
   kWarpSync,         // mask: lanes that now see each other's writes
   kFence,            // membar, fence: order and scope
-  kProxyFence,       // fence.proxy.async and relatives
-  kMbarrierArrive,   // id: shared address
-  kMbarrierWait,     // id: a successful wait
-  kClusterArrive,
-  kClusterWait,
-  kCopyWait,  // cp.async.wait_*: of the lanes of mask; completed copies were shown before
+  kProxyFence,       // fence.proxy.async and relatives (fence.proxy.tensormap: id 1)
+  kMbarrierInit,     // id: shared address; every mbarrier event also has an access of kind kAtomic
+                     // and order kRelaxed to its 8 bytes (init: a weak store), shown first
+  kMbarrierInvalidate,
+  kMbarrierArrive,    // id; order: release or relaxed. Of cp.async.mbarrier.arrive: when it takes
+                      // effect, after the access() of the copies before it
+  kMbarrierTransfer,  // id: complete_tx of an operation of the async proxy that this warp issued;
+                      // after the operation's access() calls
+  kMbarrierComplete,  // id: a phase ended; after the arrivals and transfers that ended it
+  kMbarrierWait,      // id: a wait that found its phase complete
+  kClusterArrive,     // order: release or relaxed
+  kClusterComplete,   // all threads arrived; after the last arrival
+  kClusterWait,       // the lanes of mask go on; order: acquire or relaxed
+  kCopyWait,          // cp.async.wait_*: of the lanes of mask; completed copies were shown before
+  kBulkWait,          // cp.async.bulk.wait_group: the lanes' bulk copies shown so far are complete;
+                      // id 1: of .read, which waits for the source only
+  kWarpgroupWait,     // wgmma.wait_group: this warp's wgmma shown so far are complete
   kExit,
 };
 
@@ -69,13 +80,18 @@ class Observer {
   // where the observer leaves, by lane, whether any byte is undefined.
   virtual void access(Warp&, const Access&) {}
 
-  // An asynchronous operation will write these bytes from now on (its access() follows when it
-  // does): nobody may touch them. issue() comes once a range.
+  // An asynchronous operation (cp.async, TMA, bulk copy, wgmma operands in shared memory) reads or
+  // writes these bytes at any time from now on: for a write nobody may touch them, for a read
+  // nobody may write them. Once for each range, at issue. The same ranges come back in access()
+  // when the operation is complete by the rules of PTX (the wait, the complete_tx), in every mode:
+  // also where the bytes were moved at issue. All loads of an operation come before its stores;
+  // lanes of cp.async whose source is ignored (zero fill) have a store and no load.
   virtual void async_begins(Warp&, const Access&) {}
 
   virtual void synchronise(Warp&, const SyncEvent&) {}
 
-  // Before each instruction, for definedness of registers.
+  // Before each instruction, for definedness of registers; also when no lane of the fragment passes
+  // the guard (mask 0). Again before each retry of an instruction that waited.
   virtual void execute(Warp&, const Instruction&, uint32_t /*mask*/) {}
 };
 

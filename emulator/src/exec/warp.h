@@ -31,7 +31,9 @@ struct Frame {
   const Function* function = nullptr;
   AlignedBytes registers;
   uint32_t local_base = 0;          // of this frame in each lane's local memory
-  std::vector<uint32_t> undefined;  // for checks: by register slot / 4, bit = lane; empty = off
+  // For checks of values, made by the observer: by register slot / 64, bit = lane; so a 32-bit
+  // register has a word for its low and one for its high half, a 64-bit one four.
+  std::vector<uint32_t> undefined;
 };
 
 struct Wait {  // why a fragment does not run: for the scheduler and the deadlock report
@@ -102,6 +104,7 @@ struct Warp {
   std::vector<PendingCopy> copies;       // cp.async in order of issue
   std::array<uint32_t, 32> copy_groups;  // commit_group executed, by lane
   std::shared_ptr<HopperWarpState> hopper;
+  void* observed = nullptr;  // the observer's own state
 
   // Lanes of an operand. T is uint32_t, or uint64_t for 64-bit registers.
   template <class T>
