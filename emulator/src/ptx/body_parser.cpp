@@ -54,9 +54,11 @@ class BodyParser : public VariableSink {
 
   void run() {
     open_scope();
+    const int outside = current_;
     declare_parameters(function_.params, Symbol::Kind::kParam);
     declare_parameters(function_.returns, Symbol::Kind::kReturn);
-    while (current_ >= 0) statement();
+    open_scope();
+    while (current_ != outside) statement();
     resolve_names();
   }
 
@@ -273,6 +275,7 @@ class BodyParser : public VariableSink {
     while (tokens_.peek().kind == Token::Kind::kDotted) {
       instruction.modifiers.emplace_back(tokens_.next().text);
     }
+    if (tokens_.peek().is("}") || tokens_.at_end()) tokens_.fail_expected("';'");
     if (!tokens_.accept(";")) {
       do {
         instruction.operands.push_back(operand(0));
@@ -362,6 +365,11 @@ class BodyParser : public VariableSink {
     result.is_float = result.is_f32 || token.kind == Token::Kind::kFloat ||
                       token.kind == Token::Kind::kFloatBits64;
     if (!result.is_float) {
+      const bool begins_constant = tokens_.peek().kind == Token::Kind::kInteger ||
+                                   tokens_.peek().kind == Token::Kind::kWord ||
+                                   tokens_.peek().is("-") || tokens_.peek().is("+") ||
+                                   tokens_.peek().is("~") || tokens_.peek().is("!");
+      if (!begins_constant) tokens_.fail_expected("an operand");
       result.value = parse_constant(tokens_);
       return result;
     }

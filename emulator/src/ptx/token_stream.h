@@ -1,6 +1,6 @@
 #pragma once
 
-#include <charconv>
+#include <algorithm>
 #include <limits>
 #include <string>
 #include <string_view>
@@ -37,7 +37,7 @@ class TokenStream {
     return true;
   }
   void expect(std::string_view punctuation) {
-    if (!accept(punctuation)) fail_expected("'" + std::string(punctuation) + "'");
+    if (!accept(punctuation)) fail_expected_punctuation(punctuation);
   }
   std::string_view expect_word(const char* what) {
     if (peek().kind != Token::Kind::kWord) fail_expected(what);
@@ -57,36 +57,16 @@ class TokenStream {
     return static_cast<int>(next().value);
   }
   // Up to and with the next `punctuation`.
-  void skip_past(std::string_view punctuation) {
-    while (!accept(punctuation)) {
-      if (at_end()) fail_expected("'" + std::string(punctuation) + "'");
-      next();
-    }
-  }
+  void skip_past(std::string_view punctuation);
   // A balanced block, the cursor before its opening brace.
-  void skip_block(std::string_view open, std::string_view close) {
-    expect(open);
-    for (size_t depth = 1; depth > 0; next()) {
-      if (at_end()) fail_expected("'" + std::string(close) + "'");
-      if (peek().is(open)) ++depth;
-      if (peek().is(close)) --depth;
-    }
-  }
+  void skip_block(std::string_view open, std::string_view close);
 
-  [[noreturn]] void fail(const std::string& what) const { fail_at(peek().line, what); }
-  [[noreturn]] void fail_at(int line, const std::string& what) const {
-    throw ParseError("line " + std::to_string(line) + ": " + what);
-  }
-  [[noreturn]] void fail_expected(const std::string& what) const {
-    const std::string found =
-        at_end() ? "the end of the text"
-                 : "'" + std::string(peek().kind == Token::Kind::kDotted ? "." : "") +
-                       std::string(peek().text.substr(0, kMaxQuoted)) + "'";
-    fail("expected " + what + " before " + found);
-  }
+  [[noreturn]] void fail(const std::string& what) const;
+  [[noreturn]] void fail_at(int line, const std::string& what) const;
+  [[noreturn]] void fail_expected(const std::string& what) const;
+  [[noreturn]] void fail_expected_punctuation(std::string_view punctuation) const;
 
  private:
-  static constexpr size_t kMaxQuoted = 60;  // characters of the text that an error repeats
   std::vector<Token> tokens_;
   size_t position_ = 0;
 };
