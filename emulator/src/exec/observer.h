@@ -57,7 +57,8 @@ enum class SyncKind : uint8_t {
   kCopyWait,          // cp.async.wait_*: of the lanes of mask; completed copies were shown before
   kBulkWait,          // cp.async.bulk.wait_group: the lanes' bulk copies shown so far are complete;
                       // id 1: of .read, which waits for the source only
-  kWarpgroupWait,     // wgmma.wait_group: this warp's wgmma shown so far are complete
+  kWarpgroupWait,     // wgmma.wait_group: the warpgroup's wgmma shown so far are complete for this
+                      // warp; their operands are shown as accesses of its first warp, which is id
   kExit,
 };
 
