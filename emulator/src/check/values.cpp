@@ -4,6 +4,7 @@
 
 #include "../exec/cta.h"
 #include "../exec/report.h"
+#include "../exec/shuffle.h"
 #include "state.h"
 
 namespace gpu_emulator::check {
@@ -387,8 +388,22 @@ class Propagation {
   const Slot* writes_;
 };
 
-// PTX 9.7.9.6; list: d, a, b, c as decoded.
-void Propagation::shuffle() { set_results(any_read() ? mask_ : 0); }
+// PTX 9.7.9.6. The predicate, in the list, depends on the lane numbers only.
+void Propagation::shuffle() {
+  const uint32_t* b = warp_.lanes<uint32_t>(in_.b);
+  const uint32_t* c = warp_.lanes<uint32_t>(in_.c);
+  const uint32_t by = register_lanes(in_.b) | register_lanes(in_.c);
+  const uint32_t from[2] = {word(in_.a, 0), word(in_.a, 1)};
+  define_results();
+  for (uint32_t k = 0; k < 2 && is_register(in_.d); ++k) {
+    uint32_t lanes = by;
+    for_each_lane(mask_, [&](int lane) {
+      const int source = exec::shuffle_source(in_.option[0], lane, b[lane], c[lane]).lane;
+      lanes |= (from[k] >> source & 1) << lane;
+    });
+    set(in_.d, k, lanes);
+  }
+}
 
 // PTX 9.7.14.5: register i of A holds elements of row lane / 4 + 8 * (i & 1), those of B lie in
 // column lane / 4, those of C and D in the rows of A and columns lane % 4 * 2 and the next.
@@ -529,8 +544,7 @@ void Values::loaded(Warp& warp, int lane, uint64_t undefined) {
   if (effects.flow == Flow::kLoadMatrix || transposed) {
     // The lane's address is row lane % 8 of matrix lane / 8 (PTX 9.7.14.5.15).
     const int matrix = lane / 8, row = lane % 8;
-    if (matrix >= effects.writes) return;
-    const Slot slot = warp.function->effect_slots[effects.first_write + matrix];
+    const Slot slot = warp.list(in)[matrix];
     for (int column = 0; column < 8; ++column) {
       if (!(undefined >> 2 * column & 3)) continue;
       if (transposed) {
