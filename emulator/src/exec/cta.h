@@ -29,12 +29,15 @@ inline constexpr uint32_t kSharedRankShift = 24;
 inline constexpr uint32_t kSharedOffsetMask = (1u << kSharedRankShift) - 1;
 
 struct NamedBarrier {     // barrier.cta 0..15 (PTX 9.7.13.1)
-  uint32_t expected = 0;  // threads; 0 = none has arrived
-  uint32_t arrived = 0;
+  uint32_t expected = 0;  // threads of the instruction that arrived first; 0 = all of the CTA
+  uint32_t threads = 0;   // that arrived
+  uint32_t units = 0;     // the same with 32 for a whole warp, however many threads it has
   uint64_t generation = 0;
-  uint32_t reduction = 0, last_reduction = 0;  // barrier.red: of this and the last generation
-  uint64_t popc = 0, last_popc = 0;
-  uint32_t arrived_warps = 0;  // bit = warp, for reports
+  std::array<uint32_t, 32> lanes{};  // that arrived, by warp
+  uint32_t all = kAllLanes, any = 0;  // barrier.red: so far
+  uint64_t popc = 0;
+  uint32_t last_all = 0, last_any = 0;  // of the generation before
+  uint64_t last_popc = 0;
 };
 
 struct Cta {
@@ -56,6 +59,8 @@ struct Cta {
 // signal an mbarrier. Late mode completes one only when no warp of the cluster can go on.
 struct AsyncOperation {
   std::function<void()> complete;
+  // Called instead when all threads of the cluster have exited. Absent: complete.
+  std::function<void()> abandon;
   std::string what;  // for reports: "cp.async.bulk.tensor at PTX line 12"
 };
 
@@ -67,6 +72,7 @@ struct Cluster {
   std::deque<AsyncOperation> pending;
   std::shared_ptr<HopperClusterState> hopper;
   void* observed = nullptr;   // the observer's own state
+  uint32_t expired_waits = 0;  // Wait::expired, since an mbarrier's phase ended
   std::mt19937_64 random;  // of this cluster: seeded by Options::seed and index
   bool done = false;
 

@@ -33,7 +33,8 @@ class FunctionDecoder;  // decode.cc: slots of registers, constants, special reg
 
 class Decoder {  // of one instruction
  public:
-  Decoder(FunctionDecoder& function, const ptx::Instruction& ast, Instruction& out);
+  Decoder(FunctionDecoder& function, const ptx::Instruction& ast, Instruction& out,
+          const Isa& isa);
 
   const ptx::Instruction& ast;
   Instruction& out;
@@ -55,8 +56,9 @@ class Decoder {  // of one instruction
   Slot source(const ptx::Operand& operand, ptx::Type type, bool relaxed = false);
   Slot source(size_t i, ptx::Type type, bool relaxed = false);
   Slot source_predicate(const ptx::Operand& operand, bool* negated);
-  Slot destination(const ptx::Operand& operand);  // kNoSlot = sink
-  Slot destination(size_t i);
+  // A register with room for `bytes` (0: a predicate). kNoSlot = the sink, where it may be one.
+  Slot destination(const ptx::Operand& operand, int bytes, bool may_sink = false);
+  Slot destination(size_t i, int bytes, bool may_sink = false);
   int register_bytes(const ptx::Operand& operand) const;  // 0 = predicate; -1 = not a register
   int64_t immediate(size_t i) const;                      // Unsupported if it is not one
   std::vector<ptx::Operand> elements(const ptx::Operand& operand) const;  // of {..}, or itself
@@ -70,7 +72,6 @@ class Decoder {  // of one instruction
   Address address(const ptx::Operand& operand);
 
   void list(const std::vector<Slot>& slots);  // out.list, out.count
-  uint32_t append_list(const std::vector<Slot>& slots);
   void memory_order();  // .relaxed/.acquire/... and scopes: out.order, out.scope
   Space take_space();   // generic if there is none
 
@@ -87,9 +88,10 @@ struct Form {
 };
 
 // The families' tables.
+std::span<const Form> arithmetic_forms();  // add, sub, mul, mad, fma, min, max, ... of all types
 std::span<const Form> integer_forms();
 std::span<const Form> float_forms();
-std::span<const Form> half_forms();
+std::span<const Form> compare_forms();
 std::span<const Form> convert_forms();
 std::span<const Form> move_forms();
 std::span<const Form> memory_forms();
@@ -99,5 +101,12 @@ std::span<const Form> control_forms();
 std::span<const Form> barrier_forms();
 std::span<const Form> mma_forms();
 std::span<const Form> copy_forms();
+// sm_90
+std::span<const Form> mbarrier_forms();
+std::span<const Form> bulk_forms();
+std::span<const Form> tensor_forms();
+std::span<const Form> wgmma_forms();
+std::span<const Form> cluster_forms();
+std::span<const Form> stmatrix_forms();
 
 }  // namespace gpu_emulator::exec

@@ -93,10 +93,31 @@ struct MatrixForm {
   int k;
 };
 
+// wgmma: operands are widened to panels of 32-bit elements, in a layout of the instruction set's own
+// (warpgroup.inc.h), then multiplied for one warp's 16 rows at a time.
+enum class AccumulatorType : uint8_t { kF32, kF16, kS32, kS32Saturated };
+
+struct PanelForm {  // of the chunks that operand_chunks() (wgmma_operand.h) lists
+  bool mn_major, negate;
+  int rows;
+};
+// panel: 64-byte aligned; of A (rows = 16) 64 k elements of 32 bits, of B rows k.
+using PackPanel = void (*)(const std::byte* const* chunks, const PanelForm& form, void* panel);
+
+struct TilePanels {
+  const void *a, *b;
+  int n, k;
+};
+// d: registers of 32 lanes, in the order of PTX; !accumulate: D = A B.
+using TileProduct = void (*)(uint32_t* const* d, const TilePanels& panels, bool accumulate);
+
 struct Isa {
   const char* name;
   Handler (*lanes)(const LaneForm& form);     // nullptr: not one of these
   Handler (*matrix)(const MatrixForm& form);  // nullptr: not one of these
+  PackPanel (*pack_a)(MatrixType type);
+  PackPanel (*pack_b)(MatrixType type);
+  TileProduct (*tile_product)(AccumulatorType type);
 };
 const Isa& best_isa();                     // of this machine
 std::vector<const Isa*> available_isas();  // of this machine, the baseline first

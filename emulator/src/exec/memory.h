@@ -20,6 +20,9 @@ inline constexpr uint64_t kParamWindow = 0x42ull << 56;
 inline constexpr uint64_t kFunctionWindow = 0x43ull << 56;  // "addresses" of functions
 inline constexpr uint64_t kWindowMask = 0xffull << 56;
 
+// Local addresses begin here, so that they differ from offsets in the parameter block.
+inline constexpr uint64_t kLocalBase = 1u << 24;
+
 Space space_of_generic(uint64_t address);
 
 struct AccessForm {  // what is the same for all lanes
@@ -31,6 +34,8 @@ struct AccessForm {  // what is the same for all lanes
   uint32_t bytes = 0;      // a lane
   uint32_t alignment = 1;  // power of two
   bool counted = true;
+  bool announce_only = false;  // Observer::async_begins() instead of access()
+  bool shown = true;  // to the observer
 };
 
 // Host pointers of the lanes of mask: host[lane]. Fails with a report on a bad address. Shows the
@@ -38,11 +43,8 @@ struct AccessForm {  // what is the same for all lanes
 void resolve(Warp& warp, const AccessForm& form, uint32_t mask, const uint64_t* address,
              std::byte** host);
 
-// As resolve, of one address on behalf of one lane (bulk copies, tensor maps), any size.
+// As resolve, of one address on behalf of one lane (bulk copies, tensor maps), of any size.
 std::byte* resolve_one(Warp& warp, const AccessForm& form, int lane, uint64_t address);
-
-// As resolve_one with a size beyond one access; false and no report where the range is not valid.
-bool valid_range(Warp& warp, Space space, uint64_t address, uint64_t bytes);
 
 // Lanes' addresses of an instruction with operand `slot` (32 or 64 bits) and its offset.
 inline void addresses(const Warp& warp, Slot slot, bool wide, int64_t offset, uint64_t* out) {

@@ -56,6 +56,7 @@ struct Instruction {
   Slot e = kNoSlot;             // a fourth source or a second destination: as the family says
   uint32_t list = 0;            // first of `count` slots in Function::lists: vectors, fragments
   int64_t imm = 0;              // address offset, lop3 table, group count: as the family says
+  int64_t option_offset = 0;    // a second address offset: as the family says
   uint32_t target = kNoPc;      // branches
   uint32_t reconverge = kNoPc;  // branches: immediate post-dominator, kNoPc = the function's end
   uint16_t count = 0;
@@ -66,15 +67,44 @@ struct Instruction {
   Scope scope = Scope::kNone;
   uint8_t option[4] = {0, 0, 0, 0};  // as the family says
   bool guard_negated = false;
+  bool is_unsupported = false;
   bool wide_address = false;  // `a` (or `d` of an asynchronous copy) holds 64-bit addresses
   InstructionClass counter_class = InstructionClass::kOther;
 };
 
-// Slots an instruction reads and writes, in Function::effects; for checks of undefined values.
+// How what an instruction writes depends on what it reads: for checks of undefined values.
+enum class Flow : uint8_t {
+  kUnion,       // every result on every source
+  kMove,        // the sources side by side are the results side by side, `bits` bits of each
+  kSelect,      // selp: a, b by predicate c
+  kLogic,       // and, or: a and b decide bit by bit
+  kShift,       // shl, shr of b32: a by b
+  kHalves,      // packed 16-bit arithmetic: each half on the same halves
+  kPackHalves,  // cvt to a pair: high half on the first source, low half on the second
+  kShuffle,     // shfl: on another lane
+  kLanes,       // vote, match, redux: on all lanes
+  kLoad,        // in memory order what lies at the address
+  kLoadMatrix,  // ldmatrix
+  kLoadMatrixTransposed,
+  kStore,  // reads the address `a`, then what it stores
+  kAtomic,
+  kMatrix,   // mma: rows of A and columns of B; lists D, A, B, C
+  kAddress,  // results are defined; sources are addresses, counts, barriers
+  kNone,     // nothing to follow
+};
+
+// Slots an instruction reads and writes, in Function::effects. Slots are in order of the operands;
+// in effect_slots the low four bits of each are its size in units of 64 bytes. Sinks (kNoSlot) and
+// constants stand there for kMove only.
 struct Effects {
   uint32_t first_read = 0, first_write = 0;  // into Function::effect_slots
   uint16_t reads = 0, writes = 0;
+  Flow flow = Flow::kUnion;
+  uint8_t bits = 0;        // kMove: of all sources together; kLogic: 1 = and, 2 = or; kShift: 1 =
+                           // left, 2 = right
+  bool ends_flow = false;  // ret, exit, trap, a branch without guard
 };
+inline constexpr Slot kEffectSizeMask = 15;
 
 // A slot filled when a frame is made: special registers and addresses known only at launch.
 struct FrameValue {
@@ -120,7 +150,7 @@ struct Function {
   uint32_t param_bytes = 0;          // entry: size of the parameter block
   uint32_t local_bytes = 0;   // a lane's local memory in one frame, .param variables included
   uint32_t shared_bytes = 0;  // entry: static shared memory, callees included
-  std::vector<int64_t> shared_offsets;  // entry: by ptx::Module::variables; -1 = not used
+  std::vector<int64_t> shared_offsets;  // entry: by Program::shared_variables; -1 = not used
   int virtual_registers = 0;            // 32-bit registers declared
   int max_live_registers = 0;  // 32-bit registers alive at once: an estimate of ptxas' count
   int max_threads[3] = {0, 0, 0}, required_threads[3] = {0, 0, 0};
@@ -134,12 +164,22 @@ struct Program {
   std::vector<std::string> files;         // .file table, for source lines in reports
   std::vector<std::string> source_lines;  // the PTX text, for reports
   std::string target;
+  const Isa* isa = nullptr;  // of the handlers
 
   // Module variables (.global, .const) as one image, placed at Launch::module_base.
   uint64_t module_bytes = 0;
   std::vector<int64_t> variable_offsets;  // by ptx::Module::variables; -1 = not in the image
   std::vector<std::string> variable_names;
   std::vector<uint64_t> variable_bytes;
+
+  struct SharedVariable {
+    int function = -1;  // -1: of the module
+    int variable = -1;
+    uint64_t bytes = 0;
+    uint32_t alignment = 1;
+    bool dynamic = false;  // extern: begins where the static ones end
+  };
+  std::vector<SharedVariable> shared_variables;
 
   // The image with relocations for this base: module_bytes bytes.
   std::vector<std::byte> image(uint64_t module_base) const;

@@ -9,6 +9,8 @@
 
 namespace gpu_emulator::exec {
 
+struct Function;
+struct Program;
 struct Warp;
 
 enum class ReportKind : uint8_t {
@@ -48,6 +50,9 @@ class Failure : public std::runtime_error {
 
 // "kernel k, CTA (0,0,0), warp 1, lane 3, PTX line 120: ld.global..., file.cu:17"
 std::string where(const Warp& warp, int lane);
+
+// "PTX line 120: ld.global..., (file.cu:17)"
+std::string describe_place(const Program& program, const Function& function, uint32_t pc);
 
 std::string format(const char* pattern, ...) __attribute__((format(printf, 1, 2)));
 

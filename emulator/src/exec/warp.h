@@ -50,6 +50,7 @@ struct Wait {  // why a fragment does not run: for the scheduler and the deadloc
   uint32_t id = 0;
   uint64_t generation = 0;
   const char* text = "";
+  bool expired = false;  // kMbarrier: nothing else can go on, so the wait gives up
 };
 
 struct Fragment {
@@ -60,6 +61,7 @@ struct Fragment {
     kFinished,  // slot free
   };
   State state = State::kRunnable;
+  bool released = false;  // kJoining: its lanes do not wait for each other any more
   bool is_call = false;  // root of a callee: its lanes go back to the parent by ret
   uint32_t pc = 0;
   uint32_t mask = 0;
@@ -75,8 +77,9 @@ struct Fragment {
 struct PendingCopy {
   const Instruction* instruction;
   uint32_t pc;
-  int frame_function;              // for reports
+  const Function* function;
   uint32_t mask;                   // lanes not complete
+  bool is_moved;                   // the bytes are there, nobody may know
   std::array<uint32_t, 32> group;  // commit_group count of the lane at issue
   std::array<uint64_t, 32> source;
   std::array<uint32_t, 32> destination;  // shared address
@@ -100,6 +103,7 @@ struct Warp {
   uint32_t local_capacity = 0;
   uint64_t executed = 0;  // warp instructions
   bool done = false;
+  bool released = false;  // some fragment was: its lanes may come to collectives one by one
 
   std::vector<PendingCopy> copies;       // cp.async in order of issue
   std::array<uint32_t, 32> copy_groups;  // commit_group executed, by lane
