@@ -27,9 +27,9 @@ float from_small(uint32_t bits, const SmallFormat& format) {
   return negative ? -value : value;
 }
 
-double rounded(double x, const RoundTo& how) {  // x >= 0, to an integer; directions of |x|
-  const double low = std::floor(x);
-  const double rest = x - low;
+long double rounded(long double x, const RoundTo& how) {  // x >= 0, to an integer; directions of |x|
+  const long double low = std::floor(x);
+  const long double rest = x - low;
   switch (how.rounding) {
     case Rounding::kZero:
       return low;
@@ -57,7 +57,7 @@ float bf16_to_float(uint32_t bits) { return std::bit_cast<float>(bits << 16); }
 float e4m3_to_float(uint32_t bits) { return from_small(bits & 0xff, kE4m3Format); }
 float e5m2_to_float(uint32_t bits) { return from_small(bits & 0xff, kE5m2Format); }
 
-uint32_t to_small(double x, const SmallFormat& format, const RoundTo& how) {
+uint32_t to_small(long double x, const SmallFormat& format, const RoundTo& how) {
   const int mantissa_bits = format.mantissa_bits;
   const int sign_bit = format.exponent_bits + mantissa_bits;
   const int bias = (1 << (format.exponent_bits - 1)) - 1;
@@ -69,7 +69,7 @@ uint32_t to_small(double x, const SmallFormat& format, const RoundTo& how) {
   RoundTo magnitude_rounding = how;  // towards -inf grows a negative number's magnitude
   if (sign && how.rounding == Rounding::kDown) magnitude_rounding.rounding = Rounding::kUp;
   if (sign && how.rounding == Rounding::kUp) magnitude_rounding.rounding = Rounding::kDown;
-  const double magnitude = std::fabs(x);
+  const long double magnitude = std::fabs(x);
   const uint32_t overflow = how.saturate_to_finite ? largest
                             : format.has_infinity  ? infinity
                                                    : all_ones;
@@ -77,10 +77,10 @@ uint32_t to_small(double x, const SmallFormat& format, const RoundTo& how) {
   if (magnitude == 0) return sign;
   int exponent = std::ilogb(magnitude);
   if (exponent < 1 - bias) exponent = 1 - bias;
-  const double scaled =
+  const long double scaled =
       rounded(std::ldexp(magnitude, mantissa_bits - exponent), magnitude_rounding);
   // The exponent field is 1 at 2^(1 - bias); the implicit bit, or a carry, adds the rest.
-  const double bits = scaled + std::ldexp(exponent + bias - 1, mantissa_bits);
+  const long double bits = scaled + std::ldexp(exponent + bias - 1.0L, mantissa_bits);
   if (bits <= largest) return sign | static_cast<uint32_t>(bits);
   const bool towards_zero = magnitude_rounding.rounding == Rounding::kZero ||
                             magnitude_rounding.rounding == Rounding::kDown;

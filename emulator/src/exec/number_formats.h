@@ -13,11 +13,12 @@ float bf16_to_float(uint32_t bits);
 float e4m3_to_float(uint32_t bits);
 float e5m2_to_float(uint32_t bits);
 
-// A binary floating format of less than 32 bits.
+// A binary floating format of at most 32 bits.
 struct SmallFormat {
   int exponent_bits, mantissa_bits;
   bool has_infinity;  // e4m3 has none; its only NaN is all ones
 };
+inline constexpr SmallFormat kF32Format = {8, 23, true};
 inline constexpr SmallFormat kF16Format = {5, 10, true};
 inline constexpr SmallFormat kBf16Format = {8, 7, true};
 inline constexpr SmallFormat kTf32Format = {8, 10, true};  // in the upper 19 of 32 bits
@@ -31,7 +32,7 @@ struct RoundTo {
 };
 
 // The bits of x in the format, right-aligned; subnormal results kept. NaN gives the canonical NaN
-// (0x7fff for 16-bit formats, 0x7f for 8-bit ones).
-uint32_t to_small(double x, const SmallFormat& format, const RoundTo& how);
+// (all ones but the sign).
+uint32_t to_small(long double x, const SmallFormat& format, const RoundTo& how);
 
 }  // namespace gpu_emulator::exec
