@@ -149,15 +149,15 @@ void require_alive(const BulkCopy& copy, uint64_t address) {
 std::vector<Segment> box_segments(const TensorMap& map, const int32_t* coordinates) {
   const int64_t element = element_bytes(map.element);
   const int64_t first = std::max<int64_t>(coordinates[0], 0);
-  const int64_t end = std::min<int64_t>(int64_t{coordinates[0]} + map.box[0],
-                                        static_cast<int64_t>(map.dims[0]));
+  const int64_t end =
+      std::min<int64_t>(int64_t{coordinates[0]} + map.box[0], static_cast<int64_t>(map.dims[0]));
   std::vector<Segment> segments;
   if (first >= end) return segments;
   for_each_row(map, coordinates, [&](uint32_t row, uint64_t address) {
     Segment segment;
     segment.global = address + static_cast<uint64_t>(first * element);
-    segment.linear = static_cast<uint32_t>((int64_t{row} * map.box[0] + first - coordinates[0]) *
-                                           element);
+    segment.linear =
+        static_cast<uint32_t>((int64_t{row} * map.box[0] + first - coordinates[0]) * element);
     segment.bytes = static_cast<uint32_t>((end - first) * element);
     segments.push_back(segment);
   });

@@ -50,13 +50,13 @@ struct BulkCopy {
   uint64_t source = 0;            // shared address, where the source is shared memory
   // Shared addresses of the destinations, and of the mbarrier that each completes.
   std::vector<uint64_t> destinations, mbarriers;
-  uint32_t swizzle = 0;          // width in bytes
-  std::vector<std::byte> fill;   // of what the segments do not cover
+  uint32_t swizzle = 0;           // width in bytes
+  std::vector<std::byte> fill;    // of what the segments do not cover
   bool flush_subnormals = false;  // of fp32, tensor maps' FTZ types
   std::optional<Reduction> reduction;
 
-  std::vector<AsyncRanges> loads, stores;  // made when it is issued
-  std::vector<std::byte> box;              // linear
+  std::vector<AsyncRanges> loads, stores;      // made when it is issued
+  std::vector<std::byte> box;                  // linear
   bool was_read = false, was_written = false;  // the bytes were moved
   bool reads_complete = false;                 // by the rules of PTX
 };

@@ -103,7 +103,8 @@ Step run_prefetch(Warp& warp, const Instruction& in, uint32_t mask) {
   return Step::kNext;
 }
 
-// ------------------------------------------------------------------------------------------- groups
+// -------------------------------------------------------------------------------------------
+// groups
 
 Step run_commit_group(Warp& warp, const Instruction&, uint32_t mask) {
   for_each_lane(mask, [&](int lane) { ++hopper(warp).bulk_groups[lane]; });
@@ -173,7 +174,8 @@ Step run_store_async(Warp& warp, const Instruction& in, uint32_t mask) {
   return Step::kNext;
 }
 
-// ------------------------------------------------------------------------------------------ decoding
+// ------------------------------------------------------------------------------------------
+// decoding
 
 void decode_operands(Decoder& decoder, const ptx::Operand* const (&places)[3],
                      const ptx::Operand& size, const ptx::Operand* cta_mask) {
@@ -212,13 +214,12 @@ void decode_copy_of(Decoder& decoder, size_t before, uint8_t reduction) {
   if (!decoder.take(to_group ? "bulk_group" : "mbarrier::complete_tx::bytes")) {
     throw Unsupported("completion mechanism");
   }
-  const bool multicast = direction == Direction::kGlobalToShared &&
-                         decoder.take("multicast::cluster");
+  const bool multicast =
+      direction == Direction::kGlobalToShared && decoder.take("multicast::cluster");
   decoder.take("L2::cache_hint");
-  decode_operands(decoder,
-                  {&decoder.operand(0), &decoder.operand(1),
-                   to_group ? nullptr : &decoder.operand(3)},
-                  decoder.operand(2), multicast ? &decoder.operand(4) : nullptr);
+  decode_operands(
+      decoder, {&decoder.operand(0), &decoder.operand(1), to_group ? nullptr : &decoder.operand(3)},
+      decoder.operand(2), multicast ? &decoder.operand(4) : nullptr);
   decoder.out.option[0] = static_cast<uint8_t>(direction);
   decoder.out.option[2] = reduction;
   decoder.out.run = run_copy;

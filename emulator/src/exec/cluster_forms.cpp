@@ -99,7 +99,8 @@ void decode_cluster_wait(Decoder& decoder) {
   decode_cluster_barrier(decoder, run_cluster_wait, Order::kAcquire);
 }
 
-// ------------------------------------------------------------------------------ mapa and getctarank
+// ------------------------------------------------------------------------------ mapa and
+// getctarank
 
 template <class T>
 Step run_mapa(Warp& warp, const Instruction& in, uint32_t mask) {
@@ -122,9 +123,8 @@ template <class T>
 Step run_getctarank(Warp& warp, const Instruction& in, uint32_t mask) {
   const T* a = warp.lanes<T>(in.a);
   uint32_t* d = warp.lanes<uint32_t>(in.d);
-  for_each_lane(mask, [&](int lane) {
-    d[lane] = static_cast<uint32_t>(a[lane] >> kSharedRankShift) & 0xff;
-  });
+  for_each_lane(
+      mask, [&](int lane) { d[lane] = static_cast<uint32_t>(a[lane] >> kSharedRankShift) & 0xff; });
   return Step::kNext;
 }
 
@@ -149,7 +149,8 @@ void decode_getctarank(Decoder& decoder) {
   decoder.out.counter_class = InstructionClass::kInteger;
 }
 
-// --------------------------------------------------------------------------------------- setmaxnreg
+// ---------------------------------------------------------------------------------------
+// setmaxnreg
 
 // A thread's registers as launched: .maxnreg, or what ptxas allots for the launch bounds.
 int launched_registers(const Warp& warp) {
@@ -208,7 +209,8 @@ void decode_setmaxnreg(Decoder& decoder) {
   decoder.out.run = run_setmaxnreg;
 }
 
-// -------------------------------------------------------------------------------------------- fences
+// --------------------------------------------------------------------------------------------
+// fences
 
 // imm: SyncEvent::id
 Step run_proxy_fence(Warp& warp, const Instruction& in, uint32_t mask) {
@@ -245,9 +247,7 @@ void decode_restricted_fence(Decoder& decoder) {
   decoder.out.order = decoder.ast.modifiers[0] == "acquire" ? Order::kAcquire : Order::kRelease;
   decode_fence(decoder, run_release_fence);
 }
-void decode_init_fence(Decoder& decoder) {
-  decode_fence(decoder, run_release_fence);
-}
+void decode_init_fence(Decoder& decoder) { decode_fence(decoder, run_release_fence); }
 
 constexpr Form kForms[] = {
     {"barrier.cluster.arrive", decode_cluster_arrive},

@@ -25,7 +25,7 @@ struct BulkGroupCopy {
 };
 
 struct HopperWarpState {
-  std::vector<BulkGroupCopy> bulk;              // in order of issue
+  std::vector<BulkGroupCopy> bulk;                // in order of issue
   std::array<uint32_t, kWarpSize> bulk_groups{};  // commit_group executed, by lane
   // barrier.cluster: lanes that have arrived and not waited, and the generation they arrived in.
   uint32_t cluster_arrived = 0;
@@ -38,7 +38,7 @@ struct HopperWarpState {
 struct HopperCtaState {
   std::unordered_map<uint32_t, Mbarrier> mbarriers;  // by offset
   std::vector<Warpgroup> warpgroups;
-  int64_t register_pool = 0;  // released by setmaxnreg.dec
+  int64_t register_pool = 0;                                // released by setmaxnreg.dec
   std::vector<std::vector<const Instruction*>> setmaxnreg;  // executed, by warpgroup
 };
 

@@ -20,10 +20,10 @@ class Mbarrier {
   // end only in end_phase().
   const char* arrive(uint32_t count);
   const char* arrive_no_complete(uint32_t count);
-  const char* drop(uint32_t count);          // before the arrival of arrive_drop
-  const char* add_arrival();                 // cp.async.mbarrier.arrive without .noinc
-  const char* expect(int64_t bytes);         // expect_tx
-  const char* complete(int64_t bytes);       // complete_tx
+  const char* drop(uint32_t count);     // before the arrival of arrive_drop
+  const char* add_arrival();            // cp.async.mbarrier.arrive without .noinc
+  const char* expect(int64_t bytes);    // expect_tx
+  const char* complete(int64_t bytes);  // complete_tx
 
   bool end_phase();  // if nothing is pending; whether it did
 

@@ -15,7 +15,9 @@ namespace {
 constexpr uint32_t kMbarrierBytes = 8;
 
 // What the 8 bytes hold while the object is valid.
-uint64_t signature(uint32_t offset) { return 0x6d62617272696572u ^ uint64_t{offset} << 32; }
+uint64_t signature(uint32_t offset) {
+  return 0x6d62617272696572u ^ uint64_t { offset } << 32;
+}
 
 [[noreturn]] void fail_misuse(const Warp& warp, int lane, uint64_t address, const char* rule) {
   fail(warp, lane, ReportKind::kMbarrierMisuse,
@@ -99,9 +101,10 @@ Step run_inval(Warp& warp, const Instruction& in, uint32_t mask) {
   return Step::kNext;
 }
 
-// ------------------------------------------------------------------------------- arrivals, tx-count
+// ------------------------------------------------------------------------------- arrivals,
+// tx-count
 
-enum Operation : uint8_t { kArrive, kExpect, kComplete };  // option[0]
+enum Operation : uint8_t { kArrive, kExpect, kComplete };              // option[0]
 enum Flag : uint8_t { kDrop = 1, kNoComplete = 2, kExpectFirst = 4 };  // option[1]
 
 // b: count (absent: 1) or bytes; d: state.
@@ -140,7 +143,8 @@ Step run_update(Warp& warp, const Instruction& in, uint32_t mask) {
   return Step::kNext;
 }
 
-// -------------------------------------------------------------------------------------------- waits
+// --------------------------------------------------------------------------------------------
+// waits
 
 enum class Awaited : uint8_t { kState, kParity };  // option[0]; b: the state or the parity
 
@@ -225,7 +229,8 @@ Step run_copy_arrive(Warp& warp, const Instruction& in, uint32_t mask) {
   return Step::kNext;
 }
 
-// ------------------------------------------------------------------------------------------ decoding
+// ------------------------------------------------------------------------------------------
+// decoding
 
 void decode_address(Decoder& decoder, size_t operand) {
   const Decoder::Address address = decoder.address(decoder.operand(operand));

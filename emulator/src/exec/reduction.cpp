@@ -80,8 +80,8 @@ Half<kIsBf16> combine(ReductionOp op, Half<kIsBf16> a, Half<kIsBf16> b) {
 
 template <class T>
 void reduce_elements(ReductionOp op, std::byte* memory, const std::byte* values, size_t bytes) {
-  using Bits = std::conditional_t<
-      sizeof(T) == 2, uint16_t, std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>;
+  using Bits = std::conditional_t<sizeof(T) == 2, uint16_t,
+                                  std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>>;
   for (size_t i = 0; i < bytes; i += sizeof(T)) {
     T value;
     std::memcpy(&value, values + i, sizeof(T));
@@ -89,8 +89,8 @@ void reduce_elements(ReductionOp op, std::byte* memory, const std::byte* values,
     Bits before = __atomic_load_n(p, __ATOMIC_RELAXED), after;
     do {
       after = std::bit_cast<Bits>(combine(op, std::bit_cast<T>(before), value));
-    } while (!__atomic_compare_exchange_n(p, &before, after, true, __ATOMIC_RELAXED,
-                                          __ATOMIC_RELAXED));
+    } while (
+        !__atomic_compare_exchange_n(p, &before, after, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED));
   }
 }
 

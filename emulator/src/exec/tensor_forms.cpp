@@ -80,8 +80,8 @@ std::shared_ptr<BulkCopy> make_copy(Warp& warp, const Instruction& in, int lane,
   copy->segments = box_segments(box.map, box.coordinates);
   copy->swizzle = static_cast<uint32_t>(swizzle_bytes(box.map.swizzle));
   copy->fill = fill_pattern(box.map);
-  copy->flush_subnormals = box.map.element == TensorElement::kF32Ftz ||
-                           box.map.element == TensorElement::kTf32Ftz;
+  copy->flush_subnormals =
+      box.map.element == TensorElement::kF32Ftz || box.map.element == TensorElement::kTf32Ftz;
   require_aligned_box(warp, lane, address_of(warp, in, kBox, lane));
   count_bytes(warp, copy->bytes);
   return copy;
@@ -99,10 +99,8 @@ void set_multicast(Warp& warp, const Instruction& in, int lane, BulkCopy& copy) 
   for (uint32_t rank = 0; rank < ctas; ++rank) {
     if (!(mask >> rank & 1)) continue;
     const uint64_t base = uint64_t{rank} << kSharedRankShift;
-    copy.destinations.push_back(base |
-                                (address_of(warp, in, kBox, lane) & kSharedOffsetMask));
-    copy.mbarriers.push_back(base |
-                             (address_of(warp, in, kBarrier, lane) & kSharedOffsetMask));
+    copy.destinations.push_back(base | (address_of(warp, in, kBox, lane) & kSharedOffsetMask));
+    copy.mbarriers.push_back(base | (address_of(warp, in, kBarrier, lane) & kSharedOffsetMask));
   }
 }
 
@@ -127,8 +125,8 @@ Step run_load(Warp& warp, const Instruction& in, uint32_t mask) {
 
 Reduction reduction_of(const Warp& warp, int lane, ReductionOp op, TensorElement element) {
   using ptx::Type;
-  constexpr Type kTypes[] = {Type::kNone, Type::kNone, Type::kU32, Type::kS32,  Type::kU64,
-                             Type::kS64,  Type::kF16,  Type::kF32, Type::kF64,  Type::kBf16,
+  constexpr Type kTypes[] = {Type::kNone, Type::kNone, Type::kU32, Type::kS32, Type::kU64,
+                             Type::kS64,  Type::kF16,  Type::kF32, Type::kF64, Type::kBf16,
                              Type::kF32,  Type::kNone, Type::kNone};
   const Type type = kTypes[static_cast<int>(element)];
   const bool bits = op == ReductionOp::kAnd || op == ReductionOp::kOr || op == ReductionOp::kXor;
@@ -150,8 +148,8 @@ Step run_store(Warp& warp, const Instruction& in, uint32_t mask) {
     copy->source = address_of(warp, in, kBox, lane);
     if (in.option[0] != kNoReduction) {
       const Box box = box_of(warp, in, lane);
-      copy->reduction = reduction_of(warp, lane, static_cast<ReductionOp>(in.option[0]),
-                                     box.map.element);
+      copy->reduction =
+          reduction_of(warp, lane, static_cast<ReductionOp>(in.option[0]), box.map.element);
     }
     issue_to_group(std::move(copy));
   });
@@ -171,7 +169,8 @@ Step run_prefetch_map(Warp& warp, const Instruction& in, uint32_t mask) {
   return Step::kNext;
 }
 
-// ------------------------------------------------------------------------------------------ decoding
+// ------------------------------------------------------------------------------------------
+// decoding
 
 int take_dimensions(Decoder& decoder) {
   const int index = decoder.take_any({"1d", "2d", "3d", "4d", "5d"});

@@ -9,7 +9,13 @@
 namespace gpu_emulator::exec {
 namespace {
 
-enum Flag : uint8_t { kAInRegisters = 1, kAMnMajor = 2, kBMnMajor = 4, kNegateA = 8, kNegateB = 16 };
+enum Flag : uint8_t {
+  kAInRegisters = 1,
+  kAMnMajor = 2,
+  kBMnMajor = 4,
+  kNegateA = 8,
+  kNegateB = 16
+};
 
 constexpr uint32_t kChunkBytes = 16;
 constexpr int kTileRows = 16;
@@ -26,8 +32,7 @@ void find_chunks(const Warp& warp, uint64_t descriptor, bool mn_major, int first
   chunks.count =
       operand_chunks(matrix_descriptor(descriptor), mn_major, first_row, rows, chunks.address);
   const Cta& cta = *warp.cta;
-  const auto [low, high] =
-      std::minmax_element(chunks.address, chunks.address + chunks.count);
+  const auto [low, high] = std::minmax_element(chunks.address, chunks.address + chunks.count);
   if (*low < kSharedBase || *high + kChunkBytes > kSharedBase + cta.shared_bytes) {
     const uint32_t bad = *low < kSharedBase ? *low : *high;
     fail(warp, -1, ReportKind::kOutOfBounds,
@@ -80,9 +85,9 @@ void show_chunks(Warp& warp, const Chunks& chunks, bool complete) {
 // A warp may have left the function whose registers it gave to wgmma.
 void require_frame(const WgmmaPart& part) {
   const Warp& warp = *part.warp;
-  const bool found = std::any_of(
-      warp.frames.begin(), warp.frames.end(),
-      [&](const Frame& frame) { return frame.registers.get() == part.frame; });
+  const bool found = std::any_of(warp.frames.begin(), warp.frames.end(), [&](const Frame& frame) {
+    return frame.registers.get() == part.frame;
+  });
   if (!found) {
     fail(warp, -1, ReportKind::kNotWaitedFor,
          "A function returned before a wait for the wgmma that it issued.");
@@ -96,10 +101,10 @@ void set_shape(Instruction& in, const WgmmaShape& shape) {
   in.bytes = static_cast<uint8_t>(shape.k);
   in.option[0] = static_cast<uint8_t>(shape.a);
   in.option[1] = static_cast<uint8_t>(shape.b);
-  in.option[2] = static_cast<uint8_t>(
-      (shape.a_in_registers ? kAInRegisters : 0) | (shape.a_mn_major ? kAMnMajor : 0) |
-      (shape.b_mn_major ? kBMnMajor : 0) | (shape.negate_a ? kNegateA : 0) |
-      (shape.negate_b ? kNegateB : 0));
+  in.option[2] =
+      static_cast<uint8_t>((shape.a_in_registers ? kAInRegisters : 0) |
+                           (shape.a_mn_major ? kAMnMajor : 0) | (shape.b_mn_major ? kBMnMajor : 0) |
+                           (shape.negate_a ? kNegateA : 0) | (shape.negate_b ? kNegateB : 0));
   in.option[3] = static_cast<uint8_t>(shape.d);
 }
 

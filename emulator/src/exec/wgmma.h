@@ -31,16 +31,16 @@ struct WgmmaShape {
   int d_registers() const { return d == AccumulatorType::kF16 ? n / 4 : n / 2; }
 };
 
-// How an instruction holds a shape: imm n; bytes k; option: types of A and B, flags, AccumulatorType.
-// list: D, then A if it is in registers; a, b: descriptors; c: scale-d.
+// How an instruction holds a shape: imm n; bytes k; option: types of A and B, flags,
+// AccumulatorType. list: D, then A if it is in registers; a, b: descriptors; c: scale-d.
 void set_shape(Instruction& in, const WgmmaShape& shape);
 WgmmaShape shape_of(const Instruction& in);
 
 struct WgmmaPart {  // of one warp
   Warp* warp = nullptr;
   std::byte* frame = nullptr;
-  uint32_t group = 0;                                // the warp's commit_groups before it
-  std::vector<uint32_t*> d;                          // registers, or their values in flight
+  uint32_t group = 0;        // the warp's commit_groups before it
+  std::vector<uint32_t*> d;  // registers, or their values in flight
   std::array<const uint32_t*, kARegisters> a = {};
   std::vector<RegistersInFlight::Value*> in_flight;  // of the registers, in late and random modes
 };

@@ -12,7 +12,8 @@
 namespace gpu_emulator::exec {
 namespace {
 
-// ---------------------------------------------------------------------------------------- execution
+// ----------------------------------------------------------------------------------------
+// execution
 
 void require_whole_warp(const Warp& warp, uint32_t mask) {
   if (mask == kAllLanes) return;
@@ -72,11 +73,11 @@ void require_fence(const Warp& warp, const Instruction& in, const Warpgroup::War
   if (state.fenced) return;
   const WgmmaShape shape = shape_of(in);
   const Function& function = *warp.function;
-  const bool same_accumulators =
-      state.retired && !shape.a_in_registers && state.retired->imm == in.imm &&
-      std::equal(function.lists.begin() + in.list,
-                 function.lists.begin() + in.list + shape.d_registers(),
-                 function.lists.begin() + state.retired->list);
+  const bool same_accumulators = state.retired && !shape.a_in_registers &&
+                                 state.retired->imm == in.imm &&
+                                 std::equal(function.lists.begin() + in.list,
+                                            function.lists.begin() + in.list + shape.d_registers(),
+                                            function.lists.begin() + state.retired->list);
   if (same_accumulators) return;
   fail(warp, -1, ReportKind::kMissingFence,
        "wgmma.mma_async without a wgmma.fence after the last accesses to its registers.");
@@ -111,8 +112,7 @@ WgmmaOperation& operation_of(Warp& warp, const Instruction& in, Warpgroup& group
 }
 
 uint32_t* take_register(Warp& warp, WgmmaPart& part, Slot slot, bool as_accumulator) {
-  RegistersInFlight::Value* value =
-      hopper(warp).in_flight.take(part.frame, slot, as_accumulator);
+  RegistersInFlight::Value* value = hopper(warp).in_flight.take(part.frame, slot, as_accumulator);
   if (!value) {
     fail(warp, -1, ReportKind::kInFlight,
          "A register of this wgmma is in another role in a wgmma that is still in flight.");
@@ -135,8 +135,8 @@ WgmmaPart part_of(Warp& warp, const Instruction& in, bool deferred) {
   for (int i = 0; i < kARegisters && shape.a_in_registers; ++i) {
     const Slot slot = slots[registers + i];
     const bool constant = slot & kConstantBit;
-    part.a[i] = deferred && !constant ? take_register(warp, part, slot, false)
-                                      : warp.lanes<uint32_t>(slot);
+    part.a[i] =
+        deferred && !constant ? take_register(warp, part, slot, false) : warp.lanes<uint32_t>(slot);
   }
   return part;
 }

@@ -29,8 +29,8 @@ uint32_t mn_major(const MatrixDescriptor& matrix, int row_chunk, int k) {
   }
   const int chunks = static_cast<int>(matrix.swizzle / kChunkBytes);  // contiguous ones
   const uint32_t address = matrix.start + row_chunk % chunks * kChunkBytes +
-                           row_chunk / chunks * matrix.leading_offset +
-                           in_group * matrix.swizzle + group * matrix.stride_offset;
+                           row_chunk / chunks * matrix.leading_offset + in_group * matrix.swizzle +
+                           group * matrix.stride_offset;
   return swizzled(address, matrix.swizzle, matrix.base_offset);
 }
 
