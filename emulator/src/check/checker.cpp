@@ -104,8 +104,11 @@ void Checker::cluster_begins(exec::Cluster& cluster) {
 }
 
 void Checker::cluster_ends(exec::Cluster& cluster) {
-  delete static_cast<ClusterState*>(cluster.observed);
+  const std::unique_ptr<ClusterState> state(static_cast<ClusterState*>(cluster.observed));
   cluster.observed = nullptr;
+  if (!state->undefined_output.empty()) {
+    throw exec::Failure(ReportKind::kUninitialised, state->undefined_output);
+  }
 }
 
 // -----------------------------------------------------------------------------------------
@@ -314,13 +317,14 @@ void Checker::found_undefined(Warp& warp, const Access& access, int lane, uint64
 }
 
 void Checker::require_defined(Warp& warp, const Access& access, int lane, uint64_t undefined) {
-  if (!undefined) return;
+  std::string& report = state_of(*warp.cta->cluster).undefined_output;
+  if (!undefined || !report.empty()) return;
   const std::string& origin = state_of(warp).origin;
-  exec::fail(warp, lane, ReportKind::kUninitialised,
-             format("An undefined value is written to global memory at 0x%llx.",
-                    static_cast<unsigned long long>(access.address[lane])) +
-                 (origin.empty() ? " It comes from a register that was not written before."
-                                 : " The first undefined value that this warp read was " + origin));
+  report = format("An undefined value is written to global memory at 0x%llx.",
+                  static_cast<unsigned long long>(access.address[lane])) +
+           (origin.empty() ? " It comes from a register that was not written before."
+                           : " The first undefined value that this warp read was " + origin) +
+           "\n  at " + exec::where(warp, lane);
 }
 
 // -----------------------------------------------------------------------------------

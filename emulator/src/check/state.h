@@ -39,6 +39,9 @@ struct ClusterState {
   ClusterOrder order;
   std::vector<std::unique_ptr<SharedShadow>> shared;  // by rank
   std::vector<std::unique_ptr<WarpState>> warps;      // by agent
+  // The first undefined value written to global memory. Reported when the cluster ends, so that a
+  // race that is its cause comes first.
+  std::string undefined_output;
 };
 
 inline WarpState& state_of(const exec::Warp& warp) {
