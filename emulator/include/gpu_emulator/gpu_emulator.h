@@ -24,6 +24,8 @@ extern "C" {
 //   threads           integer                CPU threads that run CTAs; 0 = all
 //   count             0 | 1                  whether counters are kept
 //   max_instructions  integer                of a warp, after which a launch fails; 0 = no limit
+//   delete_line       integer                a line of PTX whose instruction launches leave out, for
+//                                            mutation tests; 0 = none
 // Returns a CUresult: CUDA_ERROR_INVALID_VALUE for an unknown name or value,
 // CUDA_ERROR_INVALID_DEVICE.
 int gpuEmulatorSetOption(int device, const char* name, const char* value);

@@ -69,6 +69,8 @@ class Checker final : public exec::Observer, private Reporter {
   Values values_;
   GlobalMemory global_;
   LaunchReleases releases_;
+  std::mutex clusters_mutex_;
+  std::unordered_map<const exec::Cluster*, std::unique_ptr<ClusterState>> clusters_;
 };
 
 // -----------------------------------------------------------------------------------------
@@ -100,11 +102,17 @@ void Checker::cluster_begins(exec::Cluster& cluster) {
       state->warps.push_back(std::move(own));
     }
   }
-  cluster.observed = state.release();
+  cluster.observed = state.get();
+  const std::lock_guard lock(clusters_mutex_);
+  clusters_[&cluster] = std::move(state);
 }
 
 void Checker::cluster_ends(exec::Cluster& cluster) {
-  const std::unique_ptr<ClusterState> state(static_cast<ClusterState*>(cluster.observed));
+  std::unique_ptr<ClusterState> state;
+  {
+    const std::lock_guard lock(clusters_mutex_);
+    state = std::move(clusters_.extract(&cluster).mapped());
+  }
   cluster.observed = nullptr;
   if (!state->undefined_output.empty()) {
     throw exec::Failure(ReportKind::kUninitialised, state->undefined_output);

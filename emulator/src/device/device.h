@@ -43,6 +43,9 @@ struct Options {
   bool count = true;
   int threads = 0;               // CPU threads that run CTAs; 0 = all
   int64_t max_instructions = 0;  // per warp; 0 = no limit
+  // Launches execute the module without the instruction of this line of its PTX; 0 = all of it. For
+  // mutation tests: does the deletion of a synchronisation instruction show?
+  int delete_line = 0;
 };
 
 struct Report {        // why a launch failed; empty text = it did not

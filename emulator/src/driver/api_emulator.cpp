@@ -61,6 +61,8 @@ void set_option(Options& options, const std::string& name, const std::string& va
   } else if (name == "count") {
     if (value != "0" && value != "1") fail_value(name, value);
     options.count = value == "1";
+  } else if (name == "delete_line") {
+    options.delete_line = number_of<unsigned short>(value);
   } else if (name == "max_instructions") {
     const auto limit = number_of<uint64_t>(value);
     if (limit > INT64_MAX) fail_value(name, value);

@@ -8,6 +8,7 @@
 
 #include "../check/checker.h"
 #include "../device/device.h"
+#include "../ptx/parser.h"
 #include "occupancy.h"
 #include "report.h"
 #include "scheduler.h"
@@ -207,8 +208,34 @@ Report run_grid(LaunchState& state, Counters* counters) {
 }  // namespace
 }  // namespace exec
 
+namespace {
+
+// The module without the instruction of one line of its text.
+std::unique_ptr<exec::Program> without_line(const exec::Program& program, int line) {
+  std::string text;
+  for (size_t i = 0; i < program.source_lines.size(); ++i) {
+    text += (static_cast<int>(i) == line ? "" : program.source_lines[i]) + "\n";
+  }
+  return exec::decode(ptx::parse(text));
+}
+
+}  // namespace
+
 Report run(const Arch& arch, const Options& options, const MemoryMap& memory, const Launch& launch,
            Counters* counters) {
+  if (options.delete_line > 0) {
+    Options whole = options;
+    whole.delete_line = 0;
+    try {
+      const auto program = without_line(*launch.program, options.delete_line - 1);
+      Launch changed = launch;
+      changed.program = program.get();
+      return run(arch, whole, memory, changed, counters);
+    } catch (const ptx::ParseError& error) {
+      return {exec::cuda_error_of(exec::ReportKind::kInvalidLaunch),
+              exec::name_of(exec::ReportKind::kInvalidLaunch), error.what()};
+    }
+  }
   exec::LaunchState state;
   state.arch = &arch;
   state.options = &options;
