@@ -41,7 +41,7 @@ const Arch& h100() {
                             .shared_per_block_optin = 227 * 1024,
                             .shared_per_sm = 228 * 1024,
                             .reserved_shared_per_block = 1024,
-                            .max_cluster = 8,
+                            .max_cluster = 16,
                             .l2_bytes = 50 * 1024 * 1024,
                             .max_block = {1024, 1024, 64},
                             .max_grid = {2147483647, 65535, 65535}};

@@ -6,7 +6,7 @@
 #include <string>
 
 #include "fatbin/lz4.h"
-#include "fatbin_builder.h"
+#include "support/fatbin_builder.h"
 
 namespace gpu_emulator::fatbin {
 namespace {
