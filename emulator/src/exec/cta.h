@@ -8,6 +8,7 @@
 #include <deque>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <random>
 #include <string>
 #include <vector>
@@ -90,6 +91,7 @@ struct LaunchState {
   Observer* observer = nullptr;  // null: no checks
   std::array<uint32_t, 3> cluster_shape{1, 1, 1};
   uint32_t shared_bytes = 0;  // a CTA's, static and dynamic
+  mutable std::mutex wide_atomics;  // held by 128-bit atomic operations, which few hosts have
 };
 
 inline const LaunchState& launch_of(const Warp& warp) { return *warp.cta->cluster->launch; }

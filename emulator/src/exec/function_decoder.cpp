@@ -45,11 +45,6 @@ Step run_unsupported(Warp& warp, const Instruction& in, uint32_t mask) {
 FunctionDecoder::FunctionDecoder(const ptx::Module& module, int index, const Program& program,
                                  Function& out)
     : module_(module), ast_(module.functions[index]), program_(program), out_(out), index_(index) {
-  RegisterAssignment registers = assign_registers(ast_);
-  register_slots_ = std::move(registers.slots);
-  register_end_ = registers.bytes;
-  out_.register_bytes = aligned(registers.bytes, kSlotAlignment);
-  out_.max_live_registers = registers.max_live;
   layout_local();
 }
 
@@ -73,16 +68,45 @@ void FunctionDecoder::layout_local() {
   out_.local_bytes = aligned(out_.local_bytes, 16);
 }
 
+// Twice: the first time tells which registers each instruction reads and writes.
 void FunctionDecoder::run(const Isa& isa) {
-  out_.code.resize(ast_.body.size());
-  out_.effects.resize(ast_.body.size());
+  const RegisterAssignment separate = separate_registers(ast_);
+  use(separate);
+  decode_all(isa);
+  use(share_registers(ast_, out_, separate));
+  decode_all(isa);
+  resolve_control_flow();
+  out_.register_bytes = aligned(out_.register_bytes, kSlotAlignment);
+}
+
+void FunctionDecoder::use(const RegisterAssignment& registers) {
+  register_slots_ = registers.slots;
+  slot_units_.clear();
+  for (size_t i = 0; i < ast_.registers.size(); ++i) {
+    slot_units_[register_slots_[i]] = register_slot_bytes(ast_.registers[i].type) / kSlotAlignment;
+  }
+  out_.register_bytes = aligned(registers.bytes, kSlotAlignment);
+  out_.max_live_registers = registers.max_live;
+}
+
+void FunctionDecoder::decode_all(const Isa& isa) {
+  constants_.clear();
+  frame_slots_.clear();
+  out_.constants.clear();
+  out_.frame_values.clear();
+  out_.lists.clear();
+  out_.effect_slots.clear();
+  out_.branch_tables.clear();
+  out_.unsupported.clear();
+  out_.lines.clear();
+  out_.sources.clear();
+  out_.code.assign(ast_.body.size(), Instruction());
+  out_.effects.assign(ast_.body.size(), Effects());
   for (size_t pc = 0; pc < ast_.body.size(); ++pc) {
     out_.lines.push_back(ast_.body[pc].line);
     out_.sources.push_back(ast_.body[pc].source);
     decode_one(pc, isa);
   }
-  resolve_control_flow();
-  out_.register_bytes = aligned(out_.register_bytes, kSlotAlignment);
 }
 
 void FunctionDecoder::decode_one(size_t pc, const Isa& isa) {
@@ -156,9 +180,8 @@ void FunctionDecoder::writes(Slot slot) { writes_.push_back(slot); }
 // Size of a register's slot in units of 64 bytes; those of special registers and addresses, which
 // are always defined, count as one.
 uint32_t FunctionDecoder::slot_units(Slot slot) const {
-  const auto next = std::upper_bound(register_slots_.begin(), register_slots_.end(), slot);
-  if (next != register_slots_.end()) return (*next - slot) / kSlotAlignment;
-  return slot < register_end_ ? (register_end_ - slot) / kSlotAlignment : 1;
+  const auto found = slot_units_.find(slot);
+  return found == slot_units_.end() ? 1 : found->second;
 }
 
 Slot FunctionDecoder::constant(uint64_t value, int bytes) {

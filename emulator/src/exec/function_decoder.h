@@ -4,12 +4,30 @@
 
 #include <map>
 #include <string>
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
 #include "decode.h"
 
 namespace gpu_emulator::exec {
+
+// Slots of the function's virtual registers.
+struct RegisterAssignment {
+  std::vector<Slot> slots;  // by ptx::Function::registers
+  uint32_t bytes = 0;
+  int max_live = 0;  // 32-bit registers alive at once
+};
+
+uint32_t register_slot_bytes(ptx::Type type);
+
+// A slot for each register.
+RegisterAssignment separate_registers(const ptx::Function& function);
+
+// Registers that are never alive at once share a slot, which keeps a warp's registers in the
+// cache. `decoded` is the function with separate_registers().
+RegisterAssignment share_registers(const ptx::Function& function, const Function& decoded,
+                                   const RegisterAssignment& separate);
 
 class FunctionDecoder {
  public:
@@ -31,9 +49,10 @@ class FunctionDecoder {
 
  private:
   void layout_local();
+  void use(const RegisterAssignment& registers);
+  void decode_all(const Isa& isa);
   void decode_one(size_t pc, const Isa& isa);
   void decode_form(Decoder& decoder);
-  void finish_effects();
   void resolve_control_flow();
   Slot frame_slot(FrameValue value);
   Slot new_slot(int bytes);
@@ -44,21 +63,12 @@ class FunctionDecoder {
   const Program& program_;
   Function& out_;
   int index_;
-  std::vector<Slot> register_slots_;  // ascending
-  uint32_t register_end_ = 0;
+  std::vector<Slot> register_slots_;
+  std::unordered_map<Slot, uint32_t> slot_units_;
   std::vector<uint32_t> local_offsets_;  // by ptx::Function::variables; .shared ones unused
   std::map<std::pair<uint64_t, int>, Slot> constants_;
   std::map<std::string, Slot> frame_slots_;
   std::vector<Slot> reads_, writes_;
 };
-
-// Slots of the function's virtual registers: registers that are never alive at once share one.
-// registers.cpp.
-struct RegisterAssignment {
-  std::vector<Slot> slots;  // by ptx::Function::registers
-  uint32_t bytes = 0;
-  int max_live = 0;  // 32-bit registers alive at once
-};
-RegisterAssignment assign_registers(const ptx::Function& function);
 
 }  // namespace gpu_emulator::exec

@@ -168,10 +168,13 @@ Step run_mma(Warp& warp, const Instruction& in, uint32_t mask) {
       transpose_columns(column, blocks[block].b[e]);
     }
   }
+  alignas(64) uint32_t high_rows[2][kWarpSize];  // of C, which D may overwrite
+  __builtin_memcpy(high_rows[0], warp.lanes<uint32_t>(c[2]), sizeof(high_rows[0]));
+  __builtin_memcpy(high_rows[1], warp.lanes<uint32_t>(c[3]), sizeof(high_rows[1]));
   for (int half = 0; half < 2; ++half) {
     V even[kVectors], odd[kVectors];
-    __builtin_memcpy(even, warp.lanes<uint32_t>(c[2 * half]), sizeof(even));
-    __builtin_memcpy(odd, warp.lanes<uint32_t>(c[2 * half + 1]), sizeof(odd));
+    __builtin_memcpy(even, half ? high_rows[0] : warp.lanes<uint32_t>(c[0]), sizeof(even));
+    __builtin_memcpy(odd, half ? high_rows[1] : warp.lanes<uint32_t>(c[1]), sizeof(odd));
     for (int block = 0; block < kBlocks; ++block) {
       accumulate_quad<0>(blocks[block], half, even, odd);
       accumulate_quad<1>(blocks[block], half, even, odd);
