@@ -20,3 +20,9 @@ if(TARGET flash_attn_ffi)
   install(TARGETS flash_attn_ffi LIBRARY DESTINATION flash_attn COMPONENT python EXCLUDE_FROM_ALL)
   install(FILES flash_attn_2_cuda.py DESTINATION . COMPONENT python EXCLUDE_FROM_ALL)
 endif()
+
+# Loaded by name in place of the CUDA driver: beside the package's modules, without a version in its name.
+if(TARGET gpu_emulator)
+  install(PROGRAMS $<TARGET_FILE:gpu_emulator> DESTINATION flash_attn RENAME libgpu_emulator.so COMPONENT python
+          EXCLUDE_FROM_ALL)
+endif()

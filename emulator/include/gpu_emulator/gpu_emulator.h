@@ -1,0 +1,47 @@
+#pragma once
+
+// What the emulated CUDA driver library offers beyond cuda.h. The driver API itself is used as on
+// any machine: dlopen libgpu_emulator.so in place of libcuda.so.1. Device 0 is an A100 (sm_80),
+// device 1 an H100 (sm_90a). Device memory is host memory: cuMemHostRegister makes a host range
+// visible to kernels at the same address.
+//
+// Differences from a GPU's driver: work runs inside the call that asks for it, on the calling
+// thread and as many more as the option `threads` allows; a kernel's error is returned by the
+// launch itself and leaves the context usable.
+
+#include <stddef.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+// Sets an option of a device, for the launches that follow. Names and values:
+//   mode              eager | late | random  when asynchronous operations take effect; random also
+//                                            shuffles warps
+//   seed              integer                of mode random
+//   checks            none | memory | all    memory: bounds and alignment; all: uninitialised
+//                                            values and races too. Default: all
+//   threads           integer                CPU threads that run CTAs; 0 = all
+//   count             0 | 1                  whether counters are kept
+//   max_instructions  integer                of a warp, after which a launch fails; 0 = no limit
+//   delete_line       integer                a line of PTX whose instruction launches leave out, for
+//                                            mutation tests; 0 = none
+// Returns a CUresult: CUDA_ERROR_INVALID_VALUE for an unknown name or value,
+// CUDA_ERROR_INVALID_DEVICE.
+int gpuEmulatorSetOption(int device, const char* name, const char* value);
+
+// Why the last call failed that failed on this device: a launch, the load of a module, or any
+// other;
+// "" after a launch without errors. Copies at most size - 1 characters and a terminating zero to
+// text, which may be null; returns the whole length without the zero.
+size_t gpuEmulatorLastReport(int device, char* text, size_t size);
+
+// Counters of this device's launches since the last reset: as JSON, one object a kernel name, and
+// as a table for people. Both copy as gpuEmulatorLastReport does.
+size_t gpuEmulatorCounters(int device, char* json, size_t size);
+size_t gpuEmulatorCountersTable(int device, char* table, size_t size);
+void gpuEmulatorResetCounters(int device);
+
+#ifdef __cplusplus
+}
+#endif

@@ -1,0 +1,144 @@
+#pragma once
+
+// Who has read a unit of memory since it was last written. Two ways to keep it: for shared memory
+// one entry for each warp that ever reads there; for global memory the last two readers.
+
+#include <array>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "actor.h"
+
+namespace gpu_emulator::check {
+
+// Reads of one warp since the last write. Lanes with another stamp than the entry's do not fit:
+// add() then says so, and the unit is kept in detail.
+class SharedReaders {
+ public:
+  static constexpr bool kHasClusters = false;
+  static constexpr int kMostWarps = 63;
+
+  void allocate(uint32_t units) { units_ = units; }
+  bool any(uint32_t unit) const { return !bits_.empty() && bits_[unit]; }
+  void clear(uint32_t unit) {
+    if (!bits_.empty()) bits_[unit] = 0;
+  }
+
+  bool add(uint32_t unit, const Actor& actor, int lane) {
+    const Record now = actor.record(lane);
+    const int index = index_of(actor.order->agent, is_async(actor.state));
+    if (index < 0) return true;
+    const uint32_t bit = is_async(actor.state) ? ~0u : 1u << lane;
+    Entries& entries = warps_[index];
+    uint64_t& present = bits_[unit];
+    Record& record = entries.records[unit];
+    uint32_t& lanes = entries.lanes[unit];
+    if (!(present >> index & 1)) {
+      present |= uint64_t{1} << index;
+      record = now;
+      lanes = bit;
+      return true;
+    }
+    if (record.stamp() == now.stamp() && record.state() == now.state()) {
+      lanes |= bit;
+      return true;
+    }
+    if ((lanes & ~bit) == 0 ||
+        actor.comes_after({record, lanes, actor.order->cluster->index, false}, lane)) {
+      record = now;
+      lanes = bit;
+      return true;
+    }
+    return false;
+  }
+
+  template <class F>
+  void for_each(uint32_t unit, uint64_t cluster, F&& f) const {
+    if (bits_.empty()) return;
+    for (uint64_t left = bits_[unit]; left; left &= left - 1) {
+      const Entries& entries = warps_[__builtin_ctzll(left)];
+      f(Previous{entries.records[unit], entries.lanes[unit], cluster, false});
+    }
+  }
+
+ private:
+  struct Entries {
+    uint32_t key;
+    std::unique_ptr<Record[]> records;
+    std::unique_ptr<uint32_t[]> lanes;
+  };
+
+  int index_of(uint32_t agent, bool is_async) {
+    const uint32_t key = agent << 1 | is_async;
+    if (key < index_.size() && index_[key] >= 0) return index_[key];
+    if (static_cast<int>(warps_.size()) == kMostWarps) return -1;
+    if (bits_.empty()) bits_.resize(units_);
+    if (key >= index_.size()) index_.resize(key + 1, -1);
+    index_[key] = static_cast<int8_t>(warps_.size());
+    warps_.push_back({key, std::make_unique_for_overwrite<Record[]>(units_),
+                      std::make_unique_for_overwrite<uint32_t[]>(units_)});
+    return index_[key];
+  }
+
+  uint32_t units_ = 0;
+  std::vector<uint64_t> bits_;  // bit = index into warps_
+  std::vector<int8_t> index_;   // by agent * 2 + async
+  std::vector<Entries> warps_;
+};
+
+// The first reader not known to have happened before the others, and the last one. With more than
+// two at once a write that is ordered after these two but not after a third is not noticed.
+class GlobalReaders {
+ public:
+  static constexpr bool kHasClusters = true;
+
+  void allocate(uint32_t units) { units_ = units; }
+  bool any(uint32_t unit) const { return !entries_.empty() && entries_[unit][0].lanes; }
+  void clear(uint32_t unit) {
+    if (!entries_.empty()) entries_[unit] = {};
+  }
+
+  bool add(uint32_t unit, const Actor& actor, int lane) {
+    if (entries_.empty()) entries_.resize(units_);
+    const Entry now{actor.record(lane), is_async(actor.state) ? ~0u : 1u << lane,
+                    static_cast<uint32_t>(actor.order->cluster->index)};
+    auto& [first, last] = entries_[unit];
+    if (!first.lanes || first.merge(now) || actor.comes_after(first.previous(), lane)) {
+      if (!first.lanes || !first.same_moment(now)) first = now;
+      return true;
+    }
+    if (!last.lanes || !last.merge(now)) last = now;
+    return true;
+  }
+
+  template <class F>
+  void for_each(uint32_t unit, uint64_t /*cluster*/, F&& f) const {
+    if (entries_.empty()) return;
+    for (const Entry& entry : entries_[unit]) {
+      if (entry.lanes) f(entry.previous());
+    }
+  }
+
+ private:
+  struct Entry {
+    Record record;
+    uint32_t lanes = 0;
+    uint32_t cluster = 0;
+    Previous previous() const { return {record, lanes, cluster, false}; }
+    bool same_moment(const Entry& now) const {
+      return cluster == now.cluster && record.agent() == now.record.agent() &&
+             record.stamp() == now.record.stamp() && record.state() == now.record.state();
+    }
+    bool merge(const Entry& now) {
+      if (!same_moment(now)) return false;
+      lanes |= now.lanes;
+      return true;
+    }
+  };
+
+  uint32_t units_ = 0;
+  std::vector<std::array<Entry, 2>> entries_;
+};
+
+}  // namespace gpu_emulator::check

@@ -1,0 +1,54 @@
+#pragma once
+
+// What the checks keep of each warp, CTA and cluster: exec's `observed` pointers.
+
+#include <array>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "order.h"
+#include "readers.h"
+#include "shadow.h"
+
+namespace gpu_emulator::check {
+
+using SharedShadow = Shadow<SharedReaders>;
+using GlobalShadow = Shadow<GlobalReaders>;
+
+struct WarpState {
+  WarpOrder order;
+  std::string origin;  // of the first undefined value that it read: the end of a sentence
+  std::array<uint64_t, 32> copied{};  // by lane: bytes undefined in the source of a cp.async
+  // Local memory: whether each byte has been written; lane-major, local_capacity bytes a lane.
+  std::vector<bool> local_defined;
+  uint32_t local_capacity = 0;
+  // Strong reads of global memory whose value another host thread may have changed between the
+  // check and the read.
+  struct StrongRead {
+    exec::Access access;
+    uint64_t address;
+    std::byte* host;
+    int lane;
+  };
+  std::vector<StrongRead> to_repeat;
+};
+
+struct ClusterState {
+  ClusterOrder order;
+  std::vector<std::unique_ptr<SharedShadow>> shared;  // by rank
+  std::vector<std::unique_ptr<WarpState>> warps;      // by agent
+  // The first undefined value written to global memory. Reported when the cluster ends, so that a
+  // race that is its cause comes first.
+  std::string undefined_output;
+};
+
+inline WarpState& state_of(const exec::Warp& warp) {
+  return *static_cast<WarpState*>(warp.observed);
+}
+inline ClusterState& state_of(const exec::Cluster& cluster) {
+  return *static_cast<ClusterState*>(cluster.observed);
+}
+
+}  // namespace gpu_emulator::check

@@ -1,0 +1,129 @@
+// gpuEmulator*: what this driver offers beyond CUDA's. None needs cuInit.
+
+#include <algorithm>
+#include <charconv>
+#include <cstring>
+
+#include "arguments.h"
+
+#pragma GCC visibility push(default)
+#include "gpu_emulator/gpu_emulator.h"
+#pragma GCC visibility pop
+
+namespace gpu_emulator::driver {
+namespace {
+
+bool is_device(int device) { return device >= 0 && device < Driver::kDevices; }
+
+template <typename Number>
+Number number_of(const std::string& value) {
+  Number number = 0;
+  const char* end = value.data() + value.size();
+  const auto result = std::from_chars(value.data(), end, number);
+  if (value.empty() || result.ec != std::errc() || result.ptr != end) {
+    fail(CUDA_ERROR_INVALID_VALUE, "'" + value.substr(0, 60) + "' is not a number of this option.");
+  }
+  return number;
+}
+
+[[noreturn]] void fail_value(const std::string& name, const std::string& value) {
+  fail(CUDA_ERROR_INVALID_VALUE, "Option " + name + " has no value '" + value.substr(0, 60) + "'.");
+}
+
+void set_mode(Options& options, const std::string& value) {
+  if (value == "eager") {
+    options.mode = Mode::kEager;
+  } else if (value == "late") {
+    options.mode = Mode::kLate;
+  } else if (value == "random") {
+    options.mode = Mode::kRandom;
+  } else {
+    fail_value("mode", value);
+  }
+}
+
+void set_checks(Options& options, const std::string& value) {
+  if (value != "none" && value != "memory" && value != "all") fail_value("checks", value);
+  options.check_memory = value != "none";
+  options.check_init = options.check_races = value == "all";
+}
+
+void set_option(Options& options, const std::string& name, const std::string& value) {
+  if (name == "mode") {
+    set_mode(options, value);
+  } else if (name == "seed") {
+    options.seed = number_of<uint64_t>(value);
+  } else if (name == "checks") {
+    set_checks(options, value);
+  } else if (name == "threads") {
+    const auto threads = number_of<unsigned short>(value);
+    options.threads = threads;
+  } else if (name == "count") {
+    if (value != "0" && value != "1") fail_value(name, value);
+    options.count = value == "1";
+  } else if (name == "delete_line") {
+    options.delete_line = number_of<unsigned short>(value);
+  } else if (name == "max_instructions") {
+    const auto limit = number_of<uint64_t>(value);
+    if (limit > INT64_MAX) fail_value(name, value);
+    options.max_instructions = static_cast<int64_t>(limit);
+  } else {
+    fail(CUDA_ERROR_INVALID_VALUE, "There is no option '" + name.substr(0, 60) + "'.");
+  }
+}
+
+// Copies what fits, with a terminating zero; returns the whole length.
+size_t copy_out(const std::string& text, char* out, size_t size) {
+  if (out && size > 0) {
+    const size_t length = std::min(text.size(), size - 1);
+    safe_copy(out, text.substr(0, length).c_str(), length + 1);
+  }
+  return text.size();
+}
+
+// A text of a device; "" where there is none or the text cannot be made.
+template <typename Text>
+size_t copy_text(int device, char* out, size_t size, Text text) {
+  std::string result;
+  if (is_device(device)) {
+    Driver& state = driver();
+    const std::lock_guard lock(state.mutex);
+    try {
+      result = text(state.devices[device]);
+    } catch (const std::exception&) {
+      result.clear();
+    }
+  }
+  return copy_out(result, out, size);
+}
+
+}  // namespace
+}  // namespace gpu_emulator::driver
+
+using namespace gpu_emulator::driver;
+
+int gpuEmulatorSetOption(int device, const char* name, const char* value) {
+  return guarded_uninitialised([&](Driver& state) {
+    const auto key = take_string(name, "name"), text = take_string(value, "value");
+    set_option(state.device(device).options, key, text);
+  });
+}
+
+size_t gpuEmulatorLastReport(int device, char* text, size_t size) {
+  return copy_text(device, text, size, [](const Device& of) { return of.report; });
+}
+
+size_t gpuEmulatorCounters(int device, char* json, size_t size) {
+  return copy_text(device, json, size, [](const Device& of) { return of.counters.json(); });
+}
+
+size_t gpuEmulatorCountersTable(int device, char* table, size_t size) {
+  return copy_text(device, table, size, [](const Device& of) { return of.counters.table(); });
+}
+
+void gpuEmulatorResetCounters(int device) {
+  if (!is_device(device)) return;
+  Driver& state = driver();
+  const std::lock_guard lock(state.mutex);
+  state.devices[device].counters = {};
+}

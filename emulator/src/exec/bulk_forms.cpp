@@ -1,0 +1,328 @@
+// Bulk copies of contiguous bytes and their groups (PTX 9.7.9.25.4, 9.7.9.25.3.1): cp.async.bulk,
+// cp.reduce.async.bulk, st.async, red.async.
+
+#include <cstring>
+
+#include "bulk_copy.h"
+#include "function_decoder.h"
+#include "hopper_state.h"
+#include "operand_addresses.h"
+#include "report.h"
+
+namespace gpu_emulator::exec {
+namespace {
+
+using Direction = BulkCopy::Direction;
+
+// list: addresses of the destination, the source, the mbarrier (two slots each), then the size and
+// the CTA mask. option: Direction, wide bases, ReductionOp or kNoReduction. type: of a reduction.
+enum Place : int { kDestination, kSource, kBarrier };
+constexpr int kSize = 6, kCtaMask = 7;
+constexpr uint8_t kNoReduction = 0xff;
+
+uint64_t address_of(const Warp& warp, const Instruction& in, Place place, int lane) {
+  return listed_address(warp, in, place, in.option[1], lane);
+}
+
+void require_multiple(const Warp& warp, int lane, const char* what, uint64_t value) {
+  constexpr uint64_t kMultiple = 16;
+  if (value % kMultiple == 0) return;
+  fail(warp, lane, ReportKind::kMisaligned,
+       format("Misaligned: the %s of a bulk copy, 0x%llx, must be a multiple of 16.", what,
+              static_cast<unsigned long long>(value)));
+}
+
+void set_destinations(Warp& warp, const Instruction& in, int lane, BulkCopy& copy) {
+  const uint64_t destination = address_of(warp, in, kDestination, lane);
+  const uint64_t barrier = address_of(warp, in, kBarrier, lane);
+  const Slot mask_slot = warp.list(in)[kCtaMask];
+  if (mask_slot == kNoSlot) {
+    if (destination >> kSharedRankShift != barrier >> kSharedRankShift) {
+      fail(warp, lane, ReportKind::kInvalidOperand,
+           "The mbarrier is not in the shared memory of the destination's CTA.");
+    }
+    copy.destinations = {destination};
+    copy.mbarriers = {barrier};
+    return;
+  }
+  const uint32_t mask = warp.lanes<uint32_t>(mask_slot)[lane] & 0xffff;
+  const size_t ctas = warp.cta->cluster->ctas.size();
+  if (mask == 0 || mask >> ctas != 0) {
+    fail(warp, lane, ReportKind::kInvalidOperand,
+         format("The multicast mask 0x%x must name CTAs of the cluster, which has %zu.", mask,
+                ctas));
+  }
+  for (uint32_t rank = 0; rank < ctas; ++rank) {
+    if (!(mask >> rank & 1)) continue;
+    const uint64_t base = uint64_t{rank} << kSharedRankShift;
+    copy.destinations.push_back(base | (destination & kSharedOffsetMask));
+    copy.mbarriers.push_back(base | (barrier & kSharedOffsetMask));
+  }
+}
+
+Step run_copy(Warp& warp, const Instruction& in, uint32_t mask) {
+  const auto direction = static_cast<Direction>(in.option[0]);
+  for_each_lane(mask, [&](int lane) {
+    auto copy = std::make_shared<BulkCopy>();
+    copy->site = issue_site(warp, lane);
+    copy->direction = direction;
+    copy->bytes = warp.lanes<uint32_t>(warp.list(in)[kSize])[lane];
+    const uint64_t source = address_of(warp, in, kSource, lane);
+    const uint64_t destination = address_of(warp, in, kDestination, lane);
+    require_multiple(warp, lane, "size", copy->bytes);
+    require_multiple(warp, lane, "source address", source);
+    require_multiple(warp, lane, "destination address", destination);
+    if (copy->bytes == 0) return;
+    if (in.option[2] != kNoReduction) {
+      copy->reduction = Reduction{static_cast<ReductionOp>(in.option[2]), in.type};
+    }
+    count_bytes(warp, copy->bytes);
+    if (direction == Direction::kSharedToGlobal) {
+      copy->source = source;
+      copy->segments = {{destination, 0, copy->bytes}};
+      issue_to_group(std::move(copy));
+      return;
+    }
+    if (direction == Direction::kGlobalToShared) {
+      copy->segments = {{source, 0, copy->bytes}};
+    } else {
+      copy->source = source;
+    }
+    set_destinations(warp, in, lane, *copy);
+    for (uint64_t address : copy->mbarriers) mbarrier_at(warp, lane, address);
+    issue_to_mbarriers(std::move(copy), "cp.async.bulk");
+  });
+  return Step::kNext;
+}
+
+Step run_prefetch(Warp& warp, const Instruction& in, uint32_t mask) {
+  for_each_lane(mask, [&](int lane) {
+    require_multiple(warp, lane, "address", address_of(warp, in, kSource, lane));
+    require_multiple(warp, lane, "size", warp.lanes<uint32_t>(warp.list(in)[kSize])[lane]);
+  });
+  return Step::kNext;
+}
+
+// -------------------------------------------------------------------------------------------
+// groups
+
+Step run_commit_group(Warp& warp, const Instruction&, uint32_t mask) {
+  for_each_lane(mask, [&](int lane) { ++hopper(warp).bulk_groups[lane]; });
+  return Step::kNext;
+}
+
+// imm: newest groups that may be incomplete; option[0]: .read.
+Step run_wait_group(Warp& warp, const Instruction& in, uint32_t mask) {
+  HopperWarpState& state = hopper(warp);
+  const bool reads_only = in.option[0];
+  std::erase_if(state.bulk, [&](BulkGroupCopy& entry) {
+    const int lane = entry.copy->site.lane;
+    const bool awaited =
+        (mask >> lane & 1) && int64_t{entry.group} < int64_t{state.bulk_groups[lane]} - in.imm;
+    if (!awaited) return false;
+    at_site(entry.copy->site, [&] {
+      complete_reads(*entry.copy);
+      if (!reads_only) complete_writes(*entry.copy);
+    });
+    return !reads_only;
+  });
+  if (Observer* observer = observer_of(warp)) {
+    SyncEvent event{SyncKind::kBulkWait};
+    event.mask = mask;
+    event.id = reads_only;
+    observer->synchronise(warp, event);
+  }
+  return Step::kNext;
+}
+
+// ------------------------------------------------------------------------- st.async and red.async
+
+// list: destination and mbarrier (two slots each), then the values; bytes: of one; option: wide
+// bases, wide values, ReductionOp or kNoReduction.
+Step run_store_async(Warp& warp, const Instruction& in, uint32_t mask) {
+  constexpr int kAddressSlots = 4;
+  const int values = in.count - kAddressSlots;
+  for_each_lane(mask, [&](int lane) {
+    auto copy = std::make_shared<BulkCopy>();
+    copy->site = issue_site(warp, lane);
+    copy->direction = Direction::kRegistersToShared;
+    copy->was_read = true;
+    copy->bytes = static_cast<uint32_t>(values) * in.bytes;
+    copy->box.resize(copy->bytes);
+    for (int i = 0; i < values; ++i) {
+      const Slot slot = warp.list(in)[kAddressSlots + i];
+      const void* value = in.bytes == 8
+                              ? static_cast<const void*>(warp.lanes<uint64_t>(slot) + lane)
+                              : static_cast<const void*>(warp.lanes<uint32_t>(slot) + lane);
+      std::memcpy(copy->box.data() + i * in.bytes, value, in.bytes);
+    }
+    if (in.option[2] != kNoReduction) {
+      copy->reduction = Reduction{static_cast<ReductionOp>(in.option[2]), in.type};
+    }
+    const uint64_t destination = listed_address(warp, in, 0, in.option[1], lane);
+    const uint64_t barrier = listed_address(warp, in, 1, in.option[1], lane);
+    if (destination % copy->bytes) {
+      fail(warp, lane, ReportKind::kMisaligned,
+           format("Misaligned: the shared address 0x%llx must be a multiple of %u.",
+                  static_cast<unsigned long long>(destination), copy->bytes));
+    }
+    copy->destinations = {destination};
+    copy->mbarriers = {barrier};
+    mbarrier_at(warp, lane, barrier);
+    issue_to_mbarriers(std::move(copy), "st.async");
+  });
+  return Step::kNext;
+}
+
+// ------------------------------------------------------------------------------------------
+// decoding
+
+void decode_operands(Decoder& decoder, const ptx::Operand* const (&places)[3],
+                     const ptx::Operand& size, const ptx::Operand* cta_mask) {
+  std::vector<Slot> slots;
+  for (int i = 0; i < 3; ++i) {
+    if (places[i]) {
+      append_address(decoder, *places[i], i, slots, &decoder.out.option[1]);
+    } else {
+      slots.insert(slots.end(), 2, kNoSlot);
+    }
+  }
+  slots.push_back(decoder.source(size, ptx::Type::kU32));
+  slots.push_back(cta_mask ? decoder.source(*cta_mask, ptx::Type::kU16) : kNoSlot);
+  decoder.list(slots);
+  decoder.out.counter_class = InstructionClass::kAsyncCopy;
+}
+
+// The state spaces: the first two modifiers after `before` others.
+Direction take_direction(Decoder& decoder, size_t before) {
+  const std::vector<std::string>& words = decoder.ast.modifiers;
+  if (words.size() < before + 2) throw Unsupported("state spaces");
+  const std::string& to = words[before];
+  const std::string& from = words[before + 1];
+  decoder.take(to);
+  decoder.take(from);
+  const bool to_shared = to == "shared::cluster" || to == "shared::cta";
+  if (to_shared && from == "global") return Direction::kGlobalToShared;
+  if (to == "shared::cluster" && from == "shared::cta") return Direction::kSharedToShared;
+  if (to == "global" && from == "shared::cta") return Direction::kSharedToGlobal;
+  throw Unsupported("state spaces");
+}
+
+void decode_copy_of(Decoder& decoder, size_t before, uint8_t reduction) {
+  const Direction direction = take_direction(decoder, before);
+  const bool to_group = direction == Direction::kSharedToGlobal;
+  if (!decoder.take(to_group ? "bulk_group" : "mbarrier::complete_tx::bytes")) {
+    throw Unsupported("completion mechanism");
+  }
+  const bool multicast =
+      direction == Direction::kGlobalToShared && decoder.take("multicast::cluster");
+  decoder.take("L2::cache_hint");
+  decode_operands(
+      decoder, {&decoder.operand(0), &decoder.operand(1), to_group ? nullptr : &decoder.operand(3)},
+      decoder.operand(2), multicast ? &decoder.operand(4) : nullptr);
+  decoder.out.option[0] = static_cast<uint8_t>(direction);
+  decoder.out.option[2] = reduction;
+  decoder.out.run = run_copy;
+}
+
+void decode_copy(Decoder& decoder) {
+  constexpr size_t kBefore = 2;  // async.bulk
+  decode_copy_of(decoder, kBefore, kNoReduction);
+}
+
+bool is_defined(ReductionOp op, ptx::Type type, bool in_shared) {
+  using ptx::Type;
+  const bool word = type == Type::kU32 || type == Type::kS32;
+  switch (op) {
+    case ReductionOp::kAdd:
+      return word || type == Type::kU64 || (!in_shared && is_float(type));
+    case ReductionOp::kMin:
+    case ReductionOp::kMax:
+      return word || (!in_shared && (type == Type::kU64 || type == Type::kS64 ||
+                                     type == Type::kF16 || type == Type::kBf16));
+    case ReductionOp::kInc:
+    case ReductionOp::kDec:
+      return type == Type::kU32;
+    default:
+      return type == Type::kB32 || (!in_shared && type == Type::kB64);
+  }
+}
+
+void decode_reduce(Decoder& decoder) {
+  constexpr size_t kBefore = 2;  // async.bulk
+  const int op = decoder.take_any({"add", "min", "max", "inc", "dec", "and", "or", "xor"});
+  if (op < 0) throw Unsupported("reduction");
+  decoder.take("noftz");
+  decoder.out.type = decoder.take_type();
+  decode_copy_of(decoder, kBefore, static_cast<uint8_t>(op));
+  const bool in_shared = decoder.out.option[0] == static_cast<uint8_t>(Direction::kSharedToShared);
+  if (!is_defined(static_cast<ReductionOp>(op), decoder.out.type, in_shared)) {
+    throw Unsupported("type of the reduction");
+  }
+}
+
+void decode_prefetch(Decoder& decoder) {
+  decoder.take("L2::cache_hint");
+  decode_operands(decoder, {nullptr, &decoder.operand(0), nullptr}, decoder.operand(1), nullptr);
+  decoder.out.run = run_prefetch;
+}
+
+void decode_commit_group(Decoder& decoder) {
+  decoder.out.counter_class = InstructionClass::kAsyncCopy;
+  decoder.out.run = run_commit_group;
+}
+
+void decode_wait_group(Decoder& decoder) {
+  decoder.out.option[0] = decoder.take("read");
+  decoder.out.imm = decoder.immediate(0);
+  decoder.out.counter_class = InstructionClass::kBarrier;
+  decoder.out.run = run_wait_group;
+}
+
+void decode_register_values(Decoder& decoder, uint8_t reduction) {
+  decoder.take_any({"weak", "relaxed"});
+  decoder.take("cluster");
+  decoder.take_any({"shared::cluster", "shared"});
+  if (!decoder.take("mbarrier::complete_tx::bytes")) throw Unsupported("completion mechanism");
+  decoder.take_any({"v2", "v4"});
+  decoder.out.type = decoder.take_type();
+  decoder.out.bytes = static_cast<uint8_t>(size_of(decoder.out.type));
+  if (decoder.out.bytes != 4 && decoder.out.bytes != 8) throw Unsupported("type");
+  std::vector<Slot> slots;
+  append_address(decoder, decoder.operand(0), 0, slots, &decoder.out.option[1]);
+  append_address(decoder, decoder.operand(2), 1, slots, &decoder.out.option[1]);
+  for (const ptx::Operand& value : decoder.elements(decoder.operand(1))) {
+    slots.push_back(decoder.source(value, decoder.out.type));
+  }
+  decoder.list(slots);
+  decoder.out.option[2] = reduction;
+  decoder.out.counter_class = InstructionClass::kAsyncCopy;
+  decoder.out.run = run_store_async;
+}
+
+void decode_store_async(Decoder& decoder) { decode_register_values(decoder, kNoReduction); }
+
+void decode_reduce_async(Decoder& decoder) {
+  const int op = decoder.take_any({"add", "min", "max", "inc", "dec", "and", "or", "xor"});
+  if (op < 0) throw Unsupported("reduction");
+  decode_register_values(decoder, static_cast<uint8_t>(op));
+  if (!is_defined(static_cast<ReductionOp>(op), decoder.out.type, true)) {
+    throw Unsupported("type of the reduction");
+  }
+}
+
+constexpr Form kForms[] = {
+    {"cp.async.bulk", decode_copy},
+    {"cp.reduce.async.bulk", decode_reduce},
+    {"cp.async.bulk.prefetch.L2.global", decode_prefetch},
+    {"cp.async.bulk.commit_group", decode_commit_group},
+    {"cp.async.bulk.wait_group", decode_wait_group},
+    {"st.async", decode_store_async},
+    {"red.async", decode_reduce_async},
+};
+
+}  // namespace
+
+std::span<const Form> bulk_forms() { return kForms; }
+
+}  // namespace gpu_emulator::exec

@@ -1,0 +1,103 @@
+#pragma once
+
+// State of a CTA and of the cluster it belongs to. A cluster (one CTA without clusters) is the unit
+// of scheduling: one host thread runs all its warps by turns.
+
+#include <array>
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "../device/device.h"
+#include "observer.h"
+#include "warp.h"
+
+namespace gpu_emulator::exec {
+
+struct LaunchState;
+struct HopperCtaState;      // hopper_state.h: mbarriers, warpgroups
+struct HopperClusterState;  // hopper_state.h: barrier.cluster
+
+// Shared addresses: CTA rank in the cluster << 24 | offset; offsets begin here, so that a null
+// pointer is out of bounds, and as on hardware since sm_80, where the driver keeps 1 KiB.
+inline constexpr uint32_t kSharedBase = 1024;
+inline constexpr uint32_t kSharedRankShift = 24;
+inline constexpr uint32_t kSharedOffsetMask = (1u << kSharedRankShift) - 1;
+
+struct NamedBarrier {     // barrier.cta 0..15 (PTX 9.7.13.1)
+  uint32_t expected = 0;  // threads of the instruction that arrived first; 0 = all of the CTA
+  uint32_t threads = 0;   // that arrived
+  uint32_t units = 0;     // the same with 32 for a whole warp, however many threads it has
+  uint64_t generation = 0;
+  std::array<uint32_t, 32> lanes{};  // that arrived, by warp
+  uint32_t all = kAllLanes, any = 0;  // barrier.red: so far
+  uint64_t popc = 0;
+  uint32_t last_all = 0, last_any = 0;  // of the generation before
+  uint64_t last_popc = 0;
+};
+
+struct Cta {
+  struct Cluster* cluster = nullptr;
+  uint32_t rank = 0;  // in the cluster
+  std::array<uint32_t, 3> id{};
+  std::array<uint32_t, 3> rank_xyz{};
+  AlignedBytes shared;
+  uint32_t shared_bytes = 0;
+  std::vector<std::unique_ptr<Warp>> warps;
+  std::array<NamedBarrier, 16> barriers;
+  std::shared_ptr<HopperCtaState> hopper;
+  void* observed = nullptr;  // the observer's own state
+
+  uint32_t live_threads() const;
+};
+
+// An operation that completes on its own, not by a group wait of its warp: TMA and bulk copies that
+// signal an mbarrier. Late mode completes one only when no warp of the cluster can go on.
+struct AsyncOperation {
+  std::function<void()> complete;
+  // Called instead when all threads of the cluster have exited. Absent: complete.
+  std::function<void()> abandon;
+  std::string what;  // for reports: "cp.async.bulk.tensor at PTX line 12"
+};
+
+struct Cluster {
+  LaunchState* launch = nullptr;
+  uint64_t index = 0;
+  std::array<uint32_t, 3> id{};
+  std::vector<std::unique_ptr<Cta>> ctas;
+  std::deque<AsyncOperation> pending;
+  std::shared_ptr<HopperClusterState> hopper;
+  void* observed = nullptr;   // the observer's own state
+  uint32_t expired_waits = 0;  // Wait::expired, since an mbarrier's phase ended
+  std::mt19937_64 random;  // of this cluster: seeded by Options::seed and index
+  bool done = false;
+
+  // Runs it now (eager), or keeps it for the scheduler (late; random: perhaps).
+  void submit(AsyncOperation operation);
+};
+
+// What all threads of one launch share; constant while it runs but for the observer's own state.
+struct LaunchState {
+  const Arch* arch = nullptr;
+  const Options* options = nullptr;
+  const MemoryMap* memory = nullptr;
+  const Launch* launch = nullptr;
+  const Function* entry = nullptr;
+  Observer* observer = nullptr;  // null: no checks
+  std::array<uint32_t, 3> cluster_shape{1, 1, 1};
+  uint32_t shared_bytes = 0;  // a CTA's, static and dynamic
+  mutable std::mutex wide_atomics;  // held by 128-bit atomic operations, which few hosts have
+};
+
+inline const LaunchState& launch_of(const Warp& warp) { return *warp.cta->cluster->launch; }
+inline Observer* observer_of(const Warp& warp) { return warp.cta->cluster->launch->observer; }
+
+// The CTA of the warp's cluster that a shared address names; fails for a rank outside it.
+Cta& shared_owner(const Warp& warp, int lane, uint32_t address);
+
+}  // namespace gpu_emulator::exec

@@ -1,0 +1,149 @@
+// Arithmetic of f16, bf16 and the packed types (PTX 9.7.4): each half exactly, then one rounding to
+// nearest even.
+
+#include <cmath>
+
+#include "families.h"
+#include "function_decoder.h"
+#include "warp.h"
+
+namespace gpu_emulator::exec {
+
+using ptx::Type;
+
+namespace {
+
+// Instruction::option[3] of these; [0] is .ftz, [1] .sat (.NaN of min and max), [2] .relu
+// (.xorsign.abs of min and max).
+enum HalfOp : uint8_t { kAdd, kSub, kMul, kFma, kMin, kMax, kNeg, kAbs, kEx2, kTanh };
+
+struct HalfType {
+  SmallFormat format;
+  uint32_t nan;
+  bool is_bf16;
+
+  float value(uint32_t bits) const { return is_bf16 ? bf16_to_float(bits) : f16_to_float(bits); }
+};
+constexpr HalfType kF16 = {kF16Format, 0x7fff, false};
+constexpr HalfType kBf16 = {kBf16Format, 0x7fff, true};
+
+uint32_t flushed(const HalfType& type, uint32_t bits) {
+  const uint32_t exponent_mask = type.is_bf16 ? 0x7f80 : 0x7c00;
+  return bits & exponent_mask ? bits : bits & 0x8000;
+}
+
+uint32_t min_or_max(const Instruction& in, const HalfType& type, uint32_t a, uint32_t b) {
+  const uint32_t sign = in.option[2] ? (a ^ b) & 0x8000 : 0;
+  if (in.option[2]) {
+    a &= 0x7fff;
+    b &= 0x7fff;
+  }
+  const float x = type.value(a), y = type.value(b);
+  if (std::isnan(x) || std::isnan(y)) {
+    if (in.option[1] || (std::isnan(x) && std::isnan(y))) return type.nan;
+    return (std::isnan(x) ? b : a) | sign;
+  }
+  const bool maximum = in.option[3] == kMax;
+  if (x == y) return (maximum ? a & b : a | b) | sign;  // -0 < +0
+  return ((x > y) == maximum ? a : b) | sign;
+}
+
+uint32_t compute(const Instruction& in, const HalfType& type, uint32_t a, uint32_t b, uint32_t c) {
+  if (in.option[0]) {
+    a = flushed(type, a);
+    b = flushed(type, b);
+    c = flushed(type, c);
+  }
+  const double x = type.value(a), y = type.value(b), z = type.value(c);
+  double result;
+  switch (in.option[3]) {
+    case kAdd:
+      result = x + y;
+      break;
+    case kSub:
+      result = x - y;
+      break;
+    case kMul:
+      result = x * y;
+      break;
+    case kFma:
+      result = std::fma(x, y, z);
+      break;
+    case kMin:
+    case kMax:
+      return min_or_max(in, type, a, b);
+    case kNeg:
+      return a ^ 0x8000;
+    case kAbs:
+      return a & 0x7fff;
+    case kEx2:
+      result = std::exp2(x);
+      break;
+    default:
+      result = std::tanh(x);
+      break;
+  }
+  const bool is_arithmetic = in.option[3] <= kFma;
+  if (is_arithmetic && in.option[1]) result = result > 0 ? std::fmin(result, 1.0) : 0.0;
+  if (is_arithmetic && in.option[2] && result < 0) result = 0.0;
+  const uint32_t bits = to_small(result, type.format, {});
+  return in.option[0] ? flushed(type, bits) : bits;
+}
+
+Step run_half(Warp& warp, const Instruction& in, uint32_t mask) {
+  const bool is_bf16 = in.type == Type::kBf16 || in.type == Type::kBf16x2;
+  const bool packed = size_of(in.type) == 4;
+  const HalfType& type = is_bf16 ? kBf16 : kF16;
+  const uint32_t* a = warp.lanes<uint32_t>(in.a);
+  const uint32_t* b = in.b == kNoSlot ? a : warp.lanes<uint32_t>(in.b);
+  const uint32_t* c = in.c == kNoSlot ? a : warp.lanes<uint32_t>(in.c);
+  uint32_t* d = warp.lanes<uint32_t>(in.d);
+  for_each_lane(mask, [&](int i) {
+    const uint32_t low = compute(in, type, a[i] & 0xffff, b[i] & 0xffff, c[i] & 0xffff);
+    const uint32_t high = packed ? compute(in, type, a[i] >> 16, b[i] >> 16, c[i] >> 16) : 0;
+    d[i] = high << 16 | low;
+  });
+  return Step::kNext;
+}
+
+}  // namespace
+
+void decode_half(Decoder& decoder, LaneOp op, Type type) {
+  Instruction& out = decoder.out;
+  switch (op) {
+    case LaneOp::kAdd:
+      out.option[3] = kAdd;
+      return decode_binary(decoder, run_half, type, type);
+    case LaneOp::kSub:
+      out.option[3] = kSub;
+      return decode_binary(decoder, run_half, type, type);
+    case LaneOp::kMulLo:
+      out.option[3] = kMul;
+      return decode_binary(decoder, run_half, type, type);
+    case LaneOp::kFma:
+      out.option[3] = kFma;
+      return decode_ternary(decoder, run_half, type, type);
+    case LaneOp::kMin:
+      out.option[3] = kMin;
+      return decode_binary(decoder, run_half, type, type);
+    case LaneOp::kMax:
+      out.option[3] = kMax;
+      return decode_binary(decoder, run_half, type, type);
+    case LaneOp::kNeg:
+      out.option[3] = kNeg;
+      return decode_unary(decoder, run_half, type, type);
+    case LaneOp::kAbs:
+      out.option[3] = kAbs;
+      return decode_unary(decoder, run_half, type, type);
+    case LaneOp::kEx2:
+      out.option[3] = kEx2;
+      return decode_unary(decoder, run_half, type, type);
+    case LaneOp::kTanh:
+      out.option[3] = kTanh;
+      return decode_unary(decoder, run_half, type, type);
+    default:
+      throw Unsupported("operation of this type");
+  }
+}
+
+}  // namespace gpu_emulator::exec

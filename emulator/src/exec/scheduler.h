@@ -1,0 +1,78 @@
+#pragma once
+
+// Runs warps: one Worker a host thread, one cluster at a time (more when clusters wait for each
+// other through global memory).
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "cta.h"
+
+namespace gpu_emulator::exec {
+
+struct RangeCache {  // the last range of MemoryMap that an address hit
+  uint64_t begin = 1, end = 0;
+  bool writable = false;
+};
+
+struct PcCounters {  // of one instruction; see LineCounters
+  uint64_t executed = 0;
+  uint64_t wavefronts = 0, ideal_wavefronts = 0;
+  uint64_t requests = 0, sectors = 0, ideal_sectors = 0;
+  uint64_t bytes = 0;
+};
+
+struct Worker {
+  LaunchState* launch = nullptr;
+  RangeCache global;
+  bool count = false;
+  std::vector<std::vector<PcCounters>> counters;  // by function, by pc; empty without counting
+  PcCounters* current = nullptr;                  // of the current fragment's function
+  std::vector<std::pair<size_t, AlignedBytes>> free_registers;  // of finished frames, by size
+};
+
+// Runs every runnable fragment of the warp for about `quantum` instructions each. Whether any
+// instruction was executed.
+bool run_warp(Warp& warp, uint64_t quantum);
+
+// ------------------------------------------------------------- control flow, for handlers
+// Each changes the current fragment; the handler returns Step::kJump after it.
+
+void diverge(Warp& warp, uint32_t taken, uint32_t taken_pc, uint32_t other_pc,
+             uint32_t reconverge);
+void exit_lanes(Warp& warp, uint32_t mask);  // the others go on behind the instruction
+void call_function(Warp& warp, uint32_t mask, const Function& callee, uint32_t return_pc);
+void return_lanes(Warp& warp, uint32_t mask);
+
+// Collective of the lanes of `member` that are alive. When all of them have come to it, true:
+// *mask becomes all of them, and other fragments that waited at the same instruction are moved
+// behind it. Otherwise false, and the handler returns Step::kRetry.
+bool gather(Warp& warp, uint32_t member, uint32_t* mask, const char* what);
+
+// For .aligned instructions that may wait: as gather of all live lanes where the warp was released,
+// else as require_converged.
+bool converge(Warp& warp, uint32_t* mask, const char* what);
+
+// Lanes that wait for others at a reconvergence point go on without them, where a warp is stuck:
+// independent thread scheduling promises that. Whether there were any.
+bool release_joining(Warp& warp);
+
+// ------------------------------------------------------------- clusters
+
+std::unique_ptr<Cluster> make_cluster(LaunchState& launch, Worker& worker, uint64_t index);
+int new_frame(Warp& warp, const Function& function, uint32_t local_base);
+void free_frame(Warp& warp, int frame);
+
+// One turn of every warp. Whether any made progress; asynchronous operations count.
+bool run_cluster(Cluster& cluster, Worker& worker);
+
+// Completes the warp's cp.async of the lanes of mask but for each lane's `keep` newest groups;
+// also those of no group yet, where `ungrouped` (copy_forms.cpp).
+void complete_copies(Warp& warp, uint32_t mask, uint32_t keep, bool ungrouped = true);
+
+std::string describe_waits(const Cluster& cluster);  // of the deadlock report
+
+}  // namespace gpu_emulator::exec

@@ -1,0 +1,170 @@
+#include "wgmma.h"
+
+#include <algorithm>
+
+#include "async.h"
+#include "report.h"
+#include "wgmma_operand.h"
+
+namespace gpu_emulator::exec {
+namespace {
+
+enum Flag : uint8_t {
+  kAInRegisters = 1,
+  kAMnMajor = 2,
+  kBMnMajor = 4,
+  kNegateA = 8,
+  kNegateB = 16
+};
+
+constexpr uint32_t kChunkBytes = 16;
+constexpr int kTileRows = 16;
+
+// The chunks of one operand.
+struct Chunks {
+  int count = 0;
+  uint32_t address[kMaxChunks];  // offsets
+  std::byte* host[kMaxChunks];
+};
+
+void find_chunks(const Warp& warp, uint64_t descriptor, bool mn_major, int first_row, int rows,
+                 Chunks& chunks) {
+  chunks.count =
+      operand_chunks(matrix_descriptor(descriptor), mn_major, first_row, rows, chunks.address);
+  const Cta& cta = *warp.cta;
+  const auto [low, high] = std::minmax_element(chunks.address, chunks.address + chunks.count);
+  if (*low < kSharedBase || *high + kChunkBytes > kSharedBase + cta.shared_bytes) {
+    const uint32_t bad = *low < kSharedBase ? *low : *high;
+    fail(warp, -1, ReportKind::kOutOfBounds,
+         format("Out of bounds: the matrix descriptor 0x%llx leads wgmma to shared address 0x%x; "
+                "the CTA has %u bytes from 0x%x on.",
+                static_cast<unsigned long long>(descriptor), bad, cta.shared_bytes, kSharedBase));
+  }
+  std::byte* shared = cta.shared.get() - kSharedBase;
+  for (int i = 0; i < chunks.count; ++i) chunks.host[i] = shared + chunks.address[i];
+}
+
+void find_a(const WgmmaOperation& operation, const WgmmaShape& shape, int warp, Chunks& chunks) {
+  find_chunks(*operation.parts[warp].warp, operation.a, shape.a_mn_major, kTileRows * warp,
+              kTileRows, chunks);
+}
+
+// A in registers: lanes 4 g ... 4 g + 3 of a register are 16 bytes of row g, or g + 8.
+void find_a_in_registers(const WgmmaPart& part, const std::byte** host) {
+  for (int row = 0; row < kTileRows; ++row) {
+    for (int half = 0; half < 2; ++half) {
+      const uint32_t* reg = part.a[2 * half + row / 8];
+      host[2 * row + half] = reinterpret_cast<const std::byte*>(reg + 4 * (row % 8));
+    }
+  }
+}
+
+void show_chunks(Warp& warp, const Chunks& chunks, bool complete) {
+  Observer& observer = *observer_of(warp);
+  uint64_t address[kWarpSize] = {};
+  Access access;
+  access.space = Space::kShared;
+  access.proxy = Proxy::kAsync;
+  access.bytes = kChunkBytes;
+  access.address = address;
+  for (int first = 0; first < chunks.count; first += kWarpSize) {
+    const int lanes = std::min(kWarpSize, chunks.count - first);
+    for (int i = 0; i < lanes; ++i) {
+      address[i] = warp.cta->rank << kSharedRankShift | chunks.address[first + i];
+    }
+    access.mask = lanes == kWarpSize ? kAllLanes : (1u << lanes) - 1;
+    access.host = chunks.host + first;
+    if (complete) {
+      observer.access(warp, access);
+    } else {
+      observer.async_begins(warp, access);
+    }
+  }
+}
+
+// A warp may have left the function whose registers it gave to wgmma.
+void require_frame(const WgmmaPart& part) {
+  const Warp& warp = *part.warp;
+  const bool found = std::any_of(warp.frames.begin(), warp.frames.end(), [&](const Frame& frame) {
+    return frame.registers.get() == part.frame;
+  });
+  if (!found) {
+    fail(warp, -1, ReportKind::kNotWaitedFor,
+         "A function returned before a wait for the wgmma that it issued.");
+  }
+}
+
+}  // namespace
+
+void set_shape(Instruction& in, const WgmmaShape& shape) {
+  in.imm = shape.n;
+  in.bytes = static_cast<uint8_t>(shape.k);
+  in.option[0] = static_cast<uint8_t>(shape.a);
+  in.option[1] = static_cast<uint8_t>(shape.b);
+  in.option[2] =
+      static_cast<uint8_t>((shape.a_in_registers ? kAInRegisters : 0) |
+                           (shape.a_mn_major ? kAMnMajor : 0) | (shape.b_mn_major ? kBMnMajor : 0) |
+                           (shape.negate_a ? kNegateA : 0) | (shape.negate_b ? kNegateB : 0));
+  in.option[3] = static_cast<uint8_t>(shape.d);
+}
+
+WgmmaShape shape_of(const Instruction& in) {
+  WgmmaShape shape;
+  shape.n = static_cast<int>(in.imm);
+  shape.k = in.bytes;
+  shape.a = static_cast<MatrixType>(in.option[0]);
+  shape.b = static_cast<MatrixType>(in.option[1]);
+  shape.d = static_cast<AccumulatorType>(in.option[3]);
+  shape.a_in_registers = in.option[2] & kAInRegisters;
+  shape.a_mn_major = in.option[2] & kAMnMajor;
+  shape.b_mn_major = in.option[2] & kBMnMajor;
+  shape.negate_a = in.option[2] & kNegateA;
+  shape.negate_b = in.option[2] & kNegateB;
+  return shape;
+}
+
+void compute(WgmmaOperation& operation, const Isa& isa) {
+  constexpr int kMaxDepth = 32, kMaxN = 256, kPanelRow = 4 * kTileRows;
+  alignas(64) uint32_t a_panel[kMaxDepth * kPanelRow];
+  alignas(64) uint32_t b_panel[kMaxDepth * kMaxN];
+  const WgmmaShape shape = shape_of(*operation.instruction);
+  operation.computed = true;
+  Chunks chunks;
+  Warp& last = *operation.parts[0].warp;
+  at_site({&last, operation.function, operation.pc, 0}, [&] {
+    for (const WgmmaPart& part : operation.parts) require_frame(part);
+    find_chunks(last, operation.b, shape.b_mn_major, 0, shape.n, chunks);
+    isa.pack_b(shape.b)(chunks.host, {shape.b_mn_major, shape.negate_b, shape.n}, b_panel);
+    const PackPanel pack_a = isa.pack_a(shape.a);
+    const TileProduct multiply = isa.tile_product(shape.d);
+    for (int w = 0; w < kWarpgroupWarps; ++w) {
+      const WgmmaPart& part = operation.parts[w];
+      const std::byte* in_registers[2 * kTileRows];
+      if (shape.a_in_registers) {
+        find_a_in_registers(part, in_registers);
+      } else {
+        find_a(operation, shape, w, chunks);
+      }
+      pack_a(shape.a_in_registers ? in_registers : chunks.host,
+             {shape.a_mn_major, shape.negate_a, kTileRows}, a_panel);
+      multiply(part.d.data(), {a_panel, b_panel, shape.n, shape.k}, operation.accumulate);
+    }
+  });
+}
+
+void show_operands(const WgmmaOperation& operation, bool complete) {
+  Warp& warp = *operation.parts[0].warp;
+  if (!observer_of(warp)) return;
+  const WgmmaShape shape = shape_of(*operation.instruction);
+  Chunks chunks;
+  at_site({&warp, operation.function, operation.pc, 0}, [&] {
+    find_chunks(warp, operation.b, shape.b_mn_major, 0, shape.n, chunks);
+    show_chunks(warp, chunks, complete);
+    for (int w = 0; w < kWarpgroupWarps && !shape.a_in_registers; ++w) {
+      find_a(operation, shape, w, chunks);
+      show_chunks(warp, chunks, complete);
+    }
+  });
+}
+
+}  // namespace gpu_emulator::exec

@@ -1,0 +1,66 @@
+// Planted faults: each is found in every mode, with the right kind and the right lines; its
+// repaired twin runs without a report.
+
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <filesystem>
+
+#include "kernel_file.h"
+
+namespace gpu_emulator::testing {
+namespace {
+
+std::vector<std::string> fault_files() {
+  std::vector<std::string> paths;
+  const std::string folder = std::string(GPU_EMULATOR_TESTS) + "/check/faults";
+  for (const auto& entry : std::filesystem::directory_iterator(folder)) {
+    if (entry.path().extension() == ".ptx") paths.push_back(entry.path());
+  }
+  std::sort(paths.begin(), paths.end());
+  return paths;
+}
+
+bool names(const Report& report, int line) {
+  return report.text.find("PTX line " + std::to_string(line) + ":") != std::string::npos;
+}
+
+class Fault : public ::testing::TestWithParam<std::string> {};
+
+TEST_P(Fault, IsFoundWithItsLines) {
+  const KernelFile file = read_kernel_file(GetParam());
+  ASSERT_FALSE(file.lines.empty() && file.either_lines.empty());
+  for (const Options& options : all_modes()) {
+    SCOPED_TRACE(file.description + "\n" + name_of(options));
+    const Report report = run_kernel(file, file.faulty, options).report;
+    ASSERT_EQ(report.kind, file.kind) << report.text;
+    ASSERT_NE(report.text.find("kernel kernel"), std::string::npos) << report.text;
+    for (int line : file.lines) {
+      ASSERT_TRUE(names(report, line)) << "line " << line << " is missing in: " << report.text;
+    }
+    const bool one_of = std::any_of(file.either_lines.begin(), file.either_lines.end(),
+                                    [&](int line) { return names(report, line); });
+    ASSERT_TRUE(one_of || file.either_lines.empty()) << report.text;
+  }
+}
+
+TEST_P(Fault, RepairedTwinPasses) {
+  const KernelFile file = read_kernel_file(GetParam());
+  ASSERT_NE(file.faulty, file.repaired);
+  std::vector<uint32_t> first;
+  for (const Options& options : all_modes()) {
+    SCOPED_TRACE(file.description + "\n" + name_of(options));
+    const Outcome outcome = run_kernel(file, file.repaired, options);
+    ASSERT_EQ(outcome.report.text, "");
+    if (first.empty()) first = outcome.output;
+    ASSERT_EQ(outcome.output, first);
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Planted, Fault, ::testing::ValuesIn(fault_files()),
+                         [](const auto& parameter) {
+                           return read_kernel_file(parameter.param).name;
+                         });
+
+}  // namespace
+}  // namespace gpu_emulator::testing
