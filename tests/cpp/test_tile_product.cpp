@@ -1,5 +1,6 @@
 // Packed bf16 operands and their products.
 #include <cfloat>
+#include <cstring>
 #include <random>
 
 #include "isa_probe.h"

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "cpu/rows.h"
+#include "cpu/scratch.h"
 
 namespace flash::cpu::FLASH_ATTN_ISA {
 
