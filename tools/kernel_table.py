@@ -1,5 +1,6 @@
-"""The two tables of docs/cuda.md: what ptxas told the build of the CUDA kernels, and what they do on
-the emulated GPU.
+"""The two tables of docs/cuda.md.
+
+One is what ptxas told the build of the CUDA kernels, one what they do on the emulated GPU.
 
     python tools/kernel_table.py build/release/cuda/kernels.csv            # rewrite docs/cuda.md
     python tools/kernel_table.py build/release/cuda/kernels.csv --print
