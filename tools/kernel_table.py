@@ -1,7 +1,11 @@
-"""The table of CUDA kernels in docs/cuda.md, from what ptxas told the build.
+"""The two tables of docs/cuda.md.
 
-python tools/kernel_table.py build/release/cuda/kernels.csv            # rewrite docs/cuda.md
-python tools/kernel_table.py build/release/cuda/kernels.csv --print
+One is what ptxas told the build of the CUDA kernels, one what they do on the emulated GPU.
+
+    python tools/kernel_table.py build/release/cuda/kernels.csv            # rewrite docs/cuda.md
+    python tools/kernel_table.py build/release/cuda/kernels.csv --print
+
+The package must be importable and have the emulated GPU beside it.
 """
 
 from __future__ import annotations
@@ -11,25 +15,85 @@ import csv
 import sys
 from pathlib import Path
 
+import torch
+
+import flash_attn
+
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "cuda.md"
-BEGIN = "<!-- kernels: made by tools/kernel_table.py -->\n"
-END = "<!-- end of kernels -->\n"
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+NAME = "flash_fwd_sm80_{dtype}_d{headdim}_{mask}"
 
 
-def table(path: Path) -> str:
-    """Return the table in Markdown."""
-    lines = [
-        "| kernel | registers | stack, bytes | spilled, bytes | fatbin, KiB |",
-        "| --- | --- | --- | --- | --- |",
-    ]
+def section(text: str, name: str, content: str) -> str:
+    """Return ``text`` with ``content`` between the two marks of ``name``."""
+    begin = f"<!-- {name}: made by tools/kernel_table.py -->\n"
+    end = f"<!-- end of {name} -->\n"
+    head, rest = text.split(begin)
+    return head + begin + content + end + rest.split(end)[1]
+
+
+def markdown(header: list[str], rows: list[list]) -> str:
+    """Return a table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
+
+
+def resources(path: Path) -> str:
+    """Return the table of a build's kernels.csv."""
+    rows = []
     with path.open() as file:
         for row in csv.DictReader(file):
             spilled = int(row["spill_stores"]) + int(row["spill_loads"])
             kib = round(int(row["bytes"]) / 1024)
-            lines.append(
-                f"| `{row['kernel']}` | {row['registers']} | {row['stack']} | {spilled} | {kib} |"
-            )
-    return "\n".join(lines) + "\n"
+            rows.append([f"`{row['kernel']}`", row["registers"], row["stack"], spilled, kib])
+    return markdown(["kernel", "registers", "stack, bytes", "spilled, bytes", "fatbin, KiB"], rows)
+
+
+def launch(dtype: str, headdim: int, causal: bool, seqlen_k: int) -> dict:
+    """Return the counters of one head of 256 queries over ``seqlen_k`` keys."""
+    q, k, v = (torch.randn(1, n, 1, headdim).to(DTYPES[dtype]) for n in (256, seqlen_k, seqlen_k))
+    with flash_attn.emulator(checks="none") as gpu:
+        flash_attn.flash_attn_func(q, k, v, causal=causal)
+    (kernel,) = gpu.counters.values()
+    return kernel
+
+
+def work(kernel: dict) -> tuple[int, int]:
+    """Return a launch's mma and its warp instructions without moves."""
+    return sum(kernel["tensor"].values()), kernel["warp_instructions"] - kernel["classes"]["move"]
+
+
+def counters() -> str:
+    """Return the table of what the kernels do."""
+    rows = []
+    for dtype in DTYPES:
+        for headdim in (64, 128):
+            for causal in (False, True):
+                short, long = (launch(dtype, headdim, causal, n) for n in (512, 1024))
+                (mma, instructions), (more_mma, more) = work(short), work(long)
+                loop = (more - instructions) / (more_mma - mma)
+                shared, memory = long["shared"], long["global"]
+                mask = "causal_local" if causal else "none"
+                name = NAME.format(dtype=dtype, headdim=headdim, mask=mask)
+                rows.append(
+                    [
+                        f"`{name}`",
+                        more_mma,
+                        f"{loop:.2f}",
+                        f"{more / more_mma:.2f}",
+                        f"{shared['wavefronts']} of {shared['ideal_wavefronts']}",
+                        f"{memory['sectors']} of {memory['ideal_sectors']}",
+                    ]
+                )
+    header = [
+        "kernel",
+        "mma",
+        "instructions for each, loop",
+        "instructions for each, launch",
+        "shared wavefronts, of the fewest",
+        "global sectors, of the fewest",
+    ]
+    return markdown(header, rows)
 
 
 def main() -> int:
@@ -37,11 +101,14 @@ def main() -> int:
     parser.add_argument("csv", type=Path, help="kernels.csv of a build")
     parser.add_argument("--print", action="store_true", help="to the terminal, not into the file")
     options = parser.parse_args()
+    tables = {"kernels": resources(options.csv), "counters": counters()}
     if options.print:
-        print(table(options.csv), end="")
+        print("\n".join(tables.values()), end="")
         return 0
-    head, rest = DOCUMENT.read_text().split(BEGIN)
-    DOCUMENT.write_text(head + BEGIN + table(options.csv) + END + rest.split(END)[1])
+    text = DOCUMENT.read_text()
+    for name, content in tables.items():
+        text = section(text, name, content)
+    DOCUMENT.write_text(text)
     return 0
 
 

@@ -232,15 +232,16 @@ FLASH_ATTN_API flash_attn_status
 flash_attn_set_cpu_isa(const char* name); /* for the process; NULL: the default */
 /* Threads of the CPU backend's next call from this thread (OpenMP's maximum). */
 FLASH_ATTN_API int flash_attn_cpu_threads(void);
-/* Sends the CPU tensors of this thread's calls to the CUDA kernels on an emulated GPU: `description`
- * is an architecture and options, "sm_80" or "sm_80,mode=late,seed=3" (emulator/README.md); NULL or
+/* Sends the CPU tensors of this thread's calls to the CUDA kernels on an emulated GPU:
+ * `description` is an architecture and options, "sm_80" or "sm_80,mode=late,seed=3"
+ * (emulator/README.md); NULL or
  * "": back to the CPU backend. `library`: the emulator's shared library; NULL: libgpu_emulator.so
  * beside this one. The environment variable FLASH_ATTENTION_EMULATOR holds a description for the
  * whole process. */
 FLASH_ATTN_API flash_attn_status flash_attn_use_emulator(const char* description,
                                                          const char* library);
-/* Counters of the emulated launches since the last flash_attn_use_emulator: JSON, an object for each
- * kernel; "" without an emulator. Valid until this thread's next call. */
+/* Counters of the emulated launches since the last flash_attn_use_emulator: JSON, an object for
+ * each kernel; "" without an emulator. Valid until this thread's next call. */
 FLASH_ATTN_API const char* flash_attn_emulator_counters(void);
 /* The support table of the documentation: one line a kernel, "backend isa operation dtypes
  * head_dims". */
