@@ -38,7 +38,8 @@ def attend(
     out=None,
 ):
     """Attention of a dense batch: (out, softmax_lse); s_dmask is written too."""
-    q, k, v = maybe_contiguous(q), maybe_contiguous(k), maybe_contiguous(v)
+    if not (q.is_contiguous() and k.is_contiguous() and v.is_contiguous()):
+        q, k, v = maybe_contiguous(q), maybe_contiguous(k), maybe_contiguous(v)
     if out is None:
         out = buffers.dense_out(q, v)
     written = out

@@ -123,7 +123,7 @@ void check_device(const Arg& x, const Arg& q) {
 
 bool has_contiguous_last_dim(const Arg& x) {
   const int last = x.t->ndim - 1;
-  return x.stride(last) == 1 || x.size(last) <= 1;
+  return x.stride(last) == 1 || x.size(last) <= 1 || x.empty();
 }
 
 bool is_contiguous(const Arg& x) {

@@ -28,7 +28,7 @@ struct BwdTile {
 inline BwdTile bwd_tile(const Flash_bwd_params& p) {
   const int d = round_up(static_cast<int>(p.d), kTileN),
             dv = round_up(static_cast<int>(p.d_v), kTileN);
-  const int keys = (512 << 10) / (4 * (3 * d + 2 * dv));
+  const int keys = (1 << 20) / (4 * (3 * d + 2 * dv));
   return {kBwdTileRows, keys >= 192 ? 192 : keys >= 96 ? 96 : keys >= 64 ? 64 : 32};
 }
 
