@@ -1,5 +1,7 @@
 // Packed bf16 operands and their products.
 #include <cfloat>
+#include <cmath>
+#include <cstring>
 #include <random>
 
 #include "isa_probe.h"
