@@ -1,5 +1,6 @@
 // Packed bf16 operands and their products.
 #include <cfloat>
+#include <cmath>
 #include <cstring>
 #include <random>
 
