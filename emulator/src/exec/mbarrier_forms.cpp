@@ -357,12 +357,17 @@ Mbarrier& mbarrier_at(Warp& warp, int lane, uint64_t address) {
   return found->second;
 }
 
-void complete_transfer(Warp& warp, int lane, uint64_t address, uint32_t bytes) {
+void complete_transfer(Warp& warp, int lane, uint64_t address, uint32_t bytes, Proxy proxy) {
   Mbarrier& barrier = mbarrier_at(warp, lane, address);
   uint64_t addresses[kWarpSize] = {};
   addresses[lane] = address;
   show_access(warp, 1u << lane, addresses);
-  show_event(warp, SyncKind::kMbarrierTransfer, 1u << lane, address);
+  if (proxy == Proxy::kAsync) {
+    show_event(warp, SyncKind::kMbarrierTransfer, 1u << lane, address);
+  } else {
+    show_event(warp, SyncKind::kMbarrierArrive, 1u << lane, address, Order::kRelease,
+               Scope::kCluster);
+  }
   if (const char* rule = barrier.complete(bytes)) fail_misuse(warp, lane, address, rule);
   end_phase(warp, lane, address, barrier);
 }
