@@ -514,7 +514,7 @@ void Checker::conflict(const Actor& actor, int lane, const Previous& previous, c
   const char* verb = actor.is_write ? "writes" : "reads";
   const std::string where = format("%s memory at 0x%llx (%u bytes)", name_of(place.space),
                                    static_cast<unsigned long long>(place.address), place.bytes);
-  if (previous.record.in_flight()) {
+  if (previous.record.in_flight() || is_async(previous.record.state())) {
     exec::fail(
         *actor.warp, lane, ReportKind::kInFlight,
         format("This thread %s ", verb) + where + ", which an asynchronous operation still " +

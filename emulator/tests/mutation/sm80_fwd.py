@@ -10,9 +10,9 @@ import os
 
 os.environ.setdefault("FLASH_ATTENTION_EMULATOR", "sm_80")
 
-import torch  # noqa: E402
+import torch
 
-import flash_attn  # noqa: E402
+import flash_attn
 
 SEQLEN, HEADS, HEAD_DIM = 200, 1, 64
 
