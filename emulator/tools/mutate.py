@@ -166,9 +166,10 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=2, help="random schedules")
     arguments = parser.parse_args()
 
+    os.environ["GPU_EMULATOR_LIBRARY"] = arguments.library
+    case = load_case(arguments.case)
     emulator = Emulator(arguments.library, arguments.device)
     emulator.set(checks="all", max_instructions=2_000_000)
-    case = load_case(arguments.case)
     modes = [Mode("eager"), Mode("late"), *(Mode("random", s + 1) for s in range(arguments.seeds))]
     emulator.set(count=1)
     emulator.reset_counters()
