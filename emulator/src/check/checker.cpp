@@ -26,6 +26,8 @@ using exec::Warp;
 
 namespace {
 
+constexpr uint32_t kMbarrierInitFence = 1;  // SyncEvent::id
+
 const char* name_of(Space space) { return space == Space::kShared ? "shared" : "global"; }
 
 class Checker final : public exec::Observer, private Reporter {
@@ -54,8 +56,10 @@ class Checker final : public exec::Observer, private Reporter {
   void require_defined(Warp& warp, const Access& access, int lane, uint64_t undefined);
   void barrier(Warp& warp, const SyncEvent& event);
   void mbarrier(Warp& warp, const SyncEvent& event);
+  void require_fenced_init(Warp& warp, const SyncEvent& event, BarrierClock& barrier);
   void cluster_barrier(Warp& warp, const SyncEvent& event);
   void arrive(Warp& warp, const SyncEvent& event, Clock& pending);
+  void fence_inits(Warp& warp, uint32_t mask);
 
   [[noreturn]] void conflict(const Actor& actor, int lane, const Previous& previous,
                              const Place& place) override;
@@ -84,10 +88,10 @@ void Checker::cluster_begins(exec::Cluster& cluster) {
   for (const auto& cta : cluster.ctas) agents += cta->warps.size();
   state->order.agents = static_cast<int>(agents);
   const Clock nothing(state->order.agents);
-  state->order.barrier = {nothing, nothing};
+  state->order.barrier = {nothing, nothing, {}, true};
   for (const auto& cta : cluster.ctas) {
     for (BarrierClock& barrier : state->order.ctas[cta->rank].barriers) {
-      barrier = {nothing, nothing};
+      barrier = {nothing, nothing, {}, true};
     }
     state->shared.push_back(std::make_unique<SharedShadow>(
         Space::kShared, uint64_t{cta->rank} << kSharedRankShift | kSharedBase, cta->shared_bytes,
@@ -373,6 +377,12 @@ void Checker::mbarrier(Warp& warp, const SyncEvent& event) {
   BarrierClock& clock = cluster.order.mbarrier(event.id);
   switch (event.kind) {
     case SyncKind::kMbarrierInit:
+      clock = {Clock(cluster.order.agents), Clock(cluster.order.agents),
+               {static_cast<uint16_t>(state.order.agent), View::kFenced, event.mask,
+                state.order.stamp},
+               false};
+      state.order.advance();
+      break;
     case SyncKind::kMbarrierInvalidate:
       cluster.order.mbarriers.erase(event.id);
       break;
@@ -380,6 +390,7 @@ void Checker::mbarrier(Warp& warp, const SyncEvent& event) {
       arrive(warp, event, clock.pending);
       break;
     case SyncKind::kMbarrierTransfer:
+      require_fenced_init(warp, event, clock);
       clock.pending.own.see(
           {static_cast<uint16_t>(state.order.agent), View::kAsync, ~0u, state.order.stamp});
       state.order.advance();
@@ -402,6 +413,23 @@ void Checker::mbarrier(Warp& warp, const SyncEvent& event) {
   }
 }
 
+// The async proxy completes a transaction on an mbarrier, whose init must be visible to it.
+void Checker::require_fenced_init(Warp& warp, const SyncEvent& event, BarrierClock& barrier) {
+  if (barrier.init_is_fenced || !launch_.options->check_races) return;
+  const int lane = exec::first_lane(event.mask);
+  const PartialEntry& init = barrier.init;
+  const Clock& clock = state_of(warp).order.clock_of(lane);
+  if (!clock.own.has_seen(View::kFenced, init.agent, init.lanes, init.stamp)) {
+    exec::fail(warp, lane, ReportKind::kMissingFence,
+               format("This operation of the async proxy signals the mbarrier at 0x%x, whose init "
+                      "no fence.mbarrier_init or fence.proxy.async has made visible to it.\n  "
+                      "initialised by ",
+                      event.id) +
+                   sites_.describe_thread(warp.cta->cluster->index, init.agent, init.lanes));
+  }
+  barrier.init_is_fenced = true;
+}
+
 void Checker::cluster_barrier(Warp& warp, const SyncEvent& event) {
   ClusterState& cluster = state_of(*warp.cta->cluster);
   BarrierClock& clock = cluster.order.barrier;
@@ -412,6 +440,15 @@ void Checker::cluster_barrier(Warp& warp, const SyncEvent& event) {
     clock.pending = Clock(cluster.order.agents);
   } else {
     state_of(warp).order.acquire(event.mask, clock.released);
+  }
+}
+
+// fence.mbarrier_init: of the inits by the lanes of mask.
+void Checker::fence_inits(Warp& warp, uint32_t mask) {
+  ClusterOrder& order = state_of(*warp.cta->cluster).order;
+  for (auto& [address, barrier] : order.mbarriers) {
+    const bool own = barrier.init.agent == state_of(warp).order.agent;
+    if (own && (barrier.init.lanes & mask)) barrier.init_is_fenced = true;
   }
 }
 
@@ -429,6 +466,7 @@ void Checker::synchronise(Warp& warp, const SyncEvent& event) {
       break;
     case SyncKind::kFence:
       order.fence(event.mask, event.scope, warp.cta->rank);
+      if (event.id == kMbarrierInitFence) fence_inits(warp, event.mask);
       break;
     case SyncKind::kProxyFence:
       order.proxy_fence(event.mask);
@@ -451,9 +489,10 @@ void Checker::synchronise(Warp& warp, const SyncEvent& event) {
       // The operands of a wgmma are shown as accesses of the warpgroup's first warp.
       order.see_async(event.mask);
       if (event.kind == SyncKind::kBulkWait || event.id == warp.id) break;
-      const WarpOrder& first = state_of(*warp.cta->warps[event.id]).order;
+      WarpOrder& first = state_of(*warp.cta->warps[event.id]).order;
       Clock done(state_of(*warp.cta->cluster).order.agents);
       done.own.see({static_cast<uint16_t>(first.agent), View::kAsync, ~0u, first.stamp});
+      first.advance();
       order.acquire(event.mask, done);
       break;
     }
@@ -475,7 +514,7 @@ void Checker::conflict(const Actor& actor, int lane, const Previous& previous, c
   const char* verb = actor.is_write ? "writes" : "reads";
   const std::string where = format("%s memory at 0x%llx (%u bytes)", name_of(place.space),
                                    static_cast<unsigned long long>(place.address), place.bytes);
-  if (previous.record.in_flight()) {
+  if (previous.record.in_flight() || is_async(previous.record.state())) {
     exec::fail(
         *actor.warp, lane, ReportKind::kInFlight,
         format("This thread %s ", verb) + where + ", which an asynchronous operation still " +

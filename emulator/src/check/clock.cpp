@@ -73,7 +73,7 @@ ClusterClocks Clock::all(uint64_t own_cluster) const {
 }
 
 bool Clock::operator==(const Clock& other) const {
-  return own.stamps == other.own.stamps && own.partial.empty() && other.own.partial.empty() &&
+  return own.stamps == other.own.stamps && own.partial == other.own.partial &&
          foreign == other.foreign;
 }
 

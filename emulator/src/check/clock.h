@@ -26,6 +26,7 @@ struct PartialEntry {  // lanes of one agent seen further than the agent's entry
   View view;
   uint32_t lanes;
   uint32_t stamp;
+  bool operator==(const PartialEntry&) const = default;
 };
 
 // What is known of the agents of one cluster.

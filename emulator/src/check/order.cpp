@@ -158,7 +158,7 @@ void WarpOrder::see_async(uint32_t mask) {
 
 BarrierClock& ClusterOrder::mbarrier(uint32_t address) {
   const auto [found, is_new] = mbarriers.try_emplace(address);
-  if (is_new) found->second = {Clock(agents), Clock(agents)};
+  if (is_new) found->second = {Clock(agents), Clock(agents), {}, true};
   return found->second;
 }
 

@@ -38,6 +38,9 @@ using ReleasesByAddress = std::unordered_map<const std::byte*, std::vector<Relea
 struct BarrierClock {  // of a CTA barrier, a cluster barrier, an mbarrier
   Clock pending;       // of the arrivals of the phase under way
   Clock released;      // of complete phases
+  // Of an mbarrier: its init, until a fence has made it visible to the async proxy.
+  PartialEntry init{};
+  bool init_is_fenced = false;
 };
 
 struct LaneGroup {  // lanes with one clock

@@ -30,7 +30,7 @@ void show_ranges(Warp& warp, int lane, const AsyncRanges& ranges, Moment moment)
   Access access;
   access.space = ranges.space;
   access.kind = ranges.kind;
-  access.proxy = Proxy::kAsync;
+  access.proxy = ranges.proxy;
   access.bytes = ranges.bytes;
   access.mask = 1u << lane;
   access.address = address;

@@ -41,6 +41,7 @@ void at_site(const IssueSite& site, F&& f) {
 struct AsyncRanges {
   Space space = Space::kGlobal;
   AccessKind kind = AccessKind::kLoad;
+  Proxy proxy = Proxy::kAsync;
   uint32_t bytes = 0;  // of each
   std::vector<uint64_t> address;
   std::vector<std::byte*> host;

@@ -86,8 +86,12 @@ void plan(BulkCopy& copy) {
   }
   Warp& warp = *copy.site.warp;
   for (auto* list : {&copy.loads, &copy.stores}) {
-    for (AsyncRanges& ranges : *list) resolve_ranges(warp, copy.site.lane, ranges);
+    for (AsyncRanges& ranges : *list) {
+      ranges.proxy = copy.proxy;
+      resolve_ranges(warp, copy.site.lane, ranges);
+    }
   }
+  if (copy.proxy != Proxy::kAsync) return;
   for (auto* list : {&copy.loads, &copy.stores}) {
     for (AsyncRanges& ranges : *list) show_ranges(warp, copy.site.lane, ranges, Moment::kIssue);
   }
@@ -202,7 +206,7 @@ void issue_to_mbarriers(std::shared_ptr<BulkCopy> copy, const char* what) {
       complete_reads(*copy);
       complete_writes(*copy);
       for (uint64_t address : copy->mbarriers) {
-        complete_transfer(*copy->site.warp, copy->site.lane, address, copy->bytes);
+        complete_transfer(*copy->site.warp, copy->site.lane, address, copy->bytes, copy->proxy);
       }
     });
   };

@@ -44,6 +44,7 @@ struct BulkCopy {
   };
 
   IssueSite site;
+  Proxy proxy = Proxy::kAsync;
   Direction direction = Direction::kGlobalToShared;
   uint32_t bytes = 0;             // in shared memory
   std::vector<Segment> segments;  // in global memory

@@ -145,6 +145,7 @@ Step run_store_async(Warp& warp, const Instruction& in, uint32_t mask) {
   for_each_lane(mask, [&](int lane) {
     auto copy = std::make_shared<BulkCopy>();
     copy->site = issue_site(warp, lane);
+    copy->proxy = Proxy::kGeneric;
     copy->direction = Direction::kRegistersToShared;
     copy->was_read = true;
     copy->bytes = static_cast<uint32_t>(values) * in.bytes;
@@ -249,7 +250,7 @@ bool is_defined(ReductionOp op, ptx::Type type, bool in_shared) {
 }
 
 void decode_reduce(Decoder& decoder) {
-  constexpr size_t kBefore = 2;  // async.bulk
+  constexpr size_t kBefore = 3;  // reduce.async.bulk
   const int op = decoder.take_any({"add", "min", "max", "inc", "dec", "and", "or", "xor"});
   if (op < 0) throw Unsupported("reduction");
   decoder.take("noftz");

@@ -219,7 +219,7 @@ Step run_proxy_fence(Warp& warp, const Instruction& in, uint32_t mask) {
 }
 
 Step run_release_fence(Warp& warp, const Instruction& in, uint32_t mask) {
-  tell(warp, SyncKind::kFence, mask, in.order, Scope::kCluster);
+  tell(warp, SyncKind::kFence, mask, in.order, Scope::kCluster, 1);
   return Step::kNext;
 }
 

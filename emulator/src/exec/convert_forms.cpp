@@ -223,11 +223,8 @@ void take_rounding(Decoder& decoder) {
   if (decoder.take("satfinite")) out.option[1] |= kSatFinite;
 }
 
-int take_pair(Decoder& decoder) {
-  for (int i = 0; i < 4; ++i) {
-    if (decoder.take(kPairs[i].name)) return i;
-  }
-  return -1;
+int take_pair(Decoder& decoder) {  // index into kPairs
+  return decoder.take_any({kPairs[0].name, kPairs[1].name, kPairs[2].name, kPairs[3].name});
 }
 
 // Two f32, or an f16x2, to a pair; or fp8 pairs to f16x2.

@@ -60,10 +60,11 @@ bool Decoder::take(std::string_view modifier) {
 }
 
 int Decoder::take_any(std::initializer_list<std::string_view> modifiers) {
-  int index = 0;
-  for (std::string_view modifier : modifiers) {
-    if (take(modifier)) return index;
-    ++index;
+  for (size_t i = 0; i < taken_.size(); ++i) {
+    const auto found = std::find(modifiers.begin(), modifiers.end(), ast.modifiers[i]);
+    if (taken_[i] || found == modifiers.end()) continue;
+    taken_[i] = true;
+    return static_cast<int>(found - modifiers.begin());
   }
   return -1;
 }

@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "observer.h"
+
 namespace gpu_emulator::exec {
 
 struct Warp;
@@ -46,7 +48,7 @@ class Mbarrier {
 // The mbarrier at a shared address; fails on behalf of the lane if there is none.
 Mbarrier& mbarrier_at(Warp& warp, int lane, uint64_t address);
 
-// complete_tx by an asynchronous operation that the lane issued.
-void complete_transfer(Warp& warp, int lane, uint64_t address, uint32_t bytes);
+// complete_tx by an asynchronous operation of this proxy that the lane issued.
+void complete_transfer(Warp& warp, int lane, uint64_t address, uint32_t bytes, Proxy proxy);
 
 }  // namespace gpu_emulator::exec

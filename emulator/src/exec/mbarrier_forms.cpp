@@ -48,6 +48,20 @@ void show_event(Warp& warp, SyncKind kind, uint32_t mask, uint64_t address,
   }
 }
 
+// One event for the lanes of each address.
+void show_events(Warp& warp, SyncKind kind, uint32_t mask, const uint64_t* address,
+                 const Instruction& in) {
+  while (mask) {
+    const uint64_t first = address[first_lane(mask)];
+    uint32_t same = 0;
+    for_each_lane(mask, [&](int lane) {
+      if (address[lane] == first) same |= 1u << lane;
+    });
+    show_event(warp, kind, same, first, in.order, in.scope);
+    mask &= ~same;
+  }
+}
+
 void end_phase(Warp& warp, int lane, uint64_t address, Mbarrier& barrier) {
   if (!barrier.end_phase()) return;
   warp.cta->cluster->expired_waits = 0;
@@ -129,12 +143,10 @@ Step run_update(Warp& warp, const Instruction& in, uint32_t mask) {
   for_each_lane(mask, [&](int lane) { mbarrier_at(warp, lane, address[lane]); });
   show_access(warp, mask, address);
   const uint32_t* value = in.b == kNoSlot ? nullptr : warp.lanes<uint32_t>(in.b);
+  if (in.option[0] == kArrive) show_events(warp, SyncKind::kMbarrierArrive, mask, address, in);
   for_each_lane(mask, [&](int lane) {
     Mbarrier& barrier = mbarrier_at(warp, lane, address[lane]);
     if (in.d != kNoSlot) warp.lanes<uint64_t>(in.d)[lane] = barrier.state();
-    if (in.option[0] == kArrive) {
-      show_event(warp, SyncKind::kMbarrierArrive, 1u << lane, address[lane], in.order, in.scope);
-    }
     if (const char* rule = apply(in, barrier, value ? value[lane] : 1)) {
       fail_misuse(warp, lane, address[lane], rule);
     }
@@ -184,9 +196,7 @@ Step run_wait(Warp& warp, const Instruction& in, uint32_t mask) {
   wait = Wait();
   warp.set_predicate(in.d, mask, complete);
   if (complete) show_access(warp, complete, address);
-  for_each_lane(complete, [&](int lane) {
-    show_event(warp, SyncKind::kMbarrierWait, 1u << lane, address[lane], in.order, in.scope);
-  });
+  show_events(warp, SyncKind::kMbarrierWait, complete, address, in);
   return complete == mask ? Step::kNext : Step::kYield;
 }
 
@@ -347,12 +357,17 @@ Mbarrier& mbarrier_at(Warp& warp, int lane, uint64_t address) {
   return found->second;
 }
 
-void complete_transfer(Warp& warp, int lane, uint64_t address, uint32_t bytes) {
+void complete_transfer(Warp& warp, int lane, uint64_t address, uint32_t bytes, Proxy proxy) {
   Mbarrier& barrier = mbarrier_at(warp, lane, address);
   uint64_t addresses[kWarpSize] = {};
   addresses[lane] = address;
   show_access(warp, 1u << lane, addresses);
-  show_event(warp, SyncKind::kMbarrierTransfer, 1u << lane, address);
+  if (proxy == Proxy::kAsync) {
+    show_event(warp, SyncKind::kMbarrierTransfer, 1u << lane, address);
+  } else {
+    show_event(warp, SyncKind::kMbarrierArrive, 1u << lane, address, Order::kRelease,
+               Scope::kCluster);
+  }
   if (const char* rule = barrier.complete(bytes)) fail_misuse(warp, lane, address, rule);
   end_phase(warp, lane, address, barrier);
 }

@@ -40,7 +40,7 @@ enum class SyncKind : uint8_t {
   kBarrierComplete,  // id; all warps that arrived may go on
   kBarrierLeave,     // id; this warp goes on
   kWarpSync,         // mask: lanes that now see each other's writes
-  kFence,            // membar, fence: order and scope
+  kFence,            // membar, fence: order and scope; id 1: fence.mbarrier_init
   kProxyFence,       // fence.proxy.async and relatives (fence.proxy.tensormap: id 1)
   kMbarrierInit,     // id: shared address; every mbarrier event also has an access of kind kAtomic
                      // and order kRelaxed to its 8 bytes (init: a weak store), shown first

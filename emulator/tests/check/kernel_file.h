@@ -3,7 +3,8 @@
 // Kernels of this folder's faults/*.ptx: bodies with marks, from which a faulty kernel and its
 // repaired twin are made.
 //
-//   // kind: race                              what the faulty one must be reported as
+//   // kind: race | deadlock                   what the faulty one must be reported as; where the
+//                                              schedule decides, one of several
 //   // launch: grid 1 block 64 shared 1024 arch sm_80 cluster 1
 //   bar.sync 0;             //-                only in the repaired twin
 //   bar.sync 1;             //+                only in the faulty one

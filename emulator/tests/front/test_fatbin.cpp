@@ -6,6 +6,7 @@
 #include <string>
 
 #include "fatbin/lz4.h"
+#include "support/elf_builder.h"
 #include "support/fatbin_builder.h"
 
 namespace gpu_emulator::fatbin {
@@ -120,6 +121,23 @@ TEST(Fatbin, AbsurdSizesAreErrors) {
     } else {
       EXPECT_NE(error_of(bytes), "") << field;
     }
+  }
+}
+
+TEST(Elf, FindsTheFatbins) {
+  FatbinBuilder first, second;
+  first.add_ptx(80, ptx_for("sm_80"));
+  second.add_ptx(90, ptx_for("sm_90a"));
+  std::vector<std::byte> section(first.bytes().begin(), first.bytes().end());
+  section.resize(section.size() + 16);  // zeros between them
+  section.insert(section.end(), second.bytes().begin(), second.bytes().end());
+  const std::string file = testing_support::elf_with_fatbins(section);
+  const std::vector<Bytes> found = embedded_fatbins(std::as_bytes(std::span(file)));
+  ASSERT_EQ(found.size(), 2u);
+  EXPECT_EQ(target_of(best_ptx(found[0], 8, 0)), "sm_80");
+  EXPECT_EQ(target_of(best_ptx(found[1], 9, 0)), "sm_90a");
+  for (size_t size = 0; size < file.size(); ++size) {
+    EXPECT_THROW(embedded_fatbins(std::as_bytes(std::span(file).first(size))), FatbinError) << size;
   }
 }
 

@@ -72,6 +72,7 @@ class KernelRunner {
     memory_.add({begin, begin + bytes, true, true, "test memory"});
   }
 
+  const exec::Program& program() const { return *program_; }
   Report run() { return gpu_emulator::run(h100(), options, memory_, launch, &counters); }
   void run_ok() {
     const Report report = run();
