@@ -24,6 +24,13 @@ using flash::ptx::Chunk;
 using flash::ptx::Element;
 using Place = std::pair<int, int>;
 
+// The maps as values: they are always inlined, so their addresses cannot be taken.
+constexpr auto kA = [](int lane, int i, int h) { return flash::ptx::a_element(lane, i, h); };
+constexpr auto kB = [](int lane, int i, int h) { return flash::ptx::b_element(lane, i, h); };
+constexpr auto kAChunk = [](int lane) { return flash::ptx::a_chunk(lane); };
+constexpr auto kKChunk = [](int lane) { return flash::ptx::b_chunk_n_major(lane); };
+constexpr auto kVChunk = [](int lane) { return flash::ptx::b_chunk_k_major(lane); };
+
 // Every element of a rows x cols matrix is held once.
 template <typename Map>
 void expect_partition(int rows, int cols, int registers, int halves, const Map& map) {
@@ -43,8 +50,8 @@ void expect_partition(int rows, int cols, int registers, int halves, const Map& 
 TEST(Fragments, HoldEveryElementOnce) {
   expect_partition(16, 8, 4, 1,
                    [](int lane, int i, int) { return flash::ptx::accumulator_element(lane, i); });
-  expect_partition(16, 16, 4, 2, flash::ptx::a_element);
-  expect_partition(16, 8, 2, 2, flash::ptx::b_element);
+  expect_partition(16, 16, 4, 2, kA);
+  expect_partition(16, 8, 2, 2, kB);
 }
 
 // The examples of the PTX ISA's figures for mma.m16n8k16.
@@ -87,14 +94,14 @@ TEST(Fragments, LdmatrixFetchesTheOperands) {
   for (int lane = 0; lane < 32; ++lane) {
     for (int i = 0; i < 4; ++i) {
       for (int h = 0; h < 2; ++h) {
-        const Element a = ldmatrix_x4(lane, i, h, false, flash::ptx::a_chunk);
+        const Element a = ldmatrix_x4(lane, i, h, false, kAChunk);
         const Element wanted_a = flash::ptx::a_element(lane, i, h);
         EXPECT_TRUE(a.row == wanted_a.row && a.col == wanted_a.col);
         Element wanted_b = flash::ptx::b_element(lane, i % 2, h);
         wanted_b.col += 8 * (i / 2);
-        const Element k = ldmatrix_x4(lane, i, h, false, flash::ptx::b_chunk_n_major);
+        const Element k = ldmatrix_x4(lane, i, h, false, kKChunk);
         EXPECT_TRUE(k.row == wanted_b.col && k.col == wanted_b.row);
-        const Element v = ldmatrix_x4(lane, i, h, true, flash::ptx::b_chunk_k_major);
+        const Element v = ldmatrix_x4(lane, i, h, true, kVChunk);
         EXPECT_TRUE(v.row == wanted_b.row && v.col == wanted_b.col);
       }
     }
@@ -111,7 +118,7 @@ void expect_no_conflict(const std::array<int, 8>& offsets) {
 template <int kHeadDim>
 void check_swizzle() {
   using Smem = flash::sm80::SmemTile<kHeadDim>;
-  for (auto chunk_of : {flash::ptx::a_chunk, flash::ptx::b_chunk_n_major}) {
+  for (Chunk (*chunk_of)(int) : {+kAChunk, +kKChunk}) {
     for (int column = 0; column < kHeadDim / 16; ++column) {
       for (int block = 0; block < 4; ++block) {
         std::array<int, 8> offsets;
