@@ -18,6 +18,26 @@ std::vector<NamedCache> all_cases() {
   std::vector<NamedCache> cases;
   for (uint32_t seed = 0; seed < 40; ++seed)
     cases.push_back({"random_" + std::to_string(seed), random_cache_case(seed)});
+  // Decode: one query, parts of the keys, heads that share a task.
+  for (flash::Dtype dtype :
+       {flash::Dtype::kFloat32, flash::Dtype::kBFloat16, flash::Dtype::kFloat16})
+    for (int page_size : {0, 1, 16, 64, 256}) {
+      CacheCase c;
+      c.dtype = dtype;
+      c.h = page_size == 64 ? 7 * 5 : 4 * 5;
+      c.h_k = 5;
+      c.d = c.d_v = page_size == 16 ? 72 : 64;
+      c.seqlens_q = {1, 1};
+      c.capacity = 1600;
+      c.cached = {1590, 300};
+      c.appended = 1;
+      c.page_size = page_size;
+      c.rotary_dim = 32;
+      c.right = 0;
+      cases.push_back({"decode_" + std::to_string(static_cast<int>(dtype)) + "_page_" +
+                           std::to_string(page_size),
+                       c});
+    }
   return cases;
 }
 

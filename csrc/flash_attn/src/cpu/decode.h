@@ -172,9 +172,8 @@ class StreamTaskRunner {
     for (int n = 0; n < keys; n += kTileKeys)
       for (int r = 0; r < rows(); r += kScoreM)
         with_rows<kScoreM>(rows() - r, [&]<int M>() {
-          dot_keys<T, M>(x_.q + int64_t{first + r} * d_pad_, d_pad_, k.from(n), d_,
-                         x_.s + r * block_keys_ + n, block_keys_, ahead.from(n),
-                         r == 0 ? 0 : kScoreN);
+          dot_keys<T, M>({x_.q + int64_t{first + r} * d_pad_, d_pad_, k.from(n), ahead.from(n),
+                          r == 0, d_, x_.s + r * block_keys_ + n, block_keys_});
         });
   }
 

@@ -132,16 +132,28 @@ FLASH_INLINE Vec sums_of(const Vec* x) {
   }
 }
 
-// sums[m][n] = q[m] * k[n], not yet added up over the lanes. Of the rows that will be read later,
-// first_ahead .. kScoreN are prefetched.
+// s = Q K^T of up to kScoreM rows and kTileKeys keys.
+struct ScoreProduct {
+  const float* q;  // [m][d rounded up to kTileN], in part order
+  int64_t q_ld;
+  StreamRows k, ahead;  // ahead: rows that will be read later
+  bool prefetch;        // those
+  int d;
+  float* s;  // [m][n]
+  int64_t s_ld;
+};
+
+// sums[m][n] = q[m] * k[first + n], n < kScoreN, not yet added up over the lanes.
 template <Dtype T, int M>
-FLASH_INLINE void multiply_keys(const float* q, int64_t q_ld, StreamRows k, int d, Vec* sums,
-                                StreamRows ahead, int first_ahead) {
+FLASH_INLINE void multiply_keys(const ScoreProduct& x, int first, Vec* sums) {
   constexpr int kBytes = Unit<T>::kElementBytes, kElements = Unit<T>::kElements;
+  const float* q = x.q;
+  const int64_t q_ld = x.q_ld;
+  const StreamRows ahead = x.ahead.from(first);
   Vec acc[M][kScoreN] = {};
   const char* row[kScoreN];
 #pragma GCC unroll 8
-  for (int n = 0; n < kScoreN; ++n) row[n] = k.row(n);
+  for (int n = 0; n < kScoreN; ++n) row[n] = x.k.row(first + n);
   const auto add = [&](int i, int64_t byte) __attribute__((always_inline)) {
     unrolled<Unit<T>::kParts>([&]<int kPart>() __attribute__((always_inline)) {
       Vec qv[M];
@@ -155,10 +167,11 @@ FLASH_INLINE void multiply_keys(const float* q, int64_t q_ld, StreamRows k, int 
       }
     });
   };
+  const int prefetched = x.prefetch ? kScoreN : 0, d = x.d;
   int i = 0;
   for (; i + kElements <= d; i += kElements) {
     if (i * kBytes % kLine == 0)
-      for (int n = first_ahead; n < kScoreN; ++n) __builtin_prefetch(ahead.row(n) + i * kBytes);
+      for (int n = 0; n < prefetched; ++n) __builtin_prefetch(ahead.row(n) + i * kBytes);
     add(i, int64_t{i} * kBytes);
   }
   if (i < d) {
@@ -172,16 +185,13 @@ FLASH_INLINE void multiply_keys(const float* q, int64_t q_ld, StreamRows k, int 
     for (int n = 0; n < kScoreN; ++n) sums[m * kTileKeys + n] = acc[m][n];
 }
 
-// s[m][0..kTileKeys) of M rows.
 template <Dtype T, int M>
-inline void dot_keys(const float* q, int64_t q_ld, StreamRows k, int d, float* s, int64_t s_ld,
-                     StreamRows ahead, int first_ahead) {
+inline void dot_keys(const ScoreProduct& x) {
   Vec sums[M * kTileKeys];
-  for (int n = 0; n < kTileKeys; n += kScoreN)
-    multiply_keys<T, M>(q, q_ld, k.from(n), d, sums + n, ahead.from(n), first_ahead);
+  for (int n = 0; n < kTileKeys; n += kScoreN) multiply_keys<T, M>(x, n, sums + n);
   for (int m = 0; m < M; ++m)
     for (int j = 0; j < kTileKeys; j += kWidth)
-      store(s + m * s_ld + j, sums_of(sums + m * kTileKeys + j));
+      store(x.s + m * x.s_ld + j, sums_of(sums + m * kTileKeys + j));
 }
 
 // ------------------------------------------------------------------------------------------------
