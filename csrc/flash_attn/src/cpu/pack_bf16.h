@@ -8,6 +8,7 @@
 #pragma once
 
 #include "cpu/rows.h"
+#include "cpu/scratch.h"
 
 namespace flash::cpu::FLASH_ATTN_ISA {
 
@@ -57,12 +58,6 @@ FLASH_INLINE void split(Vec x, VecU16 (&term)[kTerms]) {
     term[i] = round_to_bf16(select(overflow, from_bits(bits(rest) & 0xffff0000u), rest));
     rest = select(is_finite, rest - bf16_to_float(term[i]), zero());
   }
-}
-
-FLASH_INLINE bool all_of(VecI mask) {
-  bool all = true;
-  for (int i = 0; i < kWidth; ++i) all &= mask[i] != 0;
-  return all;
 }
 
 // Rows as bf16 terms: dst[term * term_stride + i] for i < padded, a multiple of 32; zeros from d
