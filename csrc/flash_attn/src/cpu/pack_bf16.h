@@ -60,12 +60,6 @@ FLASH_INLINE void split(Vec x, VecU16 (&term)[kTerms]) {
   }
 }
 
-FLASH_INLINE bool all_of(VecI mask) {
-  bool all = true;
-  for (int i = 0; i < kWidth; ++i) all &= mask[i] != 0;
-  return all;
-}
-
 // Rows as bf16 terms: dst[term * term_stride + i] for i < padded, a multiple of 32; zeros from d
 // on. False if any element is inf or NaN. buffer holds padded floats.
 template <int kTerms>

@@ -78,9 +78,7 @@ inline bool read_row(float* dst, const void* src, int d, int padded, float scale
     i += kWidth;
   }
   for (; i < padded; i += kWidth) store(dst + i, zero());
-  bool all = true;
-  for (int j = 0; j < kWidth; ++j) all &= finite[j] != 0;
-  return all;
+  return all_of(finite);
 }
 
 // dst[0..d) = scale * src[0..d)

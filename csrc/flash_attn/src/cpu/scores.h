@@ -173,9 +173,7 @@ inline void random_row_bytes(const Dropout& dropout, uint32_t batch_head, int qu
     dropout.row_bytes(batch_head, query, (t.first_key + j) / 32, bytes + j);
 }
 FLASH_INLINE VecI kept(const Dropout& dropout, const uint8_t* bytes, int j) {
-  VecU8 b;
-  std::memcpy(&b, bytes + j, sizeof(b));
-  return __builtin_convertvector(b, VecI) <= static_cast<int32_t>(dropout.keep_threshold);
+  return load_bytes(bytes + j) <= static_cast<int32_t>(dropout.keep_threshold);
 }
 
 FLASH_INLINE float sink_logit(const Flash_fwd_params& p, int head) {

@@ -73,6 +73,33 @@ FLASH_INLINE Vec abs(Vec v) { return from_bits(bits(v) & 0x7fffffffu); }
 FLASH_INLINE Vec select(VecI mask, Vec yes, Vec no) { return mask ? yes : no; }
 FLASH_INLINE Vec to_float(VecI v) { return __builtin_convertvector(v, Vec); }
 
+// For masks as comparisons make them: lanes of 0 or -1.
+FLASH_INLINE bool all_of(VecI mask) {
+#if defined(FLASH_ATTN_SIMD_AVX512)
+  return _mm512_movepi32_mask(reinterpret_cast<__m512i>(mask)) == 0xffff;
+#elif defined(FLASH_ATTN_SIMD_AVX2)
+  return _mm256_movemask_ps(reinterpret_cast<__m256>(mask)) == 0xff;
+#else
+  bool all = true;
+  for (int i = 0; i < kWidth; ++i) all &= mask[i] != 0;
+  return all;
+#endif
+}
+
+FLASH_INLINE VecI load_bytes(const uint8_t* p) {
+#if defined(FLASH_ATTN_SIMD_AVX512)
+  return reinterpret_cast<VecI>(
+      _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+#elif defined(FLASH_ATTN_SIMD_AVX2)
+  return reinterpret_cast<VecI>(
+      _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
+  VecU8 v;
+  std::memcpy(&v, p, sizeof(v));
+  return __builtin_convertvector(v, VecI);
+#endif
+}
+
 // 0, 1, 2, ...
 FLASH_INLINE VecI iota() {
   VecI v;
