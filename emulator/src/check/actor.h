@@ -26,9 +26,11 @@ struct Actor {
   bool is_write;
   bool reports_races;
   uint32_t site;
-  // Record::moment() of the last one found to have happened before all lanes of this access; 0: of
-  // none. Neighbours in memory were mostly written together.
-  mutable uint64_t known = 0;
+  // Record::moment(), by agent % 4, of the last ones found to have happened before all lanes of
+  // this access. Neighbours in memory were mostly written, and read, together.
+  mutable uint64_t known[4] = {};
+
+  bool knows(Record record) const { return known[record.agent() % 4] == record.moment(); }
 
   const Clock& clock(int lane) const { return common ? *common : order->clock_of(lane); }
   Record record(int lane) const {
@@ -70,7 +72,7 @@ inline bool Actor::comes_after(const Previous& previous, int lane) const {
                           record.stamp())) {
       if (common &&
           mine.own.at(view_of(record), static_cast<int>(record.agent())) >= record.stamp()) {
-        known = record.moment();
+        known[record.agent() % 4] = record.moment();
       }
       return true;
     }

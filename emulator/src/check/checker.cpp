@@ -148,7 +148,7 @@ Actor Checker::actor_of(Warp& warp, const Access& access) const {
           access.kind != AccessKind::kLoad,
           launch_.options->check_races,
           sites_.site(warp.function, warp.pc),
-          0};
+          {}};
 }
 
 void Checker::access(Warp& warp, const Access& access) {

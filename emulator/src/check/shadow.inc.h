@@ -8,8 +8,8 @@ template <class Readers>
 inline void Shadow<Readers>::check(const Context& c, const Previous& previous,
                                    const Place& place) const {
   if (!c.actor.reports_races) return;
-  if (previous.record.moment() == c.actor.known &&
-      previous.cluster == c.actor.order->cluster->index && !is_async(c.actor.state)) {
+  if (c.actor.knows(previous.record) && previous.cluster == c.actor.order->cluster->index &&
+      !is_async(c.actor.state)) {
     return;
   }
   if (previous.record.in_flight()) c.reporter.conflict(c.actor, c.lane, previous, place);
@@ -248,7 +248,7 @@ void Shadow<Readers>::read_cells(const Actor& actor, uint32_t mask, const uint64
     const auto cell = static_cast<uint32_t>((address[lane] - base_) / kCellBytes);
     const Record write = cell_writes_.empty() ? Record() : cell_writes_[cell];
     const bool is_plain = !write.empty() && !write.has_granules();
-    if (is_plain && write.moment() == actor.known && own.add(cell, lane)) return;
+    if (is_plain && actor.knows(write) && own.add(cell, lane)) return;
     const uint64_t undefined = read_cell({actor, lane, reporter}, cell);
     if (undefined) f(lane, undefined);
   });
