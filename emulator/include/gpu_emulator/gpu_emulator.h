@@ -24,14 +24,13 @@ extern "C" {
 //   threads           integer                CPU threads that run CTAs; 0 = all
 //   count             0 | 1                  whether counters are kept
 //   max_instructions  integer                of a warp, after which a launch fails; 0 = no limit
-//   delete_line       integer                a line of PTX whose instruction launches leave out, for
-//                                            mutation tests; 0 = none
+//   delete_line       integer                a line of PTX whose instruction launches leave out,
+//                                            for mutation tests; 0 = none
 // Returns a CUresult: CUDA_ERROR_INVALID_VALUE for an unknown name or value,
 // CUDA_ERROR_INVALID_DEVICE.
 int gpuEmulatorSetOption(int device, const char* name, const char* value);
 
-// Why the last call failed that failed on this device: a launch, the load of a module, or any
-// other;
+// Why the last call failed that failed on this device, a launch, the load of a module or any other;
 // "" after a launch without errors. Copies at most size - 1 characters and a terminating zero to
 // text, which may be null; returns the whole length without the zero.
 size_t gpuEmulatorLastReport(int device, char* text, size_t size);

@@ -26,6 +26,11 @@ struct Actor {
   bool is_write;
   bool reports_races;
   uint32_t site;
+  // Record::moment(), by agent % 4, of the last ones found to have happened before all lanes of
+  // this access. Neighbours in memory were mostly written, and read, together.
+  mutable uint64_t known[4] = {};
+
+  bool knows(Record record) const { return known[record.agent() % 4] == record.moment(); }
 
   const Clock& clock(int lane) const { return common ? *common : order->clock_of(lane); }
   Record record(int lane) const {
@@ -65,6 +70,10 @@ inline bool Actor::comes_after(const Previous& previous, int lane) const {
   if (previous.cluster == order->cluster->index) {
     if (mine.own.has_seen(view_of(record), static_cast<int>(record.agent()), previous.lanes,
                           record.stamp())) {
+      if (common &&
+          mine.own.at(view_of(record), static_cast<int>(record.agent())) >= record.stamp()) {
+        known[record.agent() % 4] = record.moment();
+      }
       return true;
     }
     // Program order.

@@ -30,6 +30,14 @@ constexpr uint32_t kMbarrierInitFence = 1;  // SyncEvent::id
 
 const char* name_of(Space space) { return space == Space::kShared ? "shared" : "global"; }
 
+bool is_in_own_cta(const Warp& warp, const Access& access) {
+  bool own = true;
+  for_each_lane(access.mask, [&](int lane) {
+    own &= access.address[lane] >> kSharedRankShift == warp.cta->rank;
+  });
+  return own;
+}
+
 class Checker final : public exec::Observer, private Reporter {
  public:
   explicit Checker(const exec::LaunchState& launch)
@@ -139,7 +147,8 @@ Actor Checker::actor_of(Warp& warp, const Access& access) const {
           kind,
           access.kind != AccessKind::kLoad,
           launch_.options->check_races,
-          sites_.site(warp.function, warp.pc)};
+          sites_.site(warp.function, warp.pc),
+          {}};
 }
 
 void Checker::access(Warp& warp, const Access& access) {
@@ -187,6 +196,15 @@ uint64_t Checker::access_shared_lane(const Actor& actor, const Access& access, i
 
 void Checker::access_shared(Warp& warp, const Access& access) {
   const Actor actor = actor_of(warp, access);
+  if (access.kind == AccessKind::kLoad && access.proxy == Proxy::kGeneric &&
+      access.bytes == kCellBytes && is_in_own_cta(warp, access)) {
+    state_of(*warp.cta->cluster)
+        .shared[warp.cta->rank]
+        ->read_cells(actor, access.mask, access.address, *this, [&](int lane, uint64_t undefined) {
+          found_undefined(warp, access, lane, undefined);
+        });
+    return;
+  }
   for_each_lane(access.mask, [&](int lane) {
     const uint64_t undefined = access_shared_lane(actor, access, lane);
     if (undefined) found_undefined(warp, access, lane, undefined);
@@ -196,12 +214,13 @@ void Checker::access_shared(Warp& warp, const Access& access) {
 void Checker::access_global(Warp& warp, const Access& access) {
   const Actor actor = actor_of(warp, access);
   const bool writes = access.kind != AccessKind::kLoad;
+  GlobalMemory::Cursor pages(global_);
   for_each_lane(access.mask, [&](int lane) {
     if (writes && access.proxy == Proxy::kGeneric && launch_.options->check_init) {
       require_defined(warp, access, lane, values_.stored(warp, lane));
     }
     if (!launch_.options->check_races) return;
-    global_.for_each_page(
+    pages.for_each_page(
         access.address[lane], access.bytes,
         [&](GlobalShadow& shadow, uint32_t offset, uint32_t bytes) {
           if (!writes) {
@@ -250,6 +269,7 @@ void Checker::async_begins(Warp& warp, const Access& access) {
   const Actor actor = actor_of(warp, access);
   const AccessState flight =
       access.proxy == Proxy::kAsync ? AccessState::kAsyncFlight : AccessState::kCopyFlight;
+  GlobalMemory::Cursor pages(global_);
   for_each_lane(access.mask, [&](int lane) {
     auto begin = [&](auto& shadow, uint32_t offset, uint32_t bytes) {
       if (access.kind == AccessKind::kStore) {
@@ -267,7 +287,7 @@ void Checker::async_begins(Warp& warp, const Access& access) {
       begin(*state_of(*warp.cta->cluster).shared[address >> kSharedRankShift],
             static_cast<uint32_t>((address & kSharedOffsetMask) - kSharedBase), access.bytes);
     } else if (access.space == Space::kGlobal) {
-      global_.for_each_page(address, access.bytes, begin);
+      pages.for_each_page(address, access.bytes, begin);
     }
   });
 }
@@ -377,10 +397,11 @@ void Checker::mbarrier(Warp& warp, const SyncEvent& event) {
   BarrierClock& clock = cluster.order.mbarrier(event.id);
   switch (event.kind) {
     case SyncKind::kMbarrierInit:
-      clock = {Clock(cluster.order.agents), Clock(cluster.order.agents),
-               {static_cast<uint16_t>(state.order.agent), View::kFenced, event.mask,
-                state.order.stamp},
-               false};
+      clock = {
+          Clock(cluster.order.agents),
+          Clock(cluster.order.agents),
+          {static_cast<uint16_t>(state.order.agent), View::kFenced, event.mask, state.order.stamp},
+          false};
       state.order.advance();
       break;
     case SyncKind::kMbarrierInvalidate:

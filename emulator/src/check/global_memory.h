@@ -15,24 +15,43 @@ namespace gpu_emulator::check {
 
 class GlobalMemory {
  public:
-  // Calls f(shadow of the page, offset in it, bytes) for each piece of the range, under its lock.
-  template <class F>
-  void for_each_page(uint64_t address, uint64_t bytes, F&& f) {
-    while (bytes) {
-      const uint64_t page = address / kPageBytes, offset = address % kPageBytes;
-      const uint64_t piece = bytes < kPageBytes - offset ? bytes : kPageBytes - offset;
-      Shard& shard = shards_[page % kShards];
-      const std::lock_guard lock(shard.mutex);
+  // Pages one after the other, each under the lock of its shard.
+  class Cursor {
+   public:
+    explicit Cursor(GlobalMemory& memory) : memory_(memory) {}
+
+    // Calls f(shadow of the page, offset in it, bytes) for each piece of the range.
+    template <class F>
+    void for_each_page(uint64_t address, uint64_t bytes, F&& f) {
+      while (bytes) {
+        const uint64_t offset = address % kPageBytes;
+        const uint64_t piece = bytes < kPageBytes - offset ? bytes : kPageBytes - offset;
+        if (!shadow_ || address / kPageBytes != page_) move(address / kPageBytes);
+        f(*shadow_, static_cast<uint32_t>(offset), static_cast<uint32_t>(piece));
+        address += piece;
+        bytes -= piece;
+      }
+    }
+
+   private:
+    void move(uint64_t page) {
+      Shard& shard = memory_.shards_[page % kShards];
+      if (lock_) lock_.unlock();  // never two at once
+      lock_ = std::unique_lock(shard.mutex);
       auto& shadow = shard.pages[page];
       if (!shadow) {
         shadow = std::make_unique<GlobalShadow>(exec::Space::kGlobal, page * kPageBytes,
                                                 static_cast<uint32_t>(kPageBytes), false);
       }
-      f(*shadow, static_cast<uint32_t>(offset), static_cast<uint32_t>(piece));
-      address += piece;
-      bytes -= piece;
+      page_ = page;
+      shadow_ = shadow.get();
     }
-  }
+
+    GlobalMemory& memory_;
+    std::unique_lock<std::mutex> lock_;
+    uint64_t page_ = 0;
+    GlobalShadow* shadow_ = nullptr;
+  };
 
  private:
   static constexpr uint64_t kPageBytes = 4096, kShards = 64;

@@ -53,6 +53,34 @@ class SharedReaders {
     return false;
   }
 
+  // Entries of one actor: add() without the search for them.
+  class Own {
+   public:
+    Own(SharedReaders& readers, const Actor& actor)
+        : readers_(readers),
+          actor_(actor),
+          index_(readers.index_of(actor.order->agent, is_async(actor.state))) {}
+
+    bool add(uint32_t unit, int lane) {
+      if (index_ < 0) return true;
+      const uint64_t own = uint64_t{1} << index_;
+      uint64_t& present = readers_.bits_[unit];
+      Entries& entries = readers_.warps_[index_];
+      if ((present & own) && entries.lanes[unit] != 1u << lane) {
+        return readers_.add(unit, actor_, lane);
+      }
+      present |= own;
+      entries.records[unit] = actor_.record(lane);
+      entries.lanes[unit] = 1u << lane;
+      return true;
+    }
+
+   private:
+    SharedReaders& readers_;
+    const Actor& actor_;
+    int index_;
+  };
+
   template <class F>
   void for_each(uint32_t unit, uint64_t cluster, F&& f) const {
     if (bits_.empty()) return;

@@ -52,6 +52,12 @@ class Record {
   // Of a cell: some of its granules have been written on their own since the launch began.
   bool has_granules() const { return bits_ >> kGranulesShift & 1; }
   void set_has_granules() { bits_ |= uint64_t{1} << kGranulesShift; }
+  // Warp, stamp and state: not the lane, and not where in the code.
+  uint64_t moment() const {
+    constexpr uint64_t kMoment =
+        uint64_t{kLongestStamp} | uint64_t{0x1ff} << kAgentShift | uint64_t{7} << kStateShift;
+    return bits_ & kMoment;
+  }
   // The same access but for where in the code it was.
   bool same_moment(Record other) const {
     constexpr uint64_t kSite = uint64_t{kUnknownSite} << kSiteShift;

@@ -39,6 +39,12 @@ class Shadow {
   uint64_t write(const Actor& actor, int lane, uint32_t offset, uint32_t bytes, uint64_t undefined,
                  Reporter& reporter);
 
+  // read() of one cell for each lane of mask (ldmatrix, 16-byte vectors) at address[lane] - base,
+  // by the generic proxy. Calls f(lane, undefined bytes) where some are.
+  template <class F>
+  void read_cells(const Actor& actor, uint32_t mask, const uint64_t* address, Reporter& reporter,
+                  F&& f);
+
   // The destination of an asynchronous operation until it is complete, and then.
   void begin_write(const Actor& actor, int lane, uint32_t offset, uint32_t bytes,
                    AccessState flight, Reporter& reporter);

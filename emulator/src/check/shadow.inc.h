@@ -8,6 +8,10 @@ template <class Readers>
 inline void Shadow<Readers>::check(const Context& c, const Previous& previous,
                                    const Place& place) const {
   if (!c.actor.reports_races) return;
+  if (c.actor.knows(previous.record) && previous.cluster == c.actor.order->cluster->index &&
+      !is_async(c.actor.state)) {
+    return;
+  }
   if (previous.record.in_flight()) c.reporter.conflict(c.actor, c.lane, previous, place);
   if (c.actor.comes_after(previous, c.lane)) {
     if (is_async(c.actor.state) && previous.is_write && !c.actor.is_fenced(previous, c.lane)) {
@@ -233,6 +237,21 @@ uint64_t Shadow<Readers>::read(const Actor& actor, int lane, uint32_t offset, ui
     at += count;
   }
   return undefined;
+}
+
+template <class Readers>
+template <class F>
+void Shadow<Readers>::read_cells(const Actor& actor, uint32_t mask, const uint64_t* address,
+                                 Reporter& reporter, F&& f) {
+  typename Readers::Own own(cell_readers_, actor);
+  exec::for_each_lane(mask, [&](int lane) {
+    const auto cell = static_cast<uint32_t>((address[lane] - base_) / kCellBytes);
+    const Record write = cell_writes_.empty() ? Record() : cell_writes_[cell];
+    const bool is_plain = !write.empty() && !write.has_granules();
+    if (is_plain && actor.knows(write) && own.add(cell, lane)) return;
+    const uint64_t undefined = read_cell({actor, lane, reporter}, cell);
+    if (undefined) f(lane, undefined);
+  });
 }
 
 template <class Readers>

@@ -82,6 +82,7 @@ const auto& entries() {
       ENTRY(cuGraphDestroy),
       ENTRY(cuGraphExecDestroy),
       ENTRY(cuGraphInstantiate),
+      ENTRY(cuGraphInstantiateWithFlags),
       ENTRY(cuGraphLaunch),
       ENTRY(cuGraphUpload),
       ENTRY(cuInit),

@@ -57,13 +57,27 @@ std::string describe(const AccessForm& form, uint64_t address) {
 
 // ----------------------------------------------------------------------------------------- global
 
+// What lies shortly before a wild address: an index too large is the usual reason for one.
+std::string nearest_range(const MemoryMap& memory, uint64_t address) {
+  constexpr uint64_t kNear = 4096;
+  for (uint64_t back = 1; back <= kNear && back <= address; back *= 2) {
+    const MemoryMap::Range* range = memory.find(address - back);
+    if (!range) continue;
+    return format(", %llu bytes past the end of the ",
+                  static_cast<unsigned long long>(address - range->end)) +
+           range->what;
+  }
+  return "";
+}
+
 std::byte* resolve_global_lane(Warp& warp, const AccessForm& form, int lane, uint64_t address) {
   if (address & (form.alignment - 1)) fail_misaligned(warp, lane, form, address);
   const MemoryMap& memory = *launch_of(warp).memory;
   const MemoryMap::Range* range = memory.find(address);
   if (!range) {
     fail(warp, lane, ReportKind::kWildPointer,
-         "Wild pointer: " + describe(form, address) + "; nothing is allocated there.");
+         "Wild pointer: " + describe(form, address) + "; nothing is allocated there" +
+             nearest_range(memory, address) + ".");
   }
   if (address + form.bytes > range->end || address + form.bytes < address) {
     fail(warp, lane, ReportKind::kOutOfBounds,
@@ -123,9 +137,8 @@ std::byte* resolve_shared_lane(Warp& warp, const AccessForm& form, int lane, uin
 
 void resolve_shared(Warp& warp, const AccessForm& form, uint32_t mask, const uint64_t* address,
                     std::byte** host) {
-  for_each_lane(mask, [&](int lane) {
-    host[lane] = resolve_shared_lane(warp, form, lane, address[lane]);
-  });
+  for_each_lane(
+      mask, [&](int lane) { host[lane] = resolve_shared_lane(warp, form, lane, address[lane]); });
 }
 
 // ---------------------------------------------------------------------------- local and parameters
@@ -320,7 +333,13 @@ Cta& shared_owner(const Warp& warp, int lane, uint32_t address) {
          format("Out of bounds: shared address 0x%x is of CTA %u of the cluster, which has %zu.",
                 address, rank, cluster.ctas.size()));
   }
-  return *cluster.ctas[rank];
+  Cta& owner = *cluster.ctas[rank];
+  if (&owner != warp.cta && owner.live_threads() == 0) {
+    fail(warp, lane, ReportKind::kOutOfBounds,
+         format("Out of bounds: shared address 0x%x is of CTA %u of the cluster, which has exited.",
+                address, rank));
+  }
+  return owner;
 }
 
 void resolve(Warp& warp, const AccessForm& form, uint32_t mask, const uint64_t* address,

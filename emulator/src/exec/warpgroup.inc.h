@@ -50,29 +50,68 @@ inline void widen_chunk(const std::byte* chunk, PanelElement<kType>* out) {
   }
 }
 
-// Calls store(row, k, value) for every element of the chunks, in the order of operand_chunks().
-template <MatrixType kType, class Store>
-inline void for_each_element(const std::byte* const* chunks, const PanelForm& form, Store store) {
-  constexpr int kCount = kChunkElements<kType>;
-  PanelElement<kType> value[kCount];
-  auto widen = [&](const std::byte* chunk) {
-    widen_chunk<kType>(chunk, value);
-    if (form.negate) {
-      for (auto& x : value) x = -x;
-    }
-  };
-  if (!form.mn_major) {
-    for (int i = 0; i < 2 * form.rows; ++i) {
-      widen(chunks[i]);
-      for (int e = 0; e < kCount; ++e) store(i / 2, i % 2 * kCount + e, value[e]);
-    }
-    return;
+template <class T>
+struct EightOf;
+template <>
+struct EightOf<float> {
+  using type = float __attribute__((vector_size(32), may_alias));
+};
+template <>
+struct EightOf<int32_t> {
+  using type = int32_t __attribute__((vector_size(32), may_alias));
+};
+template <class T>
+using Eight = typename EightOf<T>::type;
+
+// rows[r][k] to columns[k][r], both 8 x 8.
+template <class T>
+inline void transpose(const Eight<T> (&rows)[8], Eight<T> (&columns)[8]) {
+  using V = Eight<T>;
+  V pairs[8], quads[8];
+  for (int i = 0; i < 8; i += 2) {
+    pairs[i] = __builtin_shufflevector(rows[i], rows[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+    pairs[i + 1] = __builtin_shufflevector(rows[i], rows[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
   }
-  const int across = form.rows / kCount;
-  for (int k = 0; k < 2 * kCount; ++k) {
-    for (int i = 0; i < across; ++i) {
-      widen(chunks[k * across + i]);
-      for (int e = 0; e < kCount; ++e) store(i * kCount + e, k, value[e]);
+  for (int i = 0; i < 8; i += 4) {
+    for (int j = 0; j < 2; ++j) {
+      const V low = pairs[i + j], high = pairs[i + j + 2];
+      quads[i + 2 * j] = __builtin_shufflevector(low, high, 0, 1, 8, 9, 4, 5, 12, 13);
+      quads[i + 2 * j + 1] = __builtin_shufflevector(low, high, 2, 3, 10, 11, 6, 7, 14, 15);
+    }
+  }
+  for (int i = 0; i < 4; ++i) {
+    columns[i] = __builtin_shufflevector(quads[i], quads[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+    columns[i + 4] = __builtin_shufflevector(quads[i], quads[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+  }
+}
+
+// Calls store(block, k, the 8 rows of the block) for every block of 8 rows and every k; chunks are
+// in the order of operand_chunks().
+template <MatrixType kType, class Store>
+inline void for_each_column(const std::byte* const* chunks, const PanelForm& form, Store store) {
+  using T = PanelElement<kType>;
+  constexpr int kCount = kChunkElements<kType>, kDepth = 2 * kCount;
+  const int blocks = form.rows / 8;
+  for (int block = 0; block < blocks; ++block) {
+    if (form.mn_major) {
+      if constexpr (kCount == 8) {
+        for (int k = 0; k < kDepth; ++k) {
+          Eight<T> column;
+          widen_chunk<kType>(chunks[k * blocks + block], reinterpret_cast<T*>(&column));
+          store(block, k, form.negate ? -column : column);
+        }
+      }
+      continue;
+    }
+    alignas(32) T values[8][kDepth];
+    for (int i = 0; i < 16; ++i) {
+      widen_chunk<kType>(chunks[16 * block + i], values[i / 2] + i % 2 * kCount);
+    }
+    for (int k = 0; k < kDepth; k += 8) {
+      Eight<T> rows[8], columns[8];
+      for (int r = 0; r < 8; ++r) rows[r] = *reinterpret_cast<const Eight<T>*>(values[r] + k);
+      transpose<T>(rows, columns);
+      for (int i = 0; i < 8; ++i) store(block, k + i, form.negate ? -columns[i] : columns[i]);
     }
   }
 }
@@ -80,20 +119,26 @@ inline void for_each_element(const std::byte* const* chunks, const PanelForm& fo
 template <MatrixType kType>
 void pack_a(const std::byte* const* chunks, const PanelForm& form, void* panel) {
   using T = PanelElement<kType>;
-  using Quad = typename VectorOf<T>::quad;
+  using V = Eight<T>;
   auto* out = static_cast<T*>(panel);
-  for_each_element<kType>(chunks, form, [=](int row, int k, T x) {
-    *reinterpret_cast<Quad*>(out + k * kPanelRow + 4 * row) = Quad{x, x, x, x};
+  for_each_column<kType>(chunks, form, [=](int block, int k, V x) {
+    auto* to = reinterpret_cast<V*>(out + k * kPanelRow + 32 * block);
+    to[0] = __builtin_shufflevector(x, x, 0, 0, 0, 0, 1, 1, 1, 1);
+    to[1] = __builtin_shufflevector(x, x, 2, 2, 2, 2, 3, 3, 3, 3);
+    to[2] = __builtin_shufflevector(x, x, 4, 4, 4, 4, 5, 5, 5, 5);
+    to[3] = __builtin_shufflevector(x, x, 6, 6, 6, 6, 7, 7, 7, 7);
   });
 }
 
 template <MatrixType kType>
 void pack_b(const std::byte* const* chunks, const PanelForm& form, void* panel) {
   using T = PanelElement<kType>;
+  using V = Eight<T>;
   constexpr int kDepth = 2 * kChunkElements<kType>;
   auto* out = static_cast<T*>(panel);
-  for_each_element<kType>(chunks, form, [=](int row, int k, T x) {
-    out[(row / 8 * kDepth + k) * 8 + row % 8 / 2 + row % 2 * 4] = x;
+  for_each_column<kType>(chunks, form, [=](int block, int k, V x) {
+    *reinterpret_cast<V*>(out + (block * kDepth + k) * 8) =
+        __builtin_shufflevector(x, x, 0, 2, 4, 6, 1, 3, 5, 7);
   });
 }
 

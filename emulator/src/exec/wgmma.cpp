@@ -49,31 +49,67 @@ void find_a(const WgmmaOperation& operation, const WgmmaShape& shape, int warp, 
               kTileRows, chunks);
 }
 
+// The registers of the instruction's list, or their values while they are in flight.
+void find_registers(const WgmmaOperation& operation, const WgmmaPart& part, uint32_t** registers) {
+  const Instruction& in = *operation.instruction;
+  const Slot* slots = operation.function->lists.data() + in.list;
+  for (int i = 0; i < in.count; ++i) {
+    const bool constant = slots[i] & kConstantBit;
+    if (!part.in_flight.empty() && !constant) {
+      registers[i] = part.in_flight[i]->lanes;
+      continue;
+    }
+    std::byte* base =
+        constant ? const_cast<std::byte*>(operation.function->constant_pool) : part.frame;
+    registers[i] = reinterpret_cast<uint32_t*>(base + (slots[i] & ~kConstantBit));
+  }
+}
+
 // A in registers: lanes 4 g ... 4 g + 3 of a register are 16 bytes of row g, or g + 8.
-void find_a_in_registers(const WgmmaPart& part, const std::byte** host) {
+void find_a_in_registers(uint32_t* const* a, const std::byte** host) {
   for (int row = 0; row < kTileRows; ++row) {
     for (int half = 0; half < 2; ++half) {
-      const uint32_t* reg = part.a[2 * half + row / 8];
+      const uint32_t* reg = a[2 * half + row / 8];
       host[2 * row + half] = reinterpret_cast<const std::byte*>(reg + 4 * (row % 8));
     }
   }
 }
 
+// How many consecutive chunks always lie side by side, in any order: fewer, larger ranges to show.
+int chunks_together(const Chunks& chunks) {
+  for (int together : {8, 4, 2}) {
+    if (chunks.count % together) continue;
+    bool always = true;
+    for (int i = 0; i < chunks.count && always; ++i) {
+      const uint32_t bytes = kChunkBytes * together;
+      always = chunks.address[i] / bytes == chunks.address[i / together * together] / bytes;
+    }
+    if (always) return together;
+  }
+  return 1;
+}
+
 void show_chunks(Warp& warp, const Chunks& chunks, bool complete) {
   Observer& observer = *observer_of(warp);
+  const int together = chunks_together(chunks);
   uint64_t address[kWarpSize] = {};
+  std::byte* host[kWarpSize] = {};
   Access access;
   access.space = Space::kShared;
   access.proxy = Proxy::kAsync;
-  access.bytes = kChunkBytes;
+  access.bytes = kChunkBytes * together;
   access.address = address;
-  for (int first = 0; first < chunks.count; first += kWarpSize) {
-    const int lanes = std::min(kWarpSize, chunks.count - first);
+  access.host = host;
+  std::byte* shared = warp.cta->shared.get() - kSharedBase;
+  const int count = chunks.count / together;
+  for (int first = 0; first < count; first += kWarpSize) {
+    const int lanes = std::min(kWarpSize, count - first);
     for (int i = 0; i < lanes; ++i) {
-      address[i] = warp.cta->rank << kSharedRankShift | chunks.address[first + i];
+      const uint32_t offset = chunks.address[(first + i) * together] / access.bytes * access.bytes;
+      address[i] = warp.cta->rank << kSharedRankShift | offset;
+      host[i] = shared + offset;
     }
     access.mask = lanes == kWarpSize ? kAllLanes : (1u << lanes) - 1;
-    access.host = chunks.host + first;
     if (complete) {
       observer.access(warp, access);
     } else {
@@ -138,16 +174,17 @@ void compute(WgmmaOperation& operation, const Isa& isa) {
     const PackPanel pack_a = isa.pack_a(shape.a);
     const TileProduct multiply = isa.tile_product(shape.d);
     for (int w = 0; w < kWarpgroupWarps; ++w) {
-      const WgmmaPart& part = operation.parts[w];
+      uint32_t* registers[kMaxN / 2 + kARegisters];
+      find_registers(operation, operation.parts[w], registers);
       const std::byte* in_registers[2 * kTileRows];
       if (shape.a_in_registers) {
-        find_a_in_registers(part, in_registers);
+        find_a_in_registers(registers + shape.d_registers(), in_registers);
       } else {
         find_a(operation, shape, w, chunks);
       }
       pack_a(shape.a_in_registers ? in_registers : chunks.host,
              {shape.a_mn_major, shape.negate_a, kTileRows}, a_panel);
-      multiply(part.d.data(), {a_panel, b_panel, shape.n, shape.k}, operation.accumulate);
+      multiply(registers, {a_panel, b_panel, shape.n, shape.k}, operation.accumulate);
     }
   });
 }

@@ -6,6 +6,7 @@
 // waits.
 
 #include <array>
+#include <cstddef>
 #include <cstdint>
 #include <deque>
 #include <vector>
@@ -38,11 +39,10 @@ WgmmaShape shape_of(const Instruction& in);
 
 struct WgmmaPart {  // of one warp
   Warp* warp = nullptr;
-  std::byte* frame = nullptr;
-  uint32_t group = 0;        // the warp's commit_groups before it
-  std::vector<uint32_t*> d;  // registers, or their values in flight
-  std::array<const uint32_t*, kARegisters> a = {};
-  std::vector<RegistersInFlight::Value*> in_flight;  // of the registers, in late and random modes
+  std::byte* frame = nullptr;  // its registers
+  uint32_t group = 0;          // the warp's commit_groups before it
+  // In late and random modes: the registers' values, by the instruction's list; null: a constant.
+  std::vector<RegistersInFlight::Value*> in_flight;
 };
 
 struct WgmmaOperation {

@@ -4,6 +4,7 @@
 
 #include "async.h"
 #include "decode.h"
+#include "function_decoder.h"
 #include "hopper_state.h"
 #include "report.h"
 #include "scheduler.h"
@@ -111,34 +112,20 @@ WgmmaOperation& operation_of(Warp& warp, const Instruction& in, Warpgroup& group
   return first;
 }
 
-uint32_t* take_register(Warp& warp, WgmmaPart& part, Slot slot, bool as_accumulator) {
-  RegistersInFlight::Value* value = hopper(warp).in_flight.take(part.frame, slot, as_accumulator);
-  if (!value) {
-    fail(warp, -1, ReportKind::kInFlight,
-         "A register of this wgmma is in another role in a wgmma that is still in flight.");
-  }
-  part.in_flight.push_back(value);
-  return value->lanes;
-}
-
-WgmmaPart part_of(Warp& warp, const Instruction& in, bool deferred) {
-  WgmmaPart part;
-  part.warp = &warp;
-  part.frame = warp.bases[0];
-  const WgmmaShape shape = shape_of(in);
+// Takes the instruction's registers, where operations are left for later.
+void take_registers(Warp& warp, const Instruction& in, WgmmaPart& part) {
   const Slot* slots = warp.list(in);
-  const int registers = shape.d_registers();
-  for (int i = 0; i < registers; ++i) {
-    part.d.push_back(deferred ? take_register(warp, part, slots[i], true)
-                              : warp.lanes<uint32_t>(slots[i]));
+  const int accumulators = shape_of(in).d_registers();
+  RegistersInFlight& in_flight = hopper(warp).in_flight;
+  part.in_flight.assign(in.count, nullptr);
+  for (int i = 0; i < in.count; ++i) {
+    if (slots[i] & kConstantBit) continue;
+    part.in_flight[i] = in_flight.take(part.frame, slots[i], i < accumulators);
+    if (!part.in_flight[i]) {
+      fail(warp, -1, ReportKind::kInFlight,
+           "A register of this wgmma is in another role in a wgmma that is still in flight.");
+    }
   }
-  for (int i = 0; i < kARegisters && shape.a_in_registers; ++i) {
-    const Slot slot = slots[registers + i];
-    const bool constant = slot & kConstantBit;
-    part.a[i] =
-        deferred && !constant ? take_register(warp, part, slot, false) : warp.lanes<uint32_t>(slot);
-  }
-  return part;
 }
 
 const Isa& isa_of(const Warp& warp) { return *launch_of(warp).launch->program->isa; }
@@ -161,8 +148,10 @@ Step run_mma_async(Warp& warp, const Instruction& in, uint32_t mask) {
   WgmmaOperation& operation = operation_of(warp, in, group);
   const bool eager = launch_of(warp).options->mode == Mode::kEager;
   WgmmaPart& part = operation.parts[warp.id % kWarpgroupWarps];
-  part = part_of(warp, in, !eager);
+  part.warp = &warp;
+  part.frame = warp.bases[0];
   part.group = state.groups;
+  if (!eager) take_registers(warp, in, part);
   operation.issued |= 1u << warp.id % kWarpgroupWarps;
   if (operation.issued != kAllWarps) return Step::kNext;
   show_operands(operation, false);
@@ -178,7 +167,7 @@ void retire(Warp& warp, Warpgroup::WarpState& state, WgmmaOperation& operation) 
   state.fenced = false;
   state.retired = operation.instruction;
   for (RegistersInFlight::Value* value : operation.parts[index].in_flight) {
-    if (!hopper(warp).in_flight.release(value)) {
+    if (value && !hopper(warp).in_flight.release(value)) {
       fail(warp, -1, ReportKind::kInFlight,
            format("A register of the wgmma at PTX line %d was written before the wait for it.",
                   operation.function->lines[operation.pc]));
@@ -305,6 +294,7 @@ void decode_mma_async(Decoder& decoder) {
   std::vector<Slot> slots;
   for (const ptx::Operand& reg : decoder.elements(decoder.operand(0))) {
     slots.push_back(decoder.destination(reg, 4));
+    decoder.function.reads(slots.back());
   }
   if (static_cast<int>(slots.size()) != shape.d_registers()) throw Unsupported("accumulators");
   shape.a_in_registers = decoder.operand(1).kind == ptx::Operand::Kind::kVector;
