@@ -9,9 +9,11 @@ JOBS ?= $(shell nproc)
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 unexport FLASH_ATTN_LIBRARY_DIR PYTHONPATH
 
-SOURCES := $(shell find csrc cmake examples/cpp tests/cpp flash_attn -name __pycache__ -prune -o -type f -print) \
+SOURCES := $(shell find csrc cmake emulator examples/cpp tests/cpp flash_attn -name __pycache__ -prune -o -type f -print) \
   CMakeLists.txt pyproject.toml flash_attn_2_cuda.py
-CPP_FILES = $(shell find csrc benchmarks examples tests -name '*.h' -o -name '*.cpp')
+CPP_FILES = $(shell find csrc benchmarks emulator examples tests -name '*.h' -o -name '*.cpp')
+# Of CUTLASS only the headers are used, by tests of the emulated GPU.
+CUTLASS := 4.2.0.0
 CMAKE_FLAGS := -G Ninja -DPython_EXECUTABLE=$(CURDIR)/.venv/bin/python -DFLASH_ATTN_WERROR=ON
 
 VENV := .venv/.complete
@@ -22,11 +24,12 @@ INSTALLED := build/.installed
 help: ## print this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/\1\t\2/' | expand -t 10
 
-$(VENV): tools/constraints-dev.txt
+$(VENV): tools/constraints-dev.txt tools/install_system_packages.sh
 	PYTHON=$(PYTHON) tools/install_system_packages.sh
 	$(PYTHON) -m venv .venv
 	@echo 'installing tools/constraints-dev.txt into .venv (a minute or two)'
 	.venv/bin/pip install -qq --disable-pip-version-check -r tools/constraints-dev.txt
+	.venv/bin/pip install -qq --disable-pip-version-check --no-deps nvidia-cutlass==$(CUTLASS)
 	touch $@
 
 $(RELEASE): $(VENV) $(SOURCES)
