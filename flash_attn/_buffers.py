@@ -12,7 +12,6 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-
 _FP32 = torch.empty(0, dtype=torch.float32, device="cpu")
 
 
