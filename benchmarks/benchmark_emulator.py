@@ -1,0 +1,93 @@
+"""Speed of the emulated GPU on the forward kernel: warp instructions a second of one CPU thread.
+
+    python benchmarks/benchmark_emulator.py [--out DIR]
+
+One launch a sample, the levels of checking taking turns; CPU time of the calling thread, medians. A
+launch is bf16, (1, seqlen, 2, d). Writes emulator.csv and emulator.png into DIR (build/bench).
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import statistics
+import time
+from pathlib import Path
+
+import machine
+import matplotlib
+import torch
+
+import flash_attn
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+CHECKS = ("none", "memory", "all")
+
+
+def launch(qkv: torch.Tensor, causal: bool, checks: str) -> tuple[float, int]:
+    """CPU seconds and warp instructions of one launch."""
+    with flash_attn.emulator(checks=checks, threads=1) as gpu:
+        start = time.thread_time()
+        flash_attn.flash_attn_func(*qkv, causal=causal)
+        seconds = time.thread_time() - start
+    return seconds, sum(kernel["warp_instructions"] for kernel in gpu.counters.values())
+
+
+def measure(seqlen: int, headdim: int, causal: bool, samples: int) -> list[dict]:
+    """One row for each level of checking."""
+    qkv = torch.randn(3, 1, seqlen, 2, headdim, dtype=torch.bfloat16)
+    for checks in CHECKS:  # loads and decodes the kernel
+        launch(qkv, causal, checks)
+    rates: dict[str, list[float]] = {checks: [] for checks in CHECKS}
+    for _ in range(samples):
+        for checks in CHECKS:
+            seconds, instructions = launch(qkv, causal, checks)
+            rates[checks].append(instructions / seconds / 1e6)
+    shape = {"seqlen": seqlen, "headdim": headdim, "causal": causal, "instructions": instructions}
+    return [
+        {**shape, "checks": checks, "million_a_second": round(statistics.median(values), 2)}
+        for checks, values in rates.items()
+    ]
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    """Bars by shape and level of checking."""
+    shapes = list(dict.fromkeys((r["seqlen"], r["headdim"], r["causal"]) for r in rows))
+    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
+    for i, checks in enumerate(CHECKS):
+        heights = [r["million_a_second"] for r in rows if r["checks"] == checks]
+        axes.bar([x + 0.27 * (i - 1) for x in range(len(shapes))], heights, 0.25, label=checks)
+    names = [f"S = {s}, d = {d}{', causal' if c else ''}" for s, d, c in shapes]
+    axes.set_xticks(range(len(shapes)), names)
+    axes.set_ylabel("million warp instructions / s, one thread")
+    axes.set_title(f"Emulated GPU, forward kernel\n{machine.cpu_model()}", fontsize=10)
+    axes.legend(title="checks")
+    figure.savefig(path, dpi=120)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--samples", type=int, default=7)
+    parser.add_argument("--out", type=Path, default=Path("build/bench"))
+    options = parser.parse_args(argv)
+    print(machine.summary())
+    rows = []
+    for seqlen, headdim, causal in [(256, 64, True), (512, 64, False), (512, 128, False)]:
+        for row in measure(seqlen, headdim, causal, options.samples):
+            print(", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
+            rows.append(row)
+    options.out.mkdir(parents=True, exist_ok=True)
+    with (options.out / "emulator.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*rows[0], "cpu"])
+        writer.writeheader()
+        writer.writerows({**row, "cpu": machine.cpu_model()} for row in rows)
+    draw(rows, options.out / "emulator.png")
+
+
+if __name__ == "__main__":
+    main()
