@@ -223,8 +223,8 @@ FLASH_ATTN_API flash_attn_status flash_attn_combine(const flash_attn_combine_arg
 FLASH_ATTN_API const char* flash_attn_last_error(void);
 FLASH_ATTN_API const char* flash_attn_version(void); /* "2.8.3" */
 
-/* Instruction sets of the CPU backend, best last: "baseline", "avx2", "avx512". Names are separated
- * by spaces. */
+/* Instruction sets of the CPU backend, best last: "baseline", "avx2", "avx512", "avx512bf16",
+ * "amx". Names are separated by spaces. */
 FLASH_ATTN_API const char* flash_attn_cpu_isas(void); /* those this build has and this CPU runs */
 FLASH_ATTN_API const char* flash_attn_cpu_isa(
     void); /* the one in use; FLASH_ATTENTION_CPU_ISA forces one */

@@ -10,7 +10,7 @@ namespace flash::cpu {
 // Kernels of one instruction set. Every instance has every feature, dtype and head
 // dim 1..FLASH_ATTN_MAX_HEAD_DIM. They throw std::bad_alloc when memory runs out, and nothing else.
 struct Kernels {
-  const char* isa;  // "baseline", "avx2", "avx512"
+  const char* isa;  // "baseline", "avx2", "avx512", "avx512bf16", "amx"
   void (*mha_fwd)(
       const Flash_fwd_params& params);  // dense, varlen, paged; appends knew/vnew first if given
   void (*mha_bwd)(const Flash_bwd_params& params);  // dense, varlen
