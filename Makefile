@@ -39,7 +39,7 @@ $(RELEASE): $(VENV) $(SOURCES)
 
 # pip takes over the objects of build/release, so nothing is compiled twice.
 $(INSTALLED): $(RELEASE)
-	pip install -qq --disable-pip-version-check --no-build-isolation --no-deps -C build-dir=build/release .
+	pip install -qq --disable-pip-version-check --no-build-isolation --no-deps --config-settings=build-dir=build/release .
 	touch $@
 
 dev: $(RELEASE) ## build, to work on the Python files in place

@@ -1,5 +1,5 @@
-# PTX of the CUTLASS micro-kernels, where nvcc and CUTLASS's headers are there; without them the tests that need it are
-# skipped.
+# PTX of the CUTLASS micro-kernels, where nvcc and CUTLASS's headers are there; without them, and under sanitizers (a
+# minute of nvcc for no code of ours), the tests that need it are skipped.
 find_package(Python3 COMPONENTS Interpreter QUIET)
 if(Python3_FOUND AND NOT GPU_EMULATOR_CUTLASS_INCLUDE)
   execute_process(
@@ -15,7 +15,7 @@ set(ptx_folder ${CMAKE_CURRENT_BINARY_DIR}/cutlass)
 if(TARGET gpu_emulator_cutlass_tests)
   target_compile_definitions(gpu_emulator_cutlass_tests PRIVATE GPU_EMULATOR_CUTLASS_PTX="${ptx_folder}")
 endif()
-if(NOT FLASH_ATTN_NVCC OR NOT GPU_EMULATOR_CUTLASS_INCLUDE)
+if(NOT FLASH_ATTN_NVCC OR NOT GPU_EMULATOR_CUTLASS_INCLUDE OR FLASH_ATTN_SANITIZE)
   message(STATUS "Emulated GPU: no nvcc or no CUTLASS headers: tests with CUTLASS are skipped")
   return()
 endif()
