@@ -297,17 +297,21 @@ void Checker::async_begins(Warp& warp, const Access& access) {
 
 void Checker::strong(Warp& warp, const Access& access) {
   WarpState& state = state_of(warp);
-  const uint32_t rank = warp.cta->rank;
+  auto apply = [&](ReleasesByAddress& locations) {
+    for (uint32_t left = access.mask; left;) {
+      uint32_t same = 0;
+      for_each_lane(left, [&](int lane) {
+        if (access.host[lane] == access.host[exec::first_lane(left)]) same |= 1u << lane;
+      });
+      strong_access(state.order, warp.cta->rank, same, access, locations);
+      left &= ~same;
+    }
+  };
   if (access.space == Space::kShared) {
-    ReleasesByAddress& releases = state_of(*warp.cta->cluster).order.shared_releases;
-    for_each_lane(access.mask,
-                  [&](int lane) { strong_access(state.order, rank, lane, access, releases); });
+    apply(state_of(*warp.cta->cluster).order.shared_releases);
     return;
   }
-  releases_.with([&](ReleasesByAddress& releases) {
-    for_each_lane(access.mask,
-                  [&](int lane) { strong_access(state.order, rank, lane, access, releases); });
-  });
+  releases_.with(apply);
   if (access.kind == AccessKind::kStore || launch_.options->threads == 1) return;
   for_each_lane(access.mask, [&](int lane) {
     state.to_repeat.push_back({access, access.address[lane], access.host[lane], lane});
@@ -327,7 +331,7 @@ void Checker::repeat_strong_reads(Warp& warp) {
       again.kind = AccessKind::kLoad;
       again.address = address;
       again.host = host;
-      strong_access(state.order, warp.cta->rank, read.lane, again, releases);
+      strong_access(state.order, warp.cta->rank, 1u << read.lane, again, releases);
     }
   });
   state.to_repeat.clear();

@@ -162,40 +162,73 @@ BarrierClock& ClusterOrder::mbarrier(uint32_t address) {
   return found->second;
 }
 
-void strong_access(WarpOrder& order, uint32_t rank, int lane, const exec::Access& access,
-                   ReleasesByAddress& releases_by_address) {
+namespace {
+
+void take(WarpOrder& order, uint32_t rank, uint32_t lanes, const exec::Access& access,
+          const Location& location) {
   const uint64_t cluster = order.cluster->index;
-  const uint32_t bit = 1u << lane;
-  const bool writes = access.kind != AccessKind::kLoad;
-  const bool reads = access.kind != AccessKind::kStore;
-  const auto found = releases_by_address.find(access.host[lane]);
-  if (reads && found != releases_by_address.end()) {
-    for (const Release& release : found->second) {
-      if (!includes(release, cluster, rank)) continue;
-      if (acquires(access.order)) {
-        order.acquire(bit, cluster, release.clocks);
-      } else {
-        if (!order.fences) order.fences = std::make_unique<FenceClocks>();
-        join(order.fences->acquired[lane], release.clocks);
-      }
+  const std::byte* address = access.host[exec::first_lane(lanes)];
+  const bool at_once = acquires(access.order);
+  uint32_t fresh = 0;
+  exec::for_each_lane(lanes, [&](int lane) {
+    WarpOrder::Taken& taken = order.taken[lane];
+    const bool same = taken.address == address && taken.version == location.version;
+    if (same && taken.at_once >= at_once) return;
+    fresh |= 1u << lane;
+    taken = {address, location.version, at_once};
+  });
+  for (const Release& release : location.releases) {
+    if (!fresh || !includes(release, cluster, rank)) continue;
+    if (at_once) {
+      order.acquire(fresh, cluster, release.clocks);
+    } else {
+      if (!order.fences) order.fences = std::make_unique<FenceClocks>();
+      exec::for_each_lane(fresh,
+                          [&](int lane) { join(order.fences->acquired[lane], release.clocks); });
     }
   }
-  if (!writes) return;
-  // A read-modify-write continues the release sequence it finds; a plain strong store begins anew.
-  if (found != releases_by_address.end() && !reads) found->second.clear();
+}
+
+void hand_over(WarpOrder& order, uint32_t rank, int lane, const exec::Access& access,
+               ReleasesByAddress& locations) {
+  const uint64_t cluster = order.cluster->index;
+  Release release;
   if (releases(access.order)) {
     Clock clock(order.cluster->agents);
-    order.release(bit, clock);
+    order.release(1u << lane, clock);
     order.advance();
-    add_release(releases_by_address[access.host[lane]],
-                {normalised(access.scope), cluster, rank, clock.all(cluster)});
+    release = {normalised(access.scope), cluster, rank, clock.all(cluster)};
   } else if (order.fences && order.fences->released[lane]) {
-    Release release = *order.fences->released[lane];
+    release = *order.fences->released[lane];
     // The pattern reaches as far as the smaller of the two scopes.
     if (release.scope == Scope::kGpu) release.scope = normalised(access.scope);
     if (normalised(access.scope) == Scope::kCta) release.scope = Scope::kCta;
-    add_release(releases_by_address[access.host[lane]], release);
+  } else {
+    return;
   }
+  Location& location = locations[access.host[lane]];
+  ++location.version;
+  add_release(location.releases, release);
+}
+
+}  // namespace
+
+void strong_access(WarpOrder& order, uint32_t rank, uint32_t lanes, const exec::Access& access,
+                   ReleasesByAddress& locations) {
+  const auto found = locations.find(access.host[exec::first_lane(lanes)]);
+  const bool reads = access.kind != AccessKind::kStore;
+  if (found != locations.end()) {
+    // A read-modify-write continues the release sequence it finds; a plain strong store begins
+    // anew.
+    if (reads) {
+      take(order, rank, lanes, access, found->second);
+    } else {
+      found->second.releases.clear();
+      ++found->second.version;
+    }
+  }
+  if (access.kind == AccessKind::kLoad) return;
+  exec::for_each_lane(lanes, [&](int lane) { hand_over(order, rank, lane, access, locations); });
 }
 
 }  // namespace gpu_emulator::check

@@ -33,7 +33,11 @@ struct Release {
   uint32_t rank;     // of kCta
   ClusterClocks clocks;
 };
-using ReleasesByAddress = std::unordered_map<const std::byte*, std::vector<Release>>;
+struct Location {
+  std::vector<Release> releases;
+  uint64_t version = 0;  // counts changes
+};
+using ReleasesByAddress = std::unordered_map<const std::byte*, Location>;
 
 struct BarrierClock {  // of a CTA barrier, a cluster barrier, an mbarrier
   Clock pending;       // of the arrivals of the phase under way
@@ -62,6 +66,13 @@ struct WarpOrder {
   uint32_t lanes = 0;  // that the warp has had from the beginning
   std::vector<LaneGroup> groups;
   std::unique_ptr<FenceClocks> fences;
+  // By lane: what its last strong read took, so that a lane that spins takes it once.
+  struct Taken {
+    const std::byte* address = nullptr;
+    uint64_t version = 0;
+    bool at_once = false;  // by an acquire, not by a relaxed read and a fence to come
+  };
+  std::array<Taken, 32> taken{};
 
   const Clock& clock_of(int lane) const;
   // The clock of all lanes of mask, null where they differ.
@@ -113,8 +124,8 @@ class LaunchReleases {
   ReleasesByAddress releases_;
 };
 
-// A strong access of one lane (PTX ISA 8.8): what it hands over and takes.
-void strong_access(WarpOrder& order, uint32_t rank, int lane, const exec::Access& access,
-                   ReleasesByAddress& releases);
+// A strong access of lanes of one warp to one address (PTX ISA 8.8): what they take and hand over.
+void strong_access(WarpOrder& order, uint32_t rank, uint32_t lanes, const exec::Access& access,
+                   ReleasesByAddress& locations);
 
 }  // namespace gpu_emulator::check

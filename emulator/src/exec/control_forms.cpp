@@ -30,9 +30,9 @@ Step run_branch(Warp& warp, const Instruction& in, uint32_t mask) { return jump(
 
 Step run_uniform_branch(Warp& warp, const Instruction& in, uint32_t mask) {
   if (mask != warp.fragment().mask) {
-    fail(warp, first_lane(mask), ReportKind::kDivergence,
-         format("bra.uni is taken by the lanes 0x%08x of 0x%08x only.", mask,
-                warp.fragment().mask));
+    fail(
+        warp, first_lane(mask), ReportKind::kDivergence,
+        format("bra.uni is taken by the lanes 0x%08x of 0x%08x only.", mask, warp.fragment().mask));
   }
   return jump(warp, mask, in);
 }
@@ -118,6 +118,27 @@ const Function& callee_of(const Warp& warp, const Instruction& in, uint32_t mask
   return functions[target & ~kWindowMask];
 }
 
+// Arguments and results are copied between frames without an instruction: for the observer they
+// are written.
+void show_copied(Warp& warp, uint32_t mask, uint64_t offset, uint32_t bytes) {
+  Observer* observer = observer_of(warp);
+  if (!observer) return;
+  uint64_t address[kWarpSize];
+  std::byte* host[kWarpSize];
+  for_each_lane(mask, [&](int lane) {
+    address[lane] = kLocalBase + offset;
+    host[lane] = warp.local_memory(lane) + offset;
+  });
+  Access access;
+  access.space = Space::kLocal;
+  access.kind = AccessKind::kStore;
+  access.bytes = bytes;
+  access.mask = mask;
+  access.address = address;
+  access.host = host;
+  observer->access(warp, access);
+}
+
 uint64_t local_offset(const Warp& warp, Slot slot) {
   return warp.lanes<uint64_t>(slot)[0] - kLocalBase;
 }
@@ -147,6 +168,7 @@ Step run_call(Warp& warp, const Instruction& in, uint32_t mask) {
       std::memcpy(memory + base + callee.params[i].offset, memory + places[i],
                   callee.params[i].bytes);
     });
+    show_copied(warp, mask, base + callee.params[i].offset, callee.params[i].bytes);
   }
   return Step::kJump;
 }
@@ -154,8 +176,7 @@ Step run_call(Warp& warp, const Instruction& in, uint32_t mask) {
 // Behind the call, when the lanes are back: copies the results from where the callee left them.
 void copy_results(Warp& warp, const Instruction& call, const Function& callee, uint32_t mask) {
   const Slot* results = warp.list(call) + (call.count - call.option[1]);
-  const uint32_t base =
-      warp.frames[warp.fragment().frame].local_base + warp.function->local_bytes;
+  const uint32_t base = warp.frames[warp.fragment().frame].local_base + warp.function->local_bytes;
   for (int i = 0; i < call.option[1]; ++i) {
     const uint64_t place = local_offset(warp, results[i]);
     for_each_lane(mask, [&](int lane) {
@@ -163,6 +184,7 @@ void copy_results(Warp& warp, const Instruction& call, const Function& callee, u
       std::memcpy(memory + place, memory + base + callee.returns[i].offset,
                   callee.returns[i].bytes);
     });
+    show_copied(warp, mask, place, callee.returns[i].bytes);
   }
 }
 
@@ -252,11 +274,11 @@ void decode_nothing(Decoder& decoder) {
 }
 
 constexpr Form kForms[] = {
-    {"bra", decode_branch},         {"brx.idx", decode_branch_table},
-    {"exit", decode_exit},          {"ret", decode_return},
-    {"call", decode_call},          {"trap", decode_trap},
-    {"brkpt", decode_trap},         {"nanosleep", decode_nanosleep},
-    {"pmevent", decode_nothing},    {"griddepcontrol", decode_nothing},
+    {"bra", decode_branch},      {"brx.idx", decode_branch_table},
+    {"exit", decode_exit},       {"ret", decode_return},
+    {"call", decode_call},       {"trap", decode_trap},
+    {"brkpt", decode_trap},      {"nanosleep", decode_nanosleep},
+    {"pmevent", decode_nothing}, {"griddepcontrol", decode_nothing},
 };
 
 }  // namespace
