@@ -75,7 +75,8 @@ struct SubSaturated {
   }
 };
 
-// --------------------------------------------------------------------------------- carry and borrow
+// --------------------------------------------------------------------------------- carry and
+// borrow
 
 // option[0]: carry in, option[1]: carry out, option[2]: subtract; e: the carry flag's lanes.
 template <class T>
@@ -226,7 +227,7 @@ float min_max(const Instruction& in, float x, float y) {
   } else if (y != y) {
     result = x;
   } else if (x == y) {
-    result = __builtin_bit_cast(float, in.option[0] ? a & b : a | b);
+    result = __builtin_bit_cast(float, in.option[0] ? a& b : a | b);
   } else {
     result = (x > y) == static_cast<bool>(in.option[0]) ? x : y;
   }
@@ -358,9 +359,7 @@ void decode_mul(Decoder& decoder) {
   if (has_float_type(decoder)) return decode_float(decoder, LaneOp::kMulLo, 2);
   const int half = decoder.take_any({"lo", "hi", "wide"});
   const Type type = decoder.take_type();
-  const LaneOp op = half == 2   ? LaneOp::kMulWide
-                    : half == 1 ? LaneOp::kMulHi
-                                : LaneOp::kMulLo;
+  const LaneOp op = half == 2 ? LaneOp::kMulWide : half == 1 ? LaneOp::kMulHi : LaneOp::kMulLo;
   decode_binary(decoder, decoder.isa.lanes({op, type}), type, half == 2 ? wide_of(type) : type);
 }
 
@@ -380,9 +379,7 @@ void decode_mad(Decoder& decoder) {
     if (half != 1 || type != Type::kS32) throw Unsupported("saturation of this form");
     return decode_ternary(decoder, run_ternary<MadSaturated, int32_t, int32_t>, type, type);
   }
-  const LaneOp op = half == 2   ? LaneOp::kMadWide
-                    : half == 1 ? LaneOp::kMadHi
-                                : LaneOp::kMadLo;
+  const LaneOp op = half == 2 ? LaneOp::kMadWide : half == 1 ? LaneOp::kMadHi : LaneOp::kMadLo;
   decode_ternary(decoder, decoder.isa.lanes({op, type}), type, half == 2 ? wide_of(type) : type);
 }
 
@@ -425,10 +422,10 @@ void decode_rem(Decoder& decoder) {
 }
 
 constexpr Form kForms[] = {
-    {"add", decode_add},   {"sub", decode_sub},   {"addc", decode_addc}, {"subc", decode_subc},
-    {"mul", decode_mul},   {"mad", decode_mad},   {"madc", decode_madc}, {"fma", decode_fma},
-    {"min", decode_min},   {"max", decode_max},   {"abs", decode_abs},   {"neg", decode_neg},
-    {"div", decode_div},   {"rem", decode_rem},
+    {"add", decode_add}, {"sub", decode_sub}, {"addc", decode_addc}, {"subc", decode_subc},
+    {"mul", decode_mul}, {"mad", decode_mad}, {"madc", decode_madc}, {"fma", decode_fma},
+    {"min", decode_min}, {"max", decode_max}, {"abs", decode_abs},   {"neg", decode_neg},
+    {"div", decode_div}, {"rem", decode_rem},
 };
 
 void set_common(Decoder& decoder, Handler handler, Type from) {
@@ -442,8 +439,7 @@ void set_common(Decoder& decoder, Handler handler, Type from) {
 }  // namespace
 
 bool is_half(Type type) {
-  return type == Type::kF16 || type == Type::kF16x2 || type == Type::kBf16 ||
-         type == Type::kBf16x2;
+  return type == Type::kF16 || type == Type::kF16x2 || type == Type::kBf16 || type == Type::kBf16x2;
 }
 
 void decode_unary(Decoder& decoder, Handler handler, Type from, Type to) {

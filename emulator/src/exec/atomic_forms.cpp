@@ -19,7 +19,8 @@ using ptx::Type;
 
 enum AtomicOp : uint8_t { kAdd, kExch, kCas, kMin, kMax, kAnd, kOr, kXor, kInc, kDec };
 
-// ------------------------------------------------------------------------------ one element's value
+// ------------------------------------------------------------------------------ one element's
+// value
 
 template <class T>
 T pick(AtomicOp op, T a, T b) {
@@ -72,8 +73,8 @@ uint64_t float_result(AtomicOp op, Type type, uint64_t old, uint64_t b) {
   const auto x = static_cast<uint32_t>(old), y = static_cast<uint32_t>(b);
   switch (type) {
     case Type::kF64:
-      return __builtin_bit_cast(
-          uint64_t, __builtin_bit_cast(double, old) + __builtin_bit_cast(double, b));
+      return __builtin_bit_cast(uint64_t,
+                                __builtin_bit_cast(double, old) + __builtin_bit_cast(double, b));
     case Type::kF32: {
       const float p = __builtin_bit_cast(float, x), q = __builtin_bit_cast(float, y);
       const float result = op == kAdd ? p + q : op == kMin ? std::fmin(p, q) : std::fmax(p, q);
@@ -111,7 +112,11 @@ T update(const Instruction& in, std::byte* place, T b, T c) {
   return old;
 }
 
-// ---------------------------------------------------------------------------------------- execution
+// ----------------------------------------------------------------------------------------
+// execution
+
+// Loops that take a lock poll with these.
+bool polls(const Instruction& in) { return in.option[0] == kCas || in.option[0] == kExch; }
 
 // Function::lists: count slots of b, then of d (kNoSlot without a result). c: the value of cas.
 template <class T>
@@ -138,7 +143,7 @@ Step run_atomic(Warp& warp, const Instruction& in, uint32_t mask) {
       if (result != kNoSlot) warp.lanes<C>(result)[lane] = old;
     });
   }
-  return Step::kNext;
+  return polls(in) ? Step::kYield : Step::kNext;
 }
 
 // 128 bits: exchange and compare-and-swap only, one at a time in a launch.
@@ -173,7 +178,8 @@ Step run_atomic_b128(Warp& warp, const Instruction& in, uint32_t mask) {
   return Step::kNext;
 }
 
-// ----------------------------------------------------------------------------------------- decoding
+// -----------------------------------------------------------------------------------------
+// decoding
 
 Handler handler_of(Type type) {
   switch (size_of(type)) {
@@ -210,8 +216,8 @@ void decode_atomic(Decoder& decoder, bool has_result) {
   decoder.memory_order();
   out.space = decoder.take_space();
   const bool has_policy = decoder.take("L2::cache_hint");
-  const int op = decoder.take_any(
-      {"add", "exch", "cas", "min", "max", "and", "or", "xor", "inc", "dec"});
+  const int op =
+      decoder.take_any({"add", "exch", "cas", "min", "max", "and", "or", "xor", "inc", "dec"});
   if (op < 0) throw Unsupported("atomic operation");
   decoder.take("noftz");
   constexpr int kCounts[] = {2, 4, 8};
@@ -231,8 +237,8 @@ void decode_atomic(Decoder& decoder, bool has_result) {
   for (const auto& source : sources) slots.push_back(decoder.source(source, out.type));
   if (op == kCas) out.c = decoder.source(first + 2, out.type);
   if (decoder.operands() > first + 2 + (op == kCas) + has_policy) throw Unsupported("operands");
-  const auto results = has_result ? decoder.elements(decoder.operand(0))
-                                  : std::vector<ptx::Operand>(out.count);
+  const auto results =
+      has_result ? decoder.elements(decoder.operand(0)) : std::vector<ptx::Operand>(out.count);
   if (results.size() != out.count) throw Unsupported("vector of another length");
   for (const auto& result : results) {
     slots.push_back(decoder.destination(result, size_of(out.type), true));

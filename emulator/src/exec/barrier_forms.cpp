@@ -197,11 +197,8 @@ void decode_membar(Decoder& decoder) {
 }
 
 constexpr Form kForms[] = {
-    {"bar", decode_bar},
-    {"bar.warp.sync", decode_warp_sync},
-    {"barrier", decode_barrier_cta},
-    {"fence", decode_fence},
-    {"membar", decode_membar},
+    {"bar", decode_bar},     {"bar.warp.sync", decode_warp_sync}, {"barrier", decode_barrier_cta},
+    {"fence", decode_fence}, {"membar", decode_membar},
 };
 
 }  // namespace

@@ -221,7 +221,8 @@ bool run_cluster(Cluster& cluster, Worker& worker) {
     if (cluster.launch->observer) cluster.launch->observer->cluster_ends(cluster);
     return true;
   }
-  if (!progress) progress = complete_pending(cluster) || release_all(cluster) || expire_waits(cluster);
+  if (!progress)
+    progress = complete_pending(cluster) || release_all(cluster) || expire_waits(cluster);
   return progress;
 }
 
@@ -239,8 +240,8 @@ std::string describe_waits(const Cluster& cluster) {
         at.id = warp->id;
         at.pc = fragment.pc;
         at.function = warp->frames[fragment.frame].function;
-        text += format("\n  lanes 0x%08x ", fragment.mask) + describe_wait(*cta, fragment) +
-                "; " + where(at, -1);
+        text += format("\n  lanes 0x%08x ", fragment.mask) + describe_wait(*cta, fragment) + "; " +
+                where(at, -1);
       }
     }
   }

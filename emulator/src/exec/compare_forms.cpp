@@ -12,14 +12,12 @@ using ptx::Operand;
 using ptx::Type;
 
 Compare take_compare(Decoder& decoder) {
-  constexpr Compare kOf[] = {Compare::kEq,  Compare::kNe,  Compare::kLt,  Compare::kLe,
-                             Compare::kGt,  Compare::kGe,  Compare::kEqu, Compare::kNeu,
-                             Compare::kLtu, Compare::kLeu, Compare::kGtu, Compare::kGeu,
-                             Compare::kNum, Compare::kNan, Compare::kLt,  Compare::kLe,
-                             Compare::kGt,  Compare::kGe};
-  const int found =
-      decoder.take_any({"eq", "ne", "lt", "le", "gt", "ge", "equ", "neu", "ltu", "leu", "gtu",
-                        "geu", "num", "nan", "lo", "ls", "hi", "hs"});
+  constexpr Compare kOf[] = {
+      Compare::kEq,  Compare::kNe,  Compare::kLt,  Compare::kLe,  Compare::kGt,  Compare::kGe,
+      Compare::kEqu, Compare::kNeu, Compare::kLtu, Compare::kLeu, Compare::kGtu, Compare::kGeu,
+      Compare::kNum, Compare::kNan, Compare::kLt,  Compare::kLe,  Compare::kGt,  Compare::kGe};
+  const int found = decoder.take_any({"eq", "ne", "lt", "le", "gt", "ge", "equ", "neu", "ltu",
+                                      "leu", "gtu", "geu", "num", "nan", "lo", "ls", "hi", "hs"});
   if (found < 0) throw Unsupported("no comparison");
   return kOf[found];
 }

@@ -117,12 +117,13 @@ uint64_t convert(const Instruction& in, uint64_t bits) {
     return to_int ? clamp_to(in.type, x) : to_float_type(in, x);
   }
   const bool is_negative = is_signed(in.from) && signed_of(in.from, bits) < 0;
-  const long double value = is_signed(in.from) ? static_cast<long double>(signed_of(in.from, bits))
-                                               : static_cast<long double>(unsigned_of(in.from, bits));
+  const long double value = is_signed(in.from)
+                                ? static_cast<long double>(signed_of(in.from, bits))
+                                : static_cast<long double>(unsigned_of(in.from, bits));
   if (is_float(in.type)) return to_float_type(in, value);
   if (in.option[1] & kSaturate) return clamp_to(in.type, value);
-  const uint64_t extended = is_negative ? static_cast<uint64_t>(signed_of(in.from, bits))
-                                        : unsigned_of(in.from, bits);
+  const uint64_t extended =
+      is_negative ? static_cast<uint64_t>(signed_of(in.from, bits)) : unsigned_of(in.from, bits);
   return is_signed(in.type) ? static_cast<uint64_t>(signed_of(in.type, extended))
                             : unsigned_of(in.type, extended);
 }
@@ -206,7 +207,8 @@ Step run_tf32(Warp& warp, const Instruction& in, uint32_t mask) {
   return Step::kNext;
 }
 
-// ----------------------------------------------------------------------------------------- decoding
+// -----------------------------------------------------------------------------------------
+// decoding
 
 void take_rounding(Decoder& decoder) {
   Instruction& out = decoder.out;
@@ -294,10 +296,8 @@ void decode_cvt(Decoder& decoder) {
   out.option[2] = static_cast<uint8_t>(to_bytes);
   out.option[3] = static_cast<uint8_t>(from_bytes < 0 ? size_of(out.from) : from_bytes);
   const bool same_registers =
-      to_bytes == std::max(size_of(out.type), 4) &&
-      out.option[3] <= std::max(size_of(out.from), 4);
-  Handler plain =
-      same_registers ? plain_integer(decoder, out.type, out.from, to_bytes) : nullptr;
+      to_bytes == std::max(size_of(out.type), 4) && out.option[3] <= std::max(size_of(out.from), 4);
+  Handler plain = same_registers ? plain_integer(decoder, out.type, out.from, to_bytes) : nullptr;
   out.run = plain ? plain : run_convert;
 }
 

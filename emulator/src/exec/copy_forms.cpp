@@ -63,8 +63,10 @@ void resolve_copy(Warp& warp, const PendingCopy& copy, uint32_t mask, Moment mom
   uint32_t whole = 0, partial = 0;
   for_each_lane(mask, [&](int lane) {
     address[lane] = copy.destination[lane];
-    if (copy.source_bytes[lane] == bytes) whole |= 1u << lane;
-    else if (copy.source_bytes[lane]) partial |= 1u << lane;
+    if (copy.source_bytes[lane] == bytes)
+      whole |= 1u << lane;
+    else if (copy.source_bytes[lane])
+      partial |= 1u << lane;
   });
   AccessForm source;
   source.space = Space::kGlobal;

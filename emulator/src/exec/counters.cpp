@@ -9,10 +9,10 @@
 namespace gpu_emulator {
 
 const char* name_of(InstructionClass c) {
-  constexpr const char* kNames[] = {"integer",     "float",  "convert",    "special function",
-                                    "move",        "compare", "control",   "load",
-                                    "store",       "atomic", "matrix move", "tensor",
-                                    "async copy",  "barrier", "warp",      "other"};
+  constexpr const char* kNames[] = {"integer",    "float",   "convert",     "special function",
+                                    "move",       "compare", "control",     "load",
+                                    "store",      "atomic",  "matrix move", "tensor",
+                                    "async copy", "barrier", "warp",        "other"};
   return kNames[static_cast<size_t>(c)];
 }
 
@@ -161,7 +161,8 @@ std::string Counters::table() const {
     const LineCounters all = sum_lines(kernel, [](const LineCounters&) { return true; });
     out += exec::format("%s: %llu launches, %llu CTAs, %llu warps\n", name.c_str(),
                         Number{kernel.launches}, Number{kernel.ctas}, Number{kernel.warps});
-    out += exec::format("  %-28s %14llu\n", "warp instructions", Number{kernel.warp_instructions()});
+    out +=
+        exec::format("  %-28s %14llu\n", "warp instructions", Number{kernel.warp_instructions()});
     const auto classes = kernel.by_class();
     for (size_t i = 0; i < classes.size(); ++i) {
       if (!classes[i]) continue;
@@ -175,10 +176,11 @@ std::string Counters::table() const {
                         Number{all.wavefronts}, Number{all.ideal_wavefronts});
     out += exec::format("  %-28s %14llu of %llu, in %llu requests\n", "global sectors",
                         Number{all.sectors}, Number{all.ideal_sectors}, Number{all.requests});
-    out += exec::format("  occupancy: %d CTAs per SM, limited by %s (%d threads, about %d registers "
-                        "a thread, %llu bytes of shared memory)\n",
-                        kernel.ctas_per_sm, kernel.occupancy_limit.c_str(), kernel.threads_per_cta,
-                        kernel.registers_per_thread, Number{kernel.shared_bytes_per_cta});
+    out += exec::format(
+        "  occupancy: %d CTAs per SM, limited by %s (%d threads, about %d registers "
+        "a thread, %llu bytes of shared memory)\n",
+        kernel.ctas_per_sm, kernel.occupancy_limit.c_str(), kernel.threads_per_cta,
+        kernel.registers_per_thread, Number{kernel.shared_bytes_per_cta});
   }
   return out;
 }

@@ -34,7 +34,7 @@ struct NamedBarrier {     // barrier.cta 0..15 (PTX 9.7.13.1)
   uint32_t threads = 0;   // that arrived
   uint32_t units = 0;     // the same with 32 for a whole warp, however many threads it has
   uint64_t generation = 0;
-  std::array<uint32_t, 32> lanes{};  // that arrived, by warp
+  std::array<uint32_t, 32> lanes{};   // that arrived, by warp
   uint32_t all = kAllLanes, any = 0;  // barrier.red: so far
   uint64_t popc = 0;
   uint32_t last_all = 0, last_any = 0;  // of the generation before
@@ -72,9 +72,9 @@ struct Cluster {
   std::vector<std::unique_ptr<Cta>> ctas;
   std::deque<AsyncOperation> pending;
   std::shared_ptr<HopperClusterState> hopper;
-  void* observed = nullptr;   // the observer's own state
+  void* observed = nullptr;    // the observer's own state
   uint32_t expired_waits = 0;  // Wait::expired, since an mbarrier's phase ended
-  std::mt19937_64 random;  // of this cluster: seeded by Options::seed and index
+  std::mt19937_64 random;      // of this cluster: seeded by Options::seed and index
   bool done = false;
 
   // Runs it now (eager), or keeps it for the scheduler (late; random: perhaps).
@@ -90,7 +90,7 @@ struct LaunchState {
   const Function* entry = nullptr;
   Observer* observer = nullptr;  // null: no checks
   std::array<uint32_t, 3> cluster_shape{1, 1, 1};
-  uint32_t shared_bytes = 0;  // a CTA's, static and dynamic
+  uint32_t shared_bytes = 0;        // a CTA's, static and dynamic
   mutable std::mutex wide_atomics;  // held by 128-bit atomic operations, which few hosts have
 };
 

@@ -33,8 +33,7 @@ class FunctionDecoder;  // decode.cc: slots of registers, constants, special reg
 
 class Decoder {  // of one instruction
  public:
-  Decoder(FunctionDecoder& function, const ptx::Instruction& ast, Instruction& out,
-          const Isa& isa);
+  Decoder(FunctionDecoder& function, const ptx::Instruction& ast, Instruction& out, const Isa& isa);
 
   const ptx::Instruction& ast;
   Instruction& out;
@@ -42,8 +41,9 @@ class Decoder {  // of one instruction
 
   // Modifiers, from left to right; each may be taken once.
   bool take(std::string_view modifier);
-  int take_any(std::initializer_list<std::string_view> modifiers);  // the first there is: index here, -1 = none
-  ptx::Type take_type();  // the next modifier that names a type; Unsupported if none
+  int take_any(std::initializer_list<std::string_view>
+                   modifiers);  // the first there is: index here, -1 = none
+  ptx::Type take_type();        // the next modifier that names a type; Unsupported if none
   std::optional<ptx::Type> try_take_type();
   std::string take_starting(std::string_view prefix);  // "" = none
   void expect_no_modifiers_left();

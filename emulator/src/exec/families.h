@@ -7,8 +7,6 @@
 
 namespace gpu_emulator::exec {
 
-
-
 // d = a op b (op c) with the lanes of one type; operands 0, 1, 2, ...
 void decode_unary(Decoder& decoder, Handler handler, ptx::Type from, ptx::Type to);
 void decode_binary(Decoder& decoder, Handler handler, ptx::Type from, ptx::Type to);

@@ -1,5 +1,5 @@
-// Special functions and relatives of floats (PTX 9.7.3): rcp, sqrt, rsqrt, ex2, lg2, sin, cos, tanh,
-// copysign, testp.
+// Special functions and relatives of floats (PTX 9.7.3): rcp, sqrt, rsqrt, ex2, lg2, sin, cos,
+// tanh, copysign, testp.
 
 #include <cmath>
 #include <type_traits>
@@ -93,8 +93,8 @@ Step run_testp(Warp& warp, const Instruction& in, uint32_t mask) {
 }
 
 void decode_testp(Decoder& decoder) {
-  const int property = decoder.take_any(
-      {"finite", "infinite", "number", "notanumber", "normal", "subnormal"});
+  const int property =
+      decoder.take_any({"finite", "infinite", "number", "notanumber", "normal", "subnormal"});
   if (property < 0) throw Unsupported("no property");
   const Type type = decoder.take_type();
   decoder.out.option[0] = static_cast<uint8_t>(property);
@@ -105,9 +105,9 @@ void decode_testp(Decoder& decoder) {
 }
 
 constexpr Form kForms[] = {
-    {"rcp", decode_rcp},   {"sqrt", decode_sqrt}, {"rsqrt", decode_rsqrt},
-    {"ex2", decode_ex2},   {"lg2", decode_lg2},   {"sin", decode_sin},
-    {"cos", decode_cos},   {"tanh", decode_tanh}, {"copysign", decode_copysign},
+    {"rcp", decode_rcp},     {"sqrt", decode_sqrt}, {"rsqrt", decode_rsqrt},
+    {"ex2", decode_ex2},     {"lg2", decode_lg2},   {"sin", decode_sin},
+    {"cos", decode_cos},     {"tanh", decode_tanh}, {"copysign", decode_copysign},
     {"testp", decode_testp},
 };
 

@@ -25,9 +25,8 @@ const std::unordered_map<std::string_view, DecodeForm>& forms() {
     for (const auto& family :
          {arithmetic_forms(), integer_forms(), float_forms(), compare_forms(), convert_forms(),
           move_forms(), memory_forms(), atomic_forms(), warp_forms(), control_forms(),
-          barrier_forms(), mma_forms(), copy_forms(),
-                               mbarrier_forms(), bulk_forms(), tensor_forms(), wgmma_forms(),
-                               cluster_forms(), stmatrix_forms()}) {
+          barrier_forms(), mma_forms(), copy_forms(), mbarrier_forms(), bulk_forms(),
+          tensor_forms(), wgmma_forms(), cluster_forms(), stmatrix_forms()}) {
       for (const Form& form : family) all->emplace(form.opcode, form.decode);
     }
     return all;
@@ -171,9 +170,7 @@ void FunctionDecoder::decode_form(Decoder& decoder) {
   throw Unsupported("no such opcode");
 }
 
-void FunctionDecoder::reads(Slot slot) {
-  reads_.push_back(slot);
-}
+void FunctionDecoder::reads(Slot slot) { reads_.push_back(slot); }
 
 void FunctionDecoder::writes(Slot slot) { writes_.push_back(slot); }
 

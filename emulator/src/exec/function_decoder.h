@@ -44,7 +44,7 @@ class FunctionDecoder {
   const ptx::Function& ast() const { return ast_; }
   Function& out() { return out_; }
 
-  void reads(Slot slot);   // by the instruction being decoded
+  void reads(Slot slot);  // by the instruction being decoded
   void writes(Slot slot);
 
  private:

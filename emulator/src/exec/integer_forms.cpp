@@ -111,7 +111,8 @@ void decode_lop3(Decoder& decoder) {
   out.imm = decoder.immediate(4);
 }
 
-// --------------------------------------------------------------------------------------- bit fields
+// --------------------------------------------------------------------------------------- bit
+// fields
 
 template <class T>
 std::make_unsigned_t<T> extract(T a, uint32_t position, uint32_t length) {
@@ -134,9 +135,8 @@ Step run_bfe(Warp& warp, const Instruction& in, uint32_t mask) {
   const auto* a = warp.lanes<Container<T>>(in.a);
   const auto* b = warp.lanes<uint32_t>(in.b);
   const auto* c = warp.lanes<uint32_t>(in.c);
-  write_lanes<Container<T>>(warp, in.d, mask, [=](int i) {
-    return extract<T>(static_cast<T>(a[i]), b[i], c[i]);
-  });
+  write_lanes<Container<T>>(warp, in.d, mask,
+                            [=](int i) { return extract<T>(static_cast<T>(a[i]), b[i], c[i]); });
   return Step::kNext;
 }
 
@@ -214,14 +214,16 @@ void decode_szext(Decoder& decoder) {
   const bool wrap = decoder.take_any({"clamp", "wrap"}) == 1;
   const Type type = decoder.take_type();
   using U = uint32_t;
-  Handler handler = type == Type::kS32 ? (wrap ? run_binary<Op<extend_wrapped<true>>, U, U>
-                                               : run_binary<Op<extend<true>>, U, U>)
-                                       : (wrap ? run_binary<Op<extend_wrapped<false>>, U, U>
-                                               : run_binary<Op<extend<false>>, U, U>);
+  Handler handler =
+      type == Type::kS32
+          ? (wrap ? run_binary<Op<extend_wrapped<true>>, U, U> : run_binary<Op<extend<true>>, U, U>)
+          : (wrap ? run_binary<Op<extend_wrapped<false>>, U, U>
+                  : run_binary<Op<extend<false>>, U, U>);
   decode_binary(decoder, handler, type, type);
 }
 
-// ------------------------------------------------------------------------------------- counting bits
+// ------------------------------------------------------------------------------------- counting
+// bits
 
 template <class T>
 uint32_t count_ones(T a) {
@@ -310,9 +312,10 @@ template <class A, class B, bool kTwo, int kFirst>
 struct Dot {  // dp4a; dp2a with the low or high pair of b's bytes
   static uint32_t apply(uint32_t a, uint32_t b, uint32_t c) {
     for (int k = 0; k < (kTwo ? 2 : 4); ++k) {
-      const auto x = kTwo ? static_cast<int64_t>(
-                                std::conditional_t<std::is_signed_v<A>, int16_t, uint16_t>(a >> 16 * k))
-                          : static_cast<int64_t>(A(a >> 8 * k));
+      const auto x =
+          kTwo ? static_cast<int64_t>(
+                     std::conditional_t<std::is_signed_v<A>, int16_t, uint16_t>(a >> 16 * k))
+               : static_cast<int64_t>(A(a >> 8 * k));
       c += static_cast<uint32_t>(x * static_cast<int64_t>(B(b >> 8 * (k + kFirst))));
     }
     return c;
@@ -345,8 +348,9 @@ template <class T, bool kHigh>
 T multiply_24(T a, T b) {
   using W = std::conditional_t<std::is_signed_v<T>, int64_t, uint64_t>;
   const auto low = [](T x) {
-    return std::is_signed_v<T> ? static_cast<W>(static_cast<int32_t>(static_cast<uint32_t>(x) << 8) >> 8)
-                               : static_cast<W>(x & 0xffffff);
+    return std::is_signed_v<T>
+               ? static_cast<W>(static_cast<int32_t>(static_cast<uint32_t>(x) << 8) >> 8)
+               : static_cast<W>(x & 0xffffff);
   };
   const W product = low(a) * low(b);
   return static_cast<T>(kHigh ? product >> 16 : product);
@@ -384,8 +388,8 @@ struct Sad {  // c + |a - b|
   template <class T>
   static T apply(T a, T b, T c) {
     using U = std::make_unsigned_t<T>;
-    const U difference = a < b ? static_cast<U>(b) - static_cast<U>(a)
-                               : static_cast<U>(a) - static_cast<U>(b);
+    const U difference =
+        a < b ? static_cast<U>(b) - static_cast<U>(a) : static_cast<U>(a) - static_cast<U>(b);
     return static_cast<T>(static_cast<U>(c) + difference);
   }
 };
@@ -407,13 +411,11 @@ void decode_cnot(Decoder& decoder) {
 }
 
 constexpr Form kForms[] = {
-    {"shl", decode_shl},     {"shr", decode_shr},     {"shf", decode_shf},
-    {"prmt", decode_prmt},   {"lop3", decode_lop3},   {"bfe", decode_bfe},
-    {"bfi", decode_bfi},     {"bmsk", decode_bmsk},   {"szext", decode_szext},
-    {"popc", decode_popc},   {"clz", decode_clz},     {"brev", decode_brev},
-    {"bfind", decode_bfind}, {"fns", decode_fns},     {"dp4a", decode_dp4a},
-    {"dp2a", decode_dp2a},   {"mul24", decode_mul24}, {"mad24", decode_mad24},
-    {"sad", decode_sad},     {"cnot", decode_cnot},
+    {"shl", decode_shl},     {"shr", decode_shr},     {"shf", decode_shf},   {"prmt", decode_prmt},
+    {"lop3", decode_lop3},   {"bfe", decode_bfe},     {"bfi", decode_bfi},   {"bmsk", decode_bmsk},
+    {"szext", decode_szext}, {"popc", decode_popc},   {"clz", decode_clz},   {"brev", decode_brev},
+    {"bfind", decode_bfind}, {"fns", decode_fns},     {"dp4a", decode_dp4a}, {"dp2a", decode_dp2a},
+    {"mul24", decode_mul24}, {"mad24", decode_mad24}, {"sad", decode_sad},   {"cnot", decode_cnot},
 };
 
 }  // namespace

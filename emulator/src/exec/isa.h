@@ -93,8 +93,8 @@ struct MatrixForm {
   int k;
 };
 
-// wgmma: operands are widened to panels of 32-bit elements, in a layout of the instruction set's own
-// (warpgroup.inc.h), then multiplied for one warp's 16 rows at a time.
+// wgmma: operands are widened to panels of 32-bit elements, in a layout of the instruction set's
+// own (warpgroup.inc.h), then multiplied for one warp's 16 rows at a time.
 enum class AccumulatorType : uint8_t { kF32, kF16, kS32, kS32Saturated };
 
 struct PanelForm {  // of the chunks that operand_chunks() (wgmma_operand.h) lists

@@ -22,7 +22,8 @@ namespace {
 }  // namespace
 
 const Isa& isa() {
-  static constexpr Isa kIsa = {"baseline", find_lanes, find_matrix, find_pack_a, find_pack_b, find_tile_product};
+  static constexpr Isa kIsa = {"baseline",  find_lanes,  find_matrix,
+                               find_pack_a, find_pack_b, find_tile_product};
   return kIsa;
 }
 

@@ -1,5 +1,5 @@
-// Loops over the lanes of a warp's registers, for handlers. Included in the unnamed namespace of each
-// file that has some: each is compiled with its own flags. No #pragma once.
+// Loops over the lanes of a warp's registers, for handlers. Included in the unnamed namespace of
+// each file that has some: each is compiled with its own flags. No #pragma once.
 
 template <class T>
 using Container = std::conditional_t<sizeof(T) == 8, uint64_t, uint32_t>;

@@ -11,38 +11,56 @@ using Unsigned = std::make_unsigned_t<std::conditional_t<(sizeof(T) < 4), int32_
 struct Add {
   template <class T>
   static T apply(T a, T b) {
-    if constexpr (std::is_floating_point_v<T>) return a + b;
-    else return static_cast<T>(Unsigned<T>(a) + Unsigned<T>(b));
+    if constexpr (std::is_floating_point_v<T>)
+      return a + b;
+    else
+      return static_cast<T>(Unsigned<T>(a) + Unsigned<T>(b));
   }
 };
 struct Sub {
   template <class T>
   static T apply(T a, T b) {
-    if constexpr (std::is_floating_point_v<T>) return a - b;
-    else return static_cast<T>(Unsigned<T>(a) - Unsigned<T>(b));
+    if constexpr (std::is_floating_point_v<T>)
+      return a - b;
+    else
+      return static_cast<T>(Unsigned<T>(a) - Unsigned<T>(b));
   }
 };
 struct Mul {
   template <class T>
   static T apply(T a, T b) {
-    if constexpr (std::is_floating_point_v<T>) return a * b;
-    else return static_cast<T>(Unsigned<T>(a) * Unsigned<T>(b));
+    if constexpr (std::is_floating_point_v<T>)
+      return a * b;
+    else
+      return static_cast<T>(Unsigned<T>(a) * Unsigned<T>(b));
   }
 };
 template <class T>
 struct Wider;
 template <>
-struct Wider<uint16_t> { using type = uint32_t; };
+struct Wider<uint16_t> {
+  using type = uint32_t;
+};
 template <>
-struct Wider<int16_t> { using type = int32_t; };
+struct Wider<int16_t> {
+  using type = int32_t;
+};
 template <>
-struct Wider<uint32_t> { using type = uint64_t; };
+struct Wider<uint32_t> {
+  using type = uint64_t;
+};
 template <>
-struct Wider<int32_t> { using type = int64_t; };
+struct Wider<int32_t> {
+  using type = int64_t;
+};
 template <>
-struct Wider<uint64_t> { using type = unsigned __int128; };
+struct Wider<uint64_t> {
+  using type = unsigned __int128;
+};
 template <>
-struct Wider<int64_t> { using type = __int128; };
+struct Wider<int64_t> {
+  using type = __int128;
+};
 
 struct MulHi {
   template <class T>
@@ -60,55 +78,81 @@ struct MulWide {
 };
 struct MadLo {
   template <class T>
-  static T apply(T a, T b, T c) { return Add::apply(Mul::apply(a, b), c); }
+  static T apply(T a, T b, T c) {
+    return Add::apply(Mul::apply(a, b), c);
+  }
 };
 struct MadHi {
   template <class T>
-  static T apply(T a, T b, T c) { return Add::apply(MulHi::apply(a, b), c); }
+  static T apply(T a, T b, T c) {
+    return Add::apply(MulHi::apply(a, b), c);
+  }
 };
 struct MadWide {
   template <class T, class W>
-  static W apply(T a, T b, W c) { return Add::apply(MulWide::apply(a, b), c); }
+  static W apply(T a, T b, W c) {
+    return Add::apply(MulWide::apply(a, b), c);
+  }
 };
 struct Min {
   template <class T>
-  static T apply(T a, T b) { return a < b ? a : b; }
+  static T apply(T a, T b) {
+    return a < b ? a : b;
+  }
 };
 struct Max {
   template <class T>
-  static T apply(T a, T b) { return a > b ? a : b; }
+  static T apply(T a, T b) {
+    return a > b ? a : b;
+  }
 };
 struct Abs {
   template <class T>
-  static T apply(T a) { return a < 0 ? static_cast<T>(Unsigned<T>(0) - Unsigned<T>(a)) : a; }
+  static T apply(T a) {
+    return a < 0 ? static_cast<T>(Unsigned<T>(0) - Unsigned<T>(a)) : a;
+  }
 };
 struct Neg {
   template <class T>
-  static T apply(T a) { return static_cast<T>(Unsigned<T>(0) - Unsigned<T>(a)); }
+  static T apply(T a) {
+    return static_cast<T>(Unsigned<T>(0) - Unsigned<T>(a));
+  }
 };
 struct And {
   template <class T>
-  static T apply(T a, T b) { return a & b; }
+  static T apply(T a, T b) {
+    return a & b;
+  }
 };
 struct Or {
   template <class T>
-  static T apply(T a, T b) { return a | b; }
+  static T apply(T a, T b) {
+    return a | b;
+  }
 };
 struct Xor {
   template <class T>
-  static T apply(T a, T b) { return a ^ b; }
+  static T apply(T a, T b) {
+    return a ^ b;
+  }
 };
 struct Not {
   template <class T>
-  static T apply(T a) { return static_cast<T>(~a); }
+  static T apply(T a) {
+    return static_cast<T>(~a);
+  }
 };
 struct Cnot {
   template <class T>
-  static T apply(T a) { return a == 0; }
+  static T apply(T a) {
+    return a == 0;
+  }
 };
 struct Identity {
   template <class T>
-  static T apply(T a) { return a; }
+  static T apply(T a) {
+    return a;
+  }
 };
 struct Shl {
   template <class T>
@@ -137,10 +181,10 @@ Step run_lop3(Warp& warp, const Instruction& in, uint32_t mask) {
   for (int k = 0; k < 8; ++k) term[k] = 0u - static_cast<uint32_t>(in.imm >> k & 1);
   write_lanes<uint32_t>(warp, in.d, mask, [=](int i) {
     const uint32_t x = a[i], y = b[i], z = c[i];
-    const uint32_t not_x = (~y & ((~z & term[0]) | (z & term[1]))) |
-                           (y & ((~z & term[2]) | (z & term[3])));
-    const uint32_t with_x = (~y & ((~z & term[4]) | (z & term[5]))) |
-                            (y & ((~z & term[6]) | (z & term[7])));
+    const uint32_t not_x =
+        (~y & ((~z & term[0]) | (z & term[1]))) | (y & ((~z & term[2]) | (z & term[3])));
+    const uint32_t with_x =
+        (~y & ((~z & term[4]) | (z & term[5]))) | (y & ((~z & term[6]) | (z & term[7])));
     return (~x & not_x) | (x & with_x);
   });
   return Step::kNext;
@@ -169,12 +213,16 @@ inline float saturated(float x) {  // [0, 1]; NaN becomes +0
 template <class Op>
 struct Ftz {
   template <class... Args>
-  static float apply(Args... args) { return flush(Op::apply(flush(args)...)); }
+  static float apply(Args... args) {
+    return flush(Op::apply(flush(args)...));
+  }
 };
 template <class Op>
 struct Saturated {
   template <class... Args>
-  static float apply(Args... args) { return saturated(Op::apply(args...)); }
+  static float apply(Args... args) {
+    return saturated(Op::apply(args...));
+  }
 };
 
 // min and max of floats: a NaN loses, -0 < +0 (PTX 9.7.3.11).
@@ -218,11 +266,15 @@ struct Fma {
 };
 struct Div {
   template <class T>
-  static T apply(T a, T b) { return a / b; }
+  static T apply(T a, T b) {
+    return a / b;
+  }
 };
 struct Rcp {
   template <class T>
-  static T apply(T a) { return T(1) / a; }
+  static T apply(T a) {
+    return T(1) / a;
+  }
 };
 struct Sqrt {
   static float apply(float a) { return __builtin_sqrtf(a); }
@@ -236,8 +288,8 @@ struct Rsqrt {
   static double apply(double a) { return 1.0 / __builtin_sqrt(a); }
 };
 
-// 2^x: 2^n of the nearest integer n, times a degree-6 minimax polynomial on [-1/2, 1/2]. Error below
-// 2 ulp, the bound that PTX 9.7.3.22 gives for ex2.approx.
+// 2^x: 2^n of the nearest integer n, times a degree-6 minimax polynomial on [-1/2, 1/2]. Error
+// below 2 ulp, the bound that PTX 9.7.3.22 gives for ex2.approx.
 struct Ex2 {
   static float apply(float x) {
     constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
@@ -278,20 +330,34 @@ struct Tanh {
 template <Compare kCompare, class T>
 inline bool compare(T a, T b) {
   switch (kCompare) {
-    case Compare::kEq: return a == b;
-    case Compare::kNe: return a < b || a > b;
-    case Compare::kLt: return a < b;
-    case Compare::kLe: return a <= b;
-    case Compare::kGt: return a > b;
-    case Compare::kGe: return a >= b;
-    case Compare::kEqu: return !(a < b || a > b);
-    case Compare::kNeu: return !(a == b);
-    case Compare::kLtu: return !(a >= b);
-    case Compare::kLeu: return !(a > b);
-    case Compare::kGtu: return !(a <= b);
-    case Compare::kGeu: return !(a < b);
-    case Compare::kNum: return a == a && b == b;
-    case Compare::kNan: return !(a == a && b == b);
+    case Compare::kEq:
+      return a == b;
+    case Compare::kNe:
+      return a < b || a > b;
+    case Compare::kLt:
+      return a < b;
+    case Compare::kLe:
+      return a <= b;
+    case Compare::kGt:
+      return a > b;
+    case Compare::kGe:
+      return a >= b;
+    case Compare::kEqu:
+      return !(a < b || a > b);
+    case Compare::kNeu:
+      return !(a == b);
+    case Compare::kLtu:
+      return !(a >= b);
+    case Compare::kLeu:
+      return !(a > b);
+    case Compare::kGtu:
+      return !(a <= b);
+    case Compare::kGeu:
+      return !(a < b);
+    case Compare::kNum:
+      return a == a && b == b;
+    case Compare::kNan:
+      return !(a == a && b == b);
   }
   return false;
 }
@@ -299,10 +365,14 @@ inline bool compare(T a, T b) {
 // option[0]: 0 none, 1 and, 2 or, 3 xor with predicate c; option[1]: c negated.
 inline uint32_t combine(const Instruction& in, uint32_t value, uint32_t with) {
   switch (in.option[0]) {
-    case 1: return value & with;
-    case 2: return value | with;
-    case 3: return value ^ with;
-    default: return value;
+    case 1:
+      return value & with;
+    case 2:
+      return value | with;
+    case 3:
+      return value ^ with;
+    default:
+      return value;
   }
 }
 
@@ -427,26 +497,37 @@ Step run_unpack_2x16(Warp& warp, const Instruction& in, uint32_t mask) {
 template <class Op>
 Handler signed_binary(ptx::Type type) {
   switch (type) {
-    case ptx::Type::kS16: return run_binary<Op, int16_t, int16_t>;
+    case ptx::Type::kS16:
+      return run_binary<Op, int16_t, int16_t>;
     case ptx::Type::kB16:
-    case ptx::Type::kU16: return run_binary<Op, uint16_t, uint16_t>;
-    case ptx::Type::kS32: return run_binary<Op, int32_t, int32_t>;
+    case ptx::Type::kU16:
+      return run_binary<Op, uint16_t, uint16_t>;
+    case ptx::Type::kS32:
+      return run_binary<Op, int32_t, int32_t>;
     case ptx::Type::kB32:
-    case ptx::Type::kU32: return run_binary<Op, uint32_t, uint32_t>;
-    case ptx::Type::kS64: return run_binary<Op, int64_t, int64_t>;
+    case ptx::Type::kU32:
+      return run_binary<Op, uint32_t, uint32_t>;
+    case ptx::Type::kS64:
+      return run_binary<Op, int64_t, int64_t>;
     case ptx::Type::kB64:
-    case ptx::Type::kU64: return run_binary<Op, uint64_t, uint64_t>;
-    default: return nullptr;
+    case ptx::Type::kU64:
+      return run_binary<Op, uint64_t, uint64_t>;
+    default:
+      return nullptr;
   }
 }
 
 template <class Op>
 Handler bits_binary(ptx::Type type) {  // where signedness does not matter
   switch (ptx::type_bytes(type)) {
-    case 2: return run_binary<Op, uint16_t, uint16_t>;
-    case 4: return run_binary<Op, uint32_t, uint32_t>;
-    case 8: return run_binary<Op, uint64_t, uint64_t>;
-    default: return nullptr;
+    case 2:
+      return run_binary<Op, uint16_t, uint16_t>;
+    case 4:
+      return run_binary<Op, uint32_t, uint32_t>;
+    case 8:
+      return run_binary<Op, uint64_t, uint64_t>;
+    default:
+      return nullptr;
   }
 }
 
@@ -454,59 +535,87 @@ template <class Op>
 Handler bits_unary(ptx::Type type) {
   switch (ptx::type_bytes(type)) {
     case 1:
-    case 2: return run_unary<Op, uint16_t, uint16_t>;
-    case 4: return run_unary<Op, uint32_t, uint32_t>;
-    case 8: return run_unary<Op, uint64_t, uint64_t>;
-    default: return nullptr;
+    case 2:
+      return run_unary<Op, uint16_t, uint16_t>;
+    case 4:
+      return run_unary<Op, uint32_t, uint32_t>;
+    case 8:
+      return run_unary<Op, uint64_t, uint64_t>;
+    default:
+      return nullptr;
   }
 }
 
 template <class Op>
 Handler signed_ternary(ptx::Type type) {
   switch (type) {
-    case ptx::Type::kS16: return run_ternary<Op, int16_t, int16_t>;
-    case ptx::Type::kU16: return run_ternary<Op, uint16_t, uint16_t>;
-    case ptx::Type::kS32: return run_ternary<Op, int32_t, int32_t>;
-    case ptx::Type::kU32: return run_ternary<Op, uint32_t, uint32_t>;
-    case ptx::Type::kS64: return run_ternary<Op, int64_t, int64_t>;
-    case ptx::Type::kU64: return run_ternary<Op, uint64_t, uint64_t>;
-    default: return nullptr;
+    case ptx::Type::kS16:
+      return run_ternary<Op, int16_t, int16_t>;
+    case ptx::Type::kU16:
+      return run_ternary<Op, uint16_t, uint16_t>;
+    case ptx::Type::kS32:
+      return run_ternary<Op, int32_t, int32_t>;
+    case ptx::Type::kU32:
+      return run_ternary<Op, uint32_t, uint32_t>;
+    case ptx::Type::kS64:
+      return run_ternary<Op, int64_t, int64_t>;
+    case ptx::Type::kU64:
+      return run_ternary<Op, uint64_t, uint64_t>;
+    default:
+      return nullptr;
   }
 }
 
 template <class Op>
 Handler shift(ptx::Type type) {
   switch (type) {
-    case ptx::Type::kS16: return run_shift<Op, int16_t>;
+    case ptx::Type::kS16:
+      return run_shift<Op, int16_t>;
     case ptx::Type::kB16:
-    case ptx::Type::kU16: return run_shift<Op, uint16_t>;
-    case ptx::Type::kS32: return run_shift<Op, int32_t>;
+    case ptx::Type::kU16:
+      return run_shift<Op, uint16_t>;
+    case ptx::Type::kS32:
+      return run_shift<Op, int32_t>;
     case ptx::Type::kB32:
-    case ptx::Type::kU32: return run_shift<Op, uint32_t>;
-    case ptx::Type::kS64: return run_shift<Op, int64_t>;
+    case ptx::Type::kU32:
+      return run_shift<Op, uint32_t>;
+    case ptx::Type::kS64:
+      return run_shift<Op, int64_t>;
     case ptx::Type::kB64:
-    case ptx::Type::kU64: return run_shift<Op, uint64_t>;
-    default: return nullptr;
+    case ptx::Type::kU64:
+      return run_shift<Op, uint64_t>;
+    default:
+      return nullptr;
   }
 }
 
 Handler wide_product(ptx::Type type) {
   switch (type) {
-    case ptx::Type::kS16: return run_binary<MulWide, int16_t, int32_t>;
-    case ptx::Type::kU16: return run_binary<MulWide, uint16_t, uint32_t>;
-    case ptx::Type::kS32: return run_binary<MulWide, int32_t, int64_t>;
-    case ptx::Type::kU32: return run_binary<MulWide, uint32_t, uint64_t>;
-    default: return nullptr;
+    case ptx::Type::kS16:
+      return run_binary<MulWide, int16_t, int32_t>;
+    case ptx::Type::kU16:
+      return run_binary<MulWide, uint16_t, uint32_t>;
+    case ptx::Type::kS32:
+      return run_binary<MulWide, int32_t, int64_t>;
+    case ptx::Type::kU32:
+      return run_binary<MulWide, uint32_t, uint64_t>;
+    default:
+      return nullptr;
   }
 }
 
 Handler wide_mad(ptx::Type type) {
   switch (type) {
-    case ptx::Type::kS16: return run_ternary<MadWide, int16_t, int32_t>;
-    case ptx::Type::kU16: return run_ternary<MadWide, uint16_t, uint32_t>;
-    case ptx::Type::kS32: return run_ternary<MadWide, int32_t, int64_t>;
-    case ptx::Type::kU32: return run_ternary<MadWide, uint32_t, uint64_t>;
-    default: return nullptr;
+    case ptx::Type::kS16:
+      return run_ternary<MadWide, int16_t, int32_t>;
+    case ptx::Type::kU16:
+      return run_ternary<MadWide, uint16_t, uint32_t>;
+    case ptx::Type::kS32:
+      return run_ternary<MadWide, int32_t, int64_t>;
+    case ptx::Type::kU32:
+      return run_ternary<MadWide, uint32_t, uint64_t>;
+    default:
+      return nullptr;
   }
 }
 
@@ -542,38 +651,60 @@ Handler fma_handler(const LaneForm& form) {
 template <Compare kCompare>
 Handler setp_of(const LaneForm& form) {
   switch (form.type) {
-    case ptx::Type::kS16: return run_setp<kCompare, int16_t, false>;
+    case ptx::Type::kS16:
+      return run_setp<kCompare, int16_t, false>;
     case ptx::Type::kB16:
-    case ptx::Type::kU16: return run_setp<kCompare, uint16_t, false>;
-    case ptx::Type::kS32: return run_setp<kCompare, int32_t, false>;
+    case ptx::Type::kU16:
+      return run_setp<kCompare, uint16_t, false>;
+    case ptx::Type::kS32:
+      return run_setp<kCompare, int32_t, false>;
     case ptx::Type::kB32:
-    case ptx::Type::kU32: return run_setp<kCompare, uint32_t, false>;
-    case ptx::Type::kS64: return run_setp<kCompare, int64_t, false>;
+    case ptx::Type::kU32:
+      return run_setp<kCompare, uint32_t, false>;
+    case ptx::Type::kS64:
+      return run_setp<kCompare, int64_t, false>;
     case ptx::Type::kB64:
-    case ptx::Type::kU64: return run_setp<kCompare, uint64_t, false>;
+    case ptx::Type::kU64:
+      return run_setp<kCompare, uint64_t, false>;
     case ptx::Type::kF32:
       return form.ftz ? run_setp<kCompare, float, true> : run_setp<kCompare, float, false>;
-    case ptx::Type::kF64: return run_setp<kCompare, double, false>;
-    default: return nullptr;
+    case ptx::Type::kF64:
+      return run_setp<kCompare, double, false>;
+    default:
+      return nullptr;
   }
 }
 
 Handler setp_handler(const LaneForm& form) {
   switch (form.compare) {
-    case Compare::kEq: return setp_of<Compare::kEq>(form);
-    case Compare::kNe: return setp_of<Compare::kNe>(form);
-    case Compare::kLt: return setp_of<Compare::kLt>(form);
-    case Compare::kLe: return setp_of<Compare::kLe>(form);
-    case Compare::kGt: return setp_of<Compare::kGt>(form);
-    case Compare::kGe: return setp_of<Compare::kGe>(form);
-    case Compare::kEqu: return setp_of<Compare::kEqu>(form);
-    case Compare::kNeu: return setp_of<Compare::kNeu>(form);
-    case Compare::kLtu: return setp_of<Compare::kLtu>(form);
-    case Compare::kLeu: return setp_of<Compare::kLeu>(form);
-    case Compare::kGtu: return setp_of<Compare::kGtu>(form);
-    case Compare::kGeu: return setp_of<Compare::kGeu>(form);
-    case Compare::kNum: return setp_of<Compare::kNum>(form);
-    case Compare::kNan: return setp_of<Compare::kNan>(form);
+    case Compare::kEq:
+      return setp_of<Compare::kEq>(form);
+    case Compare::kNe:
+      return setp_of<Compare::kNe>(form);
+    case Compare::kLt:
+      return setp_of<Compare::kLt>(form);
+    case Compare::kLe:
+      return setp_of<Compare::kLe>(form);
+    case Compare::kGt:
+      return setp_of<Compare::kGt>(form);
+    case Compare::kGe:
+      return setp_of<Compare::kGe>(form);
+    case Compare::kEqu:
+      return setp_of<Compare::kEqu>(form);
+    case Compare::kNeu:
+      return setp_of<Compare::kNeu>(form);
+    case Compare::kLtu:
+      return setp_of<Compare::kLtu>(form);
+    case Compare::kLeu:
+      return setp_of<Compare::kLeu>(form);
+    case Compare::kGtu:
+      return setp_of<Compare::kGtu>(form);
+    case Compare::kGeu:
+      return setp_of<Compare::kGeu>(form);
+    case Compare::kNum:
+      return setp_of<Compare::kNum>(form);
+    case Compare::kNan:
+      return setp_of<Compare::kNan>(form);
   }
   return nullptr;
 }
@@ -586,14 +717,22 @@ Handler arithmetic_handler(const LaneForm& form) {
   const bool is_float = is_float_type(form.type);
   const bool is_double = form.type == ptx::Type::kF64;
   switch (form.op) {
-    case LaneOp::kAdd: return is_float ? float_binary<Add>(form) : bits_binary<Add>(form.type);
-    case LaneOp::kSub: return is_float ? float_binary<Sub>(form) : bits_binary<Sub>(form.type);
-    case LaneOp::kMulLo: return is_float ? float_binary<Mul>(form) : bits_binary<Mul>(form.type);
-    case LaneOp::kMulHi: return signed_binary<MulHi>(form.type);
-    case LaneOp::kMulWide: return wide_product(form.type);
-    case LaneOp::kMadLo: return signed_ternary<MadLo>(form.type);
-    case LaneOp::kMadHi: return signed_ternary<MadHi>(form.type);
-    case LaneOp::kMadWide: return wide_mad(form.type);
+    case LaneOp::kAdd:
+      return is_float ? float_binary<Add>(form) : bits_binary<Add>(form.type);
+    case LaneOp::kSub:
+      return is_float ? float_binary<Sub>(form) : bits_binary<Sub>(form.type);
+    case LaneOp::kMulLo:
+      return is_float ? float_binary<Mul>(form) : bits_binary<Mul>(form.type);
+    case LaneOp::kMulHi:
+      return signed_binary<MulHi>(form.type);
+    case LaneOp::kMulWide:
+      return wide_product(form.type);
+    case LaneOp::kMadLo:
+      return signed_ternary<MadLo>(form.type);
+    case LaneOp::kMadHi:
+      return signed_ternary<MadHi>(form.type);
+    case LaneOp::kMadWide:
+      return wide_mad(form.type);
     case LaneOp::kMin:
       return is_float ? float_binary<FloatMin>(form) : signed_binary<Min>(form.type);
     case LaneOp::kMax:
@@ -607,52 +746,84 @@ Handler arithmetic_handler(const LaneForm& form) {
     case LaneOp::kNeg:
       if (is_double) return run_unary<FloatNeg, double, double>;
       return is_float ? float_unary<FloatNeg>(form) : bits_unary<Neg>(form.type);
-    case LaneOp::kFma: return fma_handler(form);
-    case LaneOp::kDiv: return is_float ? float_binary<Div>(form) : nullptr;
+    case LaneOp::kFma:
+      return fma_handler(form);
+    case LaneOp::kDiv:
+      return is_float ? float_binary<Div>(form) : nullptr;
     case LaneOp::kSqrt:
       return is_double ? run_unary<Sqrt, double, double> : float_unary<Sqrt>(form);
     case LaneOp::kRsqrt:
       return is_double ? run_unary<Rsqrt, double, double> : float_unary<Rsqrt>(form);
-    case LaneOp::kRcp: return is_double ? run_unary<Rcp, double, double> : float_unary<Rcp>(form);
-    case LaneOp::kEx2: return float_unary<Ex2>(form);
-    case LaneOp::kLg2: return float_unary<Lg2>(form);
-    case LaneOp::kSin: return float_unary<Sin>(form);
-    case LaneOp::kCos: return float_unary<Cos>(form);
-    case LaneOp::kTanh: return float_unary<Tanh>(form);
-    default: return nullptr;
+    case LaneOp::kRcp:
+      return is_double ? run_unary<Rcp, double, double> : float_unary<Rcp>(form);
+    case LaneOp::kEx2:
+      return float_unary<Ex2>(form);
+    case LaneOp::kLg2:
+      return float_unary<Lg2>(form);
+    case LaneOp::kSin:
+      return float_unary<Sin>(form);
+    case LaneOp::kCos:
+      return float_unary<Cos>(form);
+    case LaneOp::kTanh:
+      return float_unary<Tanh>(form);
+    default:
+      return nullptr;
   }
 }
 
 Handler logic_handler(const LaneForm& form) {
   switch (form.op) {
-    case LaneOp::kAnd: return bits_binary<And>(form.type);
-    case LaneOp::kOr: return bits_binary<Or>(form.type);
-    case LaneOp::kXor: return bits_binary<Xor>(form.type);
-    case LaneOp::kNot: return bits_unary<Not>(form.type);
-    case LaneOp::kCnot: return bits_unary<Cnot>(form.type);
-    case LaneOp::kShl: return shift<Shl>(form.type);
-    case LaneOp::kShr: return shift<Shr>(form.type);
-    case LaneOp::kLop3: return run_lop3;
-    case LaneOp::kMov: return bits_unary<Identity>(form.type);
+    case LaneOp::kAnd:
+      return bits_binary<And>(form.type);
+    case LaneOp::kOr:
+      return bits_binary<Or>(form.type);
+    case LaneOp::kXor:
+      return bits_binary<Xor>(form.type);
+    case LaneOp::kNot:
+      return bits_unary<Not>(form.type);
+    case LaneOp::kCnot:
+      return bits_unary<Cnot>(form.type);
+    case LaneOp::kShl:
+      return shift<Shl>(form.type);
+    case LaneOp::kShr:
+      return shift<Shr>(form.type);
+    case LaneOp::kLop3:
+      return run_lop3;
+    case LaneOp::kMov:
+      return bits_unary<Identity>(form.type);
     case LaneOp::kSelect:
       return ptx::type_bytes(form.type) == 8 ? run_select<uint64_t> : run_select<uint32_t>;
-    case LaneOp::kPackBf16x2: return run_pack_bf16x2;
-    case LaneOp::kPackF16x2: return run_pack_f16x2;
+    case LaneOp::kPackBf16x2:
+      return run_pack_bf16x2;
+    case LaneOp::kPackF16x2:
+      return run_pack_f16x2;
     case LaneOp::kWiden:
       switch (form.type) {
-        case ptx::Type::kS8: return run_widen<int8_t>;
-        case ptx::Type::kU8: return run_widen<uint8_t>;
-        case ptx::Type::kS16: return run_widen<int16_t>;
-        case ptx::Type::kU16: return run_widen<uint16_t>;
-        case ptx::Type::kS32: return run_widen<int32_t>;
-        default: return run_widen<uint32_t>;
+        case ptx::Type::kS8:
+          return run_widen<int8_t>;
+        case ptx::Type::kU8:
+          return run_widen<uint8_t>;
+        case ptx::Type::kS16:
+          return run_widen<int16_t>;
+        case ptx::Type::kU16:
+          return run_widen<uint16_t>;
+        case ptx::Type::kS32:
+          return run_widen<int32_t>;
+        default:
+          return run_widen<uint32_t>;
       }
-    case LaneOp::kNarrow: return run_narrow;
-    case LaneOp::kPack2x32: return run_pack_2x32;
-    case LaneOp::kUnpack2x32: return run_unpack_2x32;
-    case LaneOp::kPack2x16: return run_pack_2x16;
-    case LaneOp::kUnpack2x16: return run_unpack_2x16;
-    default: return nullptr;
+    case LaneOp::kNarrow:
+      return run_narrow;
+    case LaneOp::kPack2x32:
+      return run_pack_2x32;
+    case LaneOp::kUnpack2x32:
+      return run_unpack_2x32;
+    case LaneOp::kPack2x16:
+      return run_pack_2x16;
+    case LaneOp::kUnpack2x16:
+      return run_unpack_2x16;
+    default:
+      return nullptr;
   }
 }
 

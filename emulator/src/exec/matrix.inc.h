@@ -20,9 +20,15 @@ using V4I = int32_t __attribute__((vector_size(16), may_alias));
 template <class T>
 struct VectorOf;
 template <>
-struct VectorOf<float> { using type = VF; using quad = V4F; };
+struct VectorOf<float> {
+  using type = VF;
+  using quad = V4F;
+};
 template <>
-struct VectorOf<int32_t> { using type = VI; using quad = V4I; };
+struct VectorOf<int32_t> {
+  using type = VI;
+  using quad = V4I;
+};
 
 inline VF multiply_add(VF a, VF b, VF c) {
 #if defined(__AVX512F__)
@@ -125,7 +131,7 @@ inline void transpose_columns(const T* in, T out[4][8]) {
 }
 
 template <class T, int kElements>
-struct FragmentBuffers {  // of 4 E values of k
+struct FragmentBuffers {                     // of 4 E values of k
   alignas(64) T a[2][kElements][kWarpSize];  // rows 0-7, 8-15
   alignas(64) T b[kElements][4][8];
 };
@@ -150,9 +156,9 @@ inline void accumulate_quad(const FragmentBuffers<T, kElements>& f, int half,
 template <MatrixType kA, MatrixType kB, int kBlocks>
 Step run_mma(Warp& warp, const Instruction& in, uint32_t mask) {
   constexpr bool kInteger = kA == MatrixType::kS8 || kA == MatrixType::kU8;
-  constexpr int kElements = kA == MatrixType::kTf32                               ? 1
+  constexpr int kElements = kA == MatrixType::kTf32                             ? 1
                             : kA == MatrixType::kBf16 || kA == MatrixType::kF16 ? 2
-                                                                                  : 4;
+                                                                                : 4;
   using T = std::conditional_t<kInteger, int32_t, float>;
   using V = typename VectorOf<T>::type;
   require_converged(warp, mask, "mma");
@@ -202,9 +208,12 @@ Handler by_blocks(int blocks) {
 Handler find_matrix(const MatrixForm& form) {
   using M = MatrixType;
   switch (form.a) {
-    case M::kF16: return form.b == M::kF16 ? by_blocks<M::kF16>(form.k / 8) : nullptr;
-    case M::kBf16: return form.b == M::kBf16 ? by_blocks<M::kBf16>(form.k / 8) : nullptr;
-    case M::kTf32: return form.b == M::kTf32 ? by_blocks<M::kTf32>(form.k / 4) : nullptr;
+    case M::kF16:
+      return form.b == M::kF16 ? by_blocks<M::kF16>(form.k / 8) : nullptr;
+    case M::kBf16:
+      return form.b == M::kBf16 ? by_blocks<M::kBf16>(form.k / 8) : nullptr;
+    case M::kTf32:
+      return form.b == M::kTf32 ? by_blocks<M::kTf32>(form.k / 4) : nullptr;
     case M::kE4m3:
       return form.b == M::kE4m3   ? by_blocks<M::kE4m3>(form.k / 16)
              : form.b == M::kE5m2 ? by_blocks<M::kE4m3, M::kE5m2>(form.k / 16)

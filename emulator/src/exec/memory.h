@@ -35,7 +35,7 @@ struct AccessForm {  // what is the same for all lanes
   uint32_t alignment = 1;  // power of two
   bool counted = true;
   bool announce_only = false;  // Observer::async_begins() instead of access()
-  bool shown = true;  // to the observer
+  bool shown = true;           // to the observer
 };
 
 // Host pointers of the lanes of mask: host[lane]. Fails with a report on a bad address. Shows the

@@ -59,7 +59,7 @@ Step run_load(Warp& warp, const Instruction& in, uint32_t mask) {
   addresses(warp, in.a, in.wide_address, in.imm, address);
   resolve(warp, form_of(in, AccessKind::kLoad), mask, address, host);
   for (int k = 0; k < in.count; ++k) load_element<T>(warp, in, mask, host, k);
-  return Step::kNext;
+  return in.order == Order::kWeak ? Step::kNext : Step::kYield;  // a loop may poll with it
 }
 
 template <class T>
@@ -194,9 +194,8 @@ void place_param(Decoder& decoder, const Operand& address) {
   if (decoder.out.space != Space::kParam || address.elements.empty()) return;
   const Operand& base = address.elements[0];
   const bool of_entry = decoder.function.ast().is_entry;
-  const bool is_parameter = base.kind == Operand::Kind::kVariable
-                                ? base.variable_scope == Operand::Scope::kParam
-                                : true;
+  const bool is_parameter =
+      base.kind == Operand::Kind::kVariable ? base.variable_scope == Operand::Scope::kParam : true;
   if (!of_entry || !is_parameter) decoder.out.space = Space::kLocal;
 }
 
@@ -233,7 +232,8 @@ void decode_access(Decoder& decoder, bool is_load) {
 void decode_load(Decoder& decoder) { decode_access(decoder, true); }
 void decode_store(Decoder& decoder) { decode_access(decoder, false); }
 
-// ------------------------------------------------------------------------- cvta, isspacep, prefetch
+// ------------------------------------------------------------------------- cvta, isspacep,
+// prefetch
 
 uint64_t window_of(Space space) {
   switch (space) {
@@ -277,7 +277,8 @@ Step run_isspacep(Warp& warp, const Instruction& in, uint32_t mask) {
   uint32_t result = 0;
   for_each_lane(mask, [&](int lane) {
     bool is_in = space_of_generic(a[lane]) == in.space;
-    if (is_in && in.option[0]) is_in = (a[lane] & ~kWindowMask) >> kSharedRankShift == warp.cta->rank;
+    if (is_in && in.option[0])
+      is_in = (a[lane] & ~kWindowMask) >> kSharedRankShift == warp.cta->rank;
     result |= static_cast<uint32_t>(is_in) << lane;
   });
   warp.set_predicate(in.d, mask, result);
@@ -324,16 +325,11 @@ void decode_createpolicy(Decoder& decoder) {
 }
 
 constexpr Form kForms[] = {
-    {"ld", decode_load},
-    {"ldu", decode_load},
-    {"st", decode_store},
-    {"cvta", decode_cvta},
-    {"isspacep", decode_isspacep},
-    {"prefetch", decode_hint},
-    {"prefetchu", decode_hint},
-    {"applypriority", decode_hint},
-    {"discard", decode_hint},
-    {"createpolicy", decode_createpolicy},
+    {"ld", decode_load},           {"ldu", decode_load},
+    {"st", decode_store},          {"cvta", decode_cvta},
+    {"isspacep", decode_isspacep}, {"prefetch", decode_hint},
+    {"prefetchu", decode_hint},    {"applypriority", decode_hint},
+    {"discard", decode_hint},      {"createpolicy", decode_createpolicy},
 };
 
 }  // namespace

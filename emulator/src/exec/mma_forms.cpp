@@ -112,8 +112,7 @@ struct Shape {
   const char* name;
   int k;
 };
-constexpr Shape kShapes[] = {
-    {"m16n8k4", 4}, {"m16n8k8", 8}, {"m16n8k16", 16}, {"m16n8k32", 32}};
+constexpr Shape kShapes[] = {{"m16n8k4", 4}, {"m16n8k8", 8}, {"m16n8k16", 16}, {"m16n8k32", 32}};
 
 MatrixType matrix_type(Decoder& decoder) {
   constexpr MatrixType kTypes[] = {MatrixType::kF16,  MatrixType::kBf16, MatrixType::kTf32,
@@ -142,8 +141,7 @@ std::vector<Slot> registers(Decoder& decoder, size_t operand, size_t count, bool
   if (list.size() != count) throw Unsupported("fragment of another length");
   std::vector<Slot> slots;
   for (const auto& reg : list) {
-    slots.push_back(is_destination ? decoder.destination(reg, 4)
-                                   : decoder.source(reg, Type::kB32));
+    slots.push_back(is_destination ? decoder.destination(reg, 4) : decoder.source(reg, Type::kB32));
   }
   return slots;
 }

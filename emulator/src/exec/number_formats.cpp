@@ -27,7 +27,8 @@ float from_small(uint32_t bits, const SmallFormat& format) {
   return negative ? -value : value;
 }
 
-long double rounded(long double x, const RoundTo& how) {  // x >= 0, to an integer; directions of |x|
+long double rounded(long double x,
+                    const RoundTo& how) {  // x >= 0, to an integer; directions of |x|
   const long double low = std::floor(x);
   const long double rest = x - low;
   switch (how.rounding) {

@@ -27,7 +27,7 @@ inline constexpr SmallFormat kE5m2Format = {5, 2, true};
 
 struct RoundTo {
   Rounding rounding = Rounding::kNearest;
-  bool away_from_ties = false;     // .rna
+  bool away_from_ties = false;      // .rna
   bool saturate_to_finite = false;  // .satfinite: overflow and infinity give the largest number
 };
 

@@ -19,7 +19,7 @@ void reset(Bits& bits, int i) { bits[i / 64] &= ~(uint64_t{1} << (i % 64)); }
 // Registers that an instruction reads and writes.
 struct Uses {
   std::vector<int> reads, writes;
-  bool may_not_write = false;  // guarded: the old value may live on
+  bool may_not_write = false;    // guarded: the old value may live on
   bool holds_registers = false;  // wgmma: until a later wait
 };
 

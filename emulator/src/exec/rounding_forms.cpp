@@ -1,5 +1,6 @@
-// f32 and f64 arithmetic rounded towards zero or an infinity (.rz, .rm, .rp), by the host's rounding
-// mode. Values pass through volatile variables, so that no operation moves out of its mode.
+// f32 and f64 arithmetic rounded towards zero or an infinity (.rz, .rm, .rp), by the host's
+// rounding mode. Values pass through volatile variables, so that no operation moves out of its
+// mode.
 
 #include <cfenv>
 #include <cmath>

@@ -25,8 +25,8 @@ void check_block(const Arch& arch, const Function& entry, const Launch& launch) 
   uint64_t threads = 1;
   for (int i = 0; i < 3; ++i) {
     if (!launch.grid[i] || launch.grid[i] > static_cast<uint32_t>(arch.max_grid[i])) {
-      reject(format("The grid's dimension %d is %u; the device allows 1 to %d.", i,
-                    launch.grid[i], arch.max_grid[i]));
+      reject(format("The grid's dimension %d is %u; the device allows 1 to %d.", i, launch.grid[i],
+                    arch.max_grid[i]));
     }
     if (!launch.block[i] || launch.block[i] > static_cast<uint32_t>(arch.max_block[i])) {
       reject(format("The block's dimension %d is %u; the device allows 1 to %d.", i,
@@ -186,8 +186,8 @@ Report run_grid(LaunchState& state, Counters* counters) {
   const auto& grid_shape = state.launch->grid;
   uint64_t clusters = 1;
   for (int i = 0; i < 3; ++i) clusters *= grid_shape[i] / state.cluster_shape[i];
-  const Occupancy fit = occupancy(*state.arch, *state.entry, state.launch->block,
-                                  state.launch->dynamic_shared_bytes);
+  const Occupancy fit =
+      occupancy(*state.arch, *state.entry, state.launch->block, state.launch->dynamic_shared_bytes);
   const uint64_t per_cluster =
       state.cluster_shape[0] * state.cluster_shape[1] * state.cluster_shape[2];
   const uint64_t resident =

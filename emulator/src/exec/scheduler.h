@@ -41,8 +41,7 @@ bool run_warp(Warp& warp, uint64_t quantum);
 // ------------------------------------------------------------- control flow, for handlers
 // Each changes the current fragment; the handler returns Step::kJump after it.
 
-void diverge(Warp& warp, uint32_t taken, uint32_t taken_pc, uint32_t other_pc,
-             uint32_t reconverge);
+void diverge(Warp& warp, uint32_t taken, uint32_t taken_pc, uint32_t other_pc, uint32_t reconverge);
 void exit_lanes(Warp& warp, uint32_t mask);  // the others go on behind the instruction
 void call_function(Warp& warp, uint32_t mask, const Function& callee, uint32_t return_pc);
 void return_lanes(Warp& warp, uint32_t mask);

@@ -68,7 +68,8 @@ void decode_shfl(Decoder& decoder) {
   out.counter_class = InstructionClass::kWarp;
 }
 
-// --------------------------------------------------------------------------------- vote, activemask
+// --------------------------------------------------------------------------------- vote,
+// activemask
 
 enum VoteMode : uint8_t { kAll, kAny, kUniform, kBallot };
 
@@ -241,7 +242,7 @@ void decode_elect(Decoder& decoder) {
 }
 
 constexpr Form kForms[] = {
-    {"shfl", decode_shfl},   {"vote", decode_vote},   {"activemask", decode_activemask},
+    {"shfl", decode_shfl},   {"vote", decode_vote},        {"activemask", decode_activemask},
     {"match", decode_match}, {"redux.sync", decode_redux}, {"elect.sync", decode_elect},
 };
 
