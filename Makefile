@@ -51,7 +51,7 @@ demo: $(INSTALLED) ## train a small GPT, generate text with it, compare speed an
 
 test: $(INSTALLED) ## C++ tests, then Python tests of the installed package
 	ctest --test-dir build/release --output-on-failure
-	cd build && pytest --config-file=../pyproject.toml ../tests/python
+	cd build && pytest --config-file=../pyproject.toml ../tests/python ../emulator/tests/mutation
 
 bench: $(INSTALLED) ## time attention against PyTorch and the machine's limits (build/bench)
 	.venv/bin/python benchmarks/benchmark_attn.py --quick

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -10,14 +11,19 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parent
-LIBRARY = os.environ.get("GPU_EMULATOR_LIBRARY") or next(
-    (
-        str(path)
-        for directory in [os.environ.get("FLASH_ATTN_LIBRARY_DIR", "")]
-        if directory and (path := Path(directory) / "libgpu_emulator.so").exists()
-    ),
-    None,
-)
+
+
+def find_library() -> str | None:
+    """libgpu_emulator.so of the environment, or of the installed package."""
+    package = importlib.util.find_spec("flash_attn")
+    directories = [os.environ.get("FLASH_ATTN_LIBRARY_DIR")]
+    directories += package.submodule_search_locations if package else []
+    candidates = [Path(d) / "libgpu_emulator.so" for d in directories if d]
+    found = next((str(path) for path in candidates if path.exists()), None)
+    return os.environ.get("GPU_EMULATOR_LIBRARY") or found
+
+
+LIBRARY = find_library()
 
 
 @pytest.mark.skipif(LIBRARY is None, reason="the emulator's library was not built")
