@@ -113,6 +113,9 @@ T update(const Instruction& in, std::byte* place, T b, T c) {
 
 // ---------------------------------------------------------------------------------------- execution
 
+// Loops that take a lock poll with these.
+bool polls(const Instruction& in) { return in.option[0] == kCas || in.option[0] == kExch; }
+
 // Function::lists: count slots of b, then of d (kNoSlot without a result). c: the value of cas.
 template <class T>
 Step run_atomic(Warp& warp, const Instruction& in, uint32_t mask) {
@@ -138,7 +141,7 @@ Step run_atomic(Warp& warp, const Instruction& in, uint32_t mask) {
       if (result != kNoSlot) warp.lanes<C>(result)[lane] = old;
     });
   }
-  return Step::kNext;
+  return polls(in) ? Step::kYield : Step::kNext;
 }
 
 // 128 bits: exchange and compare-and-swap only, one at a time in a launch.

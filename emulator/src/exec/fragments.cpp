@@ -70,7 +70,7 @@ void join(Warp& warp, int index) {
     if (--parent.children == 0) finish(warp, released);
     return;
   }
-  if (!parent.mask) parent.waiting_since = warp.executed;
+  if (!parent.mask) parent.polls = 0;
   parent.mask |= fragment.mask;
   fragment.mask = 0;
   finish(warp, index);
@@ -90,8 +90,10 @@ void select(Warp& warp, int index) {
   }
 }
 
+enum class Turn : uint8_t { kIdle, kProgress, kPolled };  // kPolled: ended by Step::kYield
+
 template <bool kCount, bool kObserve>
-bool run_fragment(Warp& warp, int index, uint64_t quantum) {
+Turn run_fragment(Warp& warp, int index, uint64_t quantum) {
   select(warp, index);
   const Function& function = *warp.function;
   const Instruction* code = function.code.data();
@@ -104,7 +106,7 @@ bool run_fragment(Warp& warp, int index, uint64_t quantum) {
   for (;;) {
     if (pc == reconverge) {
       join(warp, index);
-      return true;
+      return Turn::kProgress;
     }
     warp.pc = pc;
     if (pc >= size) {  // the end of the body is a return
@@ -113,7 +115,7 @@ bool run_fragment(Warp& warp, int index, uint64_t quantum) {
       } else {
         exit_lanes(warp, mask);
       }
-      return true;
+      return Turn::kProgress;
     }
     const Instruction& in = code[pc];
     uint32_t active = mask;
@@ -135,7 +137,8 @@ bool run_fragment(Warp& warp, int index, uint64_t quantum) {
     }
     if (step == Step::kJump) {
       const Fragment& fragment = warp.fragments[index];
-      if (fragment.state != State::kRunnable || warp.executed - begin > quantum) return true;
+      if (fragment.state != State::kRunnable || warp.executed - begin > quantum)
+        return Turn::kProgress;
       pc = fragment.pc;
       mask = fragment.mask;
       reconverge = fragment.reconverge;
@@ -143,25 +146,24 @@ bool run_fragment(Warp& warp, int index, uint64_t quantum) {
     }
     if (step == Step::kYield) {
       warp.fragments[index].pc = pc + 1;
-      return true;
+      return Turn::kPolled;
     }
     --warp.executed;
     if (kCount) --warp.worker->current[pc].executed;
     warp.fragments[index].pc = pc;
-    return warp.executed != begin;
+    return warp.executed != begin ? Turn::kProgress : Turn::kIdle;
   }
 }
 
-// Lanes that wait for others which spin for long: perhaps the others spin for them.
+// Lanes that wait for others which poll memory: perhaps the others wait for them.
 void release_starved(Warp& warp) {
-  constexpr uint64_t kPatience = 500000;  // warp instructions
-  for (const Fragment& fragment : warp.fragments) {
-    if (fragment.state == State::kJoining && fragment.mask && !fragment.released &&
-        warp.executed - fragment.waiting_since > kPatience) {
-      release_joining(warp);
-      return;
-    }
+  constexpr int kPatience = 32;
+  bool starved = false;
+  for (Fragment& fragment : warp.fragments) {
+    if (fragment.state != State::kJoining || !fragment.mask || fragment.released) continue;
+    starved |= ++fragment.polls > kPatience;
   }
+  if (starved) release_joining(warp);
 }
 
 }  // namespace
@@ -171,16 +173,17 @@ bool run_warp(Warp& warp, uint64_t quantum) {
   const bool observe = observer_of(warp) != nullptr;
   auto run = count ? (observe ? run_fragment<true, true> : run_fragment<true, false>)
                    : (observe ? run_fragment<false, true> : run_fragment<false, false>);
-  bool progress = false;
+  bool progress = false, polled = false;
   for (size_t i = 0; i < warp.fragments.size() && !warp.done; ++i) {
-    if (warp.fragments[i].state == State::kRunnable) {
-      progress |= run(warp, static_cast<int>(i), quantum);
-    }
+    if (warp.fragments[i].state != State::kRunnable) continue;
+    const Turn turn = run(warp, static_cast<int>(i), quantum);
+    progress |= turn != Turn::kIdle;
+    polled |= turn == Turn::kPolled;
   }
   while (warp.fragments.size() > 1 && warp.fragments.back().state == State::kFinished) {
     warp.fragments.pop_back();
   }
-  release_starved(warp);
+  if (polled) release_starved(warp);
   const uint64_t limit = launch_of(warp).options->max_instructions;
   if (limit && warp.executed > limit) {
     fail(warp, -1, ReportKind::kInstructionLimit,
@@ -199,8 +202,7 @@ void diverge(Warp& warp, uint32_t taken, uint32_t taken_pc, uint32_t other_pc,
       fragment.parent >= 0 && !fragment.is_call && fragment.reconverge == reconverge;
   if (same_point) {  // a sibling that meets us at the same place, e.g. a loop's next iteration
     const int parent = fragment.parent;
-    const Fragment sibling =
-        child_of(warp.fragments[parent], parent, taken_pc, taken, reconverge);
+    const Fragment sibling = child_of(warp.fragments[parent], parent, taken_pc, taken, reconverge);
     fragment.mask = other;
     fragment.pc = other_pc;
     ++warp.fragments[parent].children;
@@ -229,8 +231,7 @@ void exit_lanes(Warp& warp, uint32_t mask) {
 void call_function(Warp& warp, uint32_t mask, const Function& callee, uint32_t return_pc) {
   const int index = warp.current;
   const Frame& frame = warp.frames[warp.fragment().frame];
-  const int callee_frame =
-      new_frame(warp, callee, frame.local_base + frame.function->local_bytes);
+  const int callee_frame = new_frame(warp, callee, frame.local_base + frame.function->local_bytes);
   Fragment& fragment = warp.fragment();
   fragment.state = State::kJoining;
   fragment.pc = return_pc;

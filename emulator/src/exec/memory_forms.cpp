@@ -59,7 +59,7 @@ Step run_load(Warp& warp, const Instruction& in, uint32_t mask) {
   addresses(warp, in.a, in.wide_address, in.imm, address);
   resolve(warp, form_of(in, AccessKind::kLoad), mask, address, host);
   for (int k = 0; k < in.count; ++k) load_element<T>(warp, in, mask, host, k);
-  return Step::kNext;
+  return in.order == Order::kWeak ? Step::kNext : Step::kYield;  // a loop may poll with it
 }
 
 template <class T>

@@ -30,7 +30,7 @@ AlignedBytes allocate_aligned(size_t bytes);
 struct Frame {
   const Function* function = nullptr;
   AlignedBytes registers;
-  uint32_t local_base = 0;          // of this frame in each lane's local memory
+  uint32_t local_base = 0;  // of this frame in each lane's local memory
   // For checks of values, made by the observer: by register slot / 64, bit = lane; so a 32-bit
   // register has a word for its low and one for its high half, a 64-bit one four.
   std::vector<uint32_t> undefined;
@@ -57,19 +57,18 @@ struct Fragment {
   enum class State : uint8_t {
     kRunnable,
     kJoining,   // waits for its children at pc
-    kArrived,   // in a collective with other fragments of the warp (Wait::kWarpSync)
     kFinished,  // slot free
   };
   State state = State::kRunnable;
   bool released = false;  // kJoining: its lanes do not wait for each other any more
-  bool is_call = false;  // root of a callee: its lanes go back to the parent by ret
+  bool is_call = false;   // root of a callee: its lanes go back to the parent by ret
   uint32_t pc = 0;
   uint32_t mask = 0;
   uint32_t reconverge = kNoPc;  // hands its lanes to the parent here
   int parent = -1;
-  int children = 0;            // fragments not finished whose parent is this one
-  int frame = 0;               // index into Warp::frames
-  uint64_t waiting_since = 0;  // kJoining: Warp::executed when the first lanes arrived
+  int children = 0;  // fragments not finished whose parent is this one
+  int frame = 0;     // index into Warp::frames
+  int polls = 0;     // kJoining: turns that others ended by polling, since lanes arrived
   Wait wait;
 };
 
