@@ -414,7 +414,7 @@ TEST(Scheduling, CopiesFillWithZeros) {
             "ld.shared.b32 %r11, [%r63];\nld.shared.b32 %r12, [%r63+" +
             std::to_string(bytes - 4) +
             "];\npopc.b32 %r11, %r11;\npopc.b32 %r12, %r12;\n"
-            "mad.lo.u32 %r40, %r11, 100, %r12;\nDONE:\n";
+            "mad.lo.u32 %r40, %r11, 100, %r12;\nDONE: bar.warp.sync -1;\n";
         Grid grid;
         grid.grid = 1;
         grid.block = 32;
