@@ -118,9 +118,6 @@ T update(const Instruction& in, std::byte* place, T b, T c) {
 // Loops that take a lock poll with these.
 bool polls(const Instruction& in) { return in.option[0] == kCas || in.option[0] == kExch; }
 
-// Loops that take a lock poll with these.
-bool polls(const Instruction& in) { return in.option[0] == kCas || in.option[0] == kExch; }
-
 // Function::lists: count slots of b, then of d (kNoSlot without a result). c: the value of cas.
 template <class T>
 Step run_atomic(Warp& warp, const Instruction& in, uint32_t mask) {
