@@ -72,7 +72,7 @@ tsan: SANITIZE := thread
 tsan: $(VENV) ## C++ tests under the thread sanitizer
 asan tsan:
 	cmake -S . -B build/$@ -G Ninja -DCMAKE_BUILD_TYPE=Debug -DFLASH_ATTN_PYTHON=OFF \
-	  -DFLASH_ATTN_SANITIZE=$(SANITIZE)
+	  -DFLASH_ATTN_SANITIZE=$(SANITIZE) $(SANITIZE_FLAGS)
 	cmake --build build/$@ -j $(JOBS)
 	UBSAN_OPTIONS=print_stacktrace=1 ctest --test-dir build/$@ --output-on-failure
 
