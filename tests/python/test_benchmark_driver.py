@@ -187,6 +187,7 @@ def test_limits_are_work_over_time(benchmark_modules):
         run()
         rate = max(work.flops, work.exps, work.bytes) / seconds(run) / 1e9
         assert 0.01 < rate < 1e5, name
+    assert torch.tensor(1e-39) * 1 > 0, "loading the loops changed this thread's arithmetic"
 
 
 def test_a_wrong_peer_is_left_out(benchmark_modules, monkeypatch):

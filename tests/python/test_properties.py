@@ -149,6 +149,40 @@ def test_run_to_run_and_for_every_number_of_threads(case, dropout_p, restore_thr
             assert_equal_results(run(), expected)
 
 
+@pytest.fixture
+def flush_denormal():
+    """Subnormal numbers are 0 in the calling thread, as torch.set_flush_denormal, and libraries
+    built with -ffast-math, leave it; threads started before keep theirs."""
+    assert torch.set_flush_denormal(True)
+    yield
+    torch.set_flush_denormal(False)
+
+
+@pytest.mark.parametrize("dtype", [FP32, FP16, BF16])
+def test_results_do_not_depend_on_what_threads_do_with_subnormals(dtype, restore_threads, request):
+    case = Case(batch=2, seqlens=(130, 200), heads=(4, 2), dims=(40, 40), dtype=dtype)
+    tensors, options, dout, _ = make_tensors(case)
+    tiny = 1e-6 if dtype == FP16 else 1e-39
+    tensors["v"] *= tiny
+    dout *= tiny
+    expected = flash_forward_backward(tensors, options, dout)
+    smallest = torch.finfo(dtype).smallest_normal
+    for name in ("out", "dv"):
+        kept = (expected[name] != 0) & (expected[name].abs() < smallest)
+        assert kept.sum() > kept.numel() // 2, name
+    request.getfixturevalue("flush_denormal")
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        actual = flash_forward_backward(tensors, options, dout)
+        for name in expected:
+            assert torch.equal(bits_of(actual[name]), bits_of(expected[name])), name
+        assert torch.tensor(1e-39) * 1 == 0, "the caller's setting is the caller's"
+
+
+def bits_of(tensor):
+    return tensor.view(torch.int32 if tensor.dtype == FP32 else torch.int16)
+
+
 @pytest.mark.parametrize("case", INVARIANCE_CASES, ids=str)
 def test_a_batch_entry_does_not_depend_on_the_others(case):
     tensors, options, dout, dlse = make_tensors(case)
