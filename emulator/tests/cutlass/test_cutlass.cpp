@@ -6,8 +6,8 @@
 #include <random>
 #include <sstream>
 
-#include "../hopper/kernel_runner.h"
 #include "device/tensor_map.h"
+#include "support/kernel_runner.h"
 
 namespace gpu_emulator {
 namespace {

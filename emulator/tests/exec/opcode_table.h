@@ -15,7 +15,7 @@
 #include <vector>
 
 #include "exec/isa.h"
-#include "hopper/kernel_runner.h"
+#include "support/kernel_runner.h"
 
 namespace gpu_emulator::opcode_test {
 

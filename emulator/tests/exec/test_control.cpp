@@ -4,7 +4,7 @@
 #include <functional>
 #include <string>
 
-#include "hopper/kernel_runner.h"
+#include "support/kernel_runner.h"
 
 namespace gpu_emulator {
 namespace {

@@ -3,7 +3,7 @@
 #include <map>
 #include <random>
 
-#include "hopper/kernel_runner.h"
+#include "support/kernel_runner.h"
 
 namespace gpu_emulator {
 namespace {

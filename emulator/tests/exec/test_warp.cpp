@@ -7,7 +7,7 @@
 
 #include "exec/isa.h"
 #include "exec/number_formats.h"
-#include "hopper/kernel_runner.h"
+#include "support/kernel_runner.h"
 
 namespace gpu_emulator {
 namespace {

@@ -1,6 +1,6 @@
 // barrier.cluster, distributed shared memory, st.async, red.async, setmaxnreg, stmatrix.
 
-#include "kernel_runner.h"
+#include "support/kernel_runner.h"
 
 namespace gpu_emulator {
 namespace {

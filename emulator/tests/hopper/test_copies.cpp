@@ -6,7 +6,7 @@
 
 #include "device/tensor_map.h"
 #include "exec/swizzle.h"
-#include "kernel_runner.h"
+#include "support/kernel_runner.h"
 
 namespace gpu_emulator {
 namespace {

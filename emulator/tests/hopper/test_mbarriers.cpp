@@ -1,6 +1,6 @@
 // mbarrier and cp.async.mbarrier.arrive in kernels.
 
-#include "kernel_runner.h"
+#include "support/kernel_runner.h"
 
 namespace gpu_emulator {
 namespace {
