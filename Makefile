@@ -11,7 +11,7 @@ unexport FLASH_ATTN_LIBRARY_DIR PYTHONPATH
 
 SOURCES := $(shell find csrc cmake emulator examples/cpp tests/cpp flash_attn -name __pycache__ -prune -o -type f -print) \
   CMakeLists.txt pyproject.toml flash_attn_2_cuda.py
-CPP_FILES = $(shell find csrc benchmarks emulator examples tests -name '*.h' -o -name '*.cpp')
+CPP_FILES = $(shell find csrc benchmarks emulator examples tests -regex '.*\.\(h\|cpp\|cu\|inc\)')
 # Of CUTLASS only the headers are used, by tests of the emulated GPU.
 CUTLASS := 4.2.0.0
 CMAKE_FLAGS := -G Ninja -DPython_EXECUTABLE=$(CURDIR)/.venv/bin/python -DFLASH_ATTN_WERROR=ON

@@ -1,5 +1,5 @@
-// C = A B^T in bf16 for sm_80: tiles of 64 x 64 x 32, two stages of cp.async, ldmatrix, mma.sync, by
-// CuTe's copies and matrix instructions.
+// C = A B^T in bf16 for sm_80: tiles of 64 x 64 x 32, two stages of cp.async, ldmatrix, mma.sync,
+// by CuTe's copies and matrix instructions.
 
 #include <cutlass/numeric_types.h>
 
@@ -9,8 +9,8 @@ using namespace cute;
 using Element = cutlass::bfloat16_t;
 
 constexpr int kM = 64, kN = 64, kK = 32, kStages = 2, kThreads = 128;
-using Swizzled = decltype(composition(Swizzle<2, 3, 3>{},
-                                      Layout<Shape<_8, Int<kK>>, Stride<Int<kK>, _1>>{}));
+using Swizzled =
+    decltype(composition(Swizzle<2, 3, 3>{}, Layout<Shape<_8, Int<kK>>, Stride<Int<kK>, _1>>{}));
 using LayoutA = decltype(tile_to_shape(Swizzled{}, Shape<Int<kM>, Int<kK>, Int<kStages>>{}));
 using LayoutB = decltype(tile_to_shape(Swizzled{}, Shape<Int<kN>, Int<kK>, Int<kStages>>{}));
 
@@ -26,9 +26,9 @@ extern "C" __global__ void __launch_bounds__(kThreads)
   auto sA = make_tensor(make_smem_ptr(storage_a), LayoutA{});
   auto sB = make_tensor(make_smem_ptr(storage_b), LayoutB{});
 
-  auto loader = make_tiled_copy(
-      Copy_Atom<SM80_CP_ASYNC_CACHEGLOBAL<uint128_t>, Element>{},
-      Layout<Shape<Int<kThreads / 4>, _4>, Stride<_4, _1>>{}, Layout<Shape<_1, _8>>{});
+  auto loader = make_tiled_copy(Copy_Atom<SM80_CP_ASYNC_CACHEGLOBAL<uint128_t>, Element>{},
+                                Layout<Shape<Int<kThreads / 4>, _4>, Stride<_4, _1>>{},
+                                Layout<Shape<_1, _8>>{});
   auto load = loader.get_slice(threadIdx.x);
   auto from_a = load.partition_S(gA);
   auto from_b = load.partition_S(gB);

@@ -1,11 +1,11 @@
-// C = A B^T in bf16: tiles of 64 x 64 x 64, a producer warp that fills a pipeline by TMA, a consumer
-// warpgroup, clusters of two CTAs along M that share B: each loads half of its tile for both.
-// CUTLASS's TMA, barrier and pipeline classes and CuTe's descriptors.
+// C = A B^T in bf16: tiles of 64 x 64 x 64, a producer warp that fills a pipeline by TMA, a
+// consumer warpgroup, clusters of two CTAs along M that share B: each loads half of its tile for
+// both. CUTLASS's TMA, barrier and pipeline classes and CuTe's descriptors.
 
 #include <cuda.h>
 #include <cutlass/arch/reg_reconfig.h>
-#include <cutlass/cluster_launch.hpp>
 #include <cutlass/numeric_types.h>
+#include <cutlass/cluster_launch.hpp>
 #include <cutlass/pipeline/sm90_pipeline.hpp>
 
 #include <cute/arch/copy_sm90_tma.hpp>
@@ -68,8 +68,8 @@ __device__ void consume(Pipeline& pipeline, Storage& storage, float* c, int n, i
     warpgroup_fence_operand(accumulators);
     pipeline.consumer_release(state);
   }
-  auto gC = make_tensor(make_gmem_ptr(c), make_shape(Int<kTile>{}, Int<kTile>{}),
-                        make_stride(n, _1{}));
+  auto gC =
+      make_tensor(make_gmem_ptr(c), make_shape(Int<kTile>{}, Int<kTile>{}), make_stride(n, _1{}));
   copy(accumulators, thread.partition_C(gC));
 }
 
@@ -81,7 +81,8 @@ extern "C" __global__ void __cluster_dims__(kCtas, 1, 1) __launch_bounds__(2 * k
   const bool is_producer = cutlass::canonical_warp_group_idx() == 0;
   typename Pipeline::Params params;
   params.transaction_bytes = 2 * kTile * kTile * sizeof(Element);
-  params.role = is_producer ? Pipeline::ThreadCategory::Producer : Pipeline::ThreadCategory::Consumer;
+  params.role =
+      is_producer ? Pipeline::ThreadCategory::Producer : Pipeline::ThreadCategory::Consumer;
   params.is_leader = threadIdx.x == 0;
   params.num_consumers = kWarpgroup;
   Pipeline pipeline(storage.pipeline, params, ClusterShape{});

@@ -16,8 +16,9 @@ using TileShape = Shape<Int<kExtent>, Int<kExtent>>;
 
 template <class AtomA, class AtomB, Major kMajorA, Major kMajorB, bool kAInRegisters>
 __device__ void multiply(const Element* a, const Element* b, float* c) {
-  using Operation = std::conditional_t<kAInRegisters, SM90_64x64x16_F32BF16BF16_RS<Major::K, kMajorB>,
-                                       SM90_64x64x16_F32BF16BF16_SS<kMajorA, kMajorB>>;
+  using Operation =
+      std::conditional_t<kAInRegisters, SM90_64x64x16_F32BF16BF16_RS<Major::K, kMajorB>,
+                         SM90_64x64x16_F32BF16BF16_SS<kMajorA, kMajorB>>;
   __shared__ alignas(1024) Element storage[2][kExtent * kExtent];
   auto sA = make_tensor(make_smem_ptr(storage[0]), tile_to_shape(AtomA{}, TileShape{}));
   auto sB = make_tensor(make_smem_ptr(storage[1]), tile_to_shape(AtomB{}, TileShape{}));
@@ -54,18 +55,18 @@ __device__ void multiply(const Element* a, const Element* b, float* c) {
   copy(accumulators, thread.partition_C(gC));
 }
 
-#define LAYOUTS(SWIZZLE)                                                                        \
-  extern "C" __global__ void ss_k_##SWIZZLE(const Element* a, const Element* b, float* c) {     \
-    multiply<GMMA::Layout_K_##SWIZZLE##_Atom<Element>, GMMA::Layout_K_##SWIZZLE##_Atom<Element>, \
-             Major::K, Major::K, false>(a, b, c);                                               \
-  }                                                                                             \
-  extern "C" __global__ void ss_mn_##SWIZZLE(const Element* a, const Element* b, float* c) {    \
-    multiply<GMMA::Layout_MN_##SWIZZLE##_Atom<Element>,                                         \
-             GMMA::Layout_MN_##SWIZZLE##_Atom<Element>, Major::MN, Major::MN, false>(a, b, c);  \
-  }                                                                                             \
-  extern "C" __global__ void rs_mn_##SWIZZLE(const Element* a, const Element* b, float* c) {    \
-    multiply<GMMA::Layout_K_##SWIZZLE##_Atom<Element>, GMMA::Layout_MN_##SWIZZLE##_Atom<Element>, \
-             Major::K, Major::MN, true>(a, b, c);                                               \
+#define LAYOUTS(SWIZZLE)                                                                           \
+  extern "C" __global__ void ss_k_##SWIZZLE(const Element* a, const Element* b, float* c) {        \
+    multiply<GMMA::Layout_K_##SWIZZLE##_Atom<Element>, GMMA::Layout_K_##SWIZZLE##_Atom<Element>,   \
+             Major::K, Major::K, false>(a, b, c);                                                  \
+  }                                                                                                \
+  extern "C" __global__ void ss_mn_##SWIZZLE(const Element* a, const Element* b, float* c) {       \
+    multiply<GMMA::Layout_MN_##SWIZZLE##_Atom<Element>, GMMA::Layout_MN_##SWIZZLE##_Atom<Element>, \
+             Major::MN, Major::MN, false>(a, b, c);                                                \
+  }                                                                                                \
+  extern "C" __global__ void rs_mn_##SWIZZLE(const Element* a, const Element* b, float* c) {       \
+    multiply<GMMA::Layout_K_##SWIZZLE##_Atom<Element>, GMMA::Layout_MN_##SWIZZLE##_Atom<Element>,  \
+             Major::K, Major::MN, true>(a, b, c);                                                  \
   }
 
 LAYOUTS(INTER)
