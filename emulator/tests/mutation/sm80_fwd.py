@@ -1,6 +1,6 @@
 """The forward attention kernel of csrc/flash_attn/src/sm80, for tools/mutate.py.
 
-    GPU_EMULATOR_LIBRARY=build/dev/lib/libgpu_emulator.so python emulator/tools/mutate.py \\
+    GPU_EMULATOR_LIBRARY=build/release/lib/libgpu_emulator.so python emulator/tools/mutate.py \\
         emulator/tests/mutation/sm80_fwd.py
 
 Four blocks of keys, so that every slot of the ring is filled again, and rows beyond the end.
