@@ -19,8 +19,9 @@ extern "C" {
 //   mode              eager | late | random  when asynchronous operations take effect; random also
 //                                            shuffles warps
 //   seed              integer                of mode random
-//   checks            none | memory | all    memory: bounds and alignment; all: uninitialised
-//                                            values and races too. Default: all
+//   checks            memory | all           memory (or none): bounds and alignment, which are
+//                                            always checked; all: uninitialised values and races
+//                                            too. Default: all
 //   threads           integer                CPU threads that run CTAs; 0 = all
 //   count             0 | 1                  whether counters are kept
 //   max_instructions  integer                of a warp, after which a launch fails; 0 = no limit

@@ -51,12 +51,10 @@ const Arch& h100() {
 void MemoryMap::add(const Range& range) {
   const std::unique_lock lock(mutex_);
   ranges_[range.begin] = range;
-  ++generation_;
 }
 
 bool MemoryMap::remove(uint64_t begin) {
   const std::unique_lock lock(mutex_);
-  ++generation_;
   return ranges_.erase(begin) > 0;
 }
 
@@ -66,11 +64,6 @@ const MemoryMap::Range* MemoryMap::find(uint64_t address) const {
   if (next == ranges_.begin()) return nullptr;
   const Range& range = std::prev(next)->second;
   return address < range.end ? &range : nullptr;
-}
-
-uint64_t MemoryMap::generation() const {
-  const std::shared_lock lock(mutex_);
-  return generation_;
 }
 
 }  // namespace gpu_emulator

@@ -7,7 +7,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <map>
-#include <memory>
 #include <shared_mutex>
 #include <string>
 #include <vector>
@@ -16,8 +15,8 @@
 
 namespace gpu_emulator {
 
-struct Arch {        // compute capability and limits, CUDA C++ Programming Guide table "Technical
-                     // specifications"
+// Compute capability and limits: CUDA C++ Programming Guide, table "Technical Specifications".
+struct Arch {
   std::string name;  // "NVIDIA A100-SXM4-80GB (emulated)"
   int major, minor;
   bool has_sm90a;  // wgmma, setmaxnreg, TMA
@@ -36,9 +35,8 @@ enum class Mode { kEager, kLate, kRandom };
 
 struct Options {
   Mode mode = Mode::kEager;
-  uint64_t seed = 0;         // of kRandom's schedule; 0 in the other modes = round robin
-  bool check_memory = true;  // bounds, alignment
-  bool check_init = true;    // uninitialised values that reach an output or a branch
+  uint64_t seed = 0;       // of kRandom's schedule; 0 in the other modes = round robin
+  bool check_init = true;  // uninitialised values that reach an output or a branch
   bool check_races = true;
   bool count = true;
   int threads = 0;               // CPU threads that run CTAs; 0 = all
@@ -50,9 +48,8 @@ struct Options {
 
 struct Report {        // why a launch failed; empty text = it did not
   int cuda_error = 0;  // CUresult
-  std::string kind;  // "out of bounds", "race", "deadlock", ...: machine-readable, a closed list in
-                     // report.h
-  std::string text;  // sentences with kernel, CTA, warp, lane, PTX line, source line
+  std::string kind;    // "out of bounds", "race", "deadlock", ...: the names of exec::ReportKind
+  std::string text;    // sentences with kernel, CTA, warp, lane, PTX line, source line
 };
 
 // Ranges of host memory that kernels may touch: allocations, registered host memory, module
@@ -62,18 +59,15 @@ class MemoryMap {
   struct Range {
     uint64_t begin, end;
     bool readable, writable;
-    std::string
-        what;  // for reports: "allocation of 4096 bytes", "host memory registered", "variable foo"
+    std::string what;  // for reports: "allocation of 4096 bytes", "variable foo"
   };
   void add(const Range& range);
   bool remove(uint64_t begin);
   const Range* find(uint64_t address) const;  // nullptr = wild
-  uint64_t generation() const;  // changes with every add and remove: lets executors cache a range
 
  private:
   mutable std::shared_mutex mutex_;
   std::map<uint64_t, Range> ranges_;
-  uint64_t generation_ = 0;
 };
 
 struct Launch {
@@ -83,6 +77,8 @@ struct Launch {
   uint32_t dynamic_shared_bytes = 0;
   std::vector<std::byte> params;  // laid out as the entry's .param variables
   uint64_t module_base = 0;       // address of the module's global variables in device memory
+
+  uint32_t threads_per_cta() const { return block[0] * block[1] * block[2]; }
 };
 
 // Runs the grid to its end on the calling thread and options.threads - 1 others. Counters of this

@@ -152,6 +152,6 @@ CUresult cuCtxGetStreamPriorityRange(int* least, int* greatest) {
   return guarded([&](Driver& state) {
     state.require_context();
     give_optional(least, 0, "leastPriority");
-    give_optional(greatest, -5, "greatestPriority");
+    give_optional(greatest, kGreatestPriority, "greatestPriority");
   });
 }

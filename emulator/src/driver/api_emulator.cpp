@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <charconv>
-#include <cstring>
 
 #include "arguments.h"
 
@@ -15,13 +14,13 @@ namespace {
 
 bool is_device(int device) { return device >= 0 && device < Driver::kDevices; }
 
-template <typename Number>
-Number number_of(const std::string& value) {
-  Number number = 0;
+uint64_t number_of(const std::string& value, uint64_t most) {
+  uint64_t number = 0;
   const char* end = value.data() + value.size();
   const auto result = std::from_chars(value.data(), end, number);
-  if (value.empty() || result.ec != std::errc() || result.ptr != end) {
-    fail(CUDA_ERROR_INVALID_VALUE, "'" + value.substr(0, 60) + "' is not a number of this option.");
+  if (result.ec != std::errc() || result.ptr != end || number > most) {
+    fail(CUDA_ERROR_INVALID_VALUE,
+         "'" + value.substr(0, 60) + "' is not a number from 0 to " + std::to_string(most) + ".");
   }
   return number;
 }
@@ -44,7 +43,6 @@ void set_mode(Options& options, const std::string& value) {
 
 void set_checks(Options& options, const std::string& value) {
   if (value != "none" && value != "memory" && value != "all") fail_value("checks", value);
-  options.check_memory = value != "none";
   options.check_init = options.check_races = value == "all";
 }
 
@@ -52,21 +50,17 @@ void set_option(Options& options, const std::string& name, const std::string& va
   if (name == "mode") {
     set_mode(options, value);
   } else if (name == "seed") {
-    options.seed = number_of<uint64_t>(value);
+    options.seed = number_of(value, UINT64_MAX);
   } else if (name == "checks") {
     set_checks(options, value);
   } else if (name == "threads") {
-    const auto threads = number_of<unsigned short>(value);
-    options.threads = threads;
+    options.threads = static_cast<int>(number_of(value, UINT16_MAX));
   } else if (name == "count") {
-    if (value != "0" && value != "1") fail_value(name, value);
-    options.count = value == "1";
+    options.count = number_of(value, 1) == 1;
   } else if (name == "delete_line") {
-    options.delete_line = number_of<unsigned short>(value);
+    options.delete_line = static_cast<int>(number_of(value, INT32_MAX));
   } else if (name == "max_instructions") {
-    const auto limit = number_of<uint64_t>(value);
-    if (limit > INT64_MAX) fail_value(name, value);
-    options.max_instructions = static_cast<int64_t>(limit);
+    options.max_instructions = static_cast<int64_t>(number_of(value, INT64_MAX));
   } else {
     fail(CUDA_ERROR_INVALID_VALUE, "There is no option '" + name.substr(0, 60) + "'.");
   }

@@ -43,16 +43,10 @@ void end_capture(Driver& state, CUstream handle, CUgraph* out) {
   give(out, state.graphs.add(graph), "phGraph");
 }
 
-std::shared_ptr<Graph> require_graph(Driver& state, CUgraph handle) {
-  auto graph = state.graphs.find(handle);
-  if (!graph) fail(CUDA_ERROR_INVALID_HANDLE, "The graph handle is not one that this driver gave.");
-  return graph;
-}
-
 void instantiate(Driver& state, CUgraphExec* out, CUgraph handle) {
   require_pointer(out, "phGraphExec");
   // A copy: the executable graph does not change with the graph that it was made from.
-  auto copy = std::make_shared<Graph>(*require_graph(state, handle));
+  auto copy = std::make_shared<Graph>(*require_object(state.graphs, handle));
   give(out, state.graph_execs.add(std::move(copy)), "phGraphExec");
 }
 
@@ -115,17 +109,14 @@ CUresult cuGraphInstantiate(CUgraphExec* exec, CUgraph graph, unsigned long long
 
 CUresult cuGraphUpload(CUgraphExec handle, CUstream stream) {
   return guarded([&](Driver& state) {
-    if (!state.graph_execs.find(handle)) fail(CUDA_ERROR_INVALID_HANDLE, "No executable graph.");
+    require_object(state.graph_execs, handle);
     state.stream(stream);
   });
 }
 
 CUresult cuGraphLaunch(CUgraphExec handle, CUstream stream) {
   return guarded([&](Driver& state) {
-    const auto graph = state.graph_execs.find(handle);
-    if (!graph) {
-      fail(CUDA_ERROR_INVALID_HANDLE, "The executable graph is not one that this driver gave.");
-    }
+    const auto graph = require_object(state.graph_execs, handle);
     state.submit(stream, [graph] {
       for (const auto& node : graph->nodes) node();
     });
@@ -134,13 +125,14 @@ CUresult cuGraphLaunch(CUgraphExec handle, CUstream stream) {
 
 CUresult cuGraphExecDestroy(CUgraphExec handle) {
   return guarded([&](Driver& state) {
-    if (!state.graph_execs.remove(handle)) fail(CUDA_ERROR_INVALID_HANDLE, "No executable graph.");
+    require_object(state.graph_execs, handle);
+    state.graph_execs.remove(handle);
   });
 }
 
 CUresult cuGraphDestroy(CUgraph handle) {
   return guarded([&](Driver& state) {
-    require_graph(state, handle);
+    require_object(state.graphs, handle);
     state.graphs.remove(handle);
   });
 }

@@ -5,9 +5,6 @@
 #include "arguments.h"
 
 namespace gpu_emulator::driver {
-
-uint64_t device_memory_bytes();  // api_device.cpp
-
 namespace {
 
 constexpr unsigned kHostAllocFlags =

@@ -9,36 +9,6 @@ using namespace gpu_emulator::driver;
 
 namespace {
 
-std::shared_ptr<Module> require_module(Driver& state, CUmodule handle) {
-  auto module = state.modules.find(handle);
-  if (!module) {
-    fail(CUDA_ERROR_INVALID_HANDLE,
-         "The module handle is not one that this driver gave, or the "
-         "module has been unloaded.");
-  }
-  return module;
-}
-
-std::shared_ptr<Library> require_library(Driver& state, CUlibrary handle) {
-  auto library = state.libraries.find(handle);
-  if (!library) {
-    fail(CUDA_ERROR_INVALID_HANDLE,
-         "The library handle is not one that this driver gave, or the "
-         "library has been unloaded.");
-  }
-  return library;
-}
-
-std::shared_ptr<Kernel> require_kernel(Driver& state, CUkernel handle) {
-  auto kernel = state.kernels.find(handle);
-  if (!kernel) {
-    fail(CUDA_ERROR_INVALID_HANDLE,
-         "The kernel handle is not one that this driver gave, or its "
-         "library has been unloaded.");
-  }
-  return kernel;
-}
-
 void load(CUmodule* out, const void* image) {
   Driver& state = driver();
   require_pointer(out, "module");
@@ -126,7 +96,7 @@ CUresult cuModuleLoadDataEx(CUmodule* module, const void* image, unsigned int co
 
 CUresult cuModuleUnload(CUmodule handle) {
   return guarded([&](Driver& state) {
-    const auto module = require_module(state, handle);
+    const auto module = require_object(state.modules, handle);
     state.modules.remove(handle);
     forget(state, module);
   });
@@ -139,7 +109,7 @@ CUresult cuModuleGetLoadingMode(CUmoduleLoadingMode* mode) {
 CUresult cuModuleGetFunction(CUfunction* out, CUmodule handle, const char* name) {
   return guarded([&](Driver& state) {
     require_pointer(out, "hfunc");
-    const auto module = require_module(state, handle);
+    const auto module = require_object(state.modules, handle);
     const std::string key = take_string(name, "name");
     CUfunction& known = module->functions[key];
     if (!known || !state.functions.find(known)) {
@@ -155,7 +125,7 @@ CUresult cuModuleGetFunction(CUfunction* out, CUmodule handle, const char* name)
 
 CUresult cuModuleGetGlobal(CUdeviceptr* address, size_t* bytes, CUmodule handle, const char* name) {
   return guarded([&](Driver& state) {
-    const auto module = require_module(state, handle);
+    const auto module = require_object(state.modules, handle);
     give_global(*module, take_string(name, "name"), address, bytes);
   });
 }
@@ -167,8 +137,8 @@ CUresult cuLibraryLoadData(CUlibrary* library, const void* image, CUjit_option*,
 
 CUresult cuLibraryUnload(CUlibrary handle) {
   return guarded([&](Driver& state) {
-    const auto library = require_library(state, handle);
-    state.kernels.remove_if([&](const Kernel& kernel) { return kernel.library_handle == handle; });
+    const auto library = require_object(state.libraries, handle);
+    state.kernels.remove_if([&](const Kernel& kernel) { return kernel.library == handle; });
     for (const auto& [context, module] : library->modules) {
       if (module) forget(state, module);
     }
@@ -179,7 +149,7 @@ CUresult cuLibraryUnload(CUlibrary handle) {
 CUresult cuLibraryGetKernel(CUkernel* out, CUlibrary handle, const char* name) {
   return guarded([&](Driver& state) {
     require_pointer(out, "pKernel");
-    const auto library = require_library(state, handle);
+    const auto library = require_object(state.libraries, handle);
     const std::string key = take_string(name, "name");
     for (const auto& [context, module] : library->modules) {
       if (module) find_kernel(*module, key);
@@ -187,8 +157,7 @@ CUresult cuLibraryGetKernel(CUkernel* out, CUlibrary handle, const char* name) {
     CUkernel& known = library->kernels[key];
     if (!known) {
       auto kernel = std::make_shared<Kernel>();
-      kernel->library_handle = handle;
-      kernel->library = library;
+      kernel->library = handle;
       kernel->name = key;
       known = state.kernels.add(std::move(kernel));
     }
@@ -200,7 +169,7 @@ CUresult cuLibraryGetGlobal(CUdeviceptr* address, size_t* bytes, CUlibrary handl
                             const char* name) {
   return guarded([&](Driver& state) {
     state.require_context();
-    const auto library = require_library(state, handle);
+    const auto library = require_object(state.libraries, handle);
     auto& module = library->modules[reinterpret_cast<uint64_t>(state.current_context())];
     if (!module) module = load_module(state, library->image);
     give_global(*module, take_string(name, "name"), address, bytes);
@@ -216,12 +185,13 @@ CUresult cuKernelGetFunction(CUfunction* out, CUkernel handle) {
 
 CUresult cuKernelGetLibrary(CUlibrary* out, CUkernel handle) {
   return guarded(
-      [&](Driver& state) { give(out, require_kernel(state, handle)->library_handle, "pLib"); });
+      [&](Driver& state) { give(out, require_object(state.kernels, handle)->library, "pLib"); });
 }
 
 CUresult cuKernelGetName(const char** name, CUkernel handle) {
-  return guarded(
-      [&](Driver& state) { give(name, require_kernel(state, handle)->name.c_str(), "name"); });
+  return guarded([&](Driver& state) {
+    give(name, require_object(state.kernels, handle)->name.c_str(), "name");
+  });
 }
 
 CUresult cuFuncGetModule(CUmodule* out, CUfunction handle) {

@@ -13,17 +13,6 @@ namespace {
 constexpr unsigned kStreamFlags = CU_STREAM_NON_BLOCKING;
 constexpr unsigned kEventFlags =
     CU_EVENT_BLOCKING_SYNC | CU_EVENT_DISABLE_TIMING | CU_EVENT_INTERPROCESS;
-constexpr int kGreatestPriority = -5;
-
-std::shared_ptr<Event> require_event(Driver& state, CUevent handle) {
-  auto event = state.events.find(handle);
-  if (!event) {
-    fail(CUDA_ERROR_INVALID_HANDLE,
-         "The event handle is not one that this driver gave, or the "
-         "event has been destroyed.");
-  }
-  return event;
-}
 
 void create_stream(Driver& state, CUstream* out, unsigned flags, int priority) {
   require_pointer(out, "phStream");
@@ -38,7 +27,7 @@ void create_stream(Driver& state, CUstream* out, unsigned flags, int priority) {
 }
 
 void record(Driver& state, CUevent handle, CUstream stream_handle) {
-  const auto event = require_event(state, handle);
+  const auto event = require_object(state.events, handle);
   const auto stream = state.stream(stream_handle);
   if (stream && stream->context != event->context) {
     fail(CUDA_ERROR_INVALID_HANDLE, "The event and the stream belong to different contexts.");
@@ -51,7 +40,7 @@ void record(Driver& state, CUevent handle, CUstream stream_handle) {
 
 // A stream that waits for an event of a capture takes part in it from then on.
 void wait(Driver& state, CUstream stream_handle, CUevent handle) {
-  const auto event = require_event(state, handle);
+  const auto event = require_object(state.events, handle);
   const auto stream = state.stream(stream_handle);
   if (!event->capture) return;
   if (!stream || (stream->capture && stream->capture != event->capture)) {
@@ -62,7 +51,8 @@ void wait(Driver& state, CUstream stream_handle, CUevent handle) {
 }
 
 float elapsed(Driver& state, CUevent start_handle, CUevent end_handle) {
-  const auto start = require_event(state, start_handle), end = require_event(state, end_handle);
+  const auto start = require_object(state.events, start_handle),
+             end = require_object(state.events, end_handle);
   if (((start->flags | end->flags) & CU_EVENT_DISABLE_TIMING) != 0 || !start->is_recorded ||
       !end->is_recorded) {
     fail(CUDA_ERROR_INVALID_HANDLE, "An event was not recorded, or was created without timing.");
@@ -153,7 +143,7 @@ CUresult cuEventCreate(CUevent* out, unsigned int flags) {
 
 CUresult cuEventDestroy(CUevent handle) {
   return guarded([&](Driver& state) {
-    require_event(state, handle);
+    require_object(state.events, handle);
     state.events.remove(handle);
   });
 }
@@ -170,11 +160,11 @@ CUresult cuEventRecordWithFlags(CUevent event, CUstream stream, unsigned int fla
 }
 
 CUresult cuEventQuery(CUevent event) {
-  return guarded([&](Driver& state) { require_event(state, event); });
+  return guarded([&](Driver& state) { require_object(state.events, event); });
 }
 
 CUresult cuEventSynchronize(CUevent event) {
-  return guarded([&](Driver& state) { require_event(state, event); });
+  return guarded([&](Driver& state) { require_object(state.events, event); });
 }
 
 CUresult cuEventElapsedTime(float* milliseconds, CUevent start, CUevent end) {

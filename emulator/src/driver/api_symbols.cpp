@@ -1,6 +1,5 @@
 // cuGetProcAddress, and entry points under the names and with the arguments of older CUDA versions.
 
-#include <algorithm>
 #include <array>
 
 #include "arguments.h"

@@ -35,7 +35,7 @@ std::vector<CUcontext>& Driver::context_stack() {
 }
 
 CUcontext Driver::current_context() const {
-  const auto& stack = const_cast<Driver*>(this)->context_stack();
+  const auto& stack = context_stack();
   return stack.empty() ? nullptr : stack.back();
 }
 
@@ -73,21 +73,13 @@ std::shared_ptr<Function> Driver::function(CUfunction handle) {
   if (auto function = functions.find(handle)) return function;
   const auto kernel = reinterpret_cast<CUkernel>(handle);
   if (kernels.find(kernel)) return functions.find(function_of_kernel(*this, kernel));
-  fail(CUDA_ERROR_INVALID_HANDLE,
-       "The function handle is not one that this driver gave, or its "
-       "module has been unloaded.");
+  return require_object(functions, handle);
 }
 
 std::shared_ptr<Stream> Driver::stream(CUstream handle) {
   require_context();
   if (!handle || handle == CU_STREAM_LEGACY || handle == CU_STREAM_PER_THREAD) return nullptr;
-  auto found = streams.find(handle);
-  if (!found) {
-    fail(CUDA_ERROR_INVALID_HANDLE,
-         "The stream handle is not one that this driver gave, or the "
-         "stream has been destroyed.");
-  }
-  return found;
+  return require_object(streams, handle);
 }
 
 void Driver::submit(CUstream handle, std::function<void()> work) {

@@ -41,6 +41,19 @@ inline void require_pointer(const void* pointer, const char* name) {
   if (!pointer) fail(CUDA_ERROR_INVALID_VALUE, std::string(name) + " is a null pointer.");
 }
 
+// The object behind a handle; fails with CUDA_ERROR_INVALID_HANDLE where there is none.
+template <typename Object, typename Handle>
+std::shared_ptr<Object> require_object(const Handles<Object, Handle>& objects, Handle handle) {
+  auto object = objects.find(handle);
+  if (!object) {
+    const std::string name = objects.name();
+    fail(CUDA_ERROR_INVALID_HANDLE, "The " + name +
+                                        " handle is not one that this driver gave, or the " + name +
+                                        " no longer exists.");
+  }
+  return object;
+}
+
 struct Context {
   int device = 0;
   bool is_primary = false;
@@ -75,8 +88,7 @@ struct Library {
 };
 
 struct Kernel {
-  CUlibrary library_handle = nullptr;
-  std::weak_ptr<Library> library;
+  CUlibrary library = nullptr;
   std::string name;
   std::unordered_map<uint64_t, CUfunction> functions;  // by context
 };
@@ -84,6 +96,8 @@ struct Kernel {
 struct Graph {
   std::vector<std::function<void()>> nodes;
 };
+
+inline constexpr int kGreatestPriority = -5;  // of streams; the least is 0
 
 struct Stream {
   CUcontext context = nullptr;
@@ -140,22 +154,22 @@ class Driver {
   bool is_initialised = false;
   std::array<Device, kDevices> devices;
   Allocations allocations;
-  Handles<Context, CUcontext> contexts{1};
-  Handles<Module, CUmodule> modules{2};
-  Handles<Function, CUfunction> functions{3};
-  Handles<Library, CUlibrary> libraries{4};
-  Handles<Kernel, CUkernel> kernels{5};
-  Handles<Stream, CUstream> streams{6};
-  Handles<Event, CUevent> events{7};
-  Handles<Graph, CUgraph> graphs{8};
-  Handles<Graph, CUgraphExec> graph_execs{9};
+  Handles<Context, CUcontext> contexts{1, "context"};
+  Handles<Module, CUmodule> modules{2, "module"};
+  Handles<Function, CUfunction> functions{3, "function"};
+  Handles<Library, CUlibrary> libraries{4, "library"};
+  Handles<Kernel, CUkernel> kernels{5, "kernel"};
+  Handles<Stream, CUstream> streams{6, "stream"};
+  Handles<Event, CUevent> events{7, "event"};
+  Handles<Graph, CUgraph> graphs{8, "graph"};
+  Handles<Graph, CUgraphExec> graph_execs{9, "executable graph"};
   uint64_t last_stream_id = 0;
 
   Device& device(CUdevice device);    // fails with CUDA_ERROR_INVALID_DEVICE
   CUcontext current_context() const;  // null if there is none
   Context& require_context();         // fails with CUDA_ERROR_INVALID_CONTEXT
   Device& current_device() { return devices[require_context().device]; }
-  std::vector<CUcontext>& context_stack();  // of this thread; the last is current
+  static std::vector<CUcontext>& context_stack();  // of this thread; the last is current
 
   void destroy_context_objects(CUcontext context);
   std::shared_ptr<Function> function(CUfunction handle);  // or a CUkernel cast to one
@@ -178,6 +192,9 @@ class Driver {
 
   void report(const std::string& text);  // for the current device; for all if there is none
 };
+
+// 80 GB, or all of the host's memory where it has less.
+uint64_t device_memory_bytes();
 
 // The one of this library. Never destroyed: callers' exit handlers may still use it.
 Driver& driver();

@@ -11,7 +11,9 @@ namespace gpu_emulator::driver {
 template <typename Object, typename Handle>
 class Handles {
  public:
-  explicit Handles(uint64_t kind) : kind_(kind << kKindShift) {}
+  Handles(uint64_t kind, const char* name) : kind_(kind << kKindShift), name_(name) {}
+
+  const char* name() const { return name_; }  // of an object, for reports
 
   Handle add(std::shared_ptr<Object> object) {
     const uint64_t number = kind_ | (++last_ << 4);
@@ -37,6 +39,7 @@ class Handles {
  private:
   static constexpr int kKindShift = 40;
   uint64_t kind_;
+  const char* name_;
   uint64_t last_ = 0;
   std::unordered_map<uint64_t, std::shared_ptr<Object>> objects_;
 };

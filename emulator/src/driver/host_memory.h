@@ -4,7 +4,6 @@
 // anywhere: the kernel copies, so that a wild pointer is an answer and not a signal.
 
 #include <cstddef>
-#include <cstdint>
 #include <vector>
 
 namespace gpu_emulator::driver {

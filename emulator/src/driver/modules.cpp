@@ -151,13 +151,8 @@ int find_kernel(const Module& module, const std::string& name) {
 }
 
 CUfunction function_of_kernel(Driver& state, CUkernel handle) {
-  const auto kernel = state.kernels.find(handle);
-  const auto library = kernel ? kernel->library.lock() : nullptr;
-  if (!library) {
-    fail(CUDA_ERROR_INVALID_HANDLE,
-         "The kernel handle is not one that this driver gave, or its "
-         "library has been unloaded.");
-  }
+  const auto kernel = require_object(state.kernels, handle);
+  const auto library = require_object(state.libraries, kernel->library);
   state.require_context();
   const auto context = reinterpret_cast<uint64_t>(state.current_context());
   if (const auto it = kernel->functions.find(context); it != kernel->functions.end()) {

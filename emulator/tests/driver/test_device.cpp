@@ -1,4 +1,3 @@
-#include <algorithm>
 #include <string>
 
 #include "driver_test.h"
@@ -153,6 +152,10 @@ TEST_F(DriverDevice, OptionsAreChecked) {
   EXPECT_NE(report().find("'later'"), std::string::npos);
   EXPECT_EQ(gpuEmulatorSetOption(kA100, "seed", "-1"), CUDA_ERROR_INVALID_VALUE);
   EXPECT_EQ(gpuEmulatorSetOption(kA100, "seed", "12x"), CUDA_ERROR_INVALID_VALUE);
+  EXPECT_EQ(gpuEmulatorSetOption(kA100, "count", "2"), CUDA_ERROR_INVALID_VALUE);
+  EXPECT_EQ(gpuEmulatorSetOption(kA100, "delete_line", "100000"), CUDA_SUCCESS);
+  EXPECT_EQ(gpuEmulatorSetOption(kA100, "delete_line", "2147483648"), CUDA_ERROR_INVALID_VALUE);
+  EXPECT_EQ(gpuEmulatorSetOption(kA100, "delete_line", "0"), CUDA_SUCCESS);
   EXPECT_EQ(gpuEmulatorSetOption(kA100, "colour", "1"), CUDA_ERROR_INVALID_VALUE);
   EXPECT_EQ(gpuEmulatorSetOption(kA100, nullptr, "1"), CUDA_ERROR_INVALID_VALUE);
   EXPECT_EQ(gpuEmulatorSetOption(9, "mode", "late"), CUDA_ERROR_INVALID_DEVICE);

@@ -1,6 +1,5 @@
 #include <dlfcn.h>
 
-#include <cstdio>
 #include <set>
 #include <string>
 

@@ -1,5 +1,4 @@
 #include <cstring>
-#include <limits>
 #include <vector>
 
 #include "driver_test.h"

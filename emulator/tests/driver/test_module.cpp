@@ -2,7 +2,6 @@
 
 #include <cstring>
 #include <string>
-#include <vector>
 
 #include "driver_test.h"
 #include "support/fatbin_builder.h"
