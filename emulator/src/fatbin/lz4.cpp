@@ -1,6 +1,5 @@
 #include "lz4.h"
 
-#include <cstdint>
 #include <cstring>
 
 namespace gpu_emulator::fatbin {

@@ -1,158 +1,61 @@
 // The body of a function: nested scopes, declarations, labels, instructions.
 
-#include <bit>
-#include <charconv>
+#include <algorithm>
 #include <utility>
 
 #include "constants.h"
 #include "declarations.h"
+#include "scopes.h"
 
 namespace gpu_emulator::ptx {
 namespace {
 
 constexpr int kMaxOperandDepth = 8;
-constexpr int kMaxRegisterLanes = 8;
-// Far beyond what compilers write; they keep look-ups in hostile texts short.
-constexpr int kMaxScopeDepth = 100;
-constexpr size_t kMaxRangesPerScope = 500;
-
-struct Symbol {
-  enum class Kind {
-    kRegister,
-    kVariable,
-    kModuleVariable,
-    kParam,
-    kReturn,
-    kLabel,
-    kTargets,
-    kName
-  };
-  Kind kind;
-  int index = 0;
-  int lanes = 1;  // kRegister
-};
-
-// `.reg .b32 %r<10>`: %r0 ... %r9, each made a register when it is first named.
-struct RegisterRange {
-  std::string_view prefix;
-  uint64_t count;
-  Type type;
-  int lanes;
-};
-
-struct Scope {
-  int parent;
-  int depth;
-  std::unordered_map<std::string_view, Symbol> symbols;
-  std::vector<RegisterRange> ranges;
-};
 
 class BodyParser : public VariableSink {
  public:
   BodyParser(TokenStream& tokens, ModuleNames& names, Function& function)
-      : tokens_(tokens), names_(names), function_(function) {}
+      : tokens_(tokens), names_(names), function_(function), scopes_(tokens, function) {}
 
   void run() {
-    open_scope();
-    const int outside = current_;
+    scopes_.open();
+    const int outside = scopes_.current();
     declare_parameters(function_.params, Symbol::Kind::kParam);
     declare_parameters(function_.returns, Symbol::Kind::kReturn);
-    open_scope();
-    while (current_ != outside) statement();
+    scopes_.open();
+    while (scopes_.current() != outside) statement();
     resolve_names();
   }
 
   void declare(std::string_view name, Variable variable) override {
     const bool is_module_wide = variable.space == Space::kGlobal || variable.space == Space::kConst;
     auto& list = is_module_wide ? names_.module.variables : function_.variables;
-    bind(name, {is_module_wide ? Symbol::Kind::kModuleVariable : Symbol::Kind::kVariable,
-                static_cast<int>(list.size())});
+    scopes_.bind(name, {is_module_wide ? Symbol::Kind::kModuleVariable : Symbol::Kind::kVariable,
+                        static_cast<int>(list.size())});
     list.push_back(std::move(variable));
   }
 
  private:
-  // ------------------------------------------------------------------------------------- scopes
-
-  void open_scope() {
-    const int depth = current_ < 0 ? 0 : scopes_[current_].depth + 1;
-    if (depth > kMaxScopeDepth) tokens_.fail("scopes nested too deeply");
-    scopes_.push_back({current_, depth, {}, {}});
-    current_ = static_cast<int>(scopes_.size()) - 1;
-  }
-
-  void bind(std::string_view name, Symbol symbol) {
-    if (!scopes_[current_].symbols.emplace(name, symbol).second) {
-      tokens_.fail("'" + std::string(name.substr(0, 60)) + "' is declared twice");
-    }
-  }
-
   void declare_parameters(const std::vector<Variable>& list, Symbol::Kind kind) {
     for (size_t i = 0; i < list.size(); ++i) {
       // A `_` is a parameter that nobody names.
       if (list[i].name == "_") continue;
       if (list[i].space == Space::kReg) {
-        bind(list[i].name, {Symbol::Kind::kRegister, add_register(list[i].name, list[i].type, 1)});
+        scopes_.bind_register(list[i].name, list[i].type, 1);
       } else {
-        bind(list[i].name, {kind, static_cast<int>(i)});
+        scopes_.bind(list[i].name, {kind, static_cast<int>(i)});
       }
     }
   }
 
-  int add_register(std::string_view name, Type type, int lanes) {
-    static constexpr const char* kSuffix[kMaxRegisterLanes] = {".x", ".y", ".z", ".w",
-                                                               ".4", ".5", ".6", ".7"};
-    const int first = static_cast<int>(function_.registers.size());
-    for (int lane = 0; lane < lanes; ++lane) {
-      function_.registers.push_back({std::string(name) + (lanes > 1 ? kSuffix[lane] : ""), type});
-    }
-    return first;
-  }
-
-  // The register `name` of one of the scope's ranges, made now.
-  const Symbol* symbol_from_range(Scope& scope, std::string_view name) {
-    if (scope.ranges.empty()) return nullptr;
-    for (const RegisterRange& range : scope.ranges) {
-      if (!name.starts_with(range.prefix)) continue;
-      const std::string_view digits = name.substr(range.prefix.size());
-      uint64_t number = 0;
-      const auto result = std::from_chars(digits.data(), digits.data() + digits.size(), number);
-      const bool is_number =
-          result.ec == std::errc() && result.ptr == digits.data() + digits.size();
-      if (!is_number || number >= range.count || (digits.size() > 1 && digits[0] == '0')) continue;
-      const Symbol symbol = {Symbol::Kind::kRegister, add_register(name, range.type, range.lanes),
-                             range.lanes};
-      return &scope.symbols.emplace(name, symbol).first->second;
-    }
-    return nullptr;
-  }
-
-  // What `name` means at the cursor.
-  const Symbol* find(std::string_view name) {
-    for (int scope = current_; scope >= 0; scope = scopes_[scope].parent) {
-      const auto it = scopes_[scope].symbols.find(name);
-      if (it != scopes_[scope].symbols.end()) return &it->second;
-      if (const Symbol* symbol = symbol_from_range(scopes_[scope], name)) return symbol;
-    }
-    return nullptr;
-  }
-
-  // What `name` means in `scope`, once all scopes are complete.
-  const Symbol* find_declared(std::string_view name, int scope) const {
-    for (; scope >= 0; scope = scopes_[scope].parent) {
-      const auto it = scopes_[scope].symbols.find(name);
-      if (it != scopes_[scope].symbols.end()) return &it->second;
-    }
-    return nullptr;
-  }
-
-  // --------------------------------------------------------------------------------- statements
+  // ------------------------------------------------------------------------------------ statements
 
   void statement() {
     const Token& token = tokens_.peek();
     if (tokens_.accept("{")) {
-      open_scope();
+      scopes_.open();
     } else if (tokens_.accept("}")) {
-      current_ = scopes_[current_].parent;
+      scopes_.close();
     } else if (token.kind == Token::Kind::kDotted) {
       directive();
     } else if (token.kind == Token::Kind::kWord && tokens_.peek(1).is(":")) {
@@ -198,12 +101,9 @@ class BodyParser : public VariableSink {
       if (tokens_.accept("<")) {
         const int count = tokens_.expect_int("a number of registers");
         tokens_.expect(">");
-        if (scopes_[current_].ranges.size() == kMaxRangesPerScope) {
-          tokens_.fail("too many register ranges in a scope");
-        }
-        scopes_[current_].ranges.push_back({name, static_cast<uint64_t>(count), *type, lanes});
+        scopes_.add_range({name, static_cast<uint64_t>(count), *type, lanes});
       } else {
-        bind(name, {Symbol::Kind::kRegister, add_register(name, *type, lanes), lanes});
+        scopes_.bind_register(name, *type, lanes);
       }
     } while (tokens_.accept(","));
     tokens_.expect(";");
@@ -215,8 +115,7 @@ class BodyParser : public VariableSink {
     const int file = tokens_.expect_int("a file number");
     source_.line = tokens_.expect_int("a line number");
     source_.column = tokens_.expect_int("a column");
-    source_.file =
-        file;  // the number as written: .file may come later, parse() turns it to an index
+    source_.file = file;  // as written: .file may come later, parse() turns it to an index
     while (tokens_.peek().is(",") && tokens_.peek(1).kind == Token::Kind::kWord) {
       tokens_.next();
       const std::string_view word = tokens_.next().text;
@@ -237,21 +136,21 @@ class BodyParser : public VariableSink {
     if (tokens_.accept_dotted("branchtargets")) {
       branch_targets(name);
     } else if (tokens_.accept_dotted("callprototype") || tokens_.accept_dotted("calltargets")) {
-      bind(name, {Symbol::Kind::kName});
+      scopes_.bind(name, {Symbol::Kind::kName});
       tokens_.skip_past(";");
     } else {
-      bind(name, {Symbol::Kind::kLabel, static_cast<int>(function_.labels.size())});
+      scopes_.bind(name, {Symbol::Kind::kLabel, static_cast<int>(function_.labels.size())});
       function_.labels.push_back({std::string(name), static_cast<int>(function_.body.size())});
     }
   }
 
   void branch_targets(std::string_view name) {
     const int index = static_cast<int>(function_.branch_targets.size());
-    bind(name, {Symbol::Kind::kTargets, index});
+    scopes_.bind(name, {Symbol::Kind::kTargets, index});
     function_.branch_targets.emplace_back();
     do {
       pending_targets_.push_back(
-          {index, current_, tokens_.peek().line, tokens_.expect_word("a label")});
+          {index, scopes_.current(), tokens_.peek().line, tokens_.expect_word("a label")});
     } while (tokens_.accept(","));
     tokens_.expect(";");
   }
@@ -263,7 +162,7 @@ class BodyParser : public VariableSink {
     if (tokens_.accept("@")) {
       instruction.guard_negated = tokens_.accept("!");
       const std::string_view name = tokens_.expect_word("a predicate");
-      const Symbol* symbol = find(name);
+      const Symbol* symbol = scopes_.find(name);
       if (!symbol || symbol->kind != Symbol::Kind::kRegister ||
           function_.registers[symbol->index].type != Type::kPred) {
         tokens_.fail("'" + std::string(name.substr(0, 60)) + "' is not a predicate register");
@@ -285,7 +184,7 @@ class BodyParser : public VariableSink {
     function_.body.push_back(std::move(instruction));
   }
 
-  // ----------------------------------------------------------------------------------- operands
+  // -------------------------------------------------------------------------------------- operands
 
   Operand operand(int depth) {
     if (depth > kMaxOperandDepth) tokens_.fail("operand nested too deeply");
@@ -386,7 +285,7 @@ class BodyParser : public VariableSink {
     const std::string_view name = tokens_.next().text;
     Operand result;
     if (name == "_") return result;
-    if (const Symbol* symbol = find(name)) {
+    if (const Symbol* symbol = scopes_.find(name)) {
       fill(result, *symbol, name);
     } else if (const auto it = names_.variables.find(name); it != names_.variables.end()) {
       result.kind = Operand::Kind::kVariable;
@@ -403,7 +302,7 @@ class BodyParser : public VariableSink {
     } else {
       result.kind = Operand::Kind::kName;
       result.name = name;
-      result.index = current_;
+      result.index = scopes_.current();
     }
     const bool is_address =
         result.kind == Operand::Kind::kVariable || result.kind == Operand::Kind::kName;
@@ -474,7 +373,7 @@ class BodyParser : public VariableSink {
       for (Operand& operand : instruction.operands) resolve(operand, instruction.line);
     }
     for (const PendingTarget& target : pending_targets_) {
-      const Symbol* symbol = find_declared(target.label, target.scope);
+      const Symbol* symbol = scopes_.find_declared(target.label, target.scope);
       if (!symbol || symbol->kind != Symbol::Kind::kLabel) unknown(target.line, target.label);
       function_.branch_targets[target.table].push_back(symbol->index);
     }
@@ -486,7 +385,7 @@ class BodyParser : public VariableSink {
     const int scope = std::exchange(operand.index, -1);
     const std::string name = std::move(operand.name);
     operand.name.clear();
-    if (const Symbol* symbol = find_declared(name, scope)) {
+    if (const Symbol* symbol = scopes_.find_declared(name, scope)) {
       const bool is_register = symbol->kind == Symbol::Kind::kRegister;
       if (is_register)
         tokens_.fail_at(line, "'" + name.substr(0, 60) + "' is used before its declaration");
@@ -511,9 +410,8 @@ class BodyParser : public VariableSink {
   TokenStream& tokens_;
   ModuleNames& names_;
   Function& function_;
-  std::vector<Scope> scopes_;
+  Scopes scopes_;
   std::vector<PendingTarget> pending_targets_;
-  int current_ = -1;
   SourceLocation source_;
 };
 

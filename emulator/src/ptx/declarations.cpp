@@ -1,7 +1,6 @@
 #include "declarations.h"
 
 #include <algorithm>
-#include <array>
 #include <bit>
 
 #include "constants.h"

@@ -1,7 +1,6 @@
 #include "lexer.h"
 
 #include <bit>
-#include <cctype>
 #include <charconv>
 #include <string>
 

@@ -6,7 +6,6 @@
 #include <cstring>
 #include <span>
 #include <string>
-#include <vector>
 
 namespace gpu_emulator::testing_support {
 
