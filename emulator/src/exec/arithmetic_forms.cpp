@@ -1,7 +1,6 @@
 // Opcodes that exist for integers and floats (PTX 9.7.1 to 9.7.4): add, sub, mul, mad, fma, min,
 // max, neg, abs, div, rem.
 
-#include <cstring>
 #include <type_traits>
 
 #include "families.h"
@@ -13,10 +12,11 @@ namespace gpu_emulator::exec {
 namespace {
 
 #include "lane_access.inc.h"
+#include "lane_operations.inc.h"
 
 using ptx::Type;
 
-// ------------------------------------------------------------------------------- integer division
+// -------------------------------------------------------------------------------- integer division
 
 struct Quotient {
   template <class T>
@@ -75,8 +75,7 @@ struct SubSaturated {
   }
 };
 
-// --------------------------------------------------------------------------------- carry and
-// borrow
+// -------------------------------------------------------------------------------- carry and borrow
 
 // option[0]: carry in, option[1]: carry out, option[2]: subtract; e: the carry flag's lanes.
 template <class T>
@@ -147,7 +146,7 @@ void decode_mad_carry(Decoder& decoder, bool carry_in, bool carry_out) {
   decoder.out.option[3] = high;
 }
 
-// ---------------------------------------------------------------------- packed 16-bit integers
+// -------------------------------------------------------------------------- packed 16-bit integers
 
 // T of both halves; Op as above.
 template <class Op, class T>
@@ -157,24 +156,6 @@ struct Packed {
     const auto high =
         static_cast<uint16_t>(Op::apply(static_cast<T>(a >> 16), static_cast<T>(b >> 16)));
     return static_cast<uint32_t>(high) << 16 | low;
-  }
-};
-struct Sum {
-  template <class T>
-  static T apply(T a, T b) {
-    return static_cast<T>(a + b);
-  }
-};
-struct Smaller {
-  template <class T>
-  static T apply(T a, T b) {
-    return a < b ? a : b;
-  }
-};
-struct Larger {
-  template <class T>
-  static T apply(T a, T b) {
-    return a > b ? a : b;
   }
 };
 template <class Op>
@@ -198,23 +179,20 @@ bool decode_packed_integer(Decoder& decoder, LaneOp op) {
   if (packed < 0) return false;
   const bool relu = decoder.take("relu");
   Handler handler = nullptr;
-  if (op == LaneOp::kAdd) handler = packed_handler<Sum>(packed == 1, false);
-  if (op == LaneOp::kMin) handler = packed_handler<Smaller>(packed == 1, relu);
-  if (op == LaneOp::kMax) handler = packed_handler<Larger>(packed == 1, relu);
+  if (op == LaneOp::kAdd) handler = packed_handler<Add>(packed == 1, false);
+  if (op == LaneOp::kMin) handler = packed_handler<Min>(packed == 1, relu);
+  if (op == LaneOp::kMax) handler = packed_handler<Max>(packed == 1, relu);
   if (!handler) throw Unsupported("packed operation");
   decode_binary(decoder, handler, Type::kB32, Type::kB32);
   return true;
 }
 
-// ------------------------------------------------------------------- min and max with modifiers
+// ---------------------------------------------------------------------- min and max with modifiers
 
 // option[0]: maximum, option[1]: NaN wins, option[2]: xorsign.abs, option[3]: ftz.
 float min_max(const Instruction& in, float x, float y) {
+  if (in.option[3]) x = flush(x), y = flush(y);
   uint32_t a = __builtin_bit_cast(uint32_t, x), b = __builtin_bit_cast(uint32_t, y);
-  if (in.option[3]) {
-    if (!(a & 0x7f800000)) a &= 0x80000000;
-    if (!(b & 0x7f800000)) b &= 0x80000000;
-  }
   const uint32_t sign = (a ^ b) & 0x80000000;
   if (in.option[2]) a &= 0x7fffffff, b &= 0x7fffffff;
   x = __builtin_bit_cast(float, a);
@@ -227,7 +205,7 @@ float min_max(const Instruction& in, float x, float y) {
   } else if (y != y) {
     result = x;
   } else if (x == y) {
-    result = __builtin_bit_cast(float, in.option[0] ? a& b : a | b);
+    result = __builtin_bit_cast(float, in.option[0] ? (a & b) : (a | b));
   } else {
     result = (x > y) == static_cast<bool>(in.option[0]) ? x : y;
   }
@@ -260,8 +238,8 @@ void decode_min_max(Decoder& decoder, LaneOp op) {
   }
   if (type == Type::kS32 && decoder.take("relu")) {
     decode_binary(decoder,
-                  op == LaneOp::kMax ? run_binary<Relu<Larger>, int32_t, int32_t>
-                                     : run_binary<Relu<Smaller>, int32_t, int32_t>,
+                  op == LaneOp::kMax ? run_binary<Relu<Max>, int32_t, int32_t>
+                                     : run_binary<Relu<Min>, int32_t, int32_t>,
                   type, type);
     return;
   }
@@ -365,7 +343,7 @@ void decode_mul(Decoder& decoder) {
 
 struct MadSaturated {  // mad.hi.sat.s32
   static int32_t apply(int32_t a, int32_t b, int32_t c) {
-    return AddSaturated::apply(static_cast<int32_t>((int64_t{a} * b) >> 32), c);
+    return AddSaturated::apply(MulHi::apply(a, b), c);
   }
 };
 

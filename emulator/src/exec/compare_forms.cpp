@@ -25,58 +25,20 @@ Compare take_compare(Decoder& decoder) {
 namespace {
 
 #include "lane_access.inc.h"
+#include "lane_operations.inc.h"
 
-// The comparison of f16 and bf16 is that of their f32 values; option[2]: 1 = bf16.
+enum HalfFlag : uint8_t { kBf16 = 1, kFlush = 2 };  // option[2]
+
+uint8_t half_flags(Type type, bool ftz) {
+  const bool is_bf16 = type == Type::kBf16 || type == Type::kBf16x2;
+  return static_cast<uint8_t>((is_bf16 ? kBf16 : 0) | (ftz ? kFlush : 0));
+}
+
+// The comparison of f16 and bf16 is that of their f32 values.
 float half_value(const Instruction& in, uint32_t bits) {
-  return in.option[2] ? bf16_to_float(bits) : f16_to_float(bits);
-}
-
-bool compare_floats(Compare compare, float a, float b) {
-  const bool unordered = a != a || b != b;
-  switch (compare) {
-    case Compare::kEq:
-      return a == b;
-    case Compare::kNe:
-      return !unordered && a != b;
-    case Compare::kLt:
-      return a < b;
-    case Compare::kLe:
-      return a <= b;
-    case Compare::kGt:
-      return a > b;
-    case Compare::kGe:
-      return a >= b;
-    case Compare::kEqu:
-      return unordered || a == b;
-    case Compare::kNeu:
-      return a != b;
-    case Compare::kLtu:
-      return unordered || a < b;
-    case Compare::kLeu:
-      return unordered || a <= b;
-    case Compare::kGtu:
-      return unordered || a > b;
-    case Compare::kGeu:
-      return unordered || a >= b;
-    case Compare::kNum:
-      return !unordered;
-    case Compare::kNan:
-      return unordered;
-  }
-  return false;
-}
-
-uint32_t combined(const Instruction& in, uint32_t value, uint32_t with) {
-  switch (in.option[0]) {
-    case 1:
-      return value & with;
-    case 2:
-      return value | with;
-    case 3:
-      return value ^ with;
-    default:
-      return value;
-  }
+  if (in.option[2] & kBf16) return bf16_to_float(bits);
+  const bool is_subnormal = !(bits & 0x7c00);
+  return f16_to_float(in.option[2] & kFlush && is_subnormal ? bits & 0x8000 : bits);
 }
 
 // option[3]: Compare. Scalar halves: d and the complement e; packed: d of the low, e of the high.
@@ -88,18 +50,23 @@ Step run_setp_half(Warp& warp, const Instruction& in, uint32_t mask) {
   uint32_t low = 0, high = 0;
   for (int i = 0; i < kWarpSize; ++i) {
     const auto half = [&](int shift) {
-      return static_cast<uint32_t>(compare_floats(how, half_value(in, a[i] >> shift & 0xffff),
-                                                  half_value(in, b[i] >> shift & 0xffff)));
+      return static_cast<uint32_t>(compare(how, half_value(in, a[i] >> shift & 0xffff),
+                                           half_value(in, b[i] >> shift & 0xffff)));
     };
     low |= half(0) << i;
     if (kPacked) high |= half(16) << i;
   }
-  if (!kPacked) high = ~low;
-  uint32_t with = in.option[0] ? warp.predicate(in.c) : 0;
-  if (in.option[1]) with = ~with;
-  if (in.d != kNoSlot) warp.set_predicate(in.d, mask, combined(in, low, with));
-  if (in.e != kNoSlot) warp.set_predicate(in.e, mask, combined(in, high, with));
+  set_predicates(warp, in, mask, low, kPacked ? high : ~low);
   return Step::kNext;
+}
+
+// The combining predicate; `with` is the index of and, or, xor, -1 without one.
+void decode_combination(Decoder& decoder, int with) {
+  if (with < 0) return;
+  bool negated = false;
+  decoder.out.c = decoder.source_predicate(decoder.operand(3), &negated);
+  decoder.out.option[0] = static_cast<uint8_t>(with + 1);
+  decoder.out.option[1] = negated;
 }
 
 void decode_setp(Decoder& decoder) {
@@ -113,14 +80,9 @@ void decode_setp(Decoder& decoder) {
   if (results.size() > 1) out.e = decoder.destination(results[1], 0, true);
   out.a = decoder.source(1, type);
   out.b = decoder.source(2, type);
-  if (with >= 0) {
-    bool negated = false;
-    out.c = decoder.source_predicate(decoder.operand(3), &negated);
-    out.option[0] = static_cast<uint8_t>(with + 1);
-    out.option[1] = negated;
-  }
+  decode_combination(decoder, with);
   if (is_half(type)) {
-    out.option[2] = type == Type::kBf16 || type == Type::kBf16x2;
+    out.option[2] = half_flags(type, ftz);
     out.option[3] = static_cast<uint8_t>(compare);
     out.run = size_of(type) == 4 ? run_setp_half<true> : run_setp_half<false>;
   } else {
@@ -130,87 +92,78 @@ void decode_setp(Decoder& decoder) {
   out.counter_class = InstructionClass::kCompare;
 }
 
-// set: the comparison as all ones or 1.0.
+// set: the comparison as all ones or 1.0. option[3]: Compare.
 
-constexpr uint32_t kOneF32 = 0x3f800000;
+void write_set(Warp& warp, const Instruction& in, uint32_t mask, uint32_t result) {
+  constexpr uint32_t kOneF32 = 0x3f800000;
+  const uint32_t combined = combine(in, result, combining_predicate(warp, in));
+  const uint32_t true_value = is_float(in.type) ? kOneF32 : ~0u;
+  write_lanes<uint32_t>(warp, in.d, mask,
+                        [=](int i) { return combined >> i & 1 ? true_value : 0u; });
+}
 
+template <class T, bool kFtz = false>
 Step run_set(Warp& warp, const Instruction& in, uint32_t mask) {
+  write_set(warp, in, mask, compare_lanes<T, kFtz>(static_cast<Compare>(in.option[3]), warp, in));
+  return Step::kNext;
+}
+
+Step run_set_half(Warp& warp, const Instruction& in, uint32_t mask) {
   const auto* a = warp.lanes<uint32_t>(in.a);
   const auto* b = warp.lanes<uint32_t>(in.b);
   const auto how = static_cast<Compare>(in.option[3]);
-  const bool wide = size_of(in.from) == 8;
   uint32_t result = 0;
-  for_each_lane(mask, [&](int i) {
-    bool value;
-    if (in.from == Type::kF32) {
-      value = compare_floats(how, unpack<float>(a[i]), unpack<float>(b[i]));
-    } else if (is_half(in.from)) {
-      value = compare_floats(how, half_value(in, a[i]), half_value(in, b[i]));
-    } else {
-      auto of = [&](const uint32_t* p, Slot slot) -> int64_t {
-        if (wide) return static_cast<int64_t>(warp.lanes<uint64_t>(slot)[i]);
-        if (in.from == Type::kS16) return static_cast<int16_t>(p[i]);
-        if (in.from == Type::kS32) return static_cast<int32_t>(p[i]);
-        return p[i];
-      };
-      const int64_t x = of(a, in.a), y = of(b, in.b);
-      const bool below = in.from == Type::kU64 || in.from == Type::kB64
-                             ? static_cast<uint64_t>(x) < static_cast<uint64_t>(y)
-                             : x < y;
-      switch (how) {
-        case Compare::kEq:
-          value = x == y;
-          break;
-        case Compare::kNe:
-          value = x != y;
-          break;
-        case Compare::kLt:
-          value = below;
-          break;
-        case Compare::kLe:
-          value = below || x == y;
-          break;
-        case Compare::kGt:
-          value = !below && x != y;
-          break;
-        default:
-          value = !below;
-          break;
-      }
-    }
-    result |= static_cast<uint32_t>(value) << i;
-  });
-  uint32_t with = in.option[0] ? warp.predicate(in.c) : 0;
-  if (in.option[1]) with = ~with;
-  result = combined(in, result, with);
-  const uint32_t true_value = is_float(in.type) ? kOneF32 : ~0u;
-  write_lanes<uint32_t>(warp, in.d, mask, [=](int i) { return result >> i & 1 ? true_value : 0u; });
+  for (int i = 0; i < kWarpSize; ++i) {
+    result |= static_cast<uint32_t>(compare(how, half_value(in, a[i]), half_value(in, b[i]))) << i;
+  }
+  write_set(warp, in, mask, result);
   return Step::kNext;
+}
+
+Handler set_handler(Type from, bool ftz) {
+  switch (from) {
+    case Type::kS16:
+      return run_set<int16_t>;
+    case Type::kB16:
+    case Type::kU16:
+      return run_set<uint16_t>;
+    case Type::kS32:
+      return run_set<int32_t>;
+    case Type::kB32:
+    case Type::kU32:
+      return run_set<uint32_t>;
+    case Type::kS64:
+      return run_set<int64_t>;
+    case Type::kB64:
+    case Type::kU64:
+      return run_set<uint64_t>;
+    case Type::kF32:
+      return ftz ? run_set<float, true> : run_set<float>;
+    case Type::kF64:
+      return run_set<double>;
+    case Type::kF16:
+    case Type::kBf16:
+      return run_set_half;
+    default:
+      throw Unsupported("set of these types");
+  }
 }
 
 void decode_set(Decoder& decoder) {
   Instruction& out = decoder.out;
   const Compare compare = take_compare(decoder);
-  decoder.take("ftz");
+  const bool ftz = decoder.take("ftz");
   const int with = decoder.take_any({"and", "or", "xor"});
   out.type = decoder.take_type();
   out.from = decoder.take_type();
-  if (size_of(out.type) != 4 || (is_half(out.type)) || out.from == Type::kF64 ||
-      out.from == Type::kF16x2 || out.from == Type::kBf16x2) {
-    throw Unsupported("set of these types");
-  }
+  if (size_of(out.type) != 4 || is_half(out.type)) throw Unsupported("set of these types");
   out.d = decoder.destination(0, 4);
   out.a = decoder.source(1, out.from);
   out.b = decoder.source(2, out.from);
-  if (with >= 0) {
-    bool negated = false;
-    out.c = decoder.source_predicate(decoder.operand(3), &negated);
-    out.option[0] = static_cast<uint8_t>(with + 1);
-    out.option[1] = negated;
-  }
-  out.option[2] = out.from == Type::kBf16;
+  decode_combination(decoder, with);
+  out.option[2] = half_flags(out.from, ftz);
   out.option[3] = static_cast<uint8_t>(compare);
-  out.run = run_set;
+  out.run = set_handler(out.from, ftz);
   out.counter_class = InstructionClass::kCompare;
 }
 
@@ -227,15 +180,16 @@ void decode_selp(Decoder& decoder) {
   out.counter_class = InstructionClass::kCompare;
 }
 
-// slct: a where c >= 0, else b. option[0]: c is a float.
+// slct: a where c >= 0, else b. option[0]: c is a float, option[1]: flushed.
 template <class C>
 Step run_slct(Warp& warp, const Instruction& in, uint32_t mask) {
   const auto* a = warp.lanes<C>(in.a);
   const auto* b = warp.lanes<C>(in.b);
   const auto* c = warp.lanes<uint32_t>(in.c);
-  const bool is_float = in.option[0];
+  const bool is_float = in.option[0], ftz = in.option[1];
   write_lanes<C>(warp, in.d, mask, [=](int i) {
-    const bool first = is_float ? unpack<float>(c[i]) >= 0.0f : static_cast<int32_t>(c[i]) >= 0;
+    const float x = unpack<float>(c[i]);
+    const bool first = is_float ? (ftz ? flush(x) : x) >= 0.0f : static_cast<int32_t>(c[i]) >= 0;
     return first ? a[i] : b[i];
   });
   return Step::kNext;
@@ -243,7 +197,7 @@ Step run_slct(Warp& warp, const Instruction& in, uint32_t mask) {
 
 void decode_slct(Decoder& decoder) {
   Instruction& out = decoder.out;
-  decoder.take("ftz");
+  out.option[1] = decoder.take("ftz");
   const Type type = decoder.take_type();
   const Type selector = decoder.take_type();
   out.d = decoder.destination(0, size_of(type));
@@ -255,7 +209,7 @@ void decode_slct(Decoder& decoder) {
   out.counter_class = InstructionClass::kCompare;
 }
 
-// ----------------------------------------------------------------------- and, or, xor, not of all
+// ------------------------------------------------------------------------ and, or, xor, not of all
 
 enum PredicateOp : uint8_t { kPredAnd, kPredOr, kPredXor, kPredNot };
 

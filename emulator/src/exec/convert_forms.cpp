@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <type_traits>
 
 #include "families.h"
@@ -30,8 +29,6 @@ RoundTo round_to(const Instruction& in) {
   return {static_cast<Rounding>(in.option[0]), (in.option[1] & kAwayFromTies) != 0,
           (in.option[1] & kSatFinite) != 0};
 }
-
-float flushed(float x) { return std::fpclassify(x) == FP_SUBNORMAL ? std::copysign(0.0f, x) : x; }
 
 long double to_integer(long double x, Rounding rounding) {
   switch (rounding) {
@@ -144,7 +141,7 @@ Step run_convert(Warp& warp, const Instruction& in, uint32_t mask) {
   return Step::kNext;
 }
 
-// ---------------------------------------------------------------- two values in one register
+// ---------------------------------------------------------------------- two values in one register
 
 struct PairFormat {
   const char* name;
@@ -207,8 +204,7 @@ Step run_tf32(Warp& warp, const Instruction& in, uint32_t mask) {
   return Step::kNext;
 }
 
-// -----------------------------------------------------------------------------------------
-// decoding
+// ---------------------------------------------------------------------------------------- decoding
 
 void take_rounding(Decoder& decoder) {
   Instruction& out = decoder.out;

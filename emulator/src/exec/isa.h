@@ -5,7 +5,6 @@
 // matrix.inc.h) in a namespace each; results are the same bits in all of them.
 
 #include <cstdint>
-#include <string_view>
 #include <vector>
 
 #include "program.h"

@@ -15,6 +15,7 @@ namespace gpu_emulator::exec::isa_baseline {
 namespace {
 
 #include "lane_access.inc.h"
+#include "lane_operations.inc.h"
 #include "lanes.inc.h"
 #include "matrix.inc.h"
 #include "warpgroup.inc.h"

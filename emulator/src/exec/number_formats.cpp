@@ -27,8 +27,8 @@ float from_small(uint32_t bits, const SmallFormat& format) {
   return negative ? -value : value;
 }
 
-long double rounded(long double x,
-                    const RoundTo& how) {  // x >= 0, to an integer; directions of |x|
+// x >= 0 to an integer; kDown and kUp are directions of |x|.
+long double rounded(long double x, const RoundTo& how) {
   const long double low = std::floor(x);
   const long double rest = x - low;
   switch (how.rounding) {
@@ -55,6 +55,7 @@ float f16_to_float(uint32_t bits) {
   return static_cast<float>(value);
 }
 float bf16_to_float(uint32_t bits) { return std::bit_cast<float>(bits << 16); }
+float flushed(float x) { return std::fpclassify(x) == FP_SUBNORMAL ? std::copysign(0.0f, x) : x; }
 float e4m3_to_float(uint32_t bits) { return from_small(bits & 0xff, kE4m3Format); }
 float e5m2_to_float(uint32_t bits) { return from_small(bits & 0xff, kE5m2Format); }
 

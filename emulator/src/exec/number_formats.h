@@ -8,6 +8,8 @@ namespace gpu_emulator::exec {
 
 enum class Rounding : uint8_t { kNearest, kZero, kDown, kUp };
 
+float flushed(float x);  // .ftz: a subnormal number becomes zero of its sign
+
 float f16_to_float(uint32_t bits);
 float bf16_to_float(uint32_t bits);
 float e4m3_to_float(uint32_t bits);

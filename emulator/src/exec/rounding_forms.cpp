@@ -55,8 +55,11 @@ T compute(T a, T b, T c) {
   return result;
 }
 
-float flushed(float x) { return std::fpclassify(x) == FP_SUBNORMAL ? std::copysign(0.0f, x) : x; }
-double flushed(double x) { return x; }
+template <bool kFtz, class T>
+T flushed_if(T x) {
+  if constexpr (kFtz) return flushed(x);
+  return x;
+}
 
 template <class T>
 T saturated(T x) {
@@ -73,13 +76,10 @@ Step run_rounded(Warp& warp, const Instruction& in, uint32_t mask) {
   C* d = warp.lanes<C>(in.d);
   const RoundingScope scope(static_cast<Rounding>(in.option[0]));
   for_each_lane(mask, [&](int i) {
-    auto of = [](C bits) {
-      const T x = __builtin_bit_cast(T, bits);
-      return kFtz ? flushed(x) : x;
-    };
+    auto of = [](C bits) { return flushed_if<kFtz>(__builtin_bit_cast(T, bits)); };
     T result = compute<kOp, T>(of(a[i]), of(b[i]), of(c[i]));
     if (kSaturate) result = saturated(result);
-    d[i] = __builtin_bit_cast(C, kFtz ? flushed(result) : result);
+    d[i] = __builtin_bit_cast(C, flushed_if<kFtz>(result));
   });
   return Step::kNext;
 }

@@ -11,7 +11,6 @@
 #include <functional>
 #include <random>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "exec/isa.h"
@@ -31,7 +30,7 @@ struct Row {
   std::string suffix = {};  // further operands: ", 0x96"
 };
 
-// ------------------------------------------------- host functions of typed arguments as a Row's
+// ---------------------------------------------------- host functions of typed arguments as a Row's
 
 template <class T>
 T from_bits(uint64_t bits) {
@@ -73,7 +72,7 @@ std::function<uint64_t(uint64_t, uint64_t, uint64_t, uint64_t)> of(F f) {
   };
 }
 
-// --------------------------------------------------------------------------------------- operands
+// ---------------------------------------------------------------------------------------- operands
 
 inline std::vector<uint64_t> edge_values() {
   return {0,
@@ -142,8 +141,7 @@ inline uint64_t operand_value(size_t i, int k, std::mt19937_64& random) {
   }
 }
 
-// --------------------------------------------------------------------------------------- the
-// kernel
+// -------------------------------------------------------------------------------------- the kernel
 
 inline std::vector<std::string> words(const std::string& text) {
   std::vector<std::string> list;

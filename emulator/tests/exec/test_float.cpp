@@ -11,6 +11,10 @@ namespace {
 constexpr Compare kF = Compare::kFloat, kD = Compare::kDouble;
 
 float flush(float x) { return std::fpclassify(x) == FP_SUBNORMAL ? std::copysign(0.0f, x) : x; }
+float flush_half(uint16_t bits) {  // of an f16
+  const float x = exec::f16_to_float(bits);
+  return std::fabs(x) < 0x1p-14f ? std::copysign(0.0f, x) : x;
+}
 float saturate(float x) { return x > 0 ? std::min(x, 1.0f) : 0.0f; }
 
 // Host arithmetic in a rounding mode.
@@ -184,6 +188,9 @@ TEST(FloatOpcodes, Comparisons) {
     rows.push_back({setp(c.name, "f16"), "p h h", of<uint16_t>([=](uint16_t a, uint16_t b) {
                       return uint32_t(holds(exec::f16_to_float(a), exec::f16_to_float(b)));
                     })});
+    rows.push_back({setp(c.name, "ftz.f16"), "p h h", of<uint16_t>([=](uint16_t a, uint16_t b) {
+                      return uint32_t(holds(flush_half(a), flush_half(b)));
+                    })});
     rows.push_back({setp(c.name, "bf16"), "p h h", of<uint16_t>([=](uint16_t a, uint16_t b) {
                       return uint32_t(holds(exec::bf16_to_float(a), exec::bf16_to_float(b)));
                     })});
@@ -229,12 +236,26 @@ TEST(IntegerOpcodes, Comparisons) {
                   of<int32_t>([](int32_t a, int32_t b) { return a > b ? ~0u : 0u; })});
   rows.push_back({"set.le.f32.f32", "r r r",
                   of<float>([](float a, float b) { return a <= b ? 1.0f : 0.0f; })});
+  rows.push_back({"set.ltu.ftz.u32.f32", "r r r",
+                  of<float>([](float a, float b) { return !(flush(a) >= flush(b)) ? ~0u : 0u; })});
+  rows.push_back({"set.eq.ftz.u32.f16", "r h h", of<uint16_t>([](uint16_t a, uint16_t b) {
+                    return flush_half(a) == flush_half(b) ? ~0u : 0u;
+                  })});
+  rows.push_back({"set.ne.f32.f64", "r d d",
+                  of<double>([](double a, double b) { return a < b || a > b ? 1.0f : 0.0f; })});
+  rows.push_back(
+      {"set.hi.and.u32.u64", "r d d p", [](uint64_t a, uint64_t b, uint64_t c, uint64_t) {
+         return uint64_t(a > b && c ? ~0u : 0u);
+       }});
   rows.push_back({"selp.b32", "r r r p",
                   [](uint64_t a, uint64_t b, uint64_t c, uint64_t) { return c ? a : b; }});
   rows.push_back({"selp.b64", "d d d p",
                   [](uint64_t a, uint64_t b, uint64_t c, uint64_t) { return c ? a : b; }});
   rows.push_back({"slct.u32.s32", "r r r r", [](uint64_t a, uint64_t b, uint64_t c, uint64_t) {
                     return int32_t(c) >= 0 ? a : b;
+                  }});
+  rows.push_back({"slct.ftz.u32.f32", "r r r r", [](uint64_t a, uint64_t b, uint64_t c, uint64_t) {
+                    return flush(from_bits<float>(c)) >= 0 ? a : b;
                   }});
   check_table(rows);
 }
