@@ -1,6 +1,7 @@
 // Arithmetic of f16, bf16 and the packed types (PTX 9.7.4): each half exactly, then one rounding to
 // nearest even.
 
+#include <bit>
 #include <cmath>
 
 #include "families.h"
@@ -48,6 +49,17 @@ uint32_t min_or_max(const Instruction& in, const HalfType& type, uint32_t a, uin
   return ((x > y) == maximum ? a : b) | sign;
 }
 
+// x y + z of halves, rounded to odd, so that rounding it again is as rounding the exact sum once.
+double fma_to_odd(double x, double y, double z) {
+  const double product = x * y;  // exact
+  const double sum = product + z;
+  const double added = sum - product;
+  const double error = (product - (sum - added)) + (z - added);
+  const bool is_odd = std::bit_cast<uint64_t>(sum) & 1;
+  if (error == 0 || is_odd || !std::isfinite(sum)) return sum;
+  return std::nextafter(sum, error > 0 ? INFINITY : -INFINITY);
+}
+
 uint32_t compute(const Instruction& in, const HalfType& type, uint32_t a, uint32_t b, uint32_t c) {
   if (in.option[0]) {
     a = flushed(type, a);
@@ -67,7 +79,7 @@ uint32_t compute(const Instruction& in, const HalfType& type, uint32_t a, uint32
       result = x * y;
       break;
     case kFma:
-      result = std::fma(x, y, z);
+      result = fma_to_odd(x, y, z);
       break;
     case kMin:
     case kMax:

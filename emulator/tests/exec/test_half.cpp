@@ -1,6 +1,8 @@
 // f16 and bf16 arithmetic and conversions against host code. The host's halves are _Float16, and
 // bf16 by its definition.
 
+#include <cfenv>
+
 #include "opcode_table.h"
 
 namespace gpu_emulator::opcode_test {
@@ -59,14 +61,25 @@ void add_rows(std::vector<Row>& rows, const std::string& opcode, int sources, Fu
 double low(double a, double b) { return a == b ? (std::signbit(a) ? a : b) : std::fmin(a, b); }
 double high(double a, double b) { return a == b ? (std::signbit(a) ? b : a) : std::fmax(a, b); }
 
+// Rounded to odd, so that the rounding to a half is the only one.
+double fma_to_odd(double a, double b, double c) {
+  volatile double x = a, y = b, z = c;
+  std::feclearexcept(FE_INEXACT);
+  std::fesetround(FE_TOWARDZERO);
+  volatile double result = std::fma(double(x), double(y), double(z));
+  std::fesetround(FE_TONEAREST);
+  const uint64_t inexact = std::fetestexcept(FE_INEXACT) ? 1 : 0;
+  return std::bit_cast<double>(std::bit_cast<uint64_t>(double(result)) | inexact);
+}
+
 TEST(HalfOpcodes, Arithmetic) {
   std::vector<Row> rows;
   add_rows(rows, "add.rn", 2, [](double a, double b, double) { return a + b; });
   add_rows(rows, "sub.rn", 2, [](double a, double b, double) { return a - b; });
   add_rows(rows, "mul.rn", 2, [](double a, double b, double) { return a * b; });
-  add_rows(rows, "fma.rn", 3, [](double a, double b, double c) { return std::fma(a, b, c); });
+  add_rows(rows, "fma.rn", 3, fma_to_odd);
   add_rows(rows, "fma.rn.relu", 3, [](double a, double b, double c) {
-    const double x = std::fma(a, b, c);
+    const double x = fma_to_odd(a, b, c);
     return x < 0 ? 0.0 : x;
   });
   add_rows(rows, "min", 2, [](double a, double b, double) { return low(a, b); });
@@ -116,6 +129,25 @@ TEST(HalfOpcodes, ConversionsOfF32) {
        }),
        kF},
   });
+}
+
+// The product lies in the middle between two bf16, and what is added decides, however small it is.
+TEST(HalfOpcodes, FmaRoundsOnce) {
+  KernelRunner runner(kernel(R"(
+    mov.b16 %h0, 0x3fc0;
+    mov.b16 %h1, 0x3f81;
+    mov.b16 %h2, 0x8d80;
+    mov.b16 %h3, 0x0d80;
+    fma.rn.bf16 %h4, %h0, %h1, %h2;
+    fma.rn.bf16 %h5, %h0, %h1, %h3;
+    mov.b32 %r0, {%h4, %h5};
+    st.global.b32 [%rd0], %r0;
+  )",
+                             1));
+  std::vector<uint32_t> out(1);
+  runner.add(out);
+  runner.run_ok();
+  EXPECT_EQ(out[0], 0x3fc23fc1u);
 }
 
 // All values of an 8-bit format in ascending order of their bits, from its definition.
