@@ -55,7 +55,7 @@ bool defers(Cluster& cluster) {
     case Mode::kRandom:
       break;
   }
-  return cluster.random() & 1;
+  return cluster.random() % 2 == 0;
 }
 
 void count_bytes(Warp& warp, uint64_t bytes) {

@@ -57,8 +57,6 @@ void show_ranges(Warp& warp, int lane, const AsyncRanges& ranges, Moment moment)
 // in late mode.
 bool defers(Cluster& cluster);
 
-inline constexpr int kPoison = 0xff;  // bytes of what an operation has yet to write: NaN
-
 // Adds bytes that an asynchronous copy moves to the counters of the current instruction.
 void count_bytes(Warp& warp, uint64_t bytes);
 

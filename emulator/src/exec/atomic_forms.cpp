@@ -1,7 +1,6 @@
 // atom and red (PTX 9.7.13.15, 9.7.13.16): all operations and types, packed and vector ones too.
 // Every element is one atomic operation on the host, in the order of the lanes.
 
-#include <algorithm>
 #include <cmath>
 #include <cstring>
 
@@ -19,8 +18,7 @@ using ptx::Type;
 
 enum AtomicOp : uint8_t { kAdd, kExch, kCas, kMin, kMax, kAnd, kOr, kXor, kInc, kDec };
 
-// ------------------------------------------------------------------------------ one element's
-// value
+// ----------------------------------------------------------------------------- one element's value
 
 template <class T>
 T pick(AtomicOp op, T a, T b) {
@@ -112,8 +110,7 @@ T update(const Instruction& in, std::byte* place, T b, T c) {
   return old;
 }
 
-// ----------------------------------------------------------------------------------------
-// execution
+// --------------------------------------------------------------------------------------- execution
 
 // Loops that take a lock poll with these.
 bool polls(const Instruction& in) { return in.option[0] == kCas || in.option[0] == kExch; }
@@ -178,8 +175,7 @@ Step run_atomic_b128(Warp& warp, const Instruction& in, uint32_t mask) {
   return Step::kNext;
 }
 
-// -----------------------------------------------------------------------------------------
-// decoding
+// ---------------------------------------------------------------------------------------- decoding
 
 Handler handler_of(Type type) {
   switch (size_of(type)) {
@@ -227,10 +223,7 @@ void decode_atomic(Decoder& decoder, bool has_result) {
   out.option[0] = static_cast<uint8_t>(op);
   check_operation(static_cast<AtomicOp>(op), out.type, out.count);
   const size_t first = has_result ? 1 : 0;
-  const Decoder::Address address = decoder.address(decoder.operand(first));
-  out.a = address.slot;
-  out.imm = address.offset;
-  out.wide_address = address.wide;
+  decoder.set_address(decoder.operand(first));
   const auto sources = decoder.elements(decoder.operand(first + 1));
   if (sources.size() != out.count) throw Unsupported("vector of another length");
   std::vector<Slot> slots;

@@ -30,17 +30,12 @@ void complete(Warp& warp, NamedBarrier& barrier, uint32_t id) {
          format("Barrier %u: %u threads arrived, %u were expected.", id, barrier.units,
                 barrier.expected));
   }
-  barrier.last_all = barrier.all;
-  barrier.last_any = barrier.any;
-  barrier.last_popc = barrier.popc;
-  const uint64_t generation = barrier.generation + 1;
-  const uint32_t last_all = barrier.last_all, last_any = barrier.last_any;
-  const uint64_t last_popc = barrier.last_popc;
-  barrier = NamedBarrier();
-  barrier.generation = generation;
-  barrier.last_all = last_all;
-  barrier.last_any = last_any;
-  barrier.last_popc = last_popc;
+  NamedBarrier next;
+  next.generation = barrier.generation + 1;
+  next.last_all = barrier.all;
+  next.last_any = barrier.any;
+  next.last_popc = barrier.popc;
+  barrier = next;
   tell(warp, SyncKind::kBarrierComplete, kAllLanes, id);
 }
 

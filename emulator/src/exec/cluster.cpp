@@ -2,16 +2,14 @@
 
 #include <algorithm>
 #include <cstring>
-#include <numeric>
 
-#include "memory.h"
+#include "async.h"
 #include "report.h"
 #include "scheduler.h"
 
 namespace gpu_emulator::exec {
 namespace {
 
-constexpr int kPoison = 0xff;  // of shared memory: NaN in every floating type
 constexpr uint64_t kQuantum = 20000;
 
 std::unique_ptr<Warp> make_warp(Cta& cta, Worker& worker, uint32_t id, uint32_t threads) {
@@ -40,24 +38,18 @@ std::unique_ptr<Cta> make_cta(Cluster& cluster, Worker& worker, uint32_t rank) {
   cta->shared_bytes = launch.shared_bytes;
   cta->shared = allocate_aligned(std::max<size_t>(launch.shared_bytes, 1));
   std::memset(cta->shared.get(), kPoison, launch.shared_bytes);
-  const auto& block = launch.launch->block;
-  const uint32_t threads = block[0] * block[1] * block[2];
+  const uint32_t threads = launch.launch->threads_per_cta();
   for (uint32_t first = 0; first < threads; first += kWarpSize) {
     cta->warps.push_back(make_warp(*cta, worker, first / kWarpSize, threads - first));
   }
   return cta;
 }
 
-void finish_copies(Warp& warp) {
-  // Asynchronous copies of a warp that has exited still land.
-  complete_copies(warp, kAllLanes, 0);
-}
-
 bool run_cta_warp(Warp& warp, uint64_t quantum) {
   if (warp.done) return false;
   const bool progress = run_warp(warp, quantum);
   if (warp.done) {
-    finish_copies(warp);
+    complete_copies(warp, kAllLanes, 0);  // those of a warp that has exited still land
     if (Observer* observer = observer_of(warp)) {
       observer->synchronise(warp, {SyncKind::kExit, kAllLanes, 0, Order::kWeak, Scope::kNone});
     }
@@ -178,12 +170,10 @@ uint32_t Cta::live_threads() const {
 }
 
 void Cluster::submit(AsyncOperation operation) {
-  const Mode mode = launch->options->mode;
-  const bool now = mode == Mode::kEager || (mode == Mode::kRandom && random() % 2);
-  if (now) {
-    operation.complete();
-  } else {
+  if (defers(*this)) {
     pending.push_back(std::move(operation));
+  } else {
+    operation.complete();
   }
 }
 
@@ -211,7 +201,7 @@ std::unique_ptr<Cluster> make_cluster(LaunchState& launch, Worker& worker, uint6
 bool run_cluster(Cluster& cluster, Worker& worker) {
   worker.global = RangeCache();  // ranges may have changed since the last turn
   const bool shuffled = cluster.launch->options->mode == Mode::kRandom;
-  bool progress = shuffled ? run_shuffled(cluster) : run_in_order(cluster);
+  const bool progress = shuffled ? run_shuffled(cluster) : run_in_order(cluster);
   if (all_done(cluster)) {
     while (!cluster.pending.empty()) {
       if (cluster.pending.front().abandon) cluster.pending.front().abandon();
@@ -221,9 +211,7 @@ bool run_cluster(Cluster& cluster, Worker& worker) {
     if (cluster.launch->observer) cluster.launch->observer->cluster_ends(cluster);
     return true;
   }
-  if (!progress)
-    progress = complete_pending(cluster) || release_all(cluster) || expire_waits(cluster);
-  return progress;
+  return progress || complete_pending(cluster) || release_all(cluster) || expire_waits(cluster);
 }
 
 std::string describe_waits(const Cluster& cluster) {

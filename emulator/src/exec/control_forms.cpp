@@ -1,7 +1,6 @@
 // bra, brx.idx, call, ret, exit, trap and relatives (PTX 9.7.12), and the system calls printf and
 // assert use.
 
-#include <cstdio>
 #include <cstring>
 
 #include "decode.h"
@@ -251,7 +250,7 @@ void decode_return(Decoder& decoder) {
   decoder.out.counter_class = InstructionClass::kControl;
 }
 
-// ----------------------------------------------------------------------------------- trap, hints
+// ------------------------------------------------------------------------------------- trap, hints
 
 Step run_trap(Warp& warp, const Instruction&, uint32_t mask) {
   fail(warp, first_lane(mask), ReportKind::kTrap, "The kernel executed a trap.");

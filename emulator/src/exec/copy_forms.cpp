@@ -4,9 +4,9 @@
 // Late mode: a copy lands when its issuing thread waits for its group, at the latest; until then
 // the destination holds poison. Random mode: at once or late, as the seed says.
 
-#include <algorithm>
 #include <cstring>
 
+#include "async.h"
 #include "decode.h"
 #include "function_decoder.h"
 #include "memory.h"
@@ -17,37 +17,6 @@ namespace gpu_emulator::exec {
 namespace {
 
 using ptx::Type;
-
-constexpr int kPoison = 0xff;
-
-// The warp as it was at the copy's issue, for reports of what happens at its completion.
-class AtIssue {
- public:
-  AtIssue(Warp& warp, const PendingCopy& copy)
-      : warp_(warp), pc_(warp.pc), function_(warp.function), current_(warp.worker->current) {
-    warp.pc = copy.pc;
-    warp.function = copy.function;
-    if (warp.worker->count) {
-      const auto& functions = launch_of(warp).launch->program->functions;
-      warp.worker->current = warp.worker->counters[copy.function - functions.data()].data();
-    }
-  }
-  ~AtIssue() {
-    warp_.pc = pc_;
-    warp_.function = function_;
-    warp_.worker->current = current_;
-  }
-  AtIssue(const AtIssue&) = delete;
-  AtIssue& operator=(const AtIssue&) = delete;
-
- private:
-  Warp& warp_;
-  uint32_t pc_;
-  const Function* function_;
-  PcCounters* current_;
-};
-
-enum class Moment : uint8_t { kIssue, kCompletion };
 
 // Host addresses of source and destination of the lanes of mask: checked, and shown to the observer
 // as begun or as done. Lanes with nothing to read have no source.
@@ -99,10 +68,11 @@ void move_bytes(const PendingCopy& copy, uint32_t mask, const CopyPlaces& places
 }
 
 void land(Warp& warp, const PendingCopy& copy, uint32_t mask) {
-  const AtIssue at_issue(warp, copy);
-  CopyPlaces places;
-  resolve_copy(warp, copy, mask, Moment::kCompletion, places);
-  if (!copy.is_moved) move_bytes(copy, mask, places);
+  at_site({&warp, copy.function, copy.pc, first_lane(mask)}, [&] {
+    CopyPlaces places;
+    resolve_copy(warp, copy, mask, Moment::kCompletion, places);
+    if (!copy.is_moved) move_bytes(copy, mask, places);
+  });
 }
 
 uint32_t source_bytes(const Warp& warp, const Instruction& in, int lane) {
@@ -130,9 +100,7 @@ Step run_copy(Warp& warp, const Instruction& in, uint32_t mask) {
     copy.destination[lane] = static_cast<uint32_t>(destination[lane]);
     copy.source_bytes[lane] = static_cast<uint8_t>(source_bytes(warp, in, lane));
   });
-  const Mode mode = launch_of(warp).options->mode;
-  copy.is_moved =
-      mode == Mode::kEager || (mode == Mode::kRandom && warp.cta->cluster->random() % 2);
+  copy.is_moved = !defers(*warp.cta->cluster);
   CopyPlaces places;
   resolve_copy(warp, copy, mask, Moment::kIssue, places);
   if (copy.is_moved) {
@@ -154,13 +122,10 @@ void decode_copy(Decoder& decoder) {
   const bool has_policy = decoder.take("L2::cache_hint");
   decoder.take_starting("L2::");
   const Decoder::Address to = decoder.address(decoder.operand(0));
-  const Decoder::Address from = decoder.address(decoder.operand(1));
   out.d = to.slot;
   out.option[1] = to.wide;
   out.option_offset = to.offset;
-  out.a = from.slot;
-  out.imm = from.offset;
-  out.wide_address = from.wide;
+  decoder.set_address(decoder.operand(1));
   const int64_t bytes = decoder.immediate(2);
   if (bytes != 4 && bytes != 8 && bytes != 16) throw Unsupported("copy of this size");
   out.bytes = static_cast<uint8_t>(bytes);

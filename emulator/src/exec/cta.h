@@ -77,7 +77,7 @@ struct Cluster {
   std::mt19937_64 random;      // of this cluster: seeded by Options::seed and index
   bool done = false;
 
-  // Runs it now (eager), or keeps it for the scheduler (late; random: perhaps).
+  // Runs it now, or keeps it for the scheduler: see defers() in async.h.
   void submit(AsyncOperation operation);
 };
 

@@ -29,7 +29,7 @@ bool is_signed(ptx::Type type);
 bool is_float(ptx::Type type);  // any floating type, packed ones included
 std::optional<ptx::Type> type_named(std::string_view modifier);
 
-class FunctionDecoder;  // decode.cc: slots of registers, constants, special registers
+class FunctionDecoder;  // function_decoder.h: slots of registers, constants, special registers
 
 class Decoder {  // of one instruction
  public:
@@ -41,9 +41,9 @@ class Decoder {  // of one instruction
 
   // Modifiers, from left to right; each may be taken once.
   bool take(std::string_view modifier);
-  int take_any(std::initializer_list<std::string_view>
-                   modifiers);  // the first there is: index here, -1 = none
-  ptx::Type take_type();        // the next modifier that names a type; Unsupported if none
+  // The first of these there is: its index here, -1 = none.
+  int take_any(std::initializer_list<std::string_view> modifiers);
+  ptx::Type take_type();  // the next modifier that names a type; Unsupported if none
   std::optional<ptx::Type> try_take_type();
   std::string take_starting(std::string_view prefix);  // "" = none
   void expect_no_modifiers_left();
@@ -70,6 +70,7 @@ class Decoder {  // of one instruction
     bool wide;
   };
   Address address(const ptx::Operand& operand);
+  void set_address(const ptx::Operand& operand);  // out.a, out.imm, out.wide_address
 
   void list(const std::vector<Slot>& slots);  // out.list, out.count
   void memory_order();  // .relaxed/.acquire/... and scopes: out.order, out.scope

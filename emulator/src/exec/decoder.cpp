@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <bit>
-#include <cstring>
 #include <unordered_map>
 
 #include "function_decoder.h"
@@ -157,6 +156,7 @@ Slot Decoder::source(const Operand& operand, Type type, bool relaxed) {
     }
     case Operand::Kind::kSpecial:
       if (is_dynamic_special(operand.name)) throw Unsupported(operand.name + " outside mov");
+      if (!has_special_register(operand.name)) throw Unsupported(operand.name);
       return function.special(operand.name, bytes);
     case Operand::Kind::kVariable:
     case Operand::Kind::kFunction:
@@ -224,6 +224,13 @@ Decoder::Address Decoder::address(const Operand& operand) {
     return {function.variable_address(base, 8), offset, true};
   }
   throw Unsupported("address of this kind");
+}
+
+void Decoder::set_address(const Operand& operand) {
+  const Address found = address(operand);
+  out.a = found.slot;
+  out.imm = found.offset;
+  out.wide_address = found.wide;
 }
 
 void Decoder::list(const std::vector<Slot>& slots) {

@@ -4,6 +4,7 @@
 #include <new>
 #include <unordered_map>
 
+#include "function_decoder.h"
 #include "memory.h"
 #include "report.h"
 #include "scheduler.h"
@@ -13,7 +14,6 @@ namespace {
 
 constexpr size_t kMaxFrames = 4096;
 constexpr uint32_t kMaxLocalBytes = 512 * 1024;  // a thread's, as on hardware
-constexpr int kPoison = 0xff;                    // NaN in every floating type
 
 using LaneValue = uint64_t (*)(const Warp&, int lane);
 
@@ -179,7 +179,7 @@ void grow_local(Warp& warp, uint32_t bytes) {
 
 }  // namespace
 
-bool is_special_register(const std::string& name) { return special_registers().count(name) > 0; }
+bool has_special_register(const std::string& name) { return special_registers().count(name) > 0; }
 
 AlignedBytes allocate_aligned(size_t bytes) {
   return AlignedBytes(new (std::align_val_t{64}) std::byte[bytes]);

@@ -19,6 +19,9 @@ struct RegisterAssignment {
   int max_live = 0;  // 32-bit registers alive at once
 };
 
+// Whether frames have a value of the special register: frames.cpp. The clocks are not among them.
+bool has_special_register(const std::string& name);
+
 uint32_t register_slot_bytes(ptx::Type type);
 
 // A slot for each register.

@@ -111,8 +111,7 @@ void decode_lop3(Decoder& decoder) {
   out.imm = decoder.immediate(4);
 }
 
-// --------------------------------------------------------------------------------------- bit
-// fields
+// -------------------------------------------------------------------------------------- bit fields
 
 template <class T>
 std::make_unsigned_t<T> extract(T a, uint32_t position, uint32_t length) {
@@ -222,8 +221,7 @@ void decode_szext(Decoder& decoder) {
   decode_binary(decoder, handler, type, type);
 }
 
-// ------------------------------------------------------------------------------------- counting
-// bits
+// ----------------------------------------------------------------------------------- counting bits
 
 template <class T>
 uint32_t count_ones(T a) {
@@ -306,7 +304,7 @@ void decode_fns(Decoder& decoder) {
   decode_ternary(decoder, run_ternary<FindNth, uint32_t, uint32_t>, type, type);
 }
 
-// ------------------------------------------------------------------------------ products and sums
+// ------------------------------------------------------------------------------- products and sums
 
 template <class A, class B, bool kTwo, int kFirst>
 struct Dot {  // dp4a; dp2a with the low or high pair of b's bytes

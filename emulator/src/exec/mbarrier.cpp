@@ -1,7 +1,5 @@
 #include "mbarrier.h"
 
-#include <algorithm>
-
 namespace gpu_emulator::exec {
 
 const char* Mbarrier::arrive(uint32_t count) {

@@ -115,8 +115,7 @@ Step run_inval(Warp& warp, const Instruction& in, uint32_t mask) {
   return Step::kNext;
 }
 
-// ------------------------------------------------------------------------------- arrivals,
-// tx-count
+// ------------------------------------------------------------------------------ arrivals, tx-count
 
 enum Operation : uint8_t { kArrive, kExpect, kComplete };              // option[0]
 enum Flag : uint8_t { kDrop = 1, kNoComplete = 2, kExpectFirst = 4 };  // option[1]
@@ -155,8 +154,7 @@ Step run_update(Warp& warp, const Instruction& in, uint32_t mask) {
   return Step::kNext;
 }
 
-// --------------------------------------------------------------------------------------------
-// waits
+// ------------------------------------------------------------------------------------------- waits
 
 enum class Awaited : uint8_t { kState, kParity };  // option[0]; b: the state or the parity
 
@@ -239,19 +237,15 @@ Step run_copy_arrive(Warp& warp, const Instruction& in, uint32_t mask) {
   return Step::kNext;
 }
 
-// ------------------------------------------------------------------------------------------
-// decoding
+// ---------------------------------------------------------------------------------------- decoding
 
 void decode_address(Decoder& decoder, size_t operand) {
-  const Decoder::Address address = decoder.address(decoder.operand(operand));
-  decoder.out.a = address.slot;
-  decoder.out.imm = address.offset;
-  decoder.out.wide_address = address.wide;
+  decoder.set_address(decoder.operand(operand));
   decoder.out.space = decoder.take_space();
   if (decoder.out.space != Space::kShared && decoder.out.space != Space::kGeneric) {
     throw Unsupported("state space");
   }
-  if (decoder.out.space == Space::kGeneric && !address.wide) {
+  if (decoder.out.space == Space::kGeneric && !decoder.out.wide_address) {
     throw Unsupported("generic address of 32 bits");
   }
   decoder.take("b64");

@@ -210,10 +210,7 @@ void decode_access(Decoder& decoder, bool is_load) {
   const Operand& memory = decoder.operand(is_load ? 1 : 0);
   const auto values = decoder.elements(decoder.operand(is_load ? 0 : 1));
   if (static_cast<int>(values.size()) != count) throw Unsupported("vector of another length");
-  const Decoder::Address address = decoder.address(memory);
-  out.a = address.slot;
-  out.imm = address.offset;
-  out.wide_address = address.wide;
+  decoder.set_address(memory);
   place_param(decoder, memory);
   std::vector<Slot> slots;
   for (size_t k = 0; k < values.size(); ++k) {
@@ -232,8 +229,7 @@ void decode_access(Decoder& decoder, bool is_load) {
 void decode_load(Decoder& decoder) { decode_access(decoder, true); }
 void decode_store(Decoder& decoder) { decode_access(decoder, false); }
 
-// ------------------------------------------------------------------------- cvta, isspacep,
-// prefetch
+// ------------------------------------------------------------------------ cvta, isspacep, prefetch
 
 uint64_t window_of(Space space) {
   switch (space) {
@@ -302,10 +298,9 @@ Step run_nothing(Warp&, const Instruction&, uint32_t) { return Step::kNext; }
 // Prefetches and cache policies: no result depends on them. Bad addresses are forgiven by hardware.
 void decode_hint(Decoder& decoder) {
   take_cache_hints(decoder);
-  decoder.take_any({"global", "local", "tensormap", "param", "const"});
+  decoder.take_any({"global", "local"});
   while (!decoder.take_starting("L").empty()) {
   }
-  decoder.take("tensormap");
   decoder.out.run = run_nothing;
 }
 

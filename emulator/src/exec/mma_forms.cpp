@@ -1,6 +1,5 @@
 // ldmatrix, movmatrix and mma.sync (PTX 9.7.14.5). The products themselves are in matrix.inc.h.
 
-#include <array>
 #include <cstring>
 
 #include "decode.h"
@@ -78,10 +77,7 @@ void decode_ldmatrix(Decoder& decoder) {
   std::vector<Slot> slots;
   for (const auto& reg : registers) slots.push_back(decoder.destination(reg, 4, true));
   decoder.list(slots);
-  const Decoder::Address address = decoder.address(decoder.operand(1));
-  out.a = address.slot;
-  out.imm = address.offset;
-  out.wide_address = address.wide;
+  decoder.set_address(decoder.operand(1));
   out.run = run_ldmatrix;
   out.counter_class = InstructionClass::kMatrixMove;
 }

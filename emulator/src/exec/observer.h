@@ -77,8 +77,7 @@ class Observer {
   virtual void cluster_begins(Cluster&) {}
   virtual void cluster_ends(Cluster&) {}
 
-  // Before the bytes are read or written. For loads, `undefined` (when checks of values are on) is
-  // where the observer leaves, by lane, whether any byte is undefined.
+  // Before the bytes are read or written.
   virtual void access(Warp&, const Access&) {}
 
   // An asynchronous operation (cp.async, TMA, bulk copy, wgmma operands in shared memory) reads or

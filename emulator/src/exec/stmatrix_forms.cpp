@@ -52,10 +52,7 @@ void decode_stmatrix(Decoder& decoder) {
   decoder.out.option[0] = decoder.take("trans");
   decoder.out.space = decoder.take_space();
   if (!decoder.take("b16")) throw Unsupported("elements of this type");
-  const Decoder::Address address = decoder.address(decoder.operand(0));
-  decoder.out.a = address.slot;
-  decoder.out.imm = address.offset;
-  decoder.out.wide_address = address.wide;
+  decoder.set_address(decoder.operand(0));
   std::vector<Slot> slots;
   for (const ptx::Operand& reg : decoder.elements(decoder.operand(1))) {
     slots.push_back(decoder.source(reg, ptx::Type::kB32));

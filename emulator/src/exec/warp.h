@@ -9,7 +9,6 @@
 #include <cstdint>
 #include <deque>
 #include <memory>
-#include <string>
 #include <vector>
 
 #include "program.h"
@@ -19,6 +18,9 @@ namespace gpu_emulator::exec {
 struct Cta;
 struct Worker;
 struct HopperWarpState;  // hopper_state.h: bulk groups, wgmma
+
+// Every byte of registers and memory that nobody has written: NaN in every floating type.
+inline constexpr int kPoison = 0xff;
 
 struct AlignedDelete {
   void operator()(std::byte* p) const { ::operator delete[](p, std::align_val_t{64}); }

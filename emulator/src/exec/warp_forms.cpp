@@ -20,7 +20,7 @@ uint32_t member_mask(const Warp& warp, Slot slot, uint32_t mask) {
   return slot == kNoSlot ? mask : uniform(warp, slot, mask, "the membermask");
 }
 
-// ------------------------------------------------------------------------------------------- shfl
+// -------------------------------------------------------------------------------------------- shfl
 
 Step run_shfl(Warp& warp, const Instruction& in, uint32_t mask) {
   const uint32_t member = member_mask(warp, in.e, mask);
@@ -68,8 +68,7 @@ void decode_shfl(Decoder& decoder) {
   out.counter_class = InstructionClass::kWarp;
 }
 
-// --------------------------------------------------------------------------------- vote,
-// activemask
+// -------------------------------------------------------------------------------- vote, activemask
 
 enum VoteMode : uint8_t { kAll, kAny, kUniform, kBallot };
 

@@ -13,8 +13,7 @@
 namespace gpu_emulator::exec {
 namespace {
 
-// ----------------------------------------------------------------------------------------
-// execution
+// --------------------------------------------------------------------------------------- execution
 
 void require_whole_warp(const Warp& warp, uint32_t mask) {
   if (mask == kAllLanes) return;
@@ -209,7 +208,7 @@ Step run_wait_group(Warp& warp, const Instruction& in, uint32_t mask) {
   return Step::kNext;
 }
 
-// --------------------------------------------------------------------------------------- decoding
+// ---------------------------------------------------------------------------------------- decoding
 
 MatrixType matrix_type(const std::string& word) {
   constexpr std::string_view kNames[] = {"f16", "bf16", "tf32", "e4m3", "e5m2", "s8", "u8"};

@@ -325,6 +325,7 @@ TEST(Barriers, MisuseAndDeadlockAreReported) {
       {"setp.lt.u32 %p0, %r4, 16;\n@%p0 bra A;\nbar.warp.sync -1;\nbra B;\nA: exit;\nB: trap;\n",
        "trap", "trap"},
       {"mov.u32 %r10, 5;\nfoo.bar.s32 %r40, %r10;\n", "unsupported instruction", "foo.bar.s32"},
+      {"mov.u32 %r10, %envreg0;\n", "unsupported instruction", "%envreg0"},
   };
   for (const Misuse& c : cases) {
     SCOPED_TRACE(c.body);
