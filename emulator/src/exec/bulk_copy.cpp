@@ -1,11 +1,11 @@
 #include "bulk_copy.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstring>
 #include <utility>
 
 #include "hopper_state.h"
+#include "number_formats.h"
 #include "report.h"
 #include "swizzle.h"
 
@@ -57,8 +57,7 @@ void flush(std::byte* box, uint32_t bytes) {
   for (uint32_t i = 0; i < bytes; i += 4) {
     float value;
     std::memcpy(&value, box + i, 4);
-    if (std::fpclassify(value) != FP_SUBNORMAL) continue;
-    value = std::copysign(0.0f, value);
+    value = flushed(value);
     std::memcpy(box + i, &value, 4);
   }
 }
@@ -195,6 +194,7 @@ void from_swizzled(std::byte* box, uint32_t bytes, uint32_t address, uint32_t wi
 }
 
 void issue_to_mbarriers(std::shared_ptr<BulkCopy> copy, const char* what) {
+  for (uint64_t address : copy->mbarriers) mbarrier_at(*copy->site.warp, copy->site.lane, address);
   plan(*copy);
   Cluster& cluster = *copy->site.warp->cta->cluster;
   if (cluster.launch->options->mode != Mode::kEager) poison(*copy);

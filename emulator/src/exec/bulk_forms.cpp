@@ -3,10 +3,9 @@
 
 #include <cstring>
 
-#include "bulk_copy.h"
+#include "bulk_operands.h"
 #include "function_decoder.h"
 #include "hopper_state.h"
-#include "operand_addresses.h"
 #include "report.h"
 
 namespace gpu_emulator::exec {
@@ -14,14 +13,12 @@ namespace {
 
 using Direction = BulkCopy::Direction;
 
-// list: addresses of the destination, the source, the mbarrier (two slots each), then the size and
-// the CTA mask. option: Direction, wide bases, ReductionOp or kNoReduction. type: of a reduction.
-enum Place : int { kDestination, kSource, kBarrier };
-constexpr int kSize = 6, kCtaMask = 7;
-constexpr uint8_t kNoReduction = 0xff;
+// list: as in bulk_operands.h, then the size. option[0]: Direction. type: of a reduction.
+enum Place : int { kDestination, kSource };
+constexpr int kSize = kCtaMask + 1;
 
-uint64_t address_of(const Warp& warp, const Instruction& in, Place place, int lane) {
-  return listed_address(warp, in, place, in.option[1], lane);
+uint32_t size_of_copy(const Warp& warp, const Instruction& in, int lane) {
+  return warp.lanes<uint32_t>(warp.list(in)[kSize])[lane];
 }
 
 void require_multiple(const Warp& warp, int lane, const char* what, uint64_t value) {
@@ -32,43 +29,15 @@ void require_multiple(const Warp& warp, int lane, const char* what, uint64_t val
               static_cast<unsigned long long>(value)));
 }
 
-void set_destinations(Warp& warp, const Instruction& in, int lane, BulkCopy& copy) {
-  const uint64_t destination = address_of(warp, in, kDestination, lane);
-  const uint64_t barrier = address_of(warp, in, kBarrier, lane);
-  const Slot mask_slot = warp.list(in)[kCtaMask];
-  if (mask_slot == kNoSlot) {
-    if (destination >> kSharedRankShift != barrier >> kSharedRankShift) {
-      fail(warp, lane, ReportKind::kInvalidOperand,
-           "The mbarrier is not in the shared memory of the destination's CTA.");
-    }
-    copy.destinations = {destination};
-    copy.mbarriers = {barrier};
-    return;
-  }
-  const uint32_t mask = warp.lanes<uint32_t>(mask_slot)[lane] & 0xffff;
-  const size_t ctas = warp.cta->cluster->ctas.size();
-  if (mask == 0 || mask >> ctas != 0) {
-    fail(warp, lane, ReportKind::kInvalidOperand,
-         format("The multicast mask 0x%x must name CTAs of the cluster, which has %zu.", mask,
-                ctas));
-  }
-  for (uint32_t rank = 0; rank < ctas; ++rank) {
-    if (!(mask >> rank & 1)) continue;
-    const uint64_t base = uint64_t{rank} << kSharedRankShift;
-    copy.destinations.push_back(base | (destination & kSharedOffsetMask));
-    copy.mbarriers.push_back(base | (barrier & kSharedOffsetMask));
-  }
-}
-
 Step run_copy(Warp& warp, const Instruction& in, uint32_t mask) {
   const auto direction = static_cast<Direction>(in.option[0]);
   for_each_lane(mask, [&](int lane) {
     auto copy = std::make_shared<BulkCopy>();
     copy->site = issue_site(warp, lane);
     copy->direction = direction;
-    copy->bytes = warp.lanes<uint32_t>(warp.list(in)[kSize])[lane];
-    const uint64_t source = address_of(warp, in, kSource, lane);
-    const uint64_t destination = address_of(warp, in, kDestination, lane);
+    copy->bytes = size_of_copy(warp, in, lane);
+    const uint64_t source = listed_address(warp, in, kSource, lane);
+    const uint64_t destination = listed_address(warp, in, kDestination, lane);
     require_multiple(warp, lane, "size", copy->bytes);
     require_multiple(warp, lane, "source address", source);
     require_multiple(warp, lane, "destination address", destination);
@@ -88,8 +57,7 @@ Step run_copy(Warp& warp, const Instruction& in, uint32_t mask) {
     } else {
       copy->source = source;
     }
-    set_destinations(warp, in, lane, *copy);
-    for (uint64_t address : copy->mbarriers) mbarrier_at(warp, lane, address);
+    set_destinations(in, destination, *copy);
     issue_to_mbarriers(std::move(copy), "cp.async.bulk");
   });
   return Step::kNext;
@@ -97,14 +65,13 @@ Step run_copy(Warp& warp, const Instruction& in, uint32_t mask) {
 
 Step run_prefetch(Warp& warp, const Instruction& in, uint32_t mask) {
   for_each_lane(mask, [&](int lane) {
-    require_multiple(warp, lane, "address", address_of(warp, in, kSource, lane));
-    require_multiple(warp, lane, "size", warp.lanes<uint32_t>(warp.list(in)[kSize])[lane]);
+    require_multiple(warp, lane, "address", listed_address(warp, in, kSource, lane));
+    require_multiple(warp, lane, "size", size_of_copy(warp, in, lane));
   });
   return Step::kNext;
 }
 
-// -------------------------------------------------------------------------------------------
-// groups
+// ------------------------------------------------------------------------------------------ groups
 
 Step run_commit_group(Warp& warp, const Instruction&, uint32_t mask) {
   for_each_lane(mask, [&](int lane) { ++hopper(warp).bulk_groups[lane]; });
@@ -135,10 +102,9 @@ Step run_wait_group(Warp& warp, const Instruction& in, uint32_t mask) {
   return Step::kNext;
 }
 
-// ------------------------------------------------------------------------- st.async and red.async
+// -------------------------------------------------------------------------- st.async and red.async
 
-// list: destination and mbarrier (two slots each), then the values; bytes: of one; option: wide
-// bases, wide values, ReductionOp or kNoReduction.
+// list: addresses of the destination and the mbarrier, then the values; bytes: of one.
 Step run_store_async(Warp& warp, const Instruction& in, uint32_t mask) {
   constexpr int kAddressSlots = 4;
   const int values = in.count - kAddressSlots;
@@ -160,8 +126,8 @@ Step run_store_async(Warp& warp, const Instruction& in, uint32_t mask) {
     if (in.option[2] != kNoReduction) {
       copy->reduction = Reduction{static_cast<ReductionOp>(in.option[2]), in.type};
     }
-    const uint64_t destination = listed_address(warp, in, 0, in.option[1], lane);
-    const uint64_t barrier = listed_address(warp, in, 1, in.option[1], lane);
+    const uint64_t destination = listed_address(warp, in, 0, lane);
+    const uint64_t barrier = listed_address(warp, in, 1, lane);
     if (destination % copy->bytes) {
       fail(warp, lane, ReportKind::kMisaligned,
            format("Misaligned: the shared address 0x%llx must be a multiple of %u.",
@@ -169,27 +135,18 @@ Step run_store_async(Warp& warp, const Instruction& in, uint32_t mask) {
     }
     copy->destinations = {destination};
     copy->mbarriers = {barrier};
-    mbarrier_at(warp, lane, barrier);
     issue_to_mbarriers(std::move(copy), "st.async");
   });
   return Step::kNext;
 }
 
-// ------------------------------------------------------------------------------------------
-// decoding
+// ---------------------------------------------------------------------------------------- decoding
 
 void decode_operands(Decoder& decoder, const ptx::Operand* const (&places)[3],
                      const ptx::Operand& size, const ptx::Operand* cta_mask) {
   std::vector<Slot> slots;
-  for (int i = 0; i < 3; ++i) {
-    if (places[i]) {
-      append_address(decoder, *places[i], i, slots, &decoder.out.option[1]);
-    } else {
-      slots.insert(slots.end(), 2, kNoSlot);
-    }
-  }
+  append_places(decoder, places, cta_mask, slots);
   slots.push_back(decoder.source(size, ptx::Type::kU32));
-  slots.push_back(cta_mask ? decoder.source(*cta_mask, ptx::Type::kU16) : kNoSlot);
   decoder.list(slots);
   decoder.out.counter_class = InstructionClass::kAsyncCopy;
 }
@@ -251,13 +208,12 @@ bool is_defined(ReductionOp op, ptx::Type type, bool in_shared) {
 
 void decode_reduce(Decoder& decoder) {
   constexpr size_t kBefore = 3;  // reduce.async.bulk
-  const int op = decoder.take_any({"add", "min", "max", "inc", "dec", "and", "or", "xor"});
-  if (op < 0) throw Unsupported("reduction");
+  const ReductionOp op = take_reduction(decoder);
   decoder.take("noftz");
   decoder.out.type = decoder.take_type();
   decode_copy_of(decoder, kBefore, static_cast<uint8_t>(op));
   const bool in_shared = decoder.out.option[0] == static_cast<uint8_t>(Direction::kSharedToShared);
-  if (!is_defined(static_cast<ReductionOp>(op), decoder.out.type, in_shared)) {
+  if (!is_defined(op, decoder.out.type, in_shared)) {
     throw Unsupported("type of the reduction");
   }
 }
@@ -290,8 +246,8 @@ void decode_register_values(Decoder& decoder, uint8_t reduction) {
   decoder.out.bytes = static_cast<uint8_t>(size_of(decoder.out.type));
   if (decoder.out.bytes != 4 && decoder.out.bytes != 8) throw Unsupported("type");
   std::vector<Slot> slots;
-  append_address(decoder, decoder.operand(0), 0, slots, &decoder.out.option[1]);
-  append_address(decoder, decoder.operand(2), 1, slots, &decoder.out.option[1]);
+  append_address(decoder, decoder.operand(0), 0, slots);
+  append_address(decoder, decoder.operand(2), 1, slots);
   for (const ptx::Operand& value : decoder.elements(decoder.operand(1))) {
     slots.push_back(decoder.source(value, decoder.out.type));
   }
@@ -304,10 +260,9 @@ void decode_register_values(Decoder& decoder, uint8_t reduction) {
 void decode_store_async(Decoder& decoder) { decode_register_values(decoder, kNoReduction); }
 
 void decode_reduce_async(Decoder& decoder) {
-  const int op = decoder.take_any({"add", "min", "max", "inc", "dec", "and", "or", "xor"});
-  if (op < 0) throw Unsupported("reduction");
+  const ReductionOp op = take_reduction(decoder);
   decode_register_values(decoder, static_cast<uint8_t>(op));
-  if (!is_defined(static_cast<ReductionOp>(op), decoder.out.type, true)) {
+  if (!is_defined(op, decoder.out.type, true)) {
     throw Unsupported("type of the reduction");
   }
 }

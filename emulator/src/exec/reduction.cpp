@@ -96,14 +96,6 @@ void reduce_elements(ReductionOp op, std::byte* memory, const std::byte* values,
 
 }  // namespace
 
-std::optional<ReductionOp> reduction_named(std::string_view modifier) {
-  constexpr std::string_view kNames[] = {"add", "min", "max", "inc", "dec", "and", "or", "xor"};
-  for (size_t i = 0; i < std::size(kNames); ++i) {
-    if (modifier == kNames[i]) return static_cast<ReductionOp>(i);
-  }
-  return std::nullopt;
-}
-
 void reduce(const Reduction& reduction, std::byte* memory, const std::byte* values, size_t bytes) {
   auto run = [&]<class T>(T) { reduce_elements<T>(reduction.op, memory, values, bytes); };
   switch (reduction.type) {

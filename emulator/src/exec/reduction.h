@@ -5,8 +5,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <optional>
-#include <string_view>
 
 #include "../ptx/module.h"
 
@@ -18,8 +16,6 @@ struct Reduction {
   ReductionOp op = ReductionOp::kAdd;
   ptx::Type type = ptx::Type::kU32;  // f16, bf16, or an integer or float of 4 or 8 bytes
 };
-
-std::optional<ReductionOp> reduction_named(std::string_view modifier);
 
 // bytes: a multiple of the type's size; memory is aligned to it.
 void reduce(const Reduction& reduction, std::byte* memory, const std::byte* values, size_t bytes);

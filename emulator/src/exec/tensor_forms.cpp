@@ -3,10 +3,8 @@
 
 #include <cstring>
 
-#include "bulk_copy.h"
+#include "bulk_operands.h"
 #include "function_decoder.h"
-#include "hopper_state.h"
-#include "operand_addresses.h"
 #include "report.h"
 
 namespace gpu_emulator::exec {
@@ -14,16 +12,9 @@ namespace {
 
 using Direction = BulkCopy::Direction;
 
-// list: addresses of the box in shared memory, of the tensor map, of the mbarrier (two slots each),
-// the CTA mask, then the coordinates. imm: dimensions. option: ReductionOp or kNoReduction, wide
-// bases.
-enum Place : int { kBox, kMap, kBarrier };
-constexpr int kCtaMask = 6, kCoordinates = 7;
-constexpr uint8_t kNoReduction = 0xff;
-
-uint64_t address_of(const Warp& warp, const Instruction& in, Place place, int lane) {
-  return listed_address(warp, in, place, in.option[1], lane);
-}
+// list: as in bulk_operands.h, then the coordinates. imm: dimensions.
+enum Place : int { kBox, kMap };
+constexpr int kCoordinates = kCtaMask + 1;
 
 TensorMap tensor_map(Warp& warp, int lane, uint64_t address) {
   AccessForm form;
@@ -50,7 +41,7 @@ struct Box {
 };
 
 Box box_of(Warp& warp, const Instruction& in, int lane) {
-  Box box{tensor_map(warp, lane, address_of(warp, in, kMap, lane))};
+  Box box{tensor_map(warp, lane, listed_address(warp, in, kMap, lane))};
   if (box.map.rank != in.imm) {
     fail(warp, lane, ReportKind::kInvalidOperand,
          format("The instruction is for %d dimensions, the tensor map for %d.",
@@ -82,42 +73,15 @@ std::shared_ptr<BulkCopy> make_copy(Warp& warp, const Instruction& in, int lane,
   copy->fill = fill_pattern(box.map);
   copy->flush_subnormals =
       box.map.element == TensorElement::kF32Ftz || box.map.element == TensorElement::kTf32Ftz;
-  require_aligned_box(warp, lane, address_of(warp, in, kBox, lane));
+  require_aligned_box(warp, lane, listed_address(warp, in, kBox, lane));
   count_bytes(warp, copy->bytes);
   return copy;
-}
-
-// The destination CTAs of a multicast: the same offsets in each.
-void set_multicast(Warp& warp, const Instruction& in, int lane, BulkCopy& copy) {
-  const uint32_t mask = warp.lanes<uint32_t>(warp.list(in)[kCtaMask])[lane] & 0xffff;
-  const size_t ctas = warp.cta->cluster->ctas.size();
-  if (mask == 0 || mask >> ctas != 0) {
-    fail(warp, lane, ReportKind::kInvalidOperand,
-         format("The multicast mask 0x%x must name CTAs of the cluster, which has %zu.", mask,
-                ctas));
-  }
-  for (uint32_t rank = 0; rank < ctas; ++rank) {
-    if (!(mask >> rank & 1)) continue;
-    const uint64_t base = uint64_t{rank} << kSharedRankShift;
-    copy.destinations.push_back(base | (address_of(warp, in, kBox, lane) & kSharedOffsetMask));
-    copy.mbarriers.push_back(base | (address_of(warp, in, kBarrier, lane) & kSharedOffsetMask));
-  }
 }
 
 Step run_load(Warp& warp, const Instruction& in, uint32_t mask) {
   for_each_lane(mask, [&](int lane) {
     auto copy = make_copy(warp, in, lane, Direction::kGlobalToShared);
-    if (warp.list(in)[kCtaMask] != kNoSlot) {
-      set_multicast(warp, in, lane, *copy);
-    } else {
-      copy->destinations = {address_of(warp, in, kBox, lane)};
-      copy->mbarriers = {address_of(warp, in, kBarrier, lane)};
-      if (copy->destinations[0] >> kSharedRankShift != copy->mbarriers[0] >> kSharedRankShift) {
-        fail(warp, lane, ReportKind::kInvalidOperand,
-             "The mbarrier is not in the shared memory of the destination's CTA.");
-      }
-    }
-    for (uint64_t address : copy->mbarriers) mbarrier_at(warp, lane, address);
+    set_destinations(in, listed_address(warp, in, kBox, lane), *copy);
     issue_to_mbarriers(std::move(copy), "cp.async.bulk.tensor");
   });
   return Step::kNext;
@@ -145,11 +109,11 @@ Reduction reduction_of(const Warp& warp, int lane, ReductionOp op, TensorElement
 Step run_store(Warp& warp, const Instruction& in, uint32_t mask) {
   for_each_lane(mask, [&](int lane) {
     auto copy = make_copy(warp, in, lane, Direction::kSharedToGlobal);
-    copy->source = address_of(warp, in, kBox, lane);
-    if (in.option[0] != kNoReduction) {
+    copy->source = listed_address(warp, in, kBox, lane);
+    if (in.option[2] != kNoReduction) {
       const Box box = box_of(warp, in, lane);
       copy->reduction =
-          reduction_of(warp, lane, static_cast<ReductionOp>(in.option[0]), box.map.element);
+          reduction_of(warp, lane, static_cast<ReductionOp>(in.option[2]), box.map.element);
     }
     issue_to_group(std::move(copy));
   });
@@ -169,8 +133,7 @@ Step run_prefetch_map(Warp& warp, const Instruction& in, uint32_t mask) {
   return Step::kNext;
 }
 
-// ------------------------------------------------------------------------------------------
-// decoding
+// ---------------------------------------------------------------------------------------- decoding
 
 int take_dimensions(Decoder& decoder) {
   const int index = decoder.take_any({"1d", "2d", "3d", "4d", "5d"});
@@ -190,16 +153,7 @@ struct Operands {
 
 void decode_operands(Decoder& decoder, const Operands& operands, int dimensions) {
   std::vector<Slot> slots;
-  const ptx::Operand* places[] = {operands.box, operands.map, operands.barrier};
-  for (int i = 0; i < 3; ++i) {
-    if (places[i]) {
-      append_address(decoder, *places[i], i, slots, &decoder.out.option[1]);
-    } else {
-      slots.insert(slots.end(), 2, kNoSlot);
-    }
-  }
-  slots.push_back(operands.cta_mask ? decoder.source(*operands.cta_mask, ptx::Type::kU16)
-                                    : kNoSlot);
+  append_places(decoder, {operands.box, operands.map, operands.barrier}, operands.cta_mask, slots);
   if (operands.map->elements.size() != 2) throw Unsupported("tensor coordinates");
   const std::vector<ptx::Operand> coordinates = decoder.elements(operands.map->elements[1]);
   if (static_cast<int>(coordinates.size()) != dimensions) throw Unsupported("tensor coordinates");
@@ -239,7 +193,7 @@ void decode_store_to(Decoder& decoder, uint8_t reduction) {
   operands.map = &decoder.operand(0);
   operands.box = &decoder.operand(1);
   decode_operands(decoder, operands, dimensions);
-  decoder.out.option[0] = reduction;
+  decoder.out.option[2] = reduction;
   decoder.out.run = run_store;
 }
 
@@ -259,9 +213,7 @@ void decode_copy(Decoder& decoder) {
 }
 
 void decode_reduce(Decoder& decoder) {
-  const int op = decoder.take_any({"add", "min", "max", "inc", "dec", "and", "or", "xor"});
-  if (op < 0) throw Unsupported("reduction");
-  decode_store_to(decoder, static_cast<uint8_t>(op));
+  decode_store_to(decoder, static_cast<uint8_t>(take_reduction(decoder)));
 }
 
 void decode_prefetch_box(Decoder& decoder) {
@@ -275,10 +227,7 @@ void decode_prefetch_box(Decoder& decoder) {
 }
 
 void decode_prefetch_map(Decoder& decoder) {
-  const Decoder::Address address = decoder.address(decoder.operand(0));
-  decoder.out.a = address.slot;
-  decoder.out.imm = address.offset;
-  decoder.out.wide_address = address.wide;
+  decoder.set_address(decoder.operand(0));
   decoder.out.counter_class = InstructionClass::kOther;
   decoder.out.run = run_prefetch_map;
 }
