@@ -19,12 +19,16 @@ int64_t by_registers(const Arch& arch, int64_t warps, int registers_per_thread) 
 int64_t by_shared(const Arch& arch, uint64_t bytes) {
   const int64_t limit = arch.shared_per_sm;
   if (bytes > static_cast<uint64_t>(limit)) return 0;
-  const int64_t allocated =
-      round_up(static_cast<int64_t>(bytes) + arch.reserved_shared_per_block, kSharedUnit);
+  const auto allocated = static_cast<int64_t>(allocated_shared(arch, bytes));
   return allocated > 0 ? limit / allocated : INT32_MAX;
 }
 
 }  // namespace
+
+uint64_t allocated_shared(const Arch& arch, uint64_t bytes) {
+  return static_cast<uint64_t>(
+      round_up(static_cast<int64_t>(bytes) + arch.reserved_shared_per_block, kSharedUnit));
+}
 
 Occupancy occupancy_of(const Arch& arch, int threads_per_cta, int registers_per_thread,
                        uint64_t shared_bytes_per_cta) {

@@ -13,9 +13,12 @@ struct Occupancy {
   const char* limit = "";  // "threads", "CTAs", "registers", "shared memory"
 };
 
+// Shared memory that a CTA of this kernel takes: in units of 128 bytes, with the reserved part.
+uint64_t allocated_shared(const Arch& arch, uint64_t shared_bytes_per_cta);
+
 // Registers are allocated by the warp in units of 256 from the quarter of the register file that
-// the warp runs on, shared memory in units of 128 bytes with reserved_shared_per_block added (CUDA
-// C++ Programming Guide, "Multiprocessor Level"; cuda_occupancy.h of the toolkit).
+// the warp runs on (CUDA C++ Programming Guide, "Multiprocessor Level"; cuda_occupancy.h of the
+// toolkit).
 // threads_per_cta: positive. registers_per_thread: 0 = not known, no limit.
 Occupancy occupancy_of(const Arch& arch, int threads_per_cta, int registers_per_thread,
                        uint64_t shared_bytes_per_cta);

@@ -2,30 +2,12 @@
 
 #include <algorithm>
 
+#include "exec/register_limits.h"
+
 namespace gpu_emulator::driver {
-namespace {
-
-constexpr int kMaxRegisters = 255;
-
-int product(const int (&size)[3]) {
-  if (size[0] == 0) return 0;
-  const int64_t all = int64_t{size[0]} * std::max(size[1], 1) * std::max(size[2], 1);
-  return static_cast<int>(std::min<int64_t>(all, INT32_MAX));
-}
-
-}  // namespace
-
 int max_threads_of(const Function& function, const Arch& arch) {
-  const exec::Function& code = function.code();
-  const int required = product(code.required_threads), limit = product(code.max_threads);
-  const int threads = required > 0 ? required : limit > 0 ? limit : arch.max_threads_per_block;
-  return std::min(threads, arch.max_threads_per_block);
-}
-
-int registers_of(const Function& function) {
-  const exec::Function& code = function.code();
-  const int limit = code.max_registers > 0 ? code.max_registers : kMaxRegisters;
-  return std::clamp(code.max_live_registers, 1, std::min(limit, kMaxRegisters));
+  const int bound = exec::bound_threads(function.code());
+  return bound > 0 ? std::min(bound, arch.max_threads_per_block) : arch.max_threads_per_block;
 }
 
 uint64_t max_dynamic_shared_of(const Function& function, const Arch& arch) {
@@ -40,7 +22,8 @@ Occupancy occupancy_of(const Function& function, const Arch& arch, int threads,
   if (threads > max_threads_of(function, arch)) return {0, "threads"};
   const uint64_t shared = function.code().shared_bytes + dynamic_shared_bytes;
   if (dynamic_shared_bytes > max_dynamic_shared_of(function, arch)) return {0, "shared memory"};
-  return gpu_emulator::occupancy_of(arch, threads, registers_of(function), shared);
+  return gpu_emulator::occupancy_of(arch, threads, exec::estimated_registers(arch, function.code()),
+                                    shared);
 }
 
 int get_attribute(const Function& function, const Arch& arch, CUfunction_attribute attribute) {
@@ -59,7 +42,7 @@ int get_attribute(const Function& function, const Arch& arch, CUfunction_attribu
     case CU_FUNC_ATTRIBUTE_LOCAL_SIZE_BYTES:
       return static_cast<int>(code.local_bytes);
     case CU_FUNC_ATTRIBUTE_NUM_REGS:
-      return registers_of(function);
+      return exec::estimated_registers(arch, code);
     case CU_FUNC_ATTRIBUTE_PTX_VERSION:
     case CU_FUNC_ATTRIBUTE_BINARY_VERSION:
       return 10 * arch.major + arch.minor;

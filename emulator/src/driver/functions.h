@@ -10,9 +10,6 @@ namespace gpu_emulator::driver {
 // The most threads a CTA of the kernel may have: .maxntid or .reqntid, at most the device's limit.
 int max_threads_of(const Function& function, const Arch& arch);
 
-// Registers of a thread: an estimate, as ptxas has not seen the PTX.
-int registers_of(const Function& function);
-
 // Dynamic shared memory that a launch may ask for.
 uint64_t max_dynamic_shared_of(const Function& function, const Arch& arch);
 

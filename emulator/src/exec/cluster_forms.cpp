@@ -1,12 +1,10 @@
 // Clusters and the odds and ends of sm_90: barrier.cluster (PTX 9.7.13.4), mapa (9.7.9.23),
 // getctarank (9.7.9.24), setmaxnreg (9.7.19.5), proxy fences (9.7.13.5).
 
-#include <algorithm>
-
-#include "async.h"
 #include "decode.h"
 #include "function_decoder.h"
 #include "hopper_state.h"
+#include "register_limits.h"
 #include "report.h"
 #include "scheduler.h"
 
@@ -99,8 +97,7 @@ void decode_cluster_wait(Decoder& decoder) {
   decode_cluster_barrier(decoder, run_cluster_wait, Order::kAcquire);
 }
 
-// ------------------------------------------------------------------------------ mapa and
-// getctarank
+// ----------------------------------------------------------------------------- mapa and getctarank
 
 template <class T>
 Step run_mapa(Warp& warp, const Instruction& in, uint32_t mask) {
@@ -149,19 +146,12 @@ void decode_getctarank(Decoder& decoder) {
   decoder.out.counter_class = InstructionClass::kInteger;
 }
 
-// ---------------------------------------------------------------------------------------
-// setmaxnreg
+// -------------------------------------------------------------------------------------- setmaxnreg
 
-// A thread's registers as launched: .maxnreg, or what ptxas allots for the launch bounds.
 int launched_registers(const Warp& warp) {
   const LaunchState& launch = launch_of(warp);
-  const Function& entry = *launch.entry;
-  if (entry.max_registers) return entry.max_registers;
-  constexpr int kStep = 8, kMost = 255;
-  const auto& block = launch.launch->block;
-  const int threads = static_cast<int>(block[0] * block[1] * block[2]);
-  const int ctas = std::max(entry.min_ctas_per_sm, 1);
-  return std::min(launch.arch->registers_per_sm / (threads * ctas) / kStep * kStep, kMost);
+  return register_limit(*launch.arch, *launch.entry,
+                        static_cast<int>(launch.launch->threads_per_cta()));
 }
 
 // imm: registers; option[0]: .inc
@@ -209,8 +199,7 @@ void decode_setmaxnreg(Decoder& decoder) {
   decoder.out.run = run_setmaxnreg;
 }
 
-// --------------------------------------------------------------------------------------------
-// fences
+// ------------------------------------------------------------------------------------------ fences
 
 // imm: SyncEvent::id
 Step run_proxy_fence(Warp& warp, const Instruction& in, uint32_t mask) {
@@ -270,45 +259,6 @@ constexpr Form kForms[] = {
 };
 
 }  // namespace
-
-HopperWarpState& hopper(Warp& warp) {
-  if (!warp.hopper) warp.hopper = std::make_shared<HopperWarpState>();
-  return *warp.hopper;
-}
-
-HopperClusterState& hopper(Cluster& cluster) {
-  if (!cluster.hopper) cluster.hopper = std::make_shared<HopperClusterState>();
-  return *cluster.hopper;
-}
-
-HopperCtaState& hopper(Cta& cta) {
-  if (!cta.hopper) {
-    cta.hopper = std::make_shared<HopperCtaState>();
-    cta.hopper->setmaxnreg.resize(cta.warps.size() / kWarpgroupWarps + 1);
-  }
-  return *cta.hopper;
-}
-
-void hopper_exit(Warp& warp, uint32_t mask) {
-  if (!warp.hopper) return;
-  HopperWarpState& state = *warp.hopper;
-  std::erase_if(state.bulk, [&](BulkGroupCopy& entry) {
-    const BulkCopy& copy = *entry.copy;
-    if (!(mask >> copy.site.lane & 1)) return false;
-    at_site(copy.site, [&] {
-      if (!copy.reads_complete) {
-        fail(warp, copy.site.lane, ReportKind::kNotWaitedFor,
-             "The thread exited before cp.async.bulk.wait_group for this copy, which reads shared "
-             "memory.");
-      }
-      complete_writes(*entry.copy);
-    });
-    return true;
-  });
-  if (mask == warp.live && !state.in_flight.empty()) {
-    fail(warp, -1, ReportKind::kNotWaitedFor, "The warp exited before wgmma.wait_group.");
-  }
-}
 
 void hopper_exited(Warp& warp) {
   // Threads that have exited count as arrived.

@@ -1,9 +1,7 @@
 #include "counters.h"
 
 #include <algorithm>
-#include <cstring>
 
-#include "occupancy.h"
 #include "report.h"
 
 namespace gpu_emulator {
@@ -31,17 +29,18 @@ std::array<uint64_t, static_cast<size_t>(InstructionClass::kCount)> KernelCounte
   return sums;
 }
 
-namespace {
-
-void add_line(LineCounters& to, const LineCounters& from) {
-  to.executed += from.executed;
-  to.wavefronts += from.wavefronts;
-  to.ideal_wavefronts += from.ideal_wavefronts;
-  to.requests += from.requests;
-  to.sectors += from.sectors;
-  to.ideal_sectors += from.ideal_sectors;
-  to.bytes += from.bytes;
+InstructionCounters& InstructionCounters::operator+=(const InstructionCounters& other) {
+  executed += other.executed;
+  wavefronts += other.wavefronts;
+  ideal_wavefronts += other.ideal_wavefronts;
+  requests += other.requests;
+  sectors += other.sectors;
+  ideal_sectors += other.ideal_sectors;
+  bytes += other.bytes;
+  return *this;
 }
+
+namespace {
 
 void add_kernel(KernelCounters& to, const KernelCounters& from) {
   const uint64_t launches = to.launches, ctas = to.ctas, warps = to.warps;
@@ -61,7 +60,7 @@ void add_kernel(KernelCounters& to, const KernelCounters& from) {
     if (found == at.end()) {
       to.lines.push_back(line);
     } else {
-      add_line(to.lines[found->second], line);
+      to.lines[found->second] += line;
     }
   }
   std::sort(to.lines.begin(), to.lines.end(),
@@ -79,13 +78,9 @@ std::string quoted(const std::string& text) {
 
 using Number = unsigned long long;
 
-// Sums over the lines for which `in` holds.
-template <class In>
-LineCounters sum_lines(const KernelCounters& kernel, In in) {
-  LineCounters sum;
-  for (const LineCounters& line : kernel.lines) {
-    if (in(line)) add_line(sum, line);
-  }
+InstructionCounters sum_lines(const KernelCounters& kernel) {
+  InstructionCounters sum;
+  for (const LineCounters& line : kernel.lines) sum += line;
   return sum;
 }
 
@@ -105,7 +100,7 @@ std::string line_json(const LineCounters& line) {
 }
 
 std::string kernel_json(const KernelCounters& kernel) {
-  const LineCounters all = sum_lines(kernel, [](const LineCounters&) { return true; });
+  const InstructionCounters all = sum_lines(kernel);
   std::string out = exec::format(
       "{\"launches\":%llu,\"ctas\":%llu,\"warps\":%llu,\"warp_instructions\":%llu,\"classes\":{",
       Number{kernel.launches}, Number{kernel.ctas}, Number{kernel.warps},
@@ -158,7 +153,7 @@ std::string Counters::json() const {
 std::string Counters::table() const {
   std::string out;
   for (const auto& [name, kernel] : kernels) {
-    const LineCounters all = sum_lines(kernel, [](const LineCounters&) { return true; });
+    const InstructionCounters all = sum_lines(kernel);
     out += exec::format("%s: %llu launches, %llu CTAs, %llu warps\n", name.c_str(),
                         Number{kernel.launches}, Number{kernel.ctas}, Number{kernel.warps});
     out +=
@@ -185,131 +180,4 @@ std::string Counters::table() const {
   return out;
 }
 
-namespace exec {
-
-Occupancy occupancy(const Arch& arch, const Function& entry, const std::array<uint32_t, 3>& block,
-                    uint32_t dynamic_shared_bytes) {
-  constexpr int kRegisterUnit = 256;  // registers are given to warps in such units
-  constexpr int kMostRegisters = 255, kSharedUnit = 128, kReservedRegisters = 8;
-  Occupancy fit;
-  const int warps = static_cast<int>((block[0] * block[1] * block[2] + 31) / 32);
-  int registers = std::min(entry.max_live_registers + kReservedRegisters, kMostRegisters);
-  if (entry.max_registers) registers = std::min(registers, entry.max_registers);
-  const int of_warp = (registers * 32 + kRegisterUnit - 1) / kRegisterUnit * kRegisterUnit;
-  fit.registers_per_thread = of_warp / 32;
-  fit.shared_bytes = (entry.shared_bytes + dynamic_shared_bytes + arch.reserved_shared_per_block +
-                      kSharedUnit - 1) /
-                     kSharedUnit * kSharedUnit;
-  struct Bound {
-    const char* what;
-    int ctas;
-  };
-  const Bound bounds[] = {
-      {"CTAs", arch.max_blocks_per_sm},
-      {"threads", arch.max_threads_per_sm / (32 * warps)},
-      {"registers", arch.registers_per_sm / (of_warp * warps)},
-      {"shared memory", static_cast<int>(arch.shared_per_sm / fit.shared_bytes)}};
-  fit.ctas_per_sm = bounds[0].ctas;
-  fit.limit = bounds[0].what;
-  for (const Bound& bound : bounds) {
-    if (bound.ctas >= fit.ctas_per_sm) continue;
-    fit.ctas_per_sm = bound.ctas;
-    fit.limit = bound.what;
-  }
-  return fit;
-}
-
-namespace {
-
-std::string line_text(const Program& program, int line) {
-  if (line < 1 || static_cast<size_t>(line) > program.source_lines.size()) return "";
-  const std::string& text = program.source_lines[line - 1];
-  const size_t begin = text.find_first_not_of(" \t");
-  return begin == std::string::npos ? "" : text.substr(begin);
-}
-
-// "mma.m16n8k16.bf16" of the text "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {...".
-std::string tensor_shape(const std::string& text) {
-  const size_t begin = text.find("mma");
-  if (begin == std::string::npos) return "";
-  const bool grouped = begin >= 2 && text.compare(begin - 2, 2, "wg") == 0;
-  std::string shape, types;
-  size_t at = begin;
-  while (at < text.size() && text[at] != ' ' && text[at] != '\t') {
-    const size_t end = text.find_first_of(". \t", at + 1);
-    const std::string word = text.substr(at, end - at);
-    if (word.starts_with(".m") && word.size() > 2 && std::isdigit(word[2])) shape = word;
-    if (word == ".bf16" || word == ".f16" || word == ".tf32" || word.starts_with(".e") ||
-        word == ".s8" || word == ".u8") {
-      if (types.find(word) == std::string::npos) types += word;
-    }
-    if (end == std::string::npos) break;
-    at = end;
-  }
-  return (grouped ? "wgmma" : "mma") + shape + types;
-}
-
-void add_function(const Program& program, const Function& function,
-                  const std::vector<PcCounters>& counted, KernelCounters& kernel) {
-  for (size_t pc = 0; pc < function.code.size(); ++pc) {
-    const PcCounters& from = counted[pc];
-    if (!from.executed && !function.is_entry) continue;
-    LineCounters line;
-    line.line = function.lines[pc];
-    line.text = line_text(program, line.line);
-    line.instruction_class = function.code[pc].counter_class;
-    line.executed = from.executed;
-    line.wavefronts = from.wavefronts;
-    line.ideal_wavefronts = from.ideal_wavefronts;
-    line.requests = from.requests;
-    line.sectors = from.sectors;
-    line.ideal_sectors = from.ideal_sectors;
-    line.bytes = from.bytes;
-    if (line.instruction_class == InstructionClass::kTensor && line.executed) {
-      const std::string shape = tensor_shape(line.text);
-      if (shape.find(".m") != std::string::npos) kernel.tensor_shapes[shape] += line.executed;
-    }
-    kernel.lines.push_back(std::move(line));
-  }
-}
-
-}  // namespace
-
-void add_counters(const LaunchState& launch, const std::vector<Worker>& workers, uint64_t ctas,
-                  const Occupancy& fit, Counters* counters) {
-  const Program& program = *launch.launch->program;
-  const auto& block = launch.launch->block;
-  KernelCounters kernel;
-  kernel.launches = 1;
-  kernel.ctas = ctas;
-  kernel.threads_per_cta = static_cast<int>(block[0] * block[1] * block[2]);
-  kernel.warps = ctas * ((kernel.threads_per_cta + kWarpSize - 1) / kWarpSize);
-  kernel.registers_per_thread = fit.registers_per_thread;
-  kernel.shared_bytes_per_cta = fit.shared_bytes;
-  kernel.ctas_per_sm = fit.ctas_per_sm;
-  kernel.occupancy_limit = fit.limit;
-  for (size_t f = 0; f < program.functions.size(); ++f) {
-    const Function& function = program.functions[f];
-    if (function.is_entry && &function != launch.entry) continue;
-    std::vector<PcCounters> sum(function.code.size());
-    for (const Worker& worker : workers) {
-      for (size_t pc = 0; pc < sum.size(); ++pc) {
-        const PcCounters& from = worker.counters[f][pc];
-        sum[pc].executed += from.executed;
-        sum[pc].wavefronts += from.wavefronts;
-        sum[pc].ideal_wavefronts += from.ideal_wavefronts;
-        sum[pc].requests += from.requests;
-        sum[pc].sectors += from.sectors;
-        sum[pc].ideal_sectors += from.ideal_sectors;
-        sum[pc].bytes += from.bytes;
-      }
-    }
-    add_function(program, function, sum, kernel);
-  }
-  Counters one;
-  one.kernels[launch.entry->name] = std::move(kernel);
-  counters->add(one);
-}
-
-}  // namespace exec
 }  // namespace gpu_emulator

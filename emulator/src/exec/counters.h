@@ -31,17 +31,21 @@ enum class InstructionClass : uint8_t {
 };
 const char* name_of(InstructionClass c);
 
-struct LineCounters {  // of one PTX instruction
-  int line = 0;
-  std::string text;
-  InstructionClass instruction_class = InstructionClass::kOther;
+struct InstructionCounters {
   uint64_t executed = 0;  // warp instructions
   // Shared memory: 128-byte wavefronts needed, and what they would be without bank conflicts.
   uint64_t wavefronts = 0, ideal_wavefronts = 0;
   // Global memory: requests, 32-byte sectors touched, and the fewest that hold the bytes asked for.
   uint64_t requests = 0, sectors = 0, ideal_sectors = 0;
   uint64_t bytes = 0;  // of active lanes
-  bool global = false, shared = false, store = false;
+
+  InstructionCounters& operator+=(const InstructionCounters& other);
+};
+
+struct LineCounters : InstructionCounters {  // of one PTX instruction
+  int line = 0;
+  std::string text = {};
+  InstructionClass instruction_class = InstructionClass::kOther;
 };
 
 struct KernelCounters {

@@ -2,8 +2,8 @@
 
 #include "decode.h"
 
+#include <algorithm>
 #include <cstring>
-#include <new>
 #include <set>
 
 #include "function_decoder.h"
@@ -128,9 +128,6 @@ void copy_attributes(const ptx::Function& ast, Function& out) {
     out.max_threads[i] = ast.max_threads[i];
     out.required_threads[i] = ast.required_threads[i];
     out.cluster[i] = ast.cluster[i];
-  }
-  for (const ptx::Register& reg : ast.registers) {
-    out.virtual_registers += (size_of(reg.type) + 3) / 4;
   }
 }
 

@@ -54,7 +54,8 @@ HopperClusterState& hopper(Cluster& cluster);
 // what completes without them.
 void hopper_exit(Warp& warp, uint32_t mask);
 
-// To be called after lanes have left Warp::live.
+// To be called after lanes have left Warp::live: barrier.cluster does not wait for them
+// (cluster_forms.cpp).
 void hopper_exited(Warp& warp);
 
 }  // namespace gpu_emulator::exec

@@ -55,7 +55,7 @@ std::string describe(const AccessForm& form, uint64_t address) {
                   (owner.rank << kSharedRankShift | kSharedBase) + owner.shared_bytes));
 }
 
-// ----------------------------------------------------------------------------------------- global
+// ------------------------------------------------------------------------------------------ global
 
 // What lies shortly before a wild address: an index too large is the usual reason for one.
 std::string nearest_range(const MemoryMap& memory, uint64_t address) {
@@ -119,7 +119,7 @@ void resolve_global(Warp& warp, const AccessForm& form, uint32_t mask, const uin
   });
 }
 
-// ----------------------------------------------------------------------------------------- shared
+// ------------------------------------------------------------------------------------------ shared
 
 std::byte* resolve_shared_lane(Warp& warp, const AccessForm& form, int lane, uint64_t address) {
   Cta* owner = warp.cta;
@@ -180,7 +180,7 @@ void resolve_param(Warp& warp, const AccessForm& form, uint32_t mask, const uint
   });
 }
 
-// --------------------------------------------------------------------------------------- counters
+// ---------------------------------------------------------------------------------------- counters
 
 // Distinct units among those of one group of lanes, per residue: the wavefronts it takes. A
 // wavefront reads 128 bytes, one unit a residue.
@@ -198,7 +198,7 @@ int wavefronts_of_group(const uint64_t* unit, int lanes, int residues) {
   return most;
 }
 
-void count_shared(PcCounters& counters, const AccessForm& form, uint32_t mask,
+void count_shared(InstructionCounters& counters, const AccessForm& form, uint32_t mask,
                   const uint64_t* address) {
   constexpr int kWavefrontBytes = 128;
   const int unit_bytes = std::clamp<int>(static_cast<int>(form.bytes), 4, 16);
@@ -220,7 +220,7 @@ void count_shared(PcCounters& counters, const AccessForm& form, uint32_t mask,
   }
 }
 
-void count_global(PcCounters& counters, const AccessForm& form, uint32_t mask,
+void count_global(InstructionCounters& counters, const AccessForm& form, uint32_t mask,
                   const uint64_t* address) {
   constexpr int kSectorBytes = 32;
   uint64_t sectors[2 * kWarpSize];
@@ -243,7 +243,7 @@ void count_global(PcCounters& counters, const AccessForm& form, uint32_t mask,
 void show(Warp& warp, const AccessForm& form, uint32_t mask, const uint64_t* address,
           std::byte* const* host) {
   if (warp.worker->count && form.counted) {
-    PcCounters& counters = warp.worker->current[warp.pc];
+    InstructionCounters& counters = warp.worker->current[warp.pc];
     counters.bytes += uint64_t{form.bytes} * __builtin_popcount(mask);
     if (form.space == Space::kShared) count_shared(counters, form, mask, address);
     if (form.space == Space::kGlobal) count_global(counters, form, mask, address);

@@ -1,7 +1,7 @@
 #pragma once
 
-// A decoded PTX module: what the scheduler executes. decode.cc makes it from ptx::Module; the
-// decoders of the opcode families (decode_*.cc) choose a handler and resolve every operand to a
+// A decoded PTX module: what the scheduler executes. decode.cpp makes it from ptx::Module;
+// the decoders of the opcode families (*_forms.cpp) choose a handler and resolve every operand to a
 // slot of the register file, so that executing an instruction is one indirect call.
 //
 // Register file of a function frame: one slot a virtual register, 64-byte aligned, 32 lanes wide.
@@ -141,7 +141,7 @@ struct Function {
   std::vector<std::string> unsupported;              // by Instruction::imm of failing instructions
 
   uint32_t register_bytes = 0;
-  std::vector<std::byte> constants;  // loaded into 64-byte aligned memory by Program::seal
+  std::vector<std::byte> constants;  // until they lie in constant_pool
   const std::byte* constant_pool = nullptr;
   std::vector<FrameValue> frame_values;
 
@@ -151,7 +151,6 @@ struct Function {
   uint32_t local_bytes = 0;   // a lane's local memory in one frame, .param variables included
   uint32_t shared_bytes = 0;  // entry: static shared memory, callees included
   std::vector<int64_t> shared_offsets;  // entry: by Program::shared_variables; -1 = not used
-  int virtual_registers = 0;            // 32-bit registers declared
   int max_live_registers = 0;  // 32-bit registers alive at once: an estimate of ptxas' count
   int max_threads[3] = {0, 0, 0}, required_threads[3] = {0, 0, 0};
   int min_ctas_per_sm = 0, max_registers = 0;

@@ -9,7 +9,7 @@
 #include "../check/checker.h"
 #include "../device/device.h"
 #include "../ptx/parser.h"
-#include "occupancy.h"
+#include "launch_counters.h"
 #include "report.h"
 #include "scheduler.h"
 
@@ -165,7 +165,6 @@ class Grid {
 int worker_count(const Options& options, uint64_t clusters) {
   const int wanted =
       options.threads > 0 ? options.threads : static_cast<int>(std::thread::hardware_concurrency());
-  // The order of the clusters is part of a replay.
   return static_cast<int>(std::clamp<uint64_t>(std::max(wanted, 1), 1, clusters));
 }
 
@@ -186,12 +185,10 @@ Report run_grid(LaunchState& state, Counters* counters) {
   const auto& grid_shape = state.launch->grid;
   uint64_t clusters = 1;
   for (int i = 0; i < 3; ++i) clusters *= grid_shape[i] / state.cluster_shape[i];
-  const Occupancy fit =
-      occupancy(*state.arch, *state.entry, state.launch->block, state.launch->dynamic_shared_bytes);
   const uint64_t per_cluster =
       state.cluster_shape[0] * state.cluster_shape[1] * state.cluster_shape[2];
   const uint64_t resident =
-      uint64_t(std::max(fit.ctas_per_sm, 1)) * state.arch->sm_count / per_cluster;
+      uint64_t(std::max(occupancy_of(state).ctas_per_sm, 1)) * state.arch->sm_count / per_cluster;
   const int count = worker_count(*state.options, clusters);
   std::vector<Worker> workers = make_workers(state, count);
   Grid grid(state, clusters, count, resident);
@@ -200,7 +197,7 @@ Report run_grid(LaunchState& state, Counters* counters) {
   grid.work(workers[0]);
   for (std::thread& thread : threads) thread.join();
   if (counters && state.options->count) {
-    add_counters(state, workers, clusters * per_cluster, fit, counters);
+    add_counters(state, workers, counters);
   }
   return grid.report();
 }

@@ -18,19 +18,13 @@ struct RangeCache {  // the last range of MemoryMap that an address hit
   bool writable = false;
 };
 
-struct PcCounters {  // of one instruction; see LineCounters
-  uint64_t executed = 0;
-  uint64_t wavefronts = 0, ideal_wavefronts = 0;
-  uint64_t requests = 0, sectors = 0, ideal_sectors = 0;
-  uint64_t bytes = 0;
-};
-
 struct Worker {
   LaunchState* launch = nullptr;
   RangeCache global;
   bool count = false;
-  std::vector<std::vector<PcCounters>> counters;  // by function, by pc; empty without counting
-  PcCounters* current = nullptr;                  // of the current fragment's function
+  // By function, by pc; empty without counting.
+  std::vector<std::vector<InstructionCounters>> counters;
+  InstructionCounters* current = nullptr;  // of the current fragment's function
   std::vector<std::pair<size_t, AlignedBytes>> free_registers;  // of finished frames, by size
 };
 
@@ -38,7 +32,7 @@ struct Worker {
 // instruction was executed.
 bool run_warp(Warp& warp, uint64_t quantum);
 
-// ------------------------------------------------------------- control flow, for handlers
+// ---------------------------------------------------------------------- control flow, for handlers
 // Each changes the current fragment; the handler returns Step::kJump after it.
 
 void diverge(Warp& warp, uint32_t taken, uint32_t taken_pc, uint32_t other_pc, uint32_t reconverge);
@@ -59,7 +53,7 @@ bool converge(Warp& warp, uint32_t* mask, const char* what);
 // independent thread scheduling promises that. Whether there were any.
 bool release_joining(Warp& warp);
 
-// ------------------------------------------------------------- clusters
+// ---------------------------------------------------------------------------------------- clusters
 
 std::unique_ptr<Cluster> make_cluster(LaunchState& launch, Worker& worker, uint64_t index);
 int new_frame(Warp& warp, const Function& function, uint32_t local_base);

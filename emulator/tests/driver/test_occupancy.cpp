@@ -90,5 +90,24 @@ TEST_F(DriverOccupancy, OfAFunction) {
   EXPECT_EQ(grid, 32 * 108);
 }
 
+// ptxas spills rather than use more registers than the launch bounds leave.
+TEST_F(DriverOccupancy, LaunchBoundsLimitRegisters) {
+  constexpr int kAlive = 200;
+  std::string body;
+  for (int i = 0; i < kAlive; ++i) body += "mov.u32 %r" + std::to_string(i) + ", %clock;\n";
+  for (int i = 1; i < kAlive; ++i) body += "add.u32 %r0, %r0, %r" + std::to_string(i) + ";\n";
+  const std::string ptx =
+      ".version 8.0\n.target sm_80\n.address_size 64\n"
+      ".visible .entry k(.param .u64 p) .maxntid 512, 1, 1 .minnctapersm 2 {\n"
+      ".reg .b32 %r<200>; .reg .b64 %rd; ld.param.u64 %rd, [p];\n" +
+      body + "st.global.u32 [%rd], %r0;\nret;\n}\n";
+  const CUfunction kernel = load(ptx.c_str(), "k");
+  int registers = 0, ctas = 0;
+  EXPECT_CU(CUDA_SUCCESS, cuFuncGetAttribute(&registers, CU_FUNC_ATTRIBUTE_NUM_REGS, kernel));
+  EXPECT_EQ(registers, 64);
+  EXPECT_CU(CUDA_SUCCESS, cuOccupancyMaxActiveBlocksPerMultiprocessor(&ctas, kernel, 512, 0));
+  EXPECT_EQ(ctas, 2);
+}
+
 }  // namespace
 }  // namespace gpu_emulator::testing_support

@@ -1,6 +1,5 @@
 // Loads, stores and atomic operations of every width, space and type.
 
-#include <map>
 #include <random>
 
 #include "support/kernel_runner.h"

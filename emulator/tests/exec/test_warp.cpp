@@ -157,7 +157,7 @@ TEST(WarpOpcodes, Ldmatrix) {
   }
 }
 
-// -------------------------------------------------------------------------------------------- mma
+// --------------------------------------------------------------------------------------------- mma
 
 // A type of mma's operands: its name, bits, the value of its bits, and random bits of small values.
 struct Element {
