@@ -24,18 +24,28 @@ bool is_complete(const Cta& cta, const NamedBarrier& barrier) {
                           : barrier.threads >= cta.live_threads();
 }
 
+// To those that wait: others may complete the barrier again before they go on.
+void give_votes(Cta& cta, const NamedBarrier& barrier, uint32_t id) {
+  for (const auto& warp : cta.warps) {
+    for (Fragment& fragment : warp->fragments) {
+      Wait& wait = fragment.wait;
+      const bool waits = wait.kind == Wait::Kind::kBarrier && wait.id == id &&
+                         wait.generation == barrier.generation;
+      if (waits) wait.votes = barrier.votes;
+    }
+  }
+}
+
 void complete(Warp& warp, NamedBarrier& barrier, uint32_t id) {
   if (barrier.expected && barrier.units > barrier.expected) {
     fail(warp, -1, ReportKind::kBarrierMisuse,
          format("Barrier %u: %u threads arrived, %u were expected.", id, barrier.units,
                 barrier.expected));
   }
-  NamedBarrier next;
-  next.generation = barrier.generation + 1;
-  next.last_all = barrier.all;
-  next.last_any = barrier.any;
-  next.last_popc = barrier.popc;
-  barrier = next;
+  if (barrier.votes.all) give_votes(*warp.cta, barrier, id);
+  const uint64_t generation = barrier.generation + 1;
+  barrier = NamedBarrier();
+  barrier.generation = generation;
   tell(warp, SyncKind::kBarrierComplete, kAllLanes, id);
 }
 
@@ -70,23 +80,22 @@ void arrive(Warp& warp, const Instruction& in, uint32_t mask, uint32_t id) {
   if (in.c != kNoSlot) {  // barrier.red
     uint32_t predicate = warp.predicate(in.c);
     if (in.option[1]) predicate = ~predicate;
-    if (~predicate & mask) barrier.all = 0;
-    if (predicate & mask) barrier.any = 1;
-    barrier.popc += __builtin_popcount(predicate & mask);
+    barrier.votes.all += __builtin_popcount(mask);
+    barrier.votes.yes += __builtin_popcount(predicate & mask);
   }
 }
 
-void write_result(Warp& warp, const Instruction& in, uint32_t mask, const NamedBarrier& barrier) {
+void write_result(Warp& warp, const Instruction& in, uint32_t mask, const Votes& votes) {
   switch (in.option[0]) {
     case kReduceAnd:
-      warp.set_predicate(in.d, mask, barrier.last_all ? kAllLanes : 0);
+      warp.set_predicate(in.d, mask, votes.yes == votes.all ? kAllLanes : 0);
       break;
     case kReduceOr:
-      warp.set_predicate(in.d, mask, barrier.last_any ? kAllLanes : 0);
+      warp.set_predicate(in.d, mask, votes.yes ? kAllLanes : 0);
       break;
     case kReducePopc: {
       uint32_t* d = warp.lanes<uint32_t>(in.d);
-      for_each_lane(mask, [&](int lane) { d[lane] = static_cast<uint32_t>(barrier.last_popc); });
+      for_each_lane(mask, [&](int lane) { d[lane] = votes.yes; });
       break;
     }
     default:
@@ -112,7 +121,7 @@ Step run_barrier(Warp& warp, const Instruction& in, uint32_t mask) {
   if (is_current && is_complete(*warp.cta, barrier)) complete(warp, barrier, id);
   if (in.option[0] != kArrive) {
     if (warp.fragment().wait.generation == barrier.generation) return Step::kRetry;
-    write_result(warp, in, mask, barrier);
+    write_result(warp, in, mask, warp.fragment().wait.votes);
     tell(warp, SyncKind::kBarrierLeave, mask, id);
   }
   warp.fragment().wait = Wait();

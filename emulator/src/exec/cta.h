@@ -34,11 +34,8 @@ struct NamedBarrier {     // barrier.cta 0..15 (PTX 9.7.13.1)
   uint32_t threads = 0;   // that arrived
   uint32_t units = 0;     // the same with 32 for a whole warp, however many threads it has
   uint64_t generation = 0;
-  std::array<uint32_t, 32> lanes{};   // that arrived, by warp
-  uint32_t all = kAllLanes, any = 0;  // barrier.red: so far
-  uint64_t popc = 0;
-  uint32_t last_all = 0, last_any = 0;  // of the generation before
-  uint64_t last_popc = 0;
+  std::array<uint32_t, 32> lanes{};  // that arrived, by warp
+  Votes votes;                       // of those that arrived
 };
 
 struct Cta {

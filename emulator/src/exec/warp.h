@@ -38,6 +38,10 @@ struct Frame {
   std::vector<uint32_t> undefined;
 };
 
+struct Votes {  // of threads in barrier.red
+  uint32_t all = 0, yes = 0;
+};
+
 struct Wait {  // why a fragment does not run: for the scheduler and the deadlock report
   enum class Kind : uint8_t {
     kNone,
@@ -52,6 +56,7 @@ struct Wait {  // why a fragment does not run: for the scheduler and the deadloc
   uint32_t id = 0;
   uint64_t generation = 0;
   const char* text = "";
+  Votes votes = {};      // kBarrier: when it is complete
   bool expired = false;  // kMbarrier: nothing else can go on, so the wait gives up
 };
 

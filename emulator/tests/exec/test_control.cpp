@@ -307,6 +307,27 @@ TEST(Barriers, LanesMayComeOneByOneUnlessAligned) {
   EXPECT_EQ(grid.run_body(body("bar.sync 0")).kind, "divergence");
 }
 
+// A pair of warps votes and goes on; one of them has not been told yet when another pair votes at
+// the same barrier.
+TEST(Barriers, VotesOfWarpsThatComeLater) {
+  Grid grid;
+  grid.grid = 1;
+  const Report report = grid.run_body(R"(
+    shr.u32 %r10, %r4, 5;
+    setp.lt.u32 %p0, %r4, 64;
+    setp.eq.u32 %p1, %r10, 1;
+    setp.eq.u32 %p2, %r10, 3;
+    setp.gt.u32 %p3, %r10, 1;
+    @%p2 barrier.cta.arrive 3, 64;
+    @%p1 barrier.cta.sync 3, 64;
+    @%p3 barrier.cta.sync 2, 96;
+    barrier.cta.red.popc.u32 %r40, 1, 64, %p0;
+    @%p1 barrier.cta.arrive 2, 96;
+  )");
+  ASSERT_EQ(report.text, "");
+  grid.expect([](uint32_t thread) { return thread < 64 ? 64 : 0; });
+}
+
 struct Misuse {
   const char *body, *kind, *text;
 };
