@@ -118,44 +118,28 @@ Step run_half(Warp& warp, const Instruction& in, uint32_t mask) {
   return Step::kNext;
 }
 
+struct HalfForm {
+  LaneOp lane_op;
+  HalfOp op;
+  void (*decode)(Decoder& decoder, Handler handler, Type from, Type to);
+};
+constexpr HalfForm kForms[] = {
+    {LaneOp::kAdd, kAdd, decode_binary},   {LaneOp::kSub, kSub, decode_binary},
+    {LaneOp::kMulLo, kMul, decode_binary}, {LaneOp::kFma, kFma, decode_ternary},
+    {LaneOp::kMin, kMin, decode_binary},   {LaneOp::kMax, kMax, decode_binary},
+    {LaneOp::kNeg, kNeg, decode_unary},    {LaneOp::kAbs, kAbs, decode_unary},
+    {LaneOp::kEx2, kEx2, decode_unary},    {LaneOp::kTanh, kTanh, decode_unary},
+};
+
 }  // namespace
 
 void decode_half(Decoder& decoder, LaneOp op, Type type) {
-  Instruction& out = decoder.out;
-  switch (op) {
-    case LaneOp::kAdd:
-      out.option[3] = kAdd;
-      return decode_binary(decoder, run_half, type, type);
-    case LaneOp::kSub:
-      out.option[3] = kSub;
-      return decode_binary(decoder, run_half, type, type);
-    case LaneOp::kMulLo:
-      out.option[3] = kMul;
-      return decode_binary(decoder, run_half, type, type);
-    case LaneOp::kFma:
-      out.option[3] = kFma;
-      return decode_ternary(decoder, run_half, type, type);
-    case LaneOp::kMin:
-      out.option[3] = kMin;
-      return decode_binary(decoder, run_half, type, type);
-    case LaneOp::kMax:
-      out.option[3] = kMax;
-      return decode_binary(decoder, run_half, type, type);
-    case LaneOp::kNeg:
-      out.option[3] = kNeg;
-      return decode_unary(decoder, run_half, type, type);
-    case LaneOp::kAbs:
-      out.option[3] = kAbs;
-      return decode_unary(decoder, run_half, type, type);
-    case LaneOp::kEx2:
-      out.option[3] = kEx2;
-      return decode_unary(decoder, run_half, type, type);
-    case LaneOp::kTanh:
-      out.option[3] = kTanh;
-      return decode_unary(decoder, run_half, type, type);
-    default:
-      throw Unsupported("operation of this type");
+  for (const HalfForm& form : kForms) {
+    if (form.lane_op != op) continue;
+    decoder.out.option[3] = form.op;
+    return form.decode(decoder, run_half, type, type);
   }
+  throw Unsupported("operation of this type");
 }
 
 }  // namespace gpu_emulator::exec
