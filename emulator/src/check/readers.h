@@ -1,7 +1,8 @@
 #pragma once
 
 // Who has read a unit of memory since it was last written. Two ways to keep it: for shared memory
-// one entry for each warp that ever reads there; for global memory the last two readers.
+// one entry for each warp that ever reads there; for global memory two readers, and a list where
+// there are more.
 
 #include <array>
 #include <cstdint>
@@ -12,8 +13,8 @@
 
 namespace gpu_emulator::check {
 
-// Reads of one warp since the last write. Lanes with another stamp than the entry's do not fit:
-// add() then says so, and the unit is kept in detail.
+// Reads of one warp since the last write. Lanes with another stamp than the entry's, and warps
+// after the first kMostWarps, do not fit: add() then says so, and the unit is kept in detail.
 class SharedReaders {
  public:
   static constexpr bool kHasClusters = false;
@@ -28,7 +29,7 @@ class SharedReaders {
   bool add(uint32_t unit, const Actor& actor, int lane) {
     const Record now = actor.record(lane);
     const int index = index_of(actor.order->agent, is_async(actor.state));
-    if (index < 0) return true;
+    if (index < 0) return false;
     const uint32_t bit = is_async(actor.state) ? ~0u : 1u << lane;
     Entries& entries = warps_[index];
     uint64_t& present = bits_[unit];
@@ -62,7 +63,7 @@ class SharedReaders {
           index_(readers.index_of(actor.order->agent, is_async(actor.state))) {}
 
     bool add(uint32_t unit, int lane) {
-      if (index_ < 0) return true;
+      if (index_ < 0) return false;
       const uint64_t own = uint64_t{1} << index_;
       uint64_t& present = readers_.bits_[unit];
       Entries& entries = readers_.warps_[index_];
@@ -115,28 +116,31 @@ class SharedReaders {
   std::vector<Entries> warps_;
 };
 
-// The first reader not known to have happened before the others, and the last one. With more than
-// two at once a write that is ordered after these two but not after a third is not noticed.
+// The first readers not known to have happened before the others; one list for each unit that more
+// than two warps read unordered. Of more than kMostReaders at once the oldest are forgotten.
 class GlobalReaders {
  public:
   static constexpr bool kHasClusters = true;
+  static constexpr size_t kMostReaders = 1024;
 
   void allocate(uint32_t units) { units_ = units; }
   bool any(uint32_t unit) const { return !entries_.empty() && entries_[unit][0].lanes; }
   void clear(uint32_t unit) {
     if (!entries_.empty()) entries_[unit] = {};
+    if (!more_.empty()) more_[unit].clear();
   }
 
   bool add(uint32_t unit, const Actor& actor, int lane) {
     if (entries_.empty()) entries_.resize(units_);
     const Entry now{actor.record(lane), is_async(actor.state) ? ~0u : 1u << lane,
                     static_cast<uint32_t>(actor.order->cluster->index)};
-    auto& [first, last] = entries_[unit];
-    if (!first.lanes || first.merge(now) || actor.comes_after(first.previous(), lane)) {
-      if (!first.lanes || !first.same_moment(now)) first = now;
-      return true;
+    for (Entry& entry : entries_[unit]) {
+      if (!entry.lanes || entry.takes(now, actor, lane)) {
+        if (!entry.merge(now)) entry = now;
+        return true;
+      }
     }
-    if (!last.lanes || !last.merge(now)) last = now;
+    add_to_list(unit, now, actor, lane);
     return true;
   }
 
@@ -146,6 +150,8 @@ class GlobalReaders {
     for (const Entry& entry : entries_[unit]) {
       if (entry.lanes) f(entry.previous());
     }
+    if (more_.empty()) return;
+    for (const Entry& entry : more_[unit]) f(entry.previous());
   }
 
  private:
@@ -155,8 +161,11 @@ class GlobalReaders {
     uint32_t cluster = 0;
     Previous previous() const { return {record, lanes, cluster, false}; }
     bool same_moment(const Entry& now) const {
-      return cluster == now.cluster && record.agent() == now.record.agent() &&
-             record.stamp() == now.record.stamp() && record.state() == now.record.state();
+      return lanes && cluster == now.cluster && record.moment() == now.record.moment();
+    }
+    // Whether this entry can stand for `now` too, or `now` for it.
+    bool takes(const Entry& now, const Actor& actor, int lane) const {
+      return same_moment(now) || actor.comes_after(previous(), lane);
     }
     bool merge(const Entry& now) {
       if (!same_moment(now)) return false;
@@ -165,8 +174,24 @@ class GlobalReaders {
     }
   };
 
+  void add_to_list(uint32_t unit, const Entry& now, const Actor& actor, int lane) {
+    if (more_.empty()) more_.resize(units_);
+    std::vector<Entry>& list = more_[unit];
+    for (size_t i = list.size(); i-- > 0;) {  // the newest is mostly the one
+      Entry& entry = list[i];
+      const bool same_warp =
+          entry.cluster == now.cluster && entry.record.agent() == now.record.agent();
+      if (!same_warp || !entry.takes(now, actor, lane)) continue;
+      if (!entry.merge(now)) entry = now;
+      return;
+    }
+    if (list.size() == kMostReaders) list.erase(list.begin());
+    list.push_back(now);
+  }
+
   uint32_t units_ = 0;
   std::vector<std::array<Entry, 2>> entries_;
+  std::vector<std::vector<Entry>> more_;  // by unit; empty until one is needed
 };
 
 }  // namespace gpu_emulator::check
