@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.metadata
+from types import ModuleType
 
 import torch
 from cases import Case, Inputs
@@ -16,7 +17,7 @@ _ROWS_FIRST = (3, 1, 2, 0)  # ggml's dimensions, fastest first, of a (batch, seq
 
 
 @functools.cache
-def _ggml():
+def _ggml() -> ModuleType:
     try:
         import ggml
     except (ImportError, OSError) as error:
@@ -33,8 +34,7 @@ def version() -> str:
 class _Graph:
     """A graph of one attention over the memory of torch's tensors."""
 
-    def __init__(self, threads: int):
-        ggml = _ggml()
+    def __init__(self, ggml: ModuleType, threads: int):
         self._ggml, self._threads = ggml, threads
         parameters = ggml.ggml_init_params(mem_size=1 << 20, mem_buffer=None, no_alloc=True)
         self._context = ggml.ggml_init(parameters)
@@ -81,7 +81,7 @@ def ggml(case: Case, inputs: Inputs):
         raise Unsupported("measured for forward and decode")
     if case.page_size:
         raise Unsupported("has no pages")
-    graph = _Graph(torch.get_num_threads())
+    graph = _Graph(_ggml(), torch.get_num_threads())
     out = torch.empty(inputs.dout.shape)
     mask = None
     if case.is_masked:

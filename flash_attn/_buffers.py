@@ -17,7 +17,7 @@ _FP32 = torch.empty(0, dtype=torch.float32, device="cpu")
 
 def maybe_contiguous(x: Optional[Tensor]) -> Optional[Tensor]:
     """Return ``x``, copied only if its last dimension lacks unit stride. None stays None."""
-    if x is None or x.dim() == 0 or x.stride(-1) == 1:
+    if x is None or x.is_contiguous() or x.stride(-1) == 1:
         return x
     return x.contiguous()
 
@@ -60,11 +60,9 @@ def dense_out(q: Tensor, v: Tensor) -> Tensor:
     """Return an uninitialised out, (batch, seqlen_q, nheads, headdim_v)."""
     if not _has_dims(q, 4) or not _has_dims(v, 4):
         return torch.empty(0)
-    batch, seqlen_q, nheads, headdim = q.shape
-    headdim_v = v.shape[3]
-    if headdim == headdim_v and q.is_contiguous():
+    if q.shape[3] == v.shape[3] and q.is_contiguous():
         return torch.empty_like(q)  # the quickest
-    return q.new_empty((batch, seqlen_q, nheads, headdim_v))
+    return q.new_empty((*q.shape[:3], v.shape[3]))
 
 
 def dense_lse(q: Tensor) -> Tensor:
@@ -98,6 +96,8 @@ def varlen_out(q: Tensor, v: Tensor) -> Tensor:
     """Return an uninitialised out, (total_q, nheads, headdim_v); v may be paged."""
     if not _has_dims(q, 3) or v is None or v.dim() == 0:
         return torch.empty(0)
+    if q.shape[2] == v.shape[-1] and q.is_contiguous():
+        return torch.empty_like(q)  # the quickest
     return q.new_empty((q.shape[0], q.shape[1], v.shape[-1]))
 
 

@@ -36,16 +36,16 @@ def attend(
     s_dmask=None,
     rng_state=None,
     out=None,
+    needs_lse=True,
 ):
-    """Attention of a dense batch: (out, softmax_lse); s_dmask is written too."""
-    if not (q.is_contiguous() and k.is_contiguous() and v.is_contiguous()):
-        q, k, v = maybe_contiguous(q), maybe_contiguous(k), maybe_contiguous(v)
+    """Attention of a dense batch: (out, softmax_lse or None); s_dmask is written too."""
+    q, k, v = maybe_contiguous(q), maybe_contiguous(k), maybe_contiguous(v)
     if out is None:
         out = buffers.dense_out(q, v)
     written = out
     if q.is_cuda or emulator_in_use():
         q, k, v, written = map(buffers.for_cuda, (q, k, v, out))
-    softmax_lse = buffers.dense_lse(q)
+    softmax_lse = buffers.dense_lse(q) if needs_lse else None
     _mha_fwd(
         q,
         k,
@@ -111,12 +111,13 @@ def varlen_attend(
     s_dmask=None,
     rng_state=None,
     out=None,
+    needs_lse=True,
 ):
-    """Attention of a packed batch: (out, softmax_lse); s_dmask is written too."""
+    """Attention of a packed batch: (out, softmax_lse or None); s_dmask is written too."""
     q, k, v = maybe_contiguous(q), maybe_contiguous(k), maybe_contiguous(v)
     if out is None:
         out = buffers.varlen_out(q, v)
-    softmax_lse = buffers.varlen_lse(q)
+    softmax_lse = buffers.varlen_lse(q) if needs_lse else None
     _mha_varlen_fwd(
         q,
         k,
@@ -353,12 +354,13 @@ def kvcache_attend(
     num_splits,
     s_aux=None,
     out=None,
+    needs_lse=True,
 ):
-    """Append k and v, where given, to the cache, and attend over it: (out, softmax_lse)."""
+    """Append k and v, where given, to the cache, and attend over it: (out, softmax_lse or None)."""
     q = maybe_contiguous(q)
     if out is None:
         out = buffers.dense_out(q, v_cache)
-    softmax_lse = buffers.dense_lse(q)
+    softmax_lse = buffers.dense_lse(q) if needs_lse else None
     written = () if k is None else (k_cache, v_cache)
     versioned = [cache for cache in written if not cache.is_inference()]
     _mha_fwd_kvcache(

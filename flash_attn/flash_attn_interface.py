@@ -171,7 +171,7 @@ def flash_attn_func(
         and needs_no_dispatcher(q, k, v)
         and needs_no_gradient(q, k, v)
     ):
-        return attend(q, k, v, *score)[0]
+        return attend(q, k, v, *score, needs_lse=False)[0]
     _check_tensors(q=q, k=k, v=v)
     out, softmax_lse, s_dmask, _ = forward(
         q,
@@ -319,7 +319,7 @@ def flash_attn_varlen_func(
         and needs_no_dispatcher(q, k, v)
         and needs_no_gradient(q, k, v)
     ):
-        return varlen_attend(q, k, v, *sequences, *score, block_table)[0]
+        return varlen_attend(q, k, v, *sequences, *score, block_table, needs_lse=False)[0]
     _check_tensors(q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     out, softmax_lse, s_dmask, _ = varlen_forward(
         q,
@@ -512,8 +512,10 @@ def flash_attn_with_kvcache(
     )
     return_softmax_lse = bool(return_softmax_lse)  # raises, if it does, before anything is written
     if needs_no_dispatcher(q, k_cache, v_cache):
-        out, softmax_lse = kvcache_attend(q, k_cache, v_cache, k, v, *settings, s_aux)
-        return (out, softmax_lse) if return_softmax_lse else out
+        results = kvcache_attend(
+            q, k_cache, v_cache, k, v, *settings, s_aux, needs_lse=return_softmax_lse
+        )
+        return results if return_softmax_lse else results[0]
     _check_tensors(q=q, k_cache=k_cache, v_cache=v_cache)
     if k is None and v is None:
         out, softmax_lse = _kvcache_op(q, k_cache, v_cache, *settings, s_aux=s_aux)

@@ -99,7 +99,7 @@ flash_attn_score_args score_args(double softmax_scale, double softcap, bool is_c
   return score;
 }
 
-void mha_fwd(TensorView q, TensorView k, TensorView v, TensorView out, TensorView softmax_lse,
+void mha_fwd(TensorView q, TensorView k, TensorView v, TensorView out, MaybeTensor softmax_lse,
              MaybeTensor s_dmask, MaybeTensor rng_state, MaybeTensor alibi_slopes,
              MaybeTensor s_aux, MaybeTensor attn_bias, double p_dropout, double softmax_scale,
              bool is_causal, int64_t window_left, int64_t window_right, double softcap) {
@@ -123,7 +123,7 @@ void mha_fwd(TensorView q, TensorView k, TensorView v, TensorView out, TensorVie
 }
 
 void mha_varlen_fwd(TensorView q, TensorView k, TensorView v, TensorView out,
-                    TensorView softmax_lse, MaybeTensor s_dmask, MaybeTensor rng_state,
+                    MaybeTensor softmax_lse, MaybeTensor s_dmask, MaybeTensor rng_state,
                     MaybeTensor alibi_slopes, MaybeTensor s_aux, MaybeTensor attn_bias,
                     TensorView cu_seqlens_q, TensorView cu_seqlens_k, MaybeTensor seqused_k,
                     MaybeTensor leftpad_k, MaybeTensor block_table, int64_t max_seqlen_q,
@@ -237,7 +237,7 @@ void mha_varlen_bwd(TensorView dout, TensorView q, TensorView k, TensorView v, T
 }
 
 void mha_fwd_kvcache(TensorView q, TensorView k_cache, TensorView v_cache, MaybeTensor k,
-                     MaybeTensor v, TensorView out, TensorView softmax_lse,
+                     MaybeTensor v, TensorView out, MaybeTensor softmax_lse,
                      MaybeTensor cache_seqlens, MaybeTensor rotary_cos, MaybeTensor rotary_sin,
                      MaybeTensor cache_batch_idx, MaybeTensor cache_leftpad,
                      MaybeTensor block_table, MaybeTensor alibi_slopes, MaybeTensor s_aux,

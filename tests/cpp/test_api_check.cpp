@@ -17,7 +17,6 @@ std::vector<Broken<FwdCall>> broken_in_either_layout() {
       {"q must be given", [](auto& c) { c.args.q = nullptr; }},
       {"v must be given", [](auto& c) { c.args.v = nullptr; }},
       {"out must be given", [](auto& c) { c.args.out = nullptr; }},
-      {"softmax_lse must be given", [](auto& c) { c.args.softmax_lse = nullptr; }},
       {"FlashAttention only support fp16, bf16 and fp32 data type",
        [](auto& c) { c["q"].dtype = FLASH_ATTN_INT32; }},
       {"FlashAttention only support fp16, bf16 and fp32 data type",

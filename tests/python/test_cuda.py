@@ -45,6 +45,14 @@ def test_schedules_agree_bitwise(mode, seed):
 
 
 @needs_emulator
+def test_out_is_the_same_without_softmax_lse():
+    q, k, v = make_tensors(Case(seqlens=(70, 70), heads=(2, 1)))
+    with flash_attn.emulator():
+        together = flash_attn_func(q, k, v, causal=True, return_attn_probs=True)[0]
+        assert torch.equal(flash_attn_func(q, k, v, causal=True), together)
+
+
+@needs_emulator
 @pytest.mark.parametrize("dtype", [FP16, BF16])
 @pytest.mark.parametrize("scale", [8.0, -8.0])
 def test_large_scores(dtype, scale):

@@ -113,6 +113,27 @@ def test_combine(dtype):
     assert torch.equal(other, out)
 
 
+@torch.no_grad()
+def test_out_is_the_same_whether_softmax_lse_is_wanted_or_not():
+    """Without gradients no softmax_lse is made, unless it is asked for."""
+    q, k, v = torch.randn(2, 50, 4, 40), torch.randn(2, 90, 2, 40), torch.randn(2, 90, 2, 24)
+    s_aux = torch.randn(4)
+    together = flash_attn_func(q, k, v, causal=True, return_attn_probs=True)[0]
+    assert torch.equal(flash_attn_func(q, k, v, causal=True), together)
+
+    # Rows beyond the last sequence, too.
+    cu_q, cu_k = torch.tensor([0, 20, 41]).int(), torch.tensor([0, 60, 85]).int()
+    packed = q[0], k[0], v[0], cu_q, cu_k, 21, 60
+    together = flash_attn_varlen_func(*packed, return_attn_probs=True)[0]
+    assert torch.equal(flash_attn_varlen_func(*packed), together)
+
+    for seqlen_q in (1, 50):
+        cache = q[:, :seqlen_q], k, v
+        options = {"cache_seqlens": torch.tensor([90, 0]).int(), "s_aux": s_aux}
+        together = flash_attn_with_kvcache(*cache, **options, return_softmax_lse=True)[0]
+        assert torch.equal(flash_attn_with_kvcache(*cache, **options), together)
+
+
 # ------------------------------------------------------------------------------------------------
 # Determinism and batch invariance, bitwise.
 

@@ -100,7 +100,7 @@ typedef struct flash_attn_fwd_args {
   /* as q with dv for d; written; varlen: rows of no sequence become 0 */
   const flash_attn_tensor* out;
   /* fp32 [b, h, sq]; varlen [h, total_q]; last stride 1; written; natural log; varlen: -inf in
-     columns of no sequence */
+     columns of no sequence; NULL: not wanted */
   const flash_attn_tensor* softmax_lse;
   flash_attn_score_args score;
   double p_dropout; /* 0 <= p < 1 */
@@ -180,7 +180,7 @@ typedef struct flash_attn_kvcache_args {
   const flash_attn_tensor* k;
   const flash_attn_tensor* v;           /* [b, s_new, hk, dv] */
   const flash_attn_tensor* out;         /* [b, sq, h, dv], written */
-  const flash_attn_tensor* softmax_lse; /* fp32 [b, h, sq], written */
+  const flash_attn_tensor* softmax_lse; /* fp32 [b, h, sq], written; NULL: not wanted */
   flash_attn_score_args score;          /* attn_bias must be NULL */
   /* int32 [b]: tokens already in the cache; NULL: the whole cache, no k */
   const flash_attn_tensor* cache_seqlens;

@@ -14,11 +14,11 @@ void check_fwd_rest(const flash_attn_fwd_args& args, const Arg& q, bool varlen,
       s_dmask{"s_dmask", args.s_dmask}, rng_state{"rng_state", args.rng_state};
   p.o = check_out_like(out, q, varlen, p, "Output must have the same dtype as inputs",
                        "Output tensor must have contiguous last dimension");
-  check_lse(lse, q, varlen, p);
+  if (lse.given()) check_lse(lse, q, varlen, p);
   check_dropout(args.p_dropout, rng_state, s_dmask, q, p);
   p.num_splits = check_num_splits(args.num_splits);
   check_no_self_overlap(out);
-  check_no_self_overlap(lse);
+  if (lse.given()) check_no_self_overlap(lse);
   check_distinct({out, lse, s_dmask}, {q,
                                        {"k", args.k},
                                        {"v", args.v},
@@ -94,7 +94,7 @@ Combine_params check_combine(const flash_attn_combine_args& args) {
   check_no_self_overlap(out);
   if (lse.given()) {
     check_fp32(lse, partial, {b, s, h});
-    check_no_self_overlap(lse);
+    if (lse.given()) check_no_self_overlap(lse);
     p.lse = static_cast<float*>(lse.t->data);
     for (int i = 0; i < 3; ++i) p.lse_stride[i] = lse.stride(i);
   }

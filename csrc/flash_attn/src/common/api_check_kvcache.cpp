@@ -174,10 +174,10 @@ Flash_fwd_params check_mha_fwd_kvcache(const flash_attn_kvcache_args& args) {
   const Arg out{"out", args.out}, lse{"softmax_lse", args.softmax_lse};
   p.o = check_out_like(out, q, false, p, "Output must have the same dtype as inputs",
                        "Output tensor must have contiguous last dimension");
-  check_lse(lse, q, false, p);
+  if (lse.given()) check_lse(lse, q, false, p);
   p.num_splits = check_num_splits(args.num_splits);
   check_no_self_overlap(out);
-  check_no_self_overlap(lse);
+  if (lse.given()) check_no_self_overlap(lse);
   check_aliases(args, out, lse);
   if (q.t->device_type == FLASH_ATTN_CPU) {
     for (int64_t i = 0; i < p.b; ++i) check_sequence(cache, rotary_rows, i, p);

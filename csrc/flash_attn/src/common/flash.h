@@ -43,9 +43,10 @@ struct Qkv_params {
 };
 
 struct Flash_fwd_params : Qkv_params {
-  Operand o;                     // [b, sq, h, dv]
-  float* softmax_lse = nullptr;  // element (b, h, i) at b * lse_batch_stride + h * lse_head_stride
-                                 // + i (i: packed row)
+  Operand o;  // [b, sq, h, dv]
+  // Element (b, h, i) at b * lse_batch_stride + h * lse_head_stride + i (i: packed row); null: not
+  // wanted.
+  float* softmax_lse = nullptr;
   int64_t lse_batch_stride = 0, lse_head_stride = 0;
 
   float scale_softmax = 1.f;

@@ -210,16 +210,15 @@ inline void store_row(const Flash_fwd_params& p, const RowMap& map, int row, Row
   if (p.s_aux) {
     const float sink = sink_logit(p, map.head(row)) * kLog2e;
     const float new_max = sink > state.max ? sink : state.max;
-    const float reference = new_max == -kInf ? 0.f : new_max;
+    const float reference = RowState{new_max, 0.f}.anchor();
     scale = exp2(state.max - reference);
     state.sum = state.sum * scale + exp2(sink - reference);
     state.max = new_max;
   }
-  const bool empty = state.sum == 0.f;
   const float rescale = 1.f / (1.f - p.p_dropout);
   write_row(p.dtype, map.tensor_row(p.o, row), o, static_cast<int>(p.d_v),
-            empty ? 0.f : scale * rescale / state.sum);
-  p.softmax_lse[map.lse_index(row)] = empty ? kInf : state.max * kLn2 + __builtin_logf(state.sum);
+            scale * rescale * state.inverse_sum());
+  if (p.softmax_lse) p.softmax_lse[map.lse_index(row)] = state.lse(kLn2);
 }
 
 // Partial results of split keys: the states of all rows, then their unscaled O rows.
@@ -284,7 +283,7 @@ inline void merge_row(const Flash_fwd_params& p, const FwdTask& first, int head,
     const RowState part = x.state[base + split * stride];
     const float* o_part = x.o + (base + split * stride) * x.o_ld;
     const float new_max = part.max > total.max ? part.max : total.max;
-    const float reference = new_max == -kInf ? 0.f : new_max;
+    const float reference = RowState{new_max, 0.f}.anchor();
     const float a = exp2(total.max - reference), b = exp2(part.max - reference);
     total = {new_max, total.sum * a + part.sum * b};
     for (int i = 0; i < x.o_ld; i += kWidth)
@@ -335,7 +334,7 @@ inline void mha_fwd(const Flash_fwd_params& p) {
   if (p.cu_seqlens_q) {
     const int64_t used = p.cu_seqlens_q[p.b];
     zero_rows_beyond(p.o, p.dtype, used, p.total_q, p.h, p.d_v);
-    for (int64_t h = 0; h < p.h; ++h)
+    for (int64_t h = 0; h < p.h && p.softmax_lse; ++h)
       for (int64_t i = used; i < p.total_q; ++i) p.softmax_lse[h * p.lse_head_stride + i] = -kInf;
   }
 }

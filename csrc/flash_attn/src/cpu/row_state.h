@@ -1,6 +1,7 @@
 // A row of queries on its way through the forward: read, then the state of its softmax.
 #pragma once
 
+#include "common/softmax.h"
 #include "cpu/append.h"
 #include "cpu/scores.h"
 
@@ -21,22 +22,15 @@ inline void read_scaled_query(const Flash_fwd_params& p, const Sequence& seq, co
   for (int i = 0; i < d_pad; i += kWidth) store(q + i, load(q + i) * p.scale_softmax);
 }
 
-// Softmax state of a row, base 2: x = max so far in units of log2, l = sum of 2^(score - max).
-// FlashInfer's RowState.
-struct RowState {
-  float max = -kInf;
-  float sum = 0.f;
-};
-
 // Scores s[begin, end), multiples of kWidth, become P; returns the factor that what was summed
-// before must be scaled by.
+// before must be scaled by. The state's scores are in units of log2 (its scale is 1).
 FLASH_INLINE float flash_step(float* s, int begin, int end, RowState& state) {
   Vec largest = set1(-kInf);
 #pragma GCC unroll 4
   for (int j = begin; j < end; j += kWidth) largest = max(largest, load(s + j));
   const float candidate = reduce_max(largest) * kLog2e;
   const float new_max = candidate > state.max ? candidate : state.max;
-  const float reference = new_max == -kInf ? 0.f : new_max;  // nothing visible: 2^(-inf - 0) = 0
+  const float reference = RowState{new_max, 0.f}.anchor();
   Vec sum = zero();
 #pragma GCC unroll 4
   for (int j = begin; j < end; j += kWidth) {

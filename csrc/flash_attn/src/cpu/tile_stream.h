@@ -10,6 +10,7 @@
 // in that order (to_part_order).
 #pragma once
 
+#include "common/static_for.h"
 #include "cpu/tile_fma.h"
 
 namespace flash::cpu::FLASH_ATTN_ISA {
@@ -91,14 +92,6 @@ struct StreamRows {
 
 inline constexpr int kLine = 64;  // bytes of a cache line
 
-// f<0>(), f<1>(), ...
-template <int kCount, class F>
-FLASH_INLINE void unrolled(F f) {
-  [&]<int... kI>(std::integer_sequence<int, kI...>) __attribute__((always_inline)) {
-    (f.template operator()<kI>(), ...);
-  }(std::make_integer_sequence<int, kCount>{});
-}
-
 // ------------------------------------------------------------------------------------------------
 // scores
 
@@ -155,7 +148,8 @@ FLASH_INLINE void multiply_keys(const ScoreProduct& x, int first, Vec* sums) {
 #pragma GCC unroll 8
   for (int n = 0; n < kScoreN; ++n) row[n] = x.k.row(first + n);
   const auto add = [&](int i, int64_t byte) __attribute__((always_inline)) {
-    unrolled<Unit<T>::kParts>([&]<int kPart>() __attribute__((always_inline)) {
+    static_for<Unit<T>::kParts>([&](auto part) __attribute__((always_inline)) {
+      constexpr int kPart = part;
       Vec qv[M];
 #pragma GCC unroll 4
       for (int m = 0; m < M; ++m) qv[m] = load(q + m * q_ld + i + kPart * kWidth);
@@ -220,8 +214,8 @@ FLASH_INLINE void accumulate_strip(const ValueProduct& x, float* o, RowUnit unit
     Vec weight[M];
 #pragma GCC unroll 4
     for (int m = 0; m < M; ++m) weight[m] = set1(x.p[m * x.p_ld + n]);
-    unrolled<kVectors>([&]<int kJ>() __attribute__((always_inline)) {
-      constexpr int kParts = Unit<T>::kParts;
+    static_for<kVectors>([&](auto j) __attribute__((always_inline)) {
+      constexpr int kParts = Unit<T>::kParts, kJ = j;
       const Vec vj = load_part<T, kJ % kParts>(v + kJ / kParts * Unit<T>::kBytes);
 #pragma GCC unroll 4
       for (int m = 0; m < M; ++m) acc[m][kJ] = fma(weight[m], vj, acc[m][kJ]);

@@ -9,7 +9,7 @@
 
 namespace flash::sm80 {
 
-// Completes the rows' sums over the lanes, divides rO by them and writes softmax_lse.
+// Completes the rows' sums over the lanes, divides rO by them and writes softmax_lse, if wanted.
 template <FwdConfig C>
 FLASH_DEVICE void normalise_o(typename WarpTile<C>::Output& rO, typename WarpTile<C>::Rows& rows,
                               float* lse, int valid_rows, float scale) {
@@ -29,7 +29,7 @@ FLASH_DEVICE void normalise_o(typename WarpTile<C>::Output& rO, typename WarpTil
       }
       const ptx::Element first = ptx::accumulator_element(lane, 2 * half);
       const int row = m * 16 + first.row;
-      if (first.col == 0 && row < valid_rows) lse[row] = state.lse(scale);
+      if (lse && first.col == 0 && row < valid_rows) lse[row] = state.lse(scale);
     }
   }
 }

@@ -78,8 +78,9 @@ FLASH_DEVICE void epilogue(const Flash_fwd_params& p, const FwdLaunch& launch, u
                            typename WarpTile<C>::Output& rO, typename WarpTile<C>::Rows& rows) {
   const Place<C> here(p, launch);
   const int valid_rows = min(C.rows_per_warp(), here.seq.seqlen_q - here.warp_row);
-  float* lse = p.softmax_lse + here.batch * p.lse_batch_stride + here.head * p.lse_head_stride +
-               here.seq.lse_row + here.warp_row;
+  const int64_t first_lse = here.batch * p.lse_batch_stride + here.head * p.lse_head_stride +
+                            here.seq.lse_row + here.warp_row;
+  float* lse = p.softmax_lse ? p.softmax_lse + first_lse : nullptr;
   normalise_o<C>(rO, rows, lse, valid_rows, launch.scale);
   char* gO = operand_row(p.o, C.dtype, here.batch, here.seq.q_row + here.warp_row, here.head);
   store_o<C>(rO, sO + here.warp * C.rows_per_warp() * WarpTile<C>::kRowBytes, gO,

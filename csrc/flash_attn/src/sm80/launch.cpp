@@ -56,6 +56,7 @@ cuda::HostRange memory_of(const Operand& x, int64_t b, int64_t rows, int64_t hea
 }
 
 cuda::HostRange memory_of_lse(const Flash_fwd_params& p) {
+  if (p.softmax_lse == nullptr) return {nullptr, nullptr};
   const int64_t last = (p.b - 1) * p.lse_batch_stride + (p.h - 1) * p.lse_head_stride + p.seqlen_q;
   return {reinterpret_cast<const char*>(p.softmax_lse),
           reinterpret_cast<const char*>(p.softmax_lse + last)};
