@@ -117,7 +117,8 @@ class SharedReaders {
 };
 
 // The first readers not known to have happened before the others; one list for each unit that more
-// than two warps read unordered. Of more than kMostReaders at once the oldest are forgotten.
+// than two warps read unordered. Of more than kMostReaders at once the first of the list is
+// forgotten.
 class GlobalReaders {
  public:
   static constexpr bool kHasClusters = true;
@@ -127,7 +128,7 @@ class GlobalReaders {
   bool any(uint32_t unit) const { return !entries_.empty() && entries_[unit][0].lanes; }
   void clear(uint32_t unit) {
     if (!entries_.empty()) entries_[unit] = {};
-    if (!more_.empty()) more_[unit].clear();
+    if (!lists_.empty()) free_list(unit);
   }
 
   bool add(uint32_t unit, const Actor& actor, int lane) {
@@ -150,8 +151,8 @@ class GlobalReaders {
     for (const Entry& entry : entries_[unit]) {
       if (entry.lanes) f(entry.previous());
     }
-    if (more_.empty()) return;
-    for (const Entry& entry : more_[unit]) f(entry.previous());
+    if (lists_.empty()) return;
+    for (uint32_t at = lists_[unit]; at; at = nodes_[at].next) f(nodes_[at].entry.previous());
   }
 
  private:
@@ -165,6 +166,7 @@ class GlobalReaders {
     }
     // Whether this entry can stand for `now` too, or `now` for it.
     bool takes(const Entry& now, const Actor& actor, int lane) const {
+      if (cluster != now.cluster && !actor.clock(lane).foreign) return false;
       return same_moment(now) || actor.comes_after(previous(), lane);
     }
     bool merge(const Entry& now) {
@@ -174,24 +176,57 @@ class GlobalReaders {
     }
   };
 
+  // Lists of a unit are chains of nodes_, the newest reader first; node 0 is the end of all.
+  struct Node {
+    Entry entry;
+    uint32_t next = 0;
+  };
+
   void add_to_list(uint32_t unit, const Entry& now, const Actor& actor, int lane) {
-    if (more_.empty()) more_.resize(units_);
-    std::vector<Entry>& list = more_[unit];
-    for (size_t i = list.size(); i-- > 0;) {  // the newest is mostly the one
-      Entry& entry = list[i];
+    if (lists_.empty()) {
+      lists_.resize(units_);
+      nodes_.resize(1);
+    }
+    uint32_t count = 0, oldest = 0;
+    for (uint32_t at = lists_[unit]; at; at = nodes_[at].next) {
+      Entry& entry = nodes_[at].entry;
+      ++count;
+      oldest = at;
       const bool same_warp =
           entry.cluster == now.cluster && entry.record.agent() == now.record.agent();
       if (!same_warp || !entry.takes(now, actor, lane)) continue;
       if (!entry.merge(now)) entry = now;
       return;
     }
-    if (list.size() == kMostReaders) list.erase(list.begin());
-    list.push_back(now);
+    if (count == kMostReaders) {
+      nodes_[oldest].entry = now;
+      return;
+    }
+    uint32_t node = free_;
+    if (node) {
+      free_ = nodes_[node].next;
+    } else {
+      node = static_cast<uint32_t>(nodes_.size());
+      nodes_.emplace_back();
+    }
+    nodes_[node] = {now, lists_[unit]};
+    lists_[unit] = node;
+  }
+
+  void free_list(uint32_t unit) {
+    uint32_t last = lists_[unit];
+    if (!last) return;
+    while (nodes_[last].next) last = nodes_[last].next;
+    nodes_[last].next = free_;
+    free_ = lists_[unit];
+    lists_[unit] = 0;
   }
 
   uint32_t units_ = 0;
   std::vector<std::array<Entry, 2>> entries_;
-  std::vector<std::vector<Entry>> more_;  // by unit; empty until one is needed
+  std::vector<uint32_t> lists_;  // by unit; empty until one is needed
+  std::vector<Node> nodes_;
+  uint32_t free_ = 0;
 };
 
 }  // namespace gpu_emulator::check
