@@ -31,10 +31,8 @@ class SharedReaders {
     const int index = index_of(actor.order->agent, is_async(actor.state));
     if (index < 0) return false;
     const uint32_t bit = is_async(actor.state) ? ~0u : 1u << lane;
-    Entries& entries = warps_[index];
     uint64_t& present = bits_[unit];
-    Record& record = entries.records[unit];
-    uint32_t& lanes = entries.lanes[unit];
+    auto& [record, lanes] = warps_[index][unit];
     if (!(present >> index & 1)) {
       present |= uint64_t{1} << index;
       record = now;
@@ -66,13 +64,10 @@ class SharedReaders {
       if (index_ < 0) return false;
       const uint64_t own = uint64_t{1} << index_;
       uint64_t& present = readers_.bits_[unit];
-      Entries& entries = readers_.warps_[index_];
-      if ((present & own) && entries.lanes[unit] != 1u << lane) {
-        return readers_.add(unit, actor_, lane);
-      }
+      Entry& entry = readers_.warps_[index_][unit];
+      if ((present & own) && entry.lanes != 1u << lane) return readers_.add(unit, actor_, lane);
       present |= own;
-      entries.records[unit] = actor_.record(lane);
-      entries.lanes[unit] = 1u << lane;
+      entry = {actor_.record(lane), 1u << lane};
       return true;
     }
 
@@ -86,16 +81,15 @@ class SharedReaders {
   void for_each(uint32_t unit, uint64_t cluster, F&& f) const {
     if (bits_.empty()) return;
     for (uint64_t left = bits_[unit]; left; left &= left - 1) {
-      const Entries& entries = warps_[__builtin_ctzll(left)];
-      f(Previous{entries.records[unit], entries.lanes[unit], cluster, false});
+      const Entry& entry = warps_[__builtin_ctzll(left)][unit];
+      f(Previous{entry.record, entry.lanes, cluster, false});
     }
   }
 
  private:
-  struct Entries {
-    uint32_t key;
-    std::unique_ptr<Record[]> records;
-    std::unique_ptr<uint32_t[]> lanes;
+  struct Entry {
+    Record record;
+    uint32_t lanes;
   };
 
   int index_of(uint32_t agent, bool is_async) {
@@ -105,15 +99,14 @@ class SharedReaders {
     if (bits_.empty()) bits_.resize(units_);
     if (key >= index_.size()) index_.resize(key + 1, -1);
     index_[key] = static_cast<int8_t>(warps_.size());
-    warps_.push_back({key, std::make_unique_for_overwrite<Record[]>(units_),
-                      std::make_unique_for_overwrite<uint32_t[]>(units_)});
+    warps_.push_back(std::make_unique_for_overwrite<Entry[]>(units_));
     return index_[key];
   }
 
   uint32_t units_ = 0;
-  std::vector<uint64_t> bits_;  // bit = index into warps_
-  std::vector<int8_t> index_;   // by agent * 2 + async
-  std::vector<Entries> warps_;
+  std::vector<uint64_t> bits_;                   // bit = index into warps_
+  std::vector<int8_t> index_;                    // by agent * 2 + async
+  std::vector<std::unique_ptr<Entry[]>> warps_;  // by index, then by unit
 };
 
 // The first readers not known to have happened before the others; one list for each unit that more
