@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "../exec/program.h"
+#include "defined_bytes.h"
 
 namespace gpu_emulator {
 
@@ -64,10 +65,14 @@ class MemoryMap {
     bool readable, writable;
     std::string
         what;  // for reports: "allocation of 4096 bytes", "host memory registered", "variable foo"
+    std::shared_ptr<DefinedBytes> defined = nullptr;  // null: all of them
   };
   void add(const Range& range);
   bool remove(uint64_t begin);
   const Range* find(uint64_t address) const;  // nullptr = wild
+  bool holds_undefined() const;               // some range may
+  // After a launch that did not follow its writes: they may be anywhere.
+  void assume_defined() const;
   uint64_t generation() const;  // changes with every add and remove: lets executors cache a range
 
  private:
