@@ -53,7 +53,7 @@ def launch(dtype: str, headdim: int, causal: bool, seqlen_k: int) -> dict:
     """Return the counters of one head of 256 queries over ``seqlen_k`` keys."""
     q, k, v = (torch.randn(1, n, 1, headdim).to(DTYPES[dtype]) for n in (256, seqlen_k, seqlen_k))
     with flash_attn.emulator(checks="none") as gpu:
-        flash_attn.flash_attn_func(q, k, v, causal=causal)
+        flash_attn.flash_attn_func(q, k, v, causal=causal, return_attn_probs=True)
     (kernel,) = gpu.counters.values()
     return kernel
 

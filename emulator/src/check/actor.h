@@ -66,8 +66,13 @@ inline View view_of(Record record) {
 
 inline bool Actor::comes_after(const Previous& previous, int lane) const {
   const Record record = previous.record;
+  const bool own_cluster = previous.cluster == order->cluster->index;
+  if (own_cluster && record.agent() == order->agent && previous.lanes == 1u << lane &&
+      view_of(record) == View::kGeneric) {
+    return true;  // program order
+  }
   const Clock& mine = clock(lane);
-  if (previous.cluster == order->cluster->index) {
+  if (own_cluster) {
     if (mine.own.has_seen(view_of(record), static_cast<int>(record.agent()), previous.lanes,
                           record.stamp())) {
       if (common &&
@@ -76,9 +81,7 @@ inline bool Actor::comes_after(const Previous& previous, int lane) const {
       }
       return true;
     }
-    // Program order.
-    return record.agent() == order->agent && previous.lanes == 1u << lane &&
-           view_of(record) == View::kGeneric;
+    return false;
   }
   if (!mine.foreign) return false;
   const auto found = mine.foreign->find(previous.cluster);

@@ -1,7 +1,8 @@
 #pragma once
 
 // Who has read a unit of memory since it was last written. Two ways to keep it: for shared memory
-// one entry for each warp that ever reads there; for global memory the last two readers.
+// one entry for each warp that ever reads there; for global memory two readers, and a list where
+// there are more.
 
 #include <array>
 #include <cstdint>
@@ -12,8 +13,8 @@
 
 namespace gpu_emulator::check {
 
-// Reads of one warp since the last write. Lanes with another stamp than the entry's do not fit:
-// add() then says so, and the unit is kept in detail.
+// Reads of one warp since the last write. Lanes with another stamp than the entry's, and warps
+// after the first kMostWarps, do not fit: add() then says so, and the unit is kept in detail.
 class SharedReaders {
  public:
   static constexpr bool kHasClusters = false;
@@ -28,12 +29,10 @@ class SharedReaders {
   bool add(uint32_t unit, const Actor& actor, int lane) {
     const Record now = actor.record(lane);
     const int index = index_of(actor.order->agent, is_async(actor.state));
-    if (index < 0) return true;
+    if (index < 0) return false;
     const uint32_t bit = is_async(actor.state) ? ~0u : 1u << lane;
-    Entries& entries = warps_[index];
     uint64_t& present = bits_[unit];
-    Record& record = entries.records[unit];
-    uint32_t& lanes = entries.lanes[unit];
+    auto& [record, lanes] = warps_[index][unit];
     if (!(present >> index & 1)) {
       present |= uint64_t{1} << index;
       record = now;
@@ -62,16 +61,13 @@ class SharedReaders {
           index_(readers.index_of(actor.order->agent, is_async(actor.state))) {}
 
     bool add(uint32_t unit, int lane) {
-      if (index_ < 0) return true;
+      if (index_ < 0) return false;
       const uint64_t own = uint64_t{1} << index_;
       uint64_t& present = readers_.bits_[unit];
-      Entries& entries = readers_.warps_[index_];
-      if ((present & own) && entries.lanes[unit] != 1u << lane) {
-        return readers_.add(unit, actor_, lane);
-      }
+      Entry& entry = readers_.warps_[index_][unit];
+      if ((present & own) && entry.lanes != 1u << lane) return readers_.add(unit, actor_, lane);
       present |= own;
-      entries.records[unit] = actor_.record(lane);
-      entries.lanes[unit] = 1u << lane;
+      entry = {actor_.record(lane), 1u << lane};
       return true;
     }
 
@@ -85,16 +81,15 @@ class SharedReaders {
   void for_each(uint32_t unit, uint64_t cluster, F&& f) const {
     if (bits_.empty()) return;
     for (uint64_t left = bits_[unit]; left; left &= left - 1) {
-      const Entries& entries = warps_[__builtin_ctzll(left)];
-      f(Previous{entries.records[unit], entries.lanes[unit], cluster, false});
+      const Entry& entry = warps_[__builtin_ctzll(left)][unit];
+      f(Previous{entry.record, entry.lanes, cluster, false});
     }
   }
 
  private:
-  struct Entries {
-    uint32_t key;
-    std::unique_ptr<Record[]> records;
-    std::unique_ptr<uint32_t[]> lanes;
+  struct Entry {
+    Record record;
+    uint32_t lanes;
   };
 
   int index_of(uint32_t agent, bool is_async) {
@@ -104,39 +99,42 @@ class SharedReaders {
     if (bits_.empty()) bits_.resize(units_);
     if (key >= index_.size()) index_.resize(key + 1, -1);
     index_[key] = static_cast<int8_t>(warps_.size());
-    warps_.push_back({key, std::make_unique_for_overwrite<Record[]>(units_),
-                      std::make_unique_for_overwrite<uint32_t[]>(units_)});
+    warps_.push_back(std::make_unique_for_overwrite<Entry[]>(units_));
     return index_[key];
   }
 
   uint32_t units_ = 0;
-  std::vector<uint64_t> bits_;  // bit = index into warps_
-  std::vector<int8_t> index_;   // by agent * 2 + async
-  std::vector<Entries> warps_;
+  std::vector<uint64_t> bits_;                   // bit = index into warps_
+  std::vector<int8_t> index_;                    // by agent * 2 + async
+  std::vector<std::unique_ptr<Entry[]>> warps_;  // by index, then by unit
 };
 
-// The first reader not known to have happened before the others, and the last one. With more than
-// two at once a write that is ordered after these two but not after a third is not noticed.
+// The first readers not known to have happened before the others; one list for each unit that more
+// than two warps read unordered. Of more than kMostReaders at once the first of the list is
+// forgotten.
 class GlobalReaders {
  public:
   static constexpr bool kHasClusters = true;
+  static constexpr size_t kMostReaders = 1024;
 
   void allocate(uint32_t units) { units_ = units; }
   bool any(uint32_t unit) const { return !entries_.empty() && entries_[unit][0].lanes; }
   void clear(uint32_t unit) {
     if (!entries_.empty()) entries_[unit] = {};
+    if (!lists_.empty()) free_list(unit);
   }
 
   bool add(uint32_t unit, const Actor& actor, int lane) {
     if (entries_.empty()) entries_.resize(units_);
     const Entry now{actor.record(lane), is_async(actor.state) ? ~0u : 1u << lane,
                     static_cast<uint32_t>(actor.order->cluster->index)};
-    auto& [first, last] = entries_[unit];
-    if (!first.lanes || first.merge(now) || actor.comes_after(first.previous(), lane)) {
-      if (!first.lanes || !first.same_moment(now)) first = now;
-      return true;
+    for (Entry& entry : entries_[unit]) {
+      if (!entry.lanes || entry.takes(now, actor, lane)) {
+        if (!entry.merge(now)) entry = now;
+        return true;
+      }
     }
-    if (!last.lanes || !last.merge(now)) last = now;
+    add_to_list(unit, now, actor, lane);
     return true;
   }
 
@@ -146,6 +144,8 @@ class GlobalReaders {
     for (const Entry& entry : entries_[unit]) {
       if (entry.lanes) f(entry.previous());
     }
+    if (lists_.empty()) return;
+    for (uint32_t at = lists_[unit]; at; at = nodes_[at].next) f(nodes_[at].entry.previous());
   }
 
  private:
@@ -155,8 +155,12 @@ class GlobalReaders {
     uint32_t cluster = 0;
     Previous previous() const { return {record, lanes, cluster, false}; }
     bool same_moment(const Entry& now) const {
-      return cluster == now.cluster && record.agent() == now.record.agent() &&
-             record.stamp() == now.record.stamp() && record.state() == now.record.state();
+      return lanes && cluster == now.cluster && record.moment() == now.record.moment();
+    }
+    // Whether this entry can stand for `now` too, or `now` for it.
+    bool takes(const Entry& now, const Actor& actor, int lane) const {
+      if (cluster != now.cluster && !actor.clock(lane).foreign) return false;
+      return same_moment(now) || actor.comes_after(previous(), lane);
     }
     bool merge(const Entry& now) {
       if (!same_moment(now)) return false;
@@ -165,8 +169,57 @@ class GlobalReaders {
     }
   };
 
+  // Lists of a unit are chains of nodes_, the newest reader first; node 0 is the end of all.
+  struct Node {
+    Entry entry;
+    uint32_t next = 0;
+  };
+
+  void add_to_list(uint32_t unit, const Entry& now, const Actor& actor, int lane) {
+    if (lists_.empty()) {
+      lists_.resize(units_);
+      nodes_.resize(1);
+    }
+    uint32_t count = 0, oldest = 0;
+    for (uint32_t at = lists_[unit]; at; at = nodes_[at].next) {
+      Entry& entry = nodes_[at].entry;
+      ++count;
+      oldest = at;
+      const bool same_warp =
+          entry.cluster == now.cluster && entry.record.agent() == now.record.agent();
+      if (!same_warp || !entry.takes(now, actor, lane)) continue;
+      if (!entry.merge(now)) entry = now;
+      return;
+    }
+    if (count == kMostReaders) {
+      nodes_[oldest].entry = now;
+      return;
+    }
+    uint32_t node = free_;
+    if (node) {
+      free_ = nodes_[node].next;
+    } else {
+      node = static_cast<uint32_t>(nodes_.size());
+      nodes_.emplace_back();
+    }
+    nodes_[node] = {now, lists_[unit]};
+    lists_[unit] = node;
+  }
+
+  void free_list(uint32_t unit) {
+    uint32_t last = lists_[unit];
+    if (!last) return;
+    while (nodes_[last].next) last = nodes_[last].next;
+    nodes_[last].next = free_;
+    free_ = lists_[unit];
+    lists_[unit] = 0;
+  }
+
   uint32_t units_ = 0;
   std::vector<std::array<Entry, 2>> entries_;
+  std::vector<uint32_t> lists_;  // by unit; empty until one is needed
+  std::vector<Node> nodes_;
+  uint32_t free_ = 0;
 };
 
 }  // namespace gpu_emulator::check

@@ -5,13 +5,8 @@
 namespace gpu_emulator::check {
 
 template <class Readers>
-inline void Shadow<Readers>::check(const Context& c, const Previous& previous,
-                                   const Place& place) const {
-  if (!c.actor.reports_races) return;
-  if (c.actor.knows(previous.record) && previous.cluster == c.actor.order->cluster->index &&
-      !is_async(c.actor.state)) {
-    return;
-  }
+void Shadow<Readers>::check_order(const Context& c, const Previous& previous,
+                                  const Place& place) const {
   if (previous.record.in_flight()) c.reporter.conflict(c.actor, c.lane, previous, place);
   if (c.actor.comes_after(previous, c.lane)) {
     if (is_async(c.actor.state) && previous.is_write && !c.actor.is_fenced(previous, c.lane)) {

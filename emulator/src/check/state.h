@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "../device/defined_bytes.h"
 #include "order.h"
 #include "readers.h"
 #include "shadow.h"
@@ -24,6 +25,13 @@ struct WarpState {
   // Local memory: whether each byte has been written; lane-major, local_capacity bytes a lane.
   std::vector<bool> local_defined;
   uint32_t local_capacity = 0;
+  // The last ranges of device memory that it accessed.
+  struct KnownRange {
+    uint64_t begin = 1, end = 0;
+    DefinedBytes* defined = nullptr;  // null: all of it
+  };
+  std::array<KnownRange, 4> ranges;
+  size_t next_range = 0;
   // Strong reads of global memory whose value another host thread may have changed between the
   // check and the read.
   struct StrongRead {
@@ -42,6 +50,8 @@ struct ClusterState {
   // The first undefined value written to global memory. Reported when the cluster ends, so that a
   // race that is its cause comes first.
   std::string undefined_output;
+  // Where an asynchronous copy first read an undefined value: a sentence.
+  std::string undefined_copy;
 };
 
 inline WarpState& state_of(const exec::Warp& warp) {

@@ -10,13 +10,21 @@
 // A frame has bits only while it may hold an undefined value, so that most instructions cost
 // nothing.
 
+#include <bitset>
 #include <cstdint>
 #include <unordered_map>
 #include <vector>
 
 #include "../exec/warp.h"
 
+namespace gpu_emulator::exec {
+struct WgmmaOperation;
+struct WgmmaShape;
+}  // namespace gpu_emulator::exec
+
 namespace gpu_emulator::check {
+
+inline constexpr uint32_t kUnitBytes = 64;  // of Frame::undefined's index
 
 class Values {
  public:
@@ -33,20 +41,21 @@ class Values {
   uint64_t stored(const exec::Warp& warp, int lane) const;
   // Bytes the lane's load found undefined.
   void loaded(exec::Warp& warp, int lane, uint64_t undefined_bytes);
+  // Lanes whose half of accumulator register i of a wgmma lies in one of these rows (of the warp's
+  // 16) or columns.
+  static uint32_t lanes_of_product(const exec::WgmmaShape& shape, int i, uint32_t half,
+                                   uint32_t rows, const std::bitset<256>& columns);
+  // A wgmma of the warp is complete: what its operands in shared memory make undefined.
+  static void completed(exec::Warp& warp, const exec::WgmmaOperation& operation);
+  static bool is_undefined(const exec::Warp& warp, exec::Slot slot, int lane);
   // Forgets frames' bits where nothing is undefined any more.
   static void tidy(exec::Warp& warp);
 
  private:
-  // Words of Frame::undefined that are read on a path from the beginning without a write.
-  struct Unassigned {
-    std::vector<uint32_t> words;
-  };
-  static Unassigned find_unassigned(const exec::Function& function);
-
   void begin_function(exec::Warp& warp);
   void follow(exec::Warp& warp, exec::Frame& frame, const exec::Instruction& in, uint32_t mask);
 
-  std::unordered_map<const exec::Function*, Unassigned> unassigned_;
+  std::unordered_map<const exec::Function*, std::vector<uint32_t>> unassigned_;
 };
 
 }  // namespace gpu_emulator::check

@@ -1,5 +1,6 @@
 #include "device.h"
 
+#include <algorithm>
 #include <mutex>
 
 namespace gpu_emulator {
@@ -64,6 +65,20 @@ const MemoryMap::Range* MemoryMap::find(uint64_t address) const {
   if (next == ranges_.begin()) return nullptr;
   const Range& range = std::prev(next)->second;
   return address < range.end ? &range : nullptr;
+}
+
+bool MemoryMap::holds_undefined() const {
+  const std::shared_lock lock(mutex_);
+  return std::any_of(ranges_.begin(), ranges_.end(), [](const auto& entry) {
+    return entry.second.defined && !entry.second.defined->all();
+  });
+}
+
+void MemoryMap::assume_defined() const {
+  const std::shared_lock lock(mutex_);
+  for (const auto& [begin, range] : ranges_) {
+    if (range.defined && range.writable) range.defined->set_all();
+  }
 }
 
 }  // namespace gpu_emulator

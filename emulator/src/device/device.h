@@ -7,11 +7,13 @@
 #include <cstddef>
 #include <cstdint>
 #include <map>
+#include <memory>
 #include <shared_mutex>
 #include <string>
 #include <vector>
 
 #include "../exec/program.h"
+#include "defined_bytes.h"
 
 namespace gpu_emulator {
 
@@ -60,10 +62,14 @@ class MemoryMap {
     uint64_t begin, end;
     bool readable, writable;
     std::string what;  // for reports: "allocation of 4096 bytes", "variable foo"
+    std::shared_ptr<DefinedBytes> defined = nullptr;  // null: all of them
   };
   void add(const Range& range);
   bool remove(uint64_t begin);
   const Range* find(uint64_t address) const;  // nullptr = wild
+  bool holds_undefined() const;               // some range may
+  // After a launch that did not follow its writes: they may be anywhere.
+  void assume_defined() const;
 
  private:
   mutable std::shared_mutex mutex_;

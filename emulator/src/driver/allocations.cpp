@@ -34,8 +34,8 @@ Allocation& Allocations::insert(Entry entry, bool writable, const std::string& w
     if (!allocation.is_visible_everywhere() && static_cast<int>(device) != allocation.device) {
       continue;
     }
-    devices_[device]->add(
-        {allocation.begin, allocation.begin + allocation.bytes, true, writable, what});
+    devices_[device]->add({allocation.begin, allocation.begin + allocation.bytes, true, writable,
+                           what, allocation.defined});
   }
   const uint64_t begin = allocation.begin;
   return entries_.insert_or_assign(begin, std::move(entry)).first->second.allocation;
@@ -43,10 +43,13 @@ Allocation& Allocations::insert(Entry entry, bool writable, const std::string& w
 
 Allocation& Allocations::create(Allocation::Kind kind, int device, uint64_t context, uint64_t bytes,
                                 const std::string& what) {
-  Entry entry = {{}, new_storage(bytes)};
-  entry.allocation = {kind,  device, context, reinterpret_cast<uint64_t>(entry.storage.get()),
-                      bytes, 0,      0};
-  return insert(std::move(entry), true, what);
+  Storage storage = new_storage(bytes);
+  const auto begin = reinterpret_cast<uint64_t>(storage.get());
+  std::shared_ptr<DefinedBytes> defined;
+  if (kind == Allocation::Kind::kDevice) defined = std::make_shared<DefinedBytes>(begin, bytes);
+  return insert(
+      {{kind, device, context, begin, bytes, 0, 0, std::move(defined)}, std::move(storage)}, true,
+      what);
 }
 
 Allocation* Allocations::add_registered(int device, uint64_t context, uint64_t begin,

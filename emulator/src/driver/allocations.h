@@ -20,6 +20,8 @@ struct Allocation {
   uint64_t begin = 0, bytes = 0;
   unsigned flags = 0;
   uint64_t id = 0;  // never used again
+  // Of kDevice: what has been written. The host writes to the other kinds unseen.
+  std::shared_ptr<DefinedBytes> defined = nullptr;
 
   bool is_visible_everywhere() const { return kind != Kind::kDevice && kind != Kind::kModule; }
   bool is_host() const { return kind == Kind::kHost || kind == Kind::kRegistered; }

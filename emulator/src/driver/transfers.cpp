@@ -24,6 +24,19 @@ void check(Driver& state, const Copy& copy) {
               extent(copy.width, copy.height, copy.source_pitch), "source");
 }
 
+// What is written, for the checks of values.
+void mark_copied(Driver& state, uint64_t destination, uint64_t source, uint64_t bytes) {
+  const Allocation* to = state.allocations.find(destination);
+  if (!to || !to->defined) return;
+  const Allocation* from = state.allocations.find(source);
+  to->defined->copy(destination, bytes, from ? from->defined.get() : nullptr, source);
+}
+
+void mark_filled(Driver& state, uint64_t destination, uint64_t bytes) {
+  const Allocation* to = state.allocations.find(destination);
+  if (to && to->defined) to->defined->set(destination, bytes);
+}
+
 void perform(const Copy& copy) {
   Driver& state = driver();
   check(state, copy);
@@ -38,6 +51,8 @@ void perform(const Copy& copy) {
     } else if (!safe_copy(to, from, copy.width)) {
       fail(CUDA_ERROR_INVALID_VALUE, "The host range of the copy is not accessible.");
     }
+    mark_copied(state, copy.destination + row * copy.destination_pitch,
+                copy.source + row * copy.source_pitch, copy.width);
   }
 }
 
@@ -50,6 +65,7 @@ void perform(const Fill& fill) {
   for (uint64_t row = 0; row < fill.height && fill.width > 0; ++row) {
     auto* to = reinterpret_cast<std::byte*>(fill.destination + row * fill.pitch);
     for (uint64_t i = 0; i < fill.width; ++i) std::memcpy(to + i * element, &fill.value, element);
+    mark_filled(state, fill.destination + row * fill.pitch, row_bytes);
   }
 }
 

@@ -1,5 +1,7 @@
 #include "async.h"
 
+#include <algorithm>
+
 #include "report.h"
 #include "scheduler.h"
 
@@ -21,7 +23,8 @@ void resolve_ranges(Warp& warp, int lane, AsyncRanges& ranges) {
   }
 }
 
-void show_ranges(Warp& warp, int lane, const AsyncRanges& ranges, Moment moment) {
+void show_ranges(Warp& warp, int lane, const AsyncRanges& ranges, Moment moment,
+                 std::vector<std::byte>* undefined) {
   Observer* observer = observer_of(warp);
   if (!observer) return;
   // One lane has issued them all: one call each.
@@ -35,13 +38,26 @@ void show_ranges(Warp& warp, int lane, const AsyncRanges& ranges, Moment moment)
   access.mask = 1u << lane;
   access.address = address;
   access.host = host;
+  std::vector<std::byte> own;
+  if (moment == Moment::kCompletion) access.undefined = &own;
+  const bool is_load = ranges.kind == AccessKind::kLoad;
   for (size_t i = 0; i < ranges.address.size(); ++i) {
+    own.clear();
+    if (!is_load && undefined && !undefined->empty()) {
+      const auto begin = undefined->begin() + static_cast<ptrdiff_t>(i * ranges.bytes);
+      own.assign(begin, begin + ranges.bytes);
+    }
     address[lane] = ranges.address[i];
     host[lane] = ranges.host[i];
     if (moment == Moment::kIssue) {
       observer->async_begins(warp, access);
     } else {
       observer->access(warp, access);
+    }
+    if (is_load && undefined && !own.empty()) {
+      undefined->resize(ranges.address.size() * ranges.bytes);
+      std::copy(own.begin(), own.end(),
+                undefined->begin() + static_cast<ptrdiff_t>(i * ranges.bytes));
     }
   }
 }

@@ -51,7 +51,9 @@ struct AsyncRanges {
 void resolve_ranges(Warp& warp, int lane, AsyncRanges& ranges);
 
 enum class Moment : uint8_t { kIssue, kCompletion };
-void show_ranges(Warp& warp, int lane, const AsyncRanges& ranges, Moment moment);
+// undefined: Access::undefined of all ranges, one after the other.
+void show_ranges(Warp& warp, int lane, const AsyncRanges& ranges, Moment moment,
+                 std::vector<std::byte>* undefined = nullptr);
 
 // Whether an asynchronous operation of this cluster is left for later: never in eager mode, always
 // in late mode.

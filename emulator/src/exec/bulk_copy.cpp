@@ -133,6 +133,42 @@ void write(BulkCopy& copy) {
   }
 }
 
+// Which bytes of the box are undefined, from those found in the source's ranges.
+std::vector<std::byte> undefined_of_box(const BulkCopy& copy, const std::vector<std::byte>& found) {
+  std::vector<std::byte> undefined;
+  if (found.empty()) return undefined;
+  undefined.resize(copy.bytes);
+  if (copy.direction != BulkCopy::Direction::kGlobalToShared) {
+    from_swizzled(undefined.data(), copy.bytes, static_cast<uint32_t>(copy.source), copy.swizzle,
+                  found.data());
+    return undefined;
+  }
+  const std::byte* from = found.data();
+  for (const Segment& segment : copy.segments) {
+    std::memcpy(undefined.data() + segment.linear, from, segment.bytes);
+    from += segment.bytes;
+  }
+  return undefined;
+}
+
+// And of a destination's ranges, from those of the box. address: of a destination in shared memory.
+std::vector<std::byte> undefined_of_destination(const BulkCopy& copy, uint64_t address) {
+  std::vector<std::byte> undefined;
+  if (copy.undefined.empty()) return undefined;
+  if (copy.direction == BulkCopy::Direction::kSharedToGlobal) {
+    for (const Segment& segment : copy.segments) {
+      const auto begin = copy.undefined.begin() + segment.linear;
+      undefined.insert(undefined.end(), begin, begin + segment.bytes);
+    }
+    return undefined;
+  }
+  if (copy.reduction) return copy.undefined;
+  undefined.resize(copy.bytes);
+  to_swizzled(copy.undefined.data(), copy.bytes, static_cast<uint32_t>(address), copy.swizzle,
+              undefined.data());
+  return undefined;
+}
+
 void poison(BulkCopy& copy) {
   if (copy.reduction || copy.direction == BulkCopy::Direction::kSharedToGlobal) return;
   for (AsyncRanges& ranges : copy.stores) std::memset(ranges.host[0], kPoison, ranges.bytes);
@@ -236,13 +272,17 @@ void complete_reads(BulkCopy& copy) {
   if (std::exchange(copy.reads_complete, true)) return;
   read(copy);
   for (const AsyncRanges& ranges : copy.loads) {
-    show_ranges(*copy.site.warp, copy.site.lane, ranges, Moment::kCompletion);
+    std::vector<std::byte> found;
+    show_ranges(*copy.site.warp, copy.site.lane, ranges, Moment::kCompletion, &found);
+    copy.undefined = undefined_of_box(copy, found);
   }
 }
 
 void complete_writes(BulkCopy& copy) {
   for (const AsyncRanges& ranges : copy.stores) {
-    show_ranges(*copy.site.warp, copy.site.lane, ranges, Moment::kCompletion);
+    const uint64_t address = ranges.address.empty() ? 0 : ranges.address[0];
+    std::vector<std::byte> undefined = undefined_of_destination(copy, address);
+    show_ranges(*copy.site.warp, copy.site.lane, ranges, Moment::kCompletion, &undefined);
   }
   write(copy);
 }

@@ -58,6 +58,7 @@ struct BulkCopy {
 
   std::vector<AsyncRanges> loads, stores;      // made when it is issued
   std::vector<std::byte> box;                  // linear
+  std::vector<std::byte> undefined;            // as Access::undefined, of the bytes of `box`
   bool was_read = false, was_written = false;  // the bytes were moved
   bool reads_complete = false;                 // by the rules of PTX
 };

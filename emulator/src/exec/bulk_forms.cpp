@@ -108,6 +108,7 @@ Step run_wait_group(Warp& warp, const Instruction& in, uint32_t mask) {
 Step run_store_async(Warp& warp, const Instruction& in, uint32_t mask) {
   constexpr int kAddressSlots = 4;
   const int values = in.count - kAddressSlots;
+  const Observer* observer = observer_of(warp);
   for_each_lane(mask, [&](int lane) {
     auto copy = std::make_shared<BulkCopy>();
     copy->site = issue_site(warp, lane);
@@ -122,6 +123,10 @@ Step run_store_async(Warp& warp, const Instruction& in, uint32_t mask) {
                               ? static_cast<const void*>(warp.lanes<uint64_t>(slot) + lane)
                               : static_cast<const void*>(warp.lanes<uint32_t>(slot) + lane);
       std::memcpy(copy->box.data() + i * in.bytes, value, in.bytes);
+      if (observer && observer->is_undefined(warp, slot, lane)) {
+        copy->undefined.resize(copy->bytes);
+        std::memset(copy->undefined.data() + i * in.bytes, 1, in.bytes);
+      }
     }
     if (in.option[2] != kNoReduction) {
       copy->reduction = Reduction{static_cast<ReductionOp>(in.option[2]), in.type};

@@ -99,22 +99,26 @@ void decode_exit(Decoder& decoder) {
 
 // Function::lists: slots of the local addresses of the caller's arguments, then of its results.
 // imm: the callee; option[0]: indirect through a.
-const Function& callee_of(const Warp& warp, const Instruction& in, uint32_t mask) {
+const Function& callee_of(const Warp& warp, const Instruction& in, int lane) {
   const auto& functions = launch_of(warp).launch->program->functions;
   if (!in.option[0]) return functions[in.imm];
-  const uint64_t* address = warp.lanes<uint64_t>(in.a);
-  const uint64_t target = address[first_lane(mask)];
+  const uint64_t target = warp.lanes<uint64_t>(in.a)[lane];
   if ((target & kWindowMask) != kFunctionWindow || (target & ~kWindowMask) >= functions.size()) {
-    fail(warp, first_lane(mask), ReportKind::kInvalidOperand,
+    fail(warp, lane, ReportKind::kInvalidOperand,
          format("Call of 0x%llx, which is no function.", static_cast<unsigned long long>(target)));
   }
-  for_each_lane(mask, [&](int lane) {
-    if (address[lane] != target) {
-      fail(warp, lane, ReportKind::kUnsupported,
-           "The lanes call different functions through a pointer.");
-    }
-  });
   return functions[target & ~kWindowMask];
+}
+
+// Lanes of mask that call the same function as its first lane.
+uint32_t same_callee(const Warp& warp, const Instruction& in, uint32_t mask) {
+  if (!in.option[0]) return mask;
+  const uint64_t* target = warp.lanes<uint64_t>(in.a);
+  uint32_t same = 0;
+  for_each_lane(mask, [&](int lane) {
+    if (target[lane] == target[first_lane(mask)]) same |= 1u << lane;
+  });
+  return same;
 }
 
 // Arguments and results are copied between frames without an instruction: for the observer they
@@ -142,15 +146,19 @@ uint64_t local_offset(const Warp& warp, Slot slot) {
   return warp.lanes<uint64_t>(slot)[0] - kLocalBase;
 }
 
-Step run_call(Warp& warp, const Instruction& in, uint32_t mask) {
-  const Function& callee = callee_of(warp, in, mask);
+void run_body_less(Warp& warp, const Instruction& in, const Function& callee, uint32_t mask) {
   const Slot* list = warp.list(in);
-  if (!callee.has_body) {
-    std::vector<uint64_t> places;
-    for (int i = 0; i < in.count; ++i) places.push_back(local_offset(warp, list[i]));
-    run_system_call(warp, callee.name, places, mask);
-    return Step::kNext;
+  std::vector<uint64_t> places;
+  for (int i = 0; i < in.count; ++i) places.push_back(local_offset(warp, list[i]));
+  run_system_call(warp, callee.name, places, mask);
+  const size_t given = places.size() - in.option[1];
+  for (size_t i = 0; i < in.option[1] && i < callee.returns.size(); ++i) {
+    show_copied(warp, mask, places[given + i], callee.returns[i].bytes);
   }
+}
+
+void enter(Warp& warp, const Instruction& in, const Function& callee, uint32_t mask) {
+  const Slot* list = warp.list(in);
   const size_t given = in.count - in.option[1];
   if (given != callee.params.size() || in.option[1] != callee.returns.size()) {
     fail(warp, first_lane(mask), ReportKind::kInvalidOperand,
@@ -169,7 +177,6 @@ Step run_call(Warp& warp, const Instruction& in, uint32_t mask) {
     });
     show_copied(warp, mask, base + callee.params[i].offset, callee.params[i].bytes);
   }
-  return Step::kJump;
 }
 
 // Behind the call, when the lanes are back: copies the results from where the callee left them.
@@ -187,21 +194,33 @@ void copy_results(Warp& warp, const Instruction& call, const Function& callee, u
   }
 }
 
-// A call executes in two steps at the same pc: lanes first enter the callee, and come back to it
-// with their bit of `e`, the frame's "returned" mask, set.
+// A call executes in several steps at the same pc: lanes enter the callee, those of one function at
+// a time, and come back to it with their bit of `e`, the frame's "returned" mask, set; when all are
+// back they take their results.
 Step run_call_or_return(Warp& warp, const Instruction& in, uint32_t mask) {
   uint32_t* returned = warp.lanes<uint32_t>(in.e);
-  uint32_t back = 0;
+  uint32_t left = 0;
   for_each_lane(mask, [&](int lane) {
-    if (returned[lane]) back |= 1u << lane;
+    if (!returned[lane]) left |= 1u << lane;
   });
-  if (!back) {
-    const bool system = !callee_of(warp, in, mask).has_body;
-    if (!system) for_each_lane(mask, [&](int lane) { returned[lane] = 1; });
-    return run_call(warp, in, mask);
+  while (left) {
+    const uint32_t same = same_callee(warp, in, left);
+    const Function& callee = callee_of(warp, in, first_lane(same));
+    for_each_lane(same, [&](int lane) { returned[lane] = 1; });
+    if (callee.has_body) {
+      enter(warp, in, callee, same);
+      return Step::kJump;
+    }
+    run_body_less(warp, in, callee, same);
+    left &= ~same;
   }
-  for_each_lane(back, [&](int lane) { returned[lane] = 0; });
-  copy_results(warp, in, callee_of(warp, in, back), back);
+  for_each_lane(mask, [&](int lane) { returned[lane] = 0; });
+  while (mask) {
+    const uint32_t same = same_callee(warp, in, mask);
+    const Function& callee = callee_of(warp, in, first_lane(same));
+    if (callee.has_body) copy_results(warp, in, callee, same);
+    mask &= ~same;
+  }
   return Step::kNext;
 }
 

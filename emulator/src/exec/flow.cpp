@@ -36,7 +36,7 @@ const std::unordered_map<std::string_view, Flow>& flows() {
       {"ldu", Flow::kLoad},
       {"ldmatrix", Flow::kLoadMatrix},
       {"st", Flow::kStore},
-      {"stmatrix", Flow::kStore},
+      {"stmatrix", Flow::kStoreMatrix},
       {"atom", Flow::kAtomic},
       {"red", Flow::kAtomic},
       {"mma", Flow::kMatrix},
@@ -75,6 +75,8 @@ void set_flow(const ptx::Instruction& ast, Effects& effects) {
       effects.flow = Flow::kPackHalves;
     }
   }
+  if (ast.opcode == "wgmma" && has(ast, "mma_async")) effects.flow = Flow::kWarpgroupMatrix;
+  if (effects.flow == Flow::kAtomic) effects.bits = has(ast, "exch");
   if (effects.flow == Flow::kLogic) effects.bits = ast.opcode == "and" ? kAnd : kOr;
   if (effects.flow == Flow::kShift) effects.bits = ast.opcode == "shl" ? kLeft : kRight;
   const bool stops = ast.opcode == "ret" || ast.opcode == "exit" || ast.opcode == "trap" ||

@@ -7,6 +7,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 #include "program.h"
 
@@ -14,6 +15,7 @@ namespace gpu_emulator::exec {
 
 struct Cta;
 struct Cluster;
+struct WgmmaOperation;
 
 enum class AccessKind : uint8_t { kLoad, kStore, kAtomic };
 enum class Proxy : uint8_t {
@@ -33,6 +35,10 @@ struct Access {                  // of up to 32 lanes to one space
   uint32_t mask = 0;
   const uint64_t* address = nullptr;  // [32]; shared: rank << 24 | offset with kSharedBase
   std::byte* const* host = nullptr;   // [32]
+  // Of an asynchronous operation that is complete: for the lanes of mask one after the other, which
+  // bytes hold no defined value (not 0); empty: none. Loads: where the observer leaves it; stores
+  // and atomics: what is written.
+  std::vector<std::byte>* undefined = nullptr;
 };
 
 enum class SyncKind : uint8_t {
@@ -87,6 +93,13 @@ class Observer {
   // also where the bytes were moved at issue. All loads of an operation come before its stores;
   // lanes of cp.async whose source is ignored (zero fill) have a store and no load.
   virtual void async_begins(Warp&, const Access&) {}
+
+  // This warp has waited for its part of the operation; after the access() of its operands.
+  virtual void wgmma_completes(Warp&, const WgmmaOperation&) {}
+
+  // Whether the lane's value of the register is undefined now: of what an operation takes along
+  // when it is issued.
+  virtual bool is_undefined(const Warp&, Slot, int /*lane*/) const { return false; }
 
   virtual void synchronise(Warp&, const SyncEvent&) {}
 

@@ -86,11 +86,13 @@ enum class Flow : uint8_t {
   kLoad,        // in memory order what lies at the address
   kLoadMatrix,  // ldmatrix
   kLoadMatrixTransposed,
-  kStore,  // reads the address `a`, then what it stores
+  kStore,        // reads the address `a`, then what it stores
+  kStoreMatrix,  // stmatrix
   kAtomic,
-  kMatrix,   // mma: rows of A and columns of B; lists D, A, B, C
-  kAddress,  // results are defined; sources are addresses, counts, barriers
-  kNone,     // nothing to follow
+  kMatrix,           // mma: rows of A and columns of B; lists D, A, B, C
+  kWarpgroupMatrix,  // wgmma: as mma of A in registers; operands in shared memory come later
+  kAddress,          // results are defined; sources are addresses, counts, barriers
+  kNone,             // nothing to follow
 };
 
 // Slots an instruction reads and writes, in Function::effects. Slots are in order of the operands;
@@ -101,7 +103,7 @@ struct Effects {
   uint16_t reads = 0, writes = 0;
   Flow flow = Flow::kUnion;
   uint8_t bits = 0;        // kMove: of all sources together; kLogic: 1 = and, 2 = or; kShift: 1 =
-                           // left, 2 = right
+                           // left, 2 = right; kAtomic: 1 = what was there does not matter (exch)
   bool ends_flow = false;  // ret, exit, trap, a branch without guard
 };
 inline constexpr Slot kEffectSizeMask = 15;

@@ -40,13 +40,15 @@ struct Conversion {
   bool is_long;
 };
 
+constexpr const char* kLongModifiers = "lzjt";  // 64 bits; written again as ll below
+
 Conversion next_conversion(const std::string& format_text, size_t* position) {
   Conversion conversion = {"%", 0, false};
   size_t i = *position + 1;
   while (i < format_text.size() && !std::strchr("diouxXeEfFgGaAcspn%", format_text[i])) {
-    if (format_text[i] == 'l' || format_text[i] == 'z') {
-      conversion.is_long = true;  // 64 bits; written again as ll below
-    } else if (std::strchr("0123456789+- #.", format_text[i])) {
+    if (std::strchr(kLongModifiers, format_text[i])) {
+      conversion.is_long = true;
+    } else if (std::strchr("0123456789+- #.*", format_text[i])) {
       conversion.text += format_text[i];
     }
     ++i;
@@ -74,7 +76,10 @@ class Arguments {
   uint64_t next_;
 };
 
-std::string convert(Warp& warp, int lane, const Conversion& conversion, Arguments& arguments) {
+std::string convert(Warp& warp, int lane, Conversion conversion, Arguments& arguments) {
+  for (size_t star; (star = conversion.text.find('*')) != std::string::npos;) {
+    conversion.text.replace(star, 1, std::to_string(static_cast<int32_t>(arguments.take(4))));
+  }
   switch (conversion.kind) {
     case '%':
       return "%";
@@ -82,7 +87,8 @@ std::string convert(Warp& warp, int lane, const Conversion& conversion, Argument
       return format((conversion.text + "s").c_str(),
                     read_string(warp, lane, arguments.take(8)).c_str());
     case 'p':
-      return format("0x%llx", static_cast<unsigned long long>(arguments.take(8)));
+      return format((conversion.text + "s").c_str(),
+                    format("0x%llx", static_cast<unsigned long long>(arguments.take(8))).c_str());
     case 'c':
       return format((conversion.text + "c").c_str(), static_cast<int>(arguments.take(4)));
     case 'd':

@@ -89,7 +89,9 @@ int chunks_together(const Chunks& chunks) {
   return 1;
 }
 
-void show_chunks(Warp& warp, const Chunks& chunks, bool complete) {
+// Calls undefined(chunk, byte) for bytes of a complete operation that hold no defined value.
+template <class F>
+void show_chunks(Warp& warp, const Chunks& chunks, bool complete, F&& undefined) {
   Observer& observer = *observer_of(warp);
   const int together = chunks_together(chunks);
   uint64_t address[kWarpSize] = {};
@@ -100,6 +102,8 @@ void show_chunks(Warp& warp, const Chunks& chunks, bool complete) {
   access.bytes = kChunkBytes * together;
   access.address = address;
   access.host = host;
+  std::vector<std::byte> found;
+  if (complete) access.undefined = &found;
   std::byte* shared = warp.cta->shared.get() - kSharedBase;
   const int count = chunks.count / together;
   for (int first = 0; first < count; first += kWarpSize) {
@@ -115,7 +119,23 @@ void show_chunks(Warp& warp, const Chunks& chunks, bool complete) {
     } else {
       observer.async_begins(warp, access);
     }
+    for (int i = 0; i < lanes * together && !found.empty(); ++i) {
+      const int chunk = first * together + i;
+      const uint32_t place = i / together * access.bytes + chunks.address[chunk] % access.bytes;
+      for (uint32_t byte = 0; byte < kChunkBytes; ++byte) {
+        if (found[place + byte] != std::byte{0}) undefined(chunk, byte);
+      }
+    }
+    found.clear();
   }
+}
+
+// The row (of A) or column (of B) that a byte of a chunk belongs to: see operand_chunks().
+size_t line_of(bool mn_major, int first_row, int rows, int chunk, uint32_t byte) {
+  constexpr int kRowsOfChunk = 8, kBytesOfElement = 2;
+  if (!mn_major) return static_cast<size_t>(first_row + chunk / 2);
+  const int group = chunk % (rows / kRowsOfChunk);
+  return static_cast<size_t>(first_row + kRowsOfChunk * group) + byte / kBytesOfElement;
 }
 
 // A warp may have left the function whose registers it gave to wgmma.
@@ -189,17 +209,22 @@ void compute(WgmmaOperation& operation, const Isa& isa) {
   });
 }
 
-void show_operands(const WgmmaOperation& operation, bool complete) {
+void show_operands(WgmmaOperation& operation, bool complete) {
   Warp& warp = *operation.parts[0].warp;
   if (!observer_of(warp)) return;
   const WgmmaShape shape = shape_of(*operation.instruction);
   Chunks chunks;
   at_site({&warp, operation.function, operation.pc, 0}, [&] {
     find_chunks(warp, operation.b, shape.b_mn_major, 0, shape.n, chunks);
-    show_chunks(warp, chunks, complete);
+    show_chunks(warp, chunks, complete, [&](int chunk, uint32_t byte) {
+      operation.undefined_columns.set(line_of(shape.b_mn_major, 0, shape.n, chunk, byte));
+    });
     for (int w = 0; w < kWarpgroupWarps && !shape.a_in_registers; ++w) {
       find_a(operation, shape, w, chunks);
-      show_chunks(warp, chunks, complete);
+      show_chunks(warp, chunks, complete, [&](int chunk, uint32_t byte) {
+        operation.undefined_rows.set(
+            line_of(shape.a_mn_major, kTileRows * w, kTileRows, chunk, byte));
+      });
     }
   });
 }

@@ -6,6 +6,7 @@
 // waits.
 
 #include <array>
+#include <bitset>
 #include <cstddef>
 #include <cstdint>
 #include <deque>
@@ -55,6 +56,9 @@ struct WgmmaOperation {
   std::array<WgmmaPart, kWarpgroupWarps> parts;
   uint32_t issued = 0;   // bit = warp of the group
   uint32_t retired = 0;  // bit = warp that has waited for it
+  // Rows of A and columns of B with undefined values in shared memory, found when it is complete.
+  std::bitset<64> undefined_rows;
+  std::bitset<256> undefined_columns;
 };
 
 struct Warpgroup {
@@ -73,6 +77,6 @@ struct Warpgroup {
 void compute(WgmmaOperation& operation, const Isa& isa);
 
 // Shows the operands in shared memory to the observer, as issued (async_begins) or complete.
-void show_operands(const WgmmaOperation& operation, bool complete);
+void show_operands(WgmmaOperation& operation, bool complete);
 
 }  // namespace gpu_emulator::exec

@@ -165,6 +165,7 @@ void retire(Warp& warp, Warpgroup::WarpState& state, WgmmaOperation& operation) 
   operation.retired |= 1u << index;
   state.fenced = false;
   state.retired = operation.instruction;
+  if (Observer* observer = observer_of(warp)) observer->wgmma_completes(warp, operation);
   for (RegistersInFlight::Value* value : operation.parts[index].in_flight) {
     if (value && !hopper(warp).in_flight.release(value)) {
       fail(warp, -1, ReportKind::kInFlight,

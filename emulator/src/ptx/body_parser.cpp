@@ -110,12 +110,14 @@ class BodyParser : public VariableSink {
   }
 
   // .loc file line column [, function_name label [+ offset], inlined_at file line column]
+  // Line 0 says that what follows belongs to no line: the line before says most about it.
   void location() {
-    source_ = {};
-    const int file = tokens_.expect_int("a file number");
-    source_.line = tokens_.expect_int("a line number");
-    source_.column = tokens_.expect_int("a column");
-    source_.file = file;  // as written: .file may come later, parse() turns it to an index
+    SourceLocation here;
+    // The number as written: .file may come later, parse() turns it to an index.
+    here.file = tokens_.expect_int("a file number");
+    here.line = tokens_.expect_int("a line number");
+    here.column = tokens_.expect_int("a column");
+    if (here.line > 0) source_ = here;
     while (tokens_.peek().is(",") && tokens_.peek(1).kind == Token::Kind::kWord) {
       tokens_.next();
       const std::string_view word = tokens_.next().text;

@@ -20,7 +20,7 @@ constexpr const char* kPrologue = R"(
 .target %s
 .address_size 64
 .extern .shared .align 1024 .b8 dynamic[];
-.visible .entry kernel(.param .u64 p_out, .param .u64 p_in)
+.visible .entry kernel(.param .u64 p_out, .param .u64 p_in, .param .u64 p_fresh)
 {
 .reg .b16 %%h<40>;
 .reg .b32 %%r<200>;
@@ -29,6 +29,7 @@ constexpr const char* kPrologue = R"(
 .reg .pred %%p<20>;
 ld.param.u64 %%rd0, [p_out];
 ld.param.u64 %%rd1, [p_in];
+ld.param.u64 %%rd2, [p_fresh];
 mov.u32 %%r0, %%tid.x;
 mov.u32 %%r1, dynamic;
 and.b32 %%r2, %%r0, 31;
@@ -104,12 +105,14 @@ Outcome run_kernel(const KernelFile& file, const std::string& ptx, const Options
     const auto begin = reinterpret_cast<uintptr_t>(storage.data());
     return (begin + kBufferBytes - 1) / kBufferBytes * kBufferBytes;
   };
-  std::vector<std::byte> output(2 * kBufferBytes), input(2 * kBufferBytes);
-  const uint64_t out = aligned(output), in = aligned(input);
+  std::vector<std::byte> output(2 * kBufferBytes), input(2 * kBufferBytes), fresh(2 * kBufferBytes);
+  const uint64_t out = aligned(output), in = aligned(input), unwritten = aligned(fresh);
   for (int i = 0; i < kBufferBytes / 4; ++i) reinterpret_cast<uint32_t*>(in)[i] = 1000 + i;
   MemoryMap memory;
   memory.add({out, out + kBufferBytes, true, true, "output"});
   memory.add({in, in + kBufferBytes, true, false, "input"});
+  memory.add({unwritten, unwritten + kBufferBytes, true, true, "fresh memory",
+              std::make_shared<DefinedBytes>(unwritten, kBufferBytes)});
   const auto program = exec::decode(ptx::parse(ptx));
   Launch launch;
   launch.program = program.get();
@@ -118,9 +121,10 @@ Outcome run_kernel(const KernelFile& file, const std::string& ptx, const Options
   launch.block = file.block;
   launch.cluster = file.cluster;
   launch.dynamic_shared_bytes = file.shared_bytes;
-  launch.params.resize(16);
+  launch.params.resize(24);
   std::memcpy(launch.params.data(), &out, 8);
   std::memcpy(launch.params.data() + 8, &in, 8);
+  std::memcpy(launch.params.data() + 16, &unwritten, 8);
   Outcome outcome;
   outcome.report = run(file.hopper ? h100() : a100(), options, memory, launch, nullptr);
   const auto* words = reinterpret_cast<const uint32_t*>(out);

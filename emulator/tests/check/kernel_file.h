@@ -13,7 +13,8 @@
 //
 // The body may use %r0 = %tid.x, %r1 = address of dynamic shared memory, %r2 = lane, %r3 = warp,
 // %r4 = %ctaid.x, %r5 = %r1 + 4 * %tid.x, %rd0 = 4096 bytes to write (zero at first), %rd1 = 4096
-// bytes to read, and registers from %r10, %rd10, %f0, %h0, %p0 on as it likes.
+// bytes to read, %rd2 = 4096 bytes that nobody has written, and registers from %r10, %rd10, %f0,
+// %h0, %p0 on as it likes.
 
 #include <array>
 #include <cstddef>

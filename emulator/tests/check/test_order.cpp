@@ -97,6 +97,57 @@ TEST_F(Orders, WhatFollowsAReleaseIsNotSeen) {
   EXPECT_THROW(read(1, 0, 0, 16), Conflict);
 }
 
+// More warps than shadow memory has entries for.
+TEST(ManyWarps, AllReadersAreKept) {
+  constexpr int kMany = 80;
+  ClusterOrder cluster;
+  cluster.agents = kMany;
+  std::vector<WarpOrder> warps(kMany);
+  for (int i = 0; i < kMany; ++i) {
+    warps[i].cluster = &cluster;
+    warps[i].agent = static_cast<uint32_t>(i);
+    warps[i].lanes = kAll;
+    warps[i].groups.push_back({kAll, Clock(kMany)});
+  }
+  auto actor = [&](int warp, bool is_write) {
+    return Actor{nullptr,
+                 &warps[warp],
+                 warps[warp].common_clock(kAll),
+                 AccessState::kPlain,
+                 is_write,
+                 true,
+                 7,
+                 {}};
+  };
+  Throwing reporter;
+  for (const int missing : {0, 20, 40, 70, 78, kMany}) {
+    SharedShadow shared(exec::Space::kShared, 1024, 1024, false);
+    GlobalShadow global(exec::Space::kGlobal, 4096, 4096, false);
+    for (WarpOrder& warp : warps) warp.groups[0].clock = Clock(kMany);
+    Clock clock(kMany);
+    for (int i = 0; i < kMany - 1; ++i) {
+      for (const uint32_t bytes : {4u, 16u}) {
+        shared.read(actor(i, false), 3, 16 * bytes, bytes, reporter);
+        global.read(actor(i, false), 3, 16 * bytes, bytes, reporter);
+      }
+      if (i != missing) warps[i].release(kAll, clock);
+    }
+    warps[kMany - 1].acquire(kAll, clock);
+    for (const uint32_t bytes : {4u, 16u}) {
+      const auto write = [&](auto& shadow) {
+        shadow.write(actor(kMany - 1, true), 3, 16 * bytes, bytes, 0, reporter);
+      };
+      if (missing == kMany) {
+        EXPECT_NO_THROW(write(shared));
+        EXPECT_NO_THROW(write(global));
+        continue;
+      }
+      EXPECT_THROW(write(shared), Conflict) << missing;
+      EXPECT_THROW(write(global), Conflict) << missing;
+    }
+  }
+}
+
 TEST_F(Orders, WriteAfterReadersNeedsAllOfThem) {
   write(0, 0, 32, 16);
   hand_over(0, kAll, 1, kAll);

@@ -1,4 +1,6 @@
 #include <atomic>
+#include <fstream>
+#include <sstream>
 #include <thread>
 #include <vector>
 
@@ -101,6 +103,21 @@ TEST_F(DriverLaunch, KernelErrorsAreReportedAndLeaveTheContextUsable) {
   EXPECT_CU(CUDA_SUCCESS, run());
   EXPECT_EQ(report(), "");
 }
+
+#ifdef GPU_EMULATOR_AXPY_PTX
+// The example, compiled with -lineinfo.
+TEST_F(DriverLaunch, ErrorsNameTheSourceLine) {
+  CUmodule module = nullptr;
+  std::ifstream file(GPU_EMULATOR_AXPY_PTX);
+  std::stringstream text;
+  text << file.rdbuf();
+  ASSERT_CU(CUDA_SUCCESS, cuModuleLoadData(&module, text.str().c_str())) << report();
+  ASSERT_CU(CUDA_SUCCESS, cuModuleGetFunction(&axpy_, module, "axpy"));
+  ++n_;
+  EXPECT_CU(CUDA_ERROR_ILLEGAL_ADDRESS, run());
+  EXPECT_NE(report().find("examples/axpy.cu:4)"), std::string::npos) << report();
+}
+#endif
 
 TEST_F(DriverLaunch, CountersAreKeptByKernel) {
   gpuEmulatorResetCounters(kA100);

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "device/device.h"
@@ -68,8 +69,8 @@ class KernelRunner {
     launch.params.resize(at + sizeof(T));
     std::memcpy(launch.params.data() + at, &value, sizeof(T));
   }
-  void map_memory(uint64_t begin, uint64_t bytes) {
-    memory_.add({begin, begin + bytes, true, true, "test memory"});
+  void map_memory(uint64_t begin, uint64_t bytes, std::shared_ptr<DefinedBytes> defined = nullptr) {
+    memory_.add({begin, begin + bytes, true, true, "test memory", std::move(defined)});
   }
 
   const exec::Program& program() const { return *program_; }
