@@ -62,8 +62,8 @@ void Checker::cluster_begins(exec::Cluster& cluster) {
   const Clock nothing(state->order.agents);
   state->order.barrier = {nothing, nothing, {}, true};
   for (const auto& cta : cluster.ctas) {
-    for (BarrierClock& barrier : state->order.ctas[cta->rank].barriers) {
-      barrier = {nothing, nothing, {}, true};
+    for (CtaBarrierClock& barrier : state->order.ctas[cta->rank].barriers) {
+      barrier.pending = nothing;
     }
     state->shared.push_back(std::make_unique<SharedShadow>(
         Space::kShared, uint64_t{cta->rank} << kSharedRankShift | kSharedBase, cta->shared_bytes,

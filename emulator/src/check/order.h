@@ -39,12 +39,20 @@ struct Location {
 };
 using ReleasesByAddress = std::unordered_map<const std::byte*, Location>;
 
-struct BarrierClock {  // of a CTA barrier, a cluster barrier, an mbarrier
+struct BarrierClock {  // of a cluster barrier, an mbarrier
   Clock pending;       // of the arrivals of the phase under way
   Clock released;      // of complete phases
   // Of an mbarrier: its init, until a fence has made it visible to the async proxy.
   PartialEntry init{};
   bool init_is_fenced = false;
+};
+
+struct CtaBarrierClock {
+  Clock pending;                  // of the arrivals of the phase under way
+  std::vector<uint32_t> arrived;  // agents, in the phase under way
+  // By agent, of the phase that it last arrived in and that is complete: others may complete the
+  // next one before it goes on.
+  std::unordered_map<uint32_t, std::shared_ptr<const Clock>> released;
 };
 
 struct LaneGroup {  // lanes with one clock
@@ -96,7 +104,7 @@ struct WarpOrder {
 };
 
 struct CtaOrder {
-  std::array<BarrierClock, 16> barriers;
+  std::array<CtaBarrierClock, 16> barriers;
 };
 
 struct ClusterOrder {

@@ -68,14 +68,18 @@ void Checker::arrive(Warp& warp, const SyncEvent& event, Clock& pending) {
 
 void Checker::barrier(Warp& warp, const SyncEvent& event) {
   ClusterState& cluster = state_of(*warp.cta->cluster);
-  BarrierClock& clock = cluster.order.ctas[warp.cta->rank].barriers[event.id & 15];
+  CtaBarrierClock& clock = cluster.order.ctas[warp.cta->rank].barriers[event.id & 15];
+  WarpOrder& order = state_of(warp).order;
   if (event.kind == SyncKind::kBarrierArrive) {
     arrive(warp, event, clock.pending);
+    clock.arrived.push_back(order.agent);
   } else if (event.kind == SyncKind::kBarrierComplete) {
-    clock.released = std::move(clock.pending);
+    const auto released = std::make_shared<const Clock>(std::move(clock.pending));
+    for (uint32_t agent : clock.arrived) clock.released[agent] = released;
     clock.pending = Clock(cluster.order.agents);
+    clock.arrived.clear();
   } else {
-    state_of(warp).order.acquire(event.mask, clock.released);
+    order.acquire(event.mask, *clock.released.at(order.agent));
     Values::tidy(warp);
   }
 }
