@@ -336,4 +336,11 @@ void require_converged(const Warp& warp, uint32_t mask, const char* what) {
               what, mask, warp.live));
 }
 
+void require_whole_warp(const Warp& warp, uint32_t mask, const char* what) {
+  require_converged(warp, mask, what);
+  if (mask == kAllLanes) return;
+  fail(warp, first_lane(~mask), ReportKind::kDivergence,
+       format("%s by a warp of fewer lanes.", what));
+}
+
 }  // namespace gpu_emulator::exec

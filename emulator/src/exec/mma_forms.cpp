@@ -35,12 +35,9 @@ void spread_columns(std::byte* const* row, uint32_t* out) {
 
 // Lane 8 m + r gives the address of row r of matrix m.
 Step run_ldmatrix(Warp& warp, const Instruction& in, uint32_t mask) {
-  require_converged(warp, mask, "ldmatrix");
+  require_whole_warp(warp, mask, "ldmatrix");
   const int lanes = kRows * in.count;
   const uint32_t addressing = lanes == kWarpSize ? kAllLanes : (1u << lanes) - 1;
-  if (mask != kAllLanes) {
-    fail(warp, first_lane(~mask), ReportKind::kDivergence, "ldmatrix by a warp of fewer lanes.");
-  }
   uint64_t address[kWarpSize];
   std::byte* host[kWarpSize];
   addresses(warp, in.a, in.wide_address, in.imm, address);

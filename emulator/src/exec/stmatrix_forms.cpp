@@ -28,7 +28,7 @@ void store_row(const uint32_t* reg, int row, bool transposed, std::byte* host) {
 
 // list: one register a matrix; option[0]: .trans
 Step run_stmatrix(Warp& warp, const Instruction& in, uint32_t mask) {
-  require_converged(warp, mask, "stmatrix");
+  require_whole_warp(warp, mask, "stmatrix");
   uint64_t address[kWarpSize];
   std::byte* host[kWarpSize];
   addresses(warp, in.a, in.wide_address, in.imm, address);

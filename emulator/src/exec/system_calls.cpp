@@ -1,5 +1,6 @@
 #include "system_calls.h"
 
+#include <algorithm>
 #include <cstdio>
 #include <cstring>
 
@@ -76,10 +77,27 @@ class Arguments {
   uint64_t next_;
 };
 
+// Widths and precisions above 9999 become 9999: the kernel's text must not decide how much memory
+// the process takes.
+std::string with_bounded_numbers(const std::string& conversion) {
+  constexpr size_t kDigits = 4;
+  std::string bounded;
+  for (size_t i = 0; i < conversion.size();) {
+    const size_t end = std::min(conversion.find_first_not_of("0123456789", i), conversion.size());
+    const size_t first = std::min(conversion.find_first_not_of('0', i), end);  // not a flag
+    bounded += conversion.substr(i, first - i > 0);
+    bounded += end - first > kDigits ? "9999" : conversion.substr(first, end - first);
+    if (end < conversion.size()) bounded += conversion[end];
+    i = end + 1;
+  }
+  return bounded;
+}
+
 std::string convert(Warp& warp, int lane, Conversion conversion, Arguments& arguments) {
   for (size_t star; (star = conversion.text.find('*')) != std::string::npos;) {
     conversion.text.replace(star, 1, std::to_string(static_cast<int32_t>(arguments.take(4))));
   }
+  conversion.text = with_bounded_numbers(conversion.text);
   switch (conversion.kind) {
     case '%':
       return "%";

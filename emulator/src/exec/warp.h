@@ -145,6 +145,8 @@ uint32_t uniform(const Warp& warp, Slot slot, uint32_t mask, const char* what);
 
 // Requires that all lanes of the warp that have not exited execute this instruction together.
 void require_converged(const Warp& warp, uint32_t mask, const char* what);
+// And that none has exited.
+void require_whole_warp(const Warp& warp, uint32_t mask, const char* what);
 
 inline int first_lane(uint32_t mask) { return __builtin_ctz(mask); }
 

@@ -139,6 +139,17 @@ TEST(Printf, TakesWidthsFromArguments) {
   EXPECT_EQ(result.printed, "    42|7   |1.50\n");
 }
 
+TEST(Printf, BoundsWidths) {
+  const Outcome result = print("%999999999d|%00000012d|%-*d|%5.0000002147483647s\n", R"(
+    st.local.u32 [%rd1], 42; st.local.u32 [%rd1+4], 42;
+    st.local.u32 [%rd1+8], 2147483647; st.local.u32 [%rd1+12], 42;
+    mov.u64 %rd21, word; cvta.global.u64 %rd21, %rd21; st.local.u64 [%rd1+16], %rd21;
+  )");
+  EXPECT_EQ(result.report.text, "");
+  EXPECT_EQ(result.printed,
+            std::string(9997, ' ') + "42|000000000042|42" + std::string(9997, ' ') + "| text\n");
+}
+
 TEST(Printf, PrintsOnceForEachLaneThatCalls) {
   const std::string body =
       "st.local.u32 [%rd1], %r0;\nand.b32 %r3, %r0, 7;\n"

@@ -225,5 +225,14 @@ TEST(Stmatrix, StoresEveryShape) {
   }
 }
 
+TEST(Stmatrix, NeedsAWholeWarp) {
+  KernelRunner runner(kernel("stmatrix.sync.aligned.m8n8.x1.shared.b16 [%r63], {%r10};", 1, 512));
+  runner.launch.block = {16, 1, 1};
+  const Report report = runner.run();
+  EXPECT_EQ(report.kind, "divergence");
+  EXPECT_NE(report.text.find("stmatrix by a warp of fewer lanes"), std::string::npos)
+      << report.text;
+}
+
 }  // namespace
 }  // namespace gpu_emulator
