@@ -33,7 +33,8 @@ class emulator:
     - mode: when asynchronous operations take effect: "eager", at once; "late", as late as their
       waits allow, their destination poisoned until then; "random", and warps in random order.
     - seed: of mode "random".
-    - checks: "all" (bounds, alignment, uninitialised values, races), "memory" or "none".
+    - checks: "all" (bounds, alignment, uninitialised values, races) or "memory" (bounds and
+      alignment, which are always checked; "none" is the same).
     - threads: CPU threads that run CTAs; 0 for all.
     - count: whether to count what kernels do, for ``counters``.
     - library: the emulator, by default ``libgpu_emulator.so`` beside the package's.

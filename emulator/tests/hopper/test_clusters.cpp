@@ -226,7 +226,7 @@ TEST(Stmatrix, StoresEveryShape) {
 }
 
 TEST(Stmatrix, NeedsAWholeWarp) {
-  KernelRunner runner(kernel("stmatrix.sync.aligned.m8n8.x1.shared.b16 [%r63], {%r10};", 1, 512));
+  KernelRunner runner(kernel("stmatrix.sync.aligned.m8n8.x1.shared.b16 [%r63], {%r10};", 0, 512));
   runner.launch.block = {16, 1, 1};
   const Report report = runner.run();
   EXPECT_EQ(report.kind, "divergence");
