@@ -14,11 +14,13 @@ import machine
 
 _SOURCES = Path(__file__).resolve().parent / "native"
 _BUILT = Path(__file__).resolve().parents[1] / "build" / "bench" / "native"
-# Sums may be reordered. Not -ffast-math: linked with it, a library flushes the subnormal numbers of
-# the thread that loads it.
-_SUMS = ("-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno")
-_FUSED = "-ffp-contract=fast"
-_FLAGS = ("-std=c++20", "-O3", "-march=native", *_SUMS, _FUSED, "-fopenmp", "-shared", "-fPIC")
+_FLAGS = (
+    *("-std=c++20", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"),
+    # Sums may be reordered. Not -ffast-math: linked with it, a library flushes the subnormal
+    # numbers of the thread that loads it.
+    *("-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno"),
+    "-ffp-contract=fast",
+)
 
 
 class BuildError(RuntimeError):

@@ -2,7 +2,10 @@
 // nothing is written.
 #include <cmath>
 #include <cstdint>
+#include <functional>
 #include <limits>
+#include <numeric>
+#include <vector>
 
 #include "api_calls.h"
 #include "common/api_check.h"
@@ -219,6 +222,7 @@ std::vector<Broken<BwdCall>> broken_backward_in_either_layout() {
       {"dout must be given", [](auto& c) { c.args.dout = nullptr; }},
       {"dk must be given", [](auto& c) { c.args.dk = nullptr; }},
       {"softmax_d must be given", [](auto& c) { c.args.softmax_d = nullptr; }},
+      {"softmax_lse must be given", [](auto& c) { c.args.softmax_lse = nullptr; }},
       {"query and out must have the same dtype",
        [](auto& c) { c["out"].dtype = FLASH_ATTN_FLOAT16; }},
       {"query and dout must have the same dtype",
@@ -303,6 +307,42 @@ TEST(ApiCheck, CombineRejects) {
            [](auto& c) { c["lse"].data = c["lse_partial"].data; }},
           {"head dimension at most 576", [](auto& c) { c["out_partial"].shape[4] = 577; }},
       });
+}
+
+std::vector<float> elements(const flash_attn_tensor* t) {
+  const int64_t count =
+      std::accumulate(t->shape, t->shape + t->ndim, int64_t{1}, std::multiplies<>());
+  const auto* data = static_cast<const float*>(t->data);
+  return {data, data + count};
+}
+
+void fill(const flash_attn_tensor* t) {
+  const size_t count = elements(t).size();
+  for (size_t i = 0; i < count; ++i)
+    static_cast<float*>(t->data)[i] = static_cast<float>(i * 37 % 11) / 5.f - 1.f;
+}
+
+template <typename C, typename Run>
+void expect_same_out_without_lse(C (*make)(), Run run, std::initializer_list<const char*> inputs) {
+  C with = make(), without = make();
+  for (const char* name : inputs) {
+    fill(&with[name]);
+    fill(&without[name]);
+  }
+  without.args.softmax_lse = nullptr;
+  const std::vector<float> no_lse = elements(&without["softmax_lse"]);
+  ASSERT_EQ(run(&with.args), FLASH_ATTN_OK) << flash_attn_last_error();
+  ASSERT_EQ(run(&without.args), FLASH_ATTN_OK) << flash_attn_last_error();
+  EXPECT_EQ(elements(&without["out"]), elements(&with["out"]));
+  EXPECT_EQ(elements(&without["softmax_lse"]), no_lse);
+  EXPECT_NE(elements(&with["softmax_lse"]), no_lse);
+}
+
+TEST(ApiCheck, SoftmaxLseIsOptional) {
+  expect_same_out_without_lse<FwdCall>(make_fwd, flash_attn_mha_fwd, {"q", "k", "v"});
+  expect_same_out_without_lse<FwdCall>(make_varlen_fwd, flash_attn_mha_varlen_fwd, {"q", "k", "v"});
+  expect_same_out_without_lse<KvcacheCall>(make_kvcache, flash_attn_mha_fwd_kvcache,
+                                           {"q", "k", "v", "k_cache", "v_cache"});
 }
 
 TEST(ApiCheck, NullArguments) {

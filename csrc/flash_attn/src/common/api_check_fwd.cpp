@@ -94,7 +94,7 @@ Combine_params check_combine(const flash_attn_combine_args& args) {
   check_no_self_overlap(out);
   if (lse.given()) {
     check_fp32(lse, partial, {b, s, h});
-    if (lse.given()) check_no_self_overlap(lse);
+    check_no_self_overlap(lse);
     p.lse = static_cast<float*>(lse.t->data);
     for (int i = 0; i < 3; ++i) p.lse_stride[i] = lse.stride(i);
   }

@@ -161,14 +161,11 @@ FLASH_INLINE Vec fp16_to_float(VecU16 v) {
 #else
   const VecU h = __builtin_convertvector(v, VecU);
   const VecU magnitude = (h & 0x7fffu) << 13;
-  // Rebiased, and inf and NaN given the all-ones exponent back; for subnormals the hidden bit is
-  // put in and subtracted again, which normalises them and meets no fp32 subnormal.
-  const Vec subnormal = from_bits(magnitude + 0x38800000u) - from_bits(VecU{} + 0x38800000u);
-  const VecU normal = magnitude + 0x38000000u;
-  const VecI is_subnormal = reinterpret_cast<VecI>(magnitude) < 0x00800000;
+  // Multiplying by 2^112 rebiases the exponent and normalises subnormals; inf and NaN get the
+  // all-ones exponent back.
+  const Vec scaled = from_bits(magnitude) * 0x1p112f;
   const VecI special = reinterpret_cast<VecI>(magnitude) >= 0x0f800000;
-  const VecU finite = is_subnormal ? bits(subnormal) : normal;
-  const VecU value = special ? (magnitude | 0x7f800000u) : finite;
+  const VecU value = special ? (bits(scaled) | 0x7f800000u) : bits(scaled);
   return from_bits(value | ((h & 0x8000u) << 16));
 #endif
 }
