@@ -203,20 +203,39 @@ class FwdTilesRunner : public FwdTaskRunner {
     const TileColumns t{0, unit.end - unit.begin, unit.first_key + unit.begin};
     if (!fold_scale_)
       for (int j = 0; j < t.end; j += kWidth) store(s + j, load(s + j) * p_.scale_softmax);
-    finish_scores(task_row, s, t);
+    if (modifiers_ || !sees_all(x_.rows[task_row], t)) finish_scores(task_row, s, t);
     if (dropout_.enabled) {
       const Row& row = x_.rows[task_row];
       random_row_bytes(dropout_, map_.batch_head(row), row.query, t, x_.random);
+      weigh_columns<true>(unit, r, s, t);
+    } else {
+      weigh_columns<false>(unit, r, s, t);
     }
+  }
+
+  static bool sees_all(const Row& row, const TileColumns& t) {
+    return row.keys.begin <= t.first_key && row.keys.end >= t.first_key + t.end;
+  }
+
+  // Beside the tile unit the number of instructions is what counts: a tile's row of weights, two
+  // vectors, at a time.
+  template <bool kDropout>
+  FLASH_INLINE void weigh_columns(const Unit& unit, int r, const float* s, const TileColumns& t) {
+    const int task_row = unit.row + r;
     Vec sum = load(x_.lane_sum + int64_t{task_row} * kWidth);
     if (must_raise(s, t, x_.state[task_row])) sum *= raise_reference(s, unit, r);
     const float max = x_.state[task_row].max;
-    const Vec reference = set1(max == -kInf ? 0.f : -max);
-    for (int j = 0; j < t.end; j += kWidth) {
-      Vec p = exp2_for(Terms{}, fma(load(s + j), set1(factor_), reference));
-      sum += p;
-      if (dropout_.enabled) p = select(kept(dropout_, x_.random, j), p, zero());
-      store_weights(r, unit.begin + j, p);
+    const Vec reference = set1(max == -kInf ? 0.f : -max), factor = set1(factor_);
+    uint16_t* weights = weight(0, r, unit.begin);
+    const int64_t term = 2 * weights_.term_words;
+    for (int j = 0; j < t.end; j += kTileDepth, weights += 2 * kTileWords) {
+#pragma GCC unroll 2
+      for (int i = 0; i < kTileDepth; i += kWidth) {
+        Vec p = exp2_for(Terms{}, fma(load(s + j + i), factor, reference));
+        sum += p;
+        if (kDropout) p = select(kept(dropout_, x_.random, j + i), p, zero());
+        store_terms(weights + i, term, p);
+      }
     }
     store(x_.lane_sum + int64_t{task_row} * kWidth, sum);
   }
@@ -236,7 +255,7 @@ class FwdTilesRunner : public FwdTaskRunner {
 
   // The largest score of row r so far becomes the reference of its exponents. Returns what sums
   // so far must be multiplied by: O and the weights that wait for their product with V already are.
-  float raise_reference(const float* s, const Unit& unit, int r) {
+  [[gnu::noinline]] float raise_reference(const float* s, const Unit& unit, int r) {
     Vec largest = set1(-kInf);
     for (int j = 0; j < unit.end - unit.begin; j += kWidth) largest = max(largest, load(s + j));
     const float candidate = reduce_max(largest) * factor_;
@@ -248,14 +267,15 @@ class FwdTilesRunner : public FwdTaskRunner {
     for (int i = 0; i < d_v_pad_; i += kWidth) store(o + i, load(o + i) * scale);
     const int piece = unit.begin / kPieceKeys * kPieceKeys;
     for (int j = unit.seen_begin > piece ? unit.seen_begin : piece; j < unit.begin; j += kWidth)
-      store_weights(r, j, load_weights(r, j) * scale);
+      store_terms(weight(0, r, j), 2 * weights_.term_words, load_weights(r, j) * scale);
     return scale;
   }
 
-  void store_weights(int r, int column, Vec p) const {
+  // The terms of p, `stride` elements apart.
+  static FLASH_INLINE void store_terms(uint16_t* dst, int64_t stride, Vec p) {
     VecU16 term[kTerms];
     split<kTerms>(p, term);
-    for (int i = 0; i < kTerms; ++i) store_u16(weight(i, r, column), term[i]);
+    for (int i = 0; i < kTerms; ++i) store_u16(dst + i * stride, term[i]);
   }
   Vec load_weights(int r, int column) const {
     Vec p = zero();

@@ -1,0 +1,119 @@
+// How many instructions attention executes, for CPUs that are only emulated: Bochs' time stamp
+// counter counts instructions.
+//
+//   run_in_bochs.sh count_instructions fwd|bwd float32|float16|bfloat16 SEQLEN HEADDIM [causal]
+//
+// One head, one thread. Prints instructions a vector of 16 visible scores; with AMX, the tile
+// products of 16 scores keep the tile unit busy for (d + dv) / 32 cycles forward (TDPBF16PS: 16
+// cycles for 16 x 16 x 32).
+#include <x86intrin.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <random>
+#include <vector>
+
+#include "flash_attn/flash_attn.h"
+
+namespace {
+
+struct Tensor {
+  std::vector<unsigned char> bytes;
+  flash_attn_tensor view{};
+
+  Tensor(flash_attn_dtype dtype, std::vector<int64_t> shape) {
+    int64_t count = 1;
+    view.ndim = static_cast<int32_t>(shape.size());
+    for (int i = view.ndim - 1; i >= 0; --i) {
+      view.shape[i] = shape[i];
+      view.stride[i] = count;
+      count *= shape[i];
+    }
+    view.dtype = dtype;
+    view.device_type = FLASH_ATTN_CPU;
+    bytes.resize(count * (dtype == FLASH_ATTN_FLOAT32 ? 4 : 2));
+    view.data = bytes.data();
+  }
+  // Normal random numbers of variance 1/4; of fp16 only the exponent's range is the same.
+  void fill(int seed) {
+    std::minstd_rand bits(seed);
+    std::normal_distribution<float> normal(0.f, 0.5f);
+    const size_t size = view.dtype == FLASH_ATTN_FLOAT32 ? 4 : 2;
+    for (size_t i = 0; i < bytes.size(); i += size) {
+      const float x = normal(bits);
+      uint32_t word;
+      std::memcpy(&word, &x, sizeof(word));
+      const uint32_t exponent = (word >> 23 & 0xff) - 112;
+      const uint32_t half = word >> 16 & 0x8000u | (exponent & 0x1f) << 10 | word >> 13 & 0x3ffu;
+      const uint32_t out = size == 4                           ? word
+                           : view.dtype == FLASH_ATTN_BFLOAT16 ? word >> 16
+                           : exponent < 31                     ? half
+                                                               : 0;
+      std::memcpy(bytes.data() + i, &out, size);
+    }
+  }
+};
+
+flash_attn_dtype dtype_of(const char* name) {
+  if (!std::strcmp(name, "float32")) return FLASH_ATTN_FLOAT32;
+  return std::strcmp(name, "float16") ? FLASH_ATTN_BFLOAT16 : FLASH_ATTN_FLOAT16;
+}
+
+void require(flash_attn_status status) {
+  if (status == FLASH_ATTN_OK) return;
+  std::fprintf(stderr, "%s\n", flash_attn_last_error());
+  std::exit(1);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc < 5) {
+    std::fprintf(stderr, "see the first lines of count_instructions.cpp\n");
+    return 2;
+  }
+  const bool backward = !std::strcmp(argv[1], "bwd"), causal = argc > 5;
+  const flash_attn_dtype dtype = dtype_of(argv[2]);
+  const int64_t s = std::atoi(argv[3]), d = std::atoi(argv[4]);
+  const auto make = [&] { return Tensor(dtype, {1, s, 1, d}); };
+  Tensor q = make(), k = make(), v = make(), out = make(), dout = make(), dq = make(), dk = make(),
+         dv = make();
+  Tensor lse(FLASH_ATTN_FLOAT32, {1, 1, s});
+  Tensor softmax_d(FLASH_ATTN_FLOAT32, {1, 1, (s + 127) / 128 * 128});
+  int seed = 1;
+  for (Tensor* x : {&q, &k, &v, &dout}) x->fill(seed++);
+
+  flash_attn_score_args score{};
+  score.softmax_scale = 1. / static_cast<double>(d / 8);
+  score.window_left = score.window_right = -1;
+  score.is_causal = causal;
+  flash_attn_fwd_args fwd{};
+  fwd.q = &q.view;
+  fwd.k = &k.view;
+  fwd.v = &v.view;
+  fwd.out = &out.view;
+  fwd.softmax_lse = &lse.view;
+  fwd.score = score;
+  flash_attn_bwd_args bwd{};
+  bwd.dout = &dout.view;
+  bwd.q = &q.view;
+  bwd.k = &k.view;
+  bwd.v = &v.view;
+  bwd.out = &out.view;
+  bwd.softmax_lse = &lse.view;
+  bwd.dq = &dq.view;
+  bwd.dk = &dk.view;
+  bwd.dv = &dv.view;
+  bwd.softmax_d = &softmax_d.view;
+  bwd.score = score;
+
+  require(flash_attn_mha_fwd(&fwd));  // the first call sets up threads and scratch
+  const uint64_t begin = __rdtsc();
+  require(backward ? flash_attn_mha_bwd(&bwd) : flash_attn_mha_fwd(&fwd));
+  const auto instructions = static_cast<double>(__rdtsc() - begin);
+  const double scores = static_cast<double>(causal ? s * (s + 1) / 2 : s * s);
+  std::printf("%s: %.1f instructions for 16 scores, %.3g in all\n", flash_attn_cpu_isa(),
+              instructions / scores * 16, instructions);
+  return 0;
+}
