@@ -233,7 +233,7 @@ class FwdTilesRunner : public FwdTaskRunner {
       for (int i = 0; i < kTileDepth; i += kWidth) {
         Vec p = exp2_for(Terms{}, fma(load(s + j + i), factor, reference));
         sum += p;
-        if (kDropout) p = select(kept(dropout_, x_.random, j + i), p, zero());
+        if constexpr (kDropout) p = select(kept(dropout_, x_.random, j + i), p, zero());
         store_terms(weights + i, term, p);
       }
     }
