@@ -5,7 +5,7 @@
 #
 #   tools/run_in_bochs.sh PROGRAM [ARGUMENT...]      arguments without spaces
 #
-# FLASH_ATTENTION_* variables pass into the program's environment. Of its own:
+# FLASH_ATTENTION_* variables and GLIBC_TUNABLES pass into the program's environment. Of its own:
 #   FLASH_ATTN_BOCHS_DIR      where Bochs lives (~/.cache/flash_attn/bochs, 350 MB)
 #   FLASH_ATTN_BOCHS_CPU      another of Bochs' CPUs: corei7_skylake_x (AVX-512), arrow_lake (AVX2)
 #   FLASH_ATTN_BOCHS_SECONDS  limit of the run (900)
@@ -72,7 +72,7 @@ make_cd() {
   cp "$program" "$boot/program"
   {
     echo 'multiboot /boot/kernel'
-    echo "module /boot/program $(env | grep '^FLASH_ATTENTION_' | tr '\n' ' ') program $*"
+    echo "module /boot/program $(env | grep -E '^(FLASH_ATTENTION_|GLIBC_TUNABLES=)' | tr '\n' ' ') program $*"
     echo 'boot'
   } > "$boot/grub/grub.cfg"
   downloaded "$root/usr/bin/grub-mkimage" -d "$root/usr/lib/grub/i386-pc" -O i386-pc-eltorito \

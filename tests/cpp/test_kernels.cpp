@@ -135,6 +135,25 @@ TEST_P(KernelsOn, DoNotDependOnThreads) {
   }
 }
 
+// Rows differ in how often a later key's score is the largest by far: in every unit of keys, in
+// some, never.
+TEST(Kernels, ScoresMayGrowWithTheKeys) {
+  AttentionCase c = dense(1, 90, 700, 1, 1, 32, 32);
+  for (const Dtype dtype : {Dtype::kFloat32, Dtype::kFloat16, Dtype::kBFloat16}) {
+    c.dtype = dtype;
+    AttentionProblem problem(c, 5);
+    for (int i = 0; i < 90; ++i) problem.q.set({0, i, 0, 0}, i % 9 - 2);
+    for (int j = 0; j < 700; ++j) problem.k.set({0, j, 0, 0}, j / 8.);
+    AttentionOutputs expected = problem.reference();
+    for (const flash::cpu::Kernels* kernels : all_kernels()) {
+      SCOPED_TRACE(kernels->isa);
+      AttentionOutputs actual = problem.run(*kernels);
+      expect_close("out", actual.out, expected.out, tolerance(dtype));
+      expect_close("lse", actual.lse, expected.lse, tolerance(Dtype::kFloat32));
+    }
+  }
+}
+
 // ----------------------------------------------------------------------------------------------
 // Elements of two tensors, at places that belong together.
 using Place = PoisonTensor::Index;

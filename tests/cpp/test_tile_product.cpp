@@ -79,18 +79,19 @@ TEST_P(PerTile, TermsSumToTheNumber) {
 }
 
 TEST_P(PerTile, SpecialNumbersKeepTheirMeaning) {
-  std::vector<float> x(16, 0.f);
+  std::vector<float> x(32, 1.f);  // the second half in another order
   const float inputs[] = {INFINITY, -INFINITY, NAN, -0.f};
-  std::copy(std::begin(inputs), std::end(inputs), x.begin());
+  for (int i = 0; i < 4; ++i) x[i] = x[19 - i] = inputs[i];
   for (int terms = 1; terms <= 3; ++terms) {
-    std::vector<float> y(static_cast<size_t>(terms) * 16);
-    tile().split(terms, y.data(), x.data(), 16);
-    EXPECT_EQ(y[0], INFINITY);
-    EXPECT_EQ(y[1], -INFINITY);
-    EXPECT_TRUE(std::isnan(y[2]));
-    EXPECT_EQ(y[3], 0.f);
-    for (int t = 1; t < terms; ++t)
-      for (int i = 0; i < 4; ++i) EXPECT_EQ(y[16 * t + i], 0.f) << t << " " << i;
+    std::vector<float> y(static_cast<size_t>(terms) * 32);
+    tile().split(terms, y.data(), x.data(), 32);
+    for (int i = 0; i < 32; ++i) {
+      if (std::isnan(x[i]))
+        EXPECT_TRUE(std::isnan(y[i])) << i;
+      else
+        EXPECT_EQ(y[i], x[i]) << i;
+      for (int t = 1; t < terms; ++t) EXPECT_EQ(y[32 * t + i], 0.f) << t << " " << i;
+    }
   }
 }
 

@@ -105,9 +105,13 @@ int main(int argc, char** argv) {
   bwd.dv = &dv.view;
   bwd.softmax_d = &softmax_d.view;
 
-  require(flash_attn_mha_fwd(&fwd));  // the first call sets up threads and scratch
+  const auto run = [&] {
+    require(backward ? flash_attn_mha_bwd(&bwd) : flash_attn_mha_fwd(&fwd));
+  };
+  require(flash_attn_mha_fwd(&fwd));
+  run();  // sets up threads and scratch
   const uint64_t begin = __rdtsc();
-  require(backward ? flash_attn_mha_bwd(&bwd) : flash_attn_mha_fwd(&fwd));
+  run();
   const auto instructions = static_cast<double>(__rdtsc() - begin);
   const double scores = static_cast<double>(causal ? s * (s + 1) / 2 : s * s);
   std::printf("%s: %.1f instructions for 16 scores, %.3g in all\n", flash_attn_cpu_isa(),

@@ -25,6 +25,7 @@ struct BwdTilesScratch : BwdScratch {  // of BwdScratch: buffer, cap_slope, rows
   uint32_t *p_pairs, *ds_pairs, *ds;   // [tile.rows] x [kBwdBlockKeys]
   float *dk, *dv;                      // [d], [dv] x [keys], fp32 tiles
   float* units;                        // two of S and dP, [32][kUnitKeys] each
+  float *lse, *delta;                  // [tile.rows]: what to add to exponents, to take from dP
   uint8_t *spoilt_q, *spoilt_dout, *spoilt_k;
   Staging staging;
 };
@@ -63,6 +64,8 @@ class BwdTilesRunner : public BwdTaskRunner {
     x.dk = c.take<float>(tile.keys * d);
     x.dv = c.take<float>(tile.keys * dv);
     x.units = c.take<float>(4 * kBlockRows * kUnitKeys);
+    x.lse = c.take<float>(kRows);
+    x.delta = c.take<float>(kRows);
     x.staging = carve_staging(c, kTerms, static_cast<int>(d > dv ? d : dv));
     x.buffer = c.take<float>(kUnitKeys + kWidth);
     x.cap_slope = c.take<float>(kUnitKeys);
@@ -108,6 +111,7 @@ class BwdTilesRunner : public BwdTaskRunner {
     int sub, rows;
     int begin, end;
     float *s, *dp;  // [32][kUnitKeys]
+    bool plain;     // 32 rows, all see every column, and the products are the scores
   };
 
   const char* key_row(const Operand& x, int i) const {
@@ -155,7 +159,11 @@ class BwdTilesRunner : public BwdTaskRunner {
     const int rows = map_.rows() - row0 < kRows ? map_.rows() - row0 : kRows;
     const KeyRange seen = chunks(row0, rows);
     if (chunk_ < seen.begin || chunk_ >= seen.end) return;
-    for (int r = 0; r < rows; ++r) x_.rows[r] = map_.row(row0 + r);
+    for (int r = 0; r < rows; ++r) {
+      x_.rows[r] = map_.row(row0 + r);
+      x_.lse[r] = -p_.softmax_lse[map_.lse_index(row0 + r)] * kLog2e;
+      x_.delta[r] = p_.dsoftmax_sum[dsoftmax_index(x_.rows[r])];
+    }
     q_finite_ = pack_block(p_.q, row0, rows, d_, q_, q_t_, x_.spoilt_q);
     dout_finite_ = pack_block(p_.dout, row0, rows, d_v_, dout_, dout_t_, x_.spoilt_dout);
     int* turn = turns_ + block;
@@ -200,7 +208,7 @@ class BwdTilesRunner : public BwdTaskRunner {
 
   // P and dS of the block.
   void weigh_block(int row0, int rows) {
-    Unit unit{0, 0, 0, 0, x_.units, x_.units + kBlockRows * kUnitKeys};
+    Unit unit{0, 0, 0, 0, x_.units, x_.units + kBlockRows * kUnitKeys, false};
     for (int sub = 0; sub < subs(rows); ++sub) {
       const TileColumns& t = columns_[sub];
       for (int begin = t.begin; begin < t.end;) {
@@ -212,12 +220,20 @@ class BwdTilesRunner : public BwdTaskRunner {
         unit.end = end < t.end ? end : t.end;
         unit.s = done.s == x_.units ? x_.units + 2 * kBlockRows * kUnitKeys : x_.units;
         unit.dp = unit.s + kBlockRows * kUnitKeys;
+        unit.plain = is_plain(unit);
         score(unit, done, row0);
         begin = unit.end;
       }
     }
-    for (int pair = 0; pair < kBlockRows / 2 && unit.begin < unit.end; ++pair)
-      weigh_pair(unit, row0, pair);
+    if (unit.begin < unit.end) weigh_pairs(unit, row0, 0, kBlockRows / 2);
+  }
+
+  bool is_plain(const Unit& unit) const {
+    if (modifiers_ || dropout_.enabled || unit.rows < kBlockRows) return false;
+    const Row* rows = x_.rows + unit.sub * kBlockRows;
+    const int first_key = columns_[unit.sub].first_key;
+    return rows[kBlockRows - 1].keys.begin <= first_key + unit.begin &&
+           rows[0].keys.end >= first_key + unit.end;
   }
 
   // S and dP of `unit`, and the rows of `done` between the tile products.
@@ -235,15 +251,76 @@ class BwdTilesRunner : public BwdTaskRunner {
     const int pairs = done.begin < done.end ? kBlockRows / 2 : 0;
     const int each = (pairs + steps - 1) / steps;
     int pair = 0;
-    const auto between = [&] {
-      for (int i = 0; i < each && pair < pairs; ++i) weigh_pair(done, row0, pair++);
+    const auto between = [&, each, pairs] {
+      if (pair == pairs) return;
+      const int end = pair + each < pairs ? pair + each : pairs;
+      weigh_pairs(done, row0, pair, end);
+      pair = end;
     };
     multiply<Tile, Terms>(s, m_tiles, 0, n_tiles, between);
     multiply<Tile, Terms>(dp, m_tiles, 0, n_tiles, between);
   }
 
-  // P and dS of rows 2 pair, 2 pair + 1 of a unit, packed; those beyond the last row are 0.
-  void weigh_pair(const Unit& unit, int row0, int pair) {
+  // Where two rows of P and dS go.
+  struct PairOutput {
+    uint32_t *p, *ds_pairs;
+    uint16_t* ds;  // the second row 32 elements on
+  };
+  PairOutput pair_output(const Unit& unit, int pair) const {
+    const uint32_t row = unit.sub * kBlockRows + 2 * pair, column = unit.begin;
+    return {pairs_element(p_pairs_, 0, row, column), pairs_element(ds_pairs_, 0, row, column),
+            reinterpret_cast<uint16_t*>(ds_.tile(0, row / kTileSide, column / kTileDepth) +
+                                        row % kTileSide * 16)};
+  }
+  // 16 columns, from column j on, a multiple of 16.
+  FLASH_INLINE void store_pair(const PairOutput& out, int j, Vec p_even, Vec p_odd, Vec ds_even,
+                               Vec ds_odd) const {
+    constexpr int64_t kColumn = kRows / kTileDepth * kTileWords;
+    split<kTerms, true>(p_even, p_odd, [&](int t, VecU16 even, VecU16 odd) {
+      store_pairs(out.p + t * p_pairs_.term_words + j / kTileSide * kColumn, pairs(even, odd));
+    });
+    split<kTerms, false>(ds_even, ds_odd, [&](int t, VecU16 even, VecU16 odd) {
+      store_pairs(out.ds_pairs + t * ds_pairs_.term_words + j / kTileSide * kColumn,
+                  pairs(even, odd));
+      uint16_t* ds =
+          out.ds + 2 * (t * ds_.term_words + j / kTileDepth * kTileWords) + j % kTileDepth;
+      store_u16(ds, even);
+      store_u16(ds + kTileDepth, odd);
+    });
+  }
+
+  // P and dS of pairs of rows [pair, end) of a unit, packed; rows beyond the last are 0.
+  [[gnu::noinline]] void weigh_pairs(const Unit& unit, int row0, int pair, int end) {
+    for (; pair < end; ++pair) {
+      if (!unit.plain)
+        weigh_modified(unit, row0, pair);
+      else if (unit.end - unit.begin == kUnitKeys)
+        weigh_plain<kUnitKeys>(unit, pair);
+      else
+        weigh_plain<kTileDepth>(unit, pair);
+    }
+  }
+  template <int kColumns>
+  FLASH_INLINE void weigh_plain(const Unit& unit, int pair) const {
+    const float* s = unit.s + 2 * pair * kUnitKeys;
+    const float* dp = unit.dp + 2 * pair * kUnitKeys;
+    const int row = unit.sub * kBlockRows + 2 * pair;
+    const Vec factor = set1(score_scale_ * kLog2e);
+    const Vec lse[2] = {set1(x_.lse[row]), set1(x_.lse[row + 1])};
+    const Vec delta[2] = {set1(x_.delta[row]), set1(x_.delta[row + 1])};
+    const PairOutput out = pair_output(unit, pair);
+#pragma GCC unroll 4
+    for (int j = 0; j < kColumns; j += kWidth) {
+      Vec p[2], ds[2];
+#pragma GCC unroll 2
+      for (int i = 0; i < 2; ++i) {
+        p[i] = exp2_for(Terms{}, fma(load(s + i * kUnitKeys + j), factor, lse[i]));
+        ds[i] = p[i] * (load(dp + i * kUnitKeys + j) - delta[i]);
+      }
+      store_pair(out, j, p[0], p[1], ds[0], ds[1]);
+    }
+  }
+  void weigh_modified(const Unit& unit, int row0, int pair) {
     float* s = unit.s + 2 * pair * kUnitKeys;
     float* dp = unit.dp + 2 * pair * kUnitKeys;
     const int columns = unit.end - unit.begin;
@@ -256,21 +333,10 @@ class BwdTilesRunner : public BwdTaskRunner {
         std::memset(dp + i * kUnitKeys, 0, sizeof(float) * columns);
       }
     }
-    for (int j = 0; j < columns; j += kTileSide) {
-      const int column = unit.begin + j, row = unit.sub * kBlockRows + 2 * pair;
-      VecU16 even[kTerms], odd[kTerms];
-      split<kTerms>(load(s + j), even);
-      split<kTerms>(load(s + kUnitKeys + j), odd);
-      for (int t = 0; t < kTerms; ++t)
-        store_pairs(pairs_element(p_pairs_, t, row, column), even[t], odd[t]);
-      split<kTerms>(load(dp + j), even);
-      split<kTerms>(load(dp + kUnitKeys + j), odd);
-      for (int t = 0; t < kTerms; ++t) {
-        store_pairs(pairs_element(ds_pairs_, t, row, column), even[t], odd[t]);
-        store_u16(ds_element(t, row, column), even[t]);
-        store_u16(ds_element(t, row + 1, column), odd[t]);
-      }
-    }
+    const PairOutput out = pair_output(unit, pair);
+    for (int j = 0; j < columns; j += kWidth)
+      store_pair(out, j, load(s + j), load(s + kUnitKeys + j), load(dp + j),
+                 load(dp + kUnitKeys + j));
   }
 
   void weigh_row(const Unit& unit, int row0, int r, float* s, float* dp) {
@@ -283,12 +349,9 @@ class BwdTilesRunner : public BwdTaskRunner {
     fill_invisible(dp, t, seen, 0.f);
   }
 
-  uint16_t* ds_element(int term, int row, int column) const {
-    uint32_t* tile = ds_.tile(term, row / kTileSide, column / kTileDepth);
-    return reinterpret_cast<uint16_t*>(tile + row % kTileSide * 16) + column % kTileDepth;
-  }
   // The pair that holds an element of P or dS.
-  FLASH_INLINE static uint32_t* pairs_element(const Packed& b, int term, int row, int column) {
+  FLASH_INLINE static uint32_t* pairs_element(const Packed& b, int term, uint32_t row,
+                                              uint32_t column) {
     uint32_t* tile = b.tile(term, column / kTileSide, row / kTileDepth);
     return tile + row % kTileDepth / 2 * kTileSide + column % kTileSide;
   }

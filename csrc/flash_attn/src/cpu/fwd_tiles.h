@@ -4,9 +4,10 @@
 // A task packs a chunk of keys, as much of K and V as leaves room in L2, and walks over it with
 // blocks of 32 rows:
 //
-//   units of 64 keys      S = Q K^T in L1, twice: while the tile unit computes one, vector units
-//                         make P of the other
-//   pieces of 128 keys    O += P V with P as bf16
+//   units of 64 keys      S = Q K^T in L1, twice: while the tile unit computes one, or a product
+//                         with V, vector units make P of the other
+//   pieces of 128 keys    O += P V with P as bf16; P of two pieces, so that one is made while the
+//                         other is multiplied
 //
 // The reference of a row's exponents is raised only when a score exceeds it by 2^8: O is almost
 // never rescaled, and P needs no maximum before it. Row sums stay one vector a row until the end.
@@ -23,21 +24,33 @@ namespace flash::cpu::FLASH_ATTN_ISA {
 inline constexpr int kBlockRows = 32;
 inline constexpr int kUnitKeys = 64;
 inline constexpr int kPieceKeys = 128;
+inline constexpr float kNoReference = 0x1.fffffep127f;  // any score exceeds it
+inline constexpr float kMaxExponent = 8.f;              // scores beyond raise the reference
 static_assert(kTileN == kTileDepth);  // columns of a tile of scores are whole tiles of a sum
 
 struct FwdTilesScratch : FwdScratch {  // of FwdScratch: o, buffer, state, rows, random
-  uint32_t *packed_q, *packed_k, *packed_v, *packed_p;
-  float* units;     // two of [32][kUnitKeys] scores
-  float* lane_sum;  // [task_rows][kWidth]
-  uint8_t* spoilt;  // [tile.keys]: V's rows with inf or NaN
+  uint32_t *packed_q, *packed_k, *packed_v;
+  uint32_t* packed_p;  // [32] x [2 kPieceKeys]
+  float* units;        // two of [32][kUnitKeys] scores
+  float* lane_sum;     // [task_rows][kWidth]
+  float* reference;    // [task_rows]: what to add to a score; kNoReference before the first
+  uint8_t* spoilt;     // [tile.keys]: V's rows with inf or NaN
   Staging staging;
 };
+
+// 2^x to the accuracy that weights of these terms keep.
+FLASH_INLINE Vec exp2_for(OneTerm, Vec x) { return exp2_bf16(x); }
+template <class Terms>
+FLASH_INLINE Vec exp2_for(Terms, Vec x) {
+  return exp2(x);
+}
 
 template <class Tile, class Terms>
 class FwdTilesRunner : public FwdTaskRunner {
  public:
   using Scratch = FwdTilesScratch;
   static constexpr int kTerms = Terms::kTerms;
+  static constexpr int64_t kWeightsTerm = packed_words(kBlockRows, 2 * kPieceKeys, 1);
 
   static FwdTile tile(const Flash_fwd_params& p) {
     const int d = round_up(static_cast<int>(p.d), kTileDepth),
@@ -57,9 +70,10 @@ class FwdTilesRunner : public FwdTaskRunner {
     x.packed_q = c.take<uint32_t>(packed_words(tile.task_rows, d, kTerms));
     x.packed_k = c.take<uint32_t>(packed_words(tile.keys, d, kTerms));
     x.packed_v = c.take<uint32_t>(packed_words(tile.keys, dv, kTerms));
-    x.packed_p = c.take<uint32_t>(packed_words(kBlockRows, kPieceKeys, kTerms));
+    x.packed_p = c.take<uint32_t>(packed_words(kBlockRows, 2 * kPieceKeys, kTerms));
     x.units = c.take<float>(2 * kBlockRows * kUnitKeys);
     x.lane_sum = c.take<float>(int64_t{tile.task_rows} * kWidth);
+    x.reference = c.take<float>(tile.task_rows);
     x.staging = carve_staging(c, kTerms, static_cast<int>(d > dv ? d : dv));
     x.buffer = c.take<float>(d + tile.keys + kWidth);
     x.state = c.take<RowState>(tile.task_rows);
@@ -78,7 +92,7 @@ class FwdTilesRunner : public FwdTaskRunner {
         q_(packed_grid(x.packed_q, tile.task_rows, d_pad_)),
         k_(packed_grid(x.packed_k, tile.keys, d_pad_)),
         v_(packed_grid(x.packed_v, d_v_pad_, tile.keys)),
-        weights_(packed_grid(x.packed_p, kBlockRows, kPieceKeys)) {}
+        weights_(packed_grid(x.packed_p, kBlockRows, 2 * kPieceKeys)) {}
 
   void run() {
     Tile::configure();
@@ -86,7 +100,7 @@ class FwdTilesRunner : public FwdTaskRunner {
     const int padded_rows = round_up(rows(), kBlockRows);
     std::memset(x_.o, 0, sizeof(float) * padded_rows * d_v_pad_);
     std::memset(x_.lane_sum, 0, sizeof(float) * padded_rows * kWidth);
-    std::memset(x_.packed_p, 0, 4 * packed_words(kBlockRows, kPieceKeys, kTerms));
+    std::memset(x_.packed_p, 0, 4 * packed_words(kBlockRows, 2 * kPieceKeys, kTerms));
     const int first = task_.key_begin / kPieceKeys * kPieceKeys;
     const int end = task_.key_begin < task_.key_end ? task_.key_end : first;
     for (int key = first, next; key < end; key = next) {
@@ -108,12 +122,16 @@ class FwdTilesRunner : public FwdTaskRunner {
     int seen_begin;  // first column that any of the rows sees
     int first_key;   // of the chunk
     float* scores;   // [rows][kUnitKeys]
+    bool plain;      // products are scores, and every row sees every column
+    int next;        // the first row without weights
+    uint32_t late;   // a bit for each row before it that waits for a higher reference
   };
 
   void load_q() {
     for (int r = 0; r < rows(); ++r) {
       x_.rows[r] = map_.row(task_.row_begin + r);
       x_.state[r] = RowState{};
+      x_.reference[r] = kNoReference;
     }
     const auto q_row = [&](int r) -> const void* {
       return map_.tensor_row(p_.q, task_.row_begin + r);
@@ -158,23 +176,33 @@ class FwdTilesRunner : public FwdTaskRunner {
   void attend(int row, int key, int keys) {
     const int count = rows() - row < kBlockRows ? rows() - row : kBlockRows;
     const TileColumns t = map_.columns(task_.row_begin + row, count, key, keys);
-    Unit unit{row, count, 0, 0, t.begin, key, x_.units};
+    Unit unit{row, 0, 0, 0, t.begin, key, x_.units, false, 0, 0};
     for (int begin = t.begin; begin < t.end;) {
-      const Unit done = unit;
+      Unit done = unit;
       const int end = (begin / kUnitKeys + 1) * kUnitKeys;
+      unit.rows = count;
       unit.begin = begin;
       unit.end = end < t.end ? end : t.end;
       unit.scores = done.scores == x_.units ? x_.units + kBlockRows * kUnitKeys : x_.units;
+      unit.plain = is_plain(unit);
+      unit.next = 0;
       score(unit, done);
-      finish_piece(done, done.end % kPieceKeys == 0);
+      if (done.end % kPieceKeys == 0) finish_piece(done, unit);
       begin = unit.end;
     }
-    for (int r = 0; r < count && unit.begin < unit.end; ++r) weigh(unit, r);
-    finish_piece(unit, true);
+    weigh_rows(unit, unit.rows);
+    raise_late(unit);
+    finish_piece(unit, unit);
+  }
+
+  bool is_plain(const Unit& unit) const {
+    const KeyRange first = x_.rows[unit.row].keys, last = x_.rows[unit.row + unit.rows - 1].keys;
+    return fold_scale_ && !dropout_.enabled && last.begin <= unit.first_key + unit.begin &&
+           first.end >= unit.first_key + unit.end;
   }
 
   // S of `unit`, and P of the rows of `done` between the tile products.
-  void score(const Unit& unit, const Unit& done) {
+  void score(const Unit& unit, Unit& done) {
     const int m = unit.row / kTileSide, m_tiles = tiles(unit.rows), n = unit.begin / kTileSide;
     Packed q = q_, k = k_;
     q.data = q_.tile(0, m, 0);
@@ -182,119 +210,165 @@ class FwdTilesRunner : public FwdTaskRunner {
     const TileProduct x = row_major_product(q, k, unit.scores, kUnitKeys);
     const int n_tiles = (unit.end - unit.begin) / kTileSide;
     const int steps = multiply_steps<Terms>(x, m_tiles, 0, n_tiles);
-    const int rows = done.begin < done.end ? done.rows : 0, each = (rows + steps - 1) / steps;
-    int r = 0;
-    multiply<Tile, Terms>(x, m_tiles, 0, n_tiles, [&] {
-      for (int i = 0; i < each && r < rows; ++i) weigh(done, r++);
+    const int each = (done.rows - done.next + steps - 1) / steps;
+    multiply<Tile, Terms>(x, m_tiles, 0, n_tiles, [this, &done, each] {
+      if (done.next == done.rows) return;
+      weigh_rows(done, each);
+      raise_late(done);
     });
   }
 
-  static int tiles(int rows) { return (rows + kTileSide - 1) / kTileSide; }
-  uint16_t* weight(int term, int r, int column) const {
-    const int j = column % kPieceKeys;
-    uint32_t* tile = weights_.tile(term, r / kTileSide, j / kTileDepth);
-    return reinterpret_cast<uint16_t*>(tile + r % kTileSide * 16) + j % kTileDepth;
+  // O += P V of the piece that ends with the unit `done`, and P of the rows of `next` between the
+  // tile products, but for those that must wait until O can be rescaled.
+  void finish_piece(const Unit& done, Unit& next) {
+    if (done.begin == done.end) return;
+    const int piece = done.begin / kPieceKeys * kPieceKeys;
+    const int begin = done.seen_begin > piece ? done.seen_begin : piece;
+    TileProduct x = row_major_product(weights_, v_, x_.o + int64_t{done.row} * d_v_pad_, d_v_pad_);
+    x.a.data = weights_.tile(0, 0, piece % (2 * kPieceKeys) / kTileDepth);
+    x.b.data = v_.tile(0, 0, piece / kTileDepth);
+    x.k_begin = (begin - piece) / kTileDepth;
+    x.k_end = (done.end - piece) / kTileDepth;
+    x.add = true;
+    const int m_tiles = tiles(done.rows), n_tiles = d_v_pad_ / kTileSide;
+    if (next.plain && next.next < next.rows) {
+      const int steps = multiply_steps<Terms>(x, m_tiles, 0, n_tiles);
+      const int each = (next.rows + steps - 1) / steps;
+      multiply<Tile, Terms>(x, m_tiles, 0, n_tiles, [this, &next, each] {
+        if (next.next < next.rows) weigh_rows(next, each);
+      });
+      raise_late(next);
+    } else {
+      multiply<Tile, Terms>(x, m_tiles, 0, n_tiles);
+    }
+    if (!v_finite_) add_spoilt_values(done, begin);
   }
 
-  // P of row r of a unit.
-  void weigh(const Unit& unit, int r) {
-    const int task_row = unit.row + r;
+  static int tiles(int rows) { return (rows + kTileSide - 1) / kTileSide; }
+  uint16_t* weight(int term, uint32_t r, uint32_t column) const {
+    constexpr uint32_t kColumns = 2 * kPieceKeys, kTiles = kColumns / kTileDepth;
+    const uint32_t j = column % kColumns;
+    const uint32_t tile = r / kTileSide * kTiles + j / kTileDepth;
+    return reinterpret_cast<uint16_t*>(x_.packed_p) + 2 * term * kWeightsTerm +
+           2 * (tile * kTileWords + r % kTileSide * 16) + j % kTileDepth;
+  }
+
+  // P of the unit's next `count` rows.
+  [[gnu::noinline]] void weigh_rows(Unit& unit, int count) {
+    const int end = unit.next + count < unit.rows ? unit.next + count : unit.rows;
+    if (!unit.plain)
+      for (int r = unit.next; r < end; ++r) weigh_modified(unit, r);
+    else if (unit.end - unit.begin == kUnitKeys)
+      unit.late |= weigh_plain<kUnitKeys>(unit, unit.next, end);
+    else
+      unit.late |= weigh_plain<kTileDepth>(unit, unit.next, end);
+    unit.next = end;
+  }
+  // P of rows [r, end) of a plain unit of kColumns. Returns a bit for each row left out because its
+  // reference must be raised first.
+  template <int kColumns>
+  FLASH_INLINE uint32_t weigh_plain(const Unit& unit, int r, int end) {
+    uint32_t late = 0;
+    for (; r < end; ++r)
+      if (!weigh_columns<kColumns, false>(unit, r, kMaxExponent)) late |= 1u << r;
+    return late;
+  }
+  FLASH_INLINE void raise_late(Unit& unit) {
+    if (unit.late) raise_rows(unit);
+  }
+  [[gnu::noinline]] void raise_rows(Unit& unit) {
+    for (; unit.late; unit.late &= unit.late - 1)
+      weigh_above<false>(unit, __builtin_ctz(unit.late), true);
+  }
+
+  // P of row r of a unit whose products are not yet its scores.
+  void weigh_modified(const Unit& unit, int r) {
+    const Row& row = x_.rows[unit.row + r];
     float* s = unit.scores + r * kUnitKeys;
     const TileColumns t{0, unit.end - unit.begin, unit.first_key + unit.begin};
     if (!fold_scale_)
       for (int j = 0; j < t.end; j += kWidth) store(s + j, load(s + j) * p_.scale_softmax);
-    if (modifiers_ || !sees_all(x_.rows[task_row], t)) finish_scores(task_row, s, t);
-    if (dropout_.enabled) {
-      const Row& row = x_.rows[task_row];
-      random_row_bytes(dropout_, map_.batch_head(row), row.query, t, x_.random);
-      weigh_columns<true>(unit, r, s, t);
-    } else {
-      weigh_columns<false>(unit, r, s, t);
-    }
+    finish_scores(unit.row + r, s, t);
+    if (!dropout_.enabled) return weigh_above<false>(unit, r, false);
+    random_row_bytes(dropout_, map_.batch_head(row), row.query, t, x_.random);
+    weigh_above<true>(unit, r, false);
   }
-
-  static bool sees_all(const Row& row, const TileColumns& t) {
-    return row.keys.begin <= t.first_key && row.keys.end >= t.first_key + t.end;
-  }
-
-  // Beside the tile unit the number of instructions is what counts: a tile's row of weights, two
-  // vectors, at a time.
+  // P of row r, raising its reference if it must be.
   template <bool kDropout>
-  FLASH_INLINE void weigh_columns(const Unit& unit, int r, const float* s, const TileColumns& t) {
-    const int task_row = unit.row + r;
-    Vec sum = load(x_.lane_sum + int64_t{task_row} * kWidth);
-    if (must_raise(s, t, x_.state[task_row])) sum *= raise_reference(s, unit, r);
-    const float max = x_.state[task_row].max;
-    const Vec reference = set1(max == -kInf ? 0.f : -max), factor = set1(factor_);
+  void weigh_above(const Unit& unit, int r, bool raise) {
+    const auto weigh = [&](float limit) {
+      return unit.end - unit.begin == kUnitKeys
+                 ? weigh_columns<kUnitKeys, kDropout>(unit, r, limit)
+                 : weigh_columns<kTileDepth, kDropout>(unit, r, limit);
+    };
+    if (!raise && weigh(kMaxExponent)) return;
+    raise_reference(unit, r);
+    weigh(kInf);
+  }
+
+  // P of row r of a unit of kColumns; false, and nothing done, if any exponent exceeds the limit.
+  // Beside the tile unit the number of instructions is what counts.
+  template <int kColumns, bool kDropout>
+  FLASH_INLINE bool weigh_columns(const Unit& unit, int r, float limit) {
+    constexpr int kVectors = kColumns / kWidth;
+    const float* s = unit.scores + r * kUnitKeys;
+    const Vec reference = set1(x_.reference[unit.row + r]);
+    Vec x[kVectors];
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) x[j] = fma(load(s + j * kWidth), set1(factor_), reference);
+    Vec largest = x[0];
+#pragma GCC unroll 4
+    for (int j = 1; j < kVectors; ++j) largest = max(largest, x[j]);
+    if (any_greater(largest, limit)) return false;
+    float* lane_sum = x_.lane_sum + int64_t{unit.row + r} * kWidth;
+    Vec sum = load(lane_sum);
     uint16_t* weights = weight(0, r, unit.begin);
-    const int64_t term = 2 * weights_.term_words;
-    for (int j = 0; j < t.end; j += kTileDepth, weights += 2 * kTileWords) {
-#pragma GCC unroll 2
-      for (int i = 0; i < kTileDepth; i += kWidth) {
-        Vec p = exp2_for(Terms{}, fma(load(s + j + i), factor, reference));
-        sum += p;
-        if constexpr (kDropout) p = select(kept(dropout_, x_.random, j + i), p, zero());
-        store_terms(weights + i, term, p);
-      }
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; ++j) {
+      x[j] = exp2_for(Terms{}, x[j]);
+      sum += x[j];
+      if constexpr (kDropout) x[j] = select(kept(dropout_, x_.random, j * kWidth), x[j], zero());
     }
-    store(x_.lane_sum + int64_t{task_row} * kWidth, sum);
+    store(lane_sum, sum);
+#pragma GCC unroll 4
+    for (int j = 0; j < kVectors; j += 2) store_weights(weights + j * kTileWords, x[j], x[j + 1]);
+    return true;
   }
 
-  static FLASH_INLINE Vec exp2_for(OneTerm, Vec x) { return exp2_bf16(x); }
-  template <class Other>
-  static FLASH_INLINE Vec exp2_for(Other, Vec x) {
-    return exp2(x);
-  }
-
-  bool must_raise(const float* s, const TileColumns& t, const RowState& state) const {
-    if (state.max == -kInf) return true;
-    Vec largest = load(s);
-    for (int j = kWidth; j < t.end; j += kWidth) largest = max(largest, load(s + j));
-    return any_greater(largest * factor_, state.max + 8.f);
-  }
-
-  // The largest score of row r so far becomes the reference of its exponents. Returns what sums
-  // so far must be multiplied by: O and the weights that wait for their product with V already are.
-  [[gnu::noinline]] float raise_reference(const float* s, const Unit& unit, int r) {
+  // The largest score of row r so far becomes the reference of its exponents; O, the sum and the
+  // weights that wait for their product with V are scaled accordingly.
+  [[gnu::noinline]] void raise_reference(const Unit& unit, int r) {
+    const float* s = unit.scores + r * kUnitKeys;
     Vec largest = set1(-kInf);
     for (int j = 0; j < unit.end - unit.begin; j += kWidth) largest = max(largest, load(s + j));
     const float candidate = reduce_max(largest) * factor_;
     RowState& state = x_.state[unit.row + r];
-    if (!(candidate > state.max)) return 1.f;
+    if (!(candidate > state.max)) return;
     const float scale = exp2(state.max - candidate);
     state.max = candidate;
+    x_.reference[unit.row + r] = -candidate;
+    float* lane_sum = x_.lane_sum + int64_t{unit.row + r} * kWidth;
+    store(lane_sum, load(lane_sum) * scale);
     float* o = x_.o + int64_t{unit.row + r} * d_v_pad_;
     for (int i = 0; i < d_v_pad_; i += kWidth) store(o + i, load(o + i) * scale);
     const int piece = unit.begin / kPieceKeys * kPieceKeys;
-    for (int j = unit.seen_begin > piece ? unit.seen_begin : piece; j < unit.begin; j += kWidth)
-      store_terms(weight(0, r, j), 2 * weights_.term_words, load_weights(r, j) * scale);
-    return scale;
+    for (int j = unit.seen_begin > piece ? unit.seen_begin : piece; j < unit.begin;
+         j += kTileDepth) {
+      uint16_t* weights = weight(0, r, j);
+      store_weights(weights, load_weights(weights) * scale, load_weights(weights + kWidth) * scale);
+    }
   }
 
-  // The terms of p, `stride` elements apart.
-  static FLASH_INLINE void store_terms(uint16_t* dst, int64_t stride, Vec p) {
-    VecU16 term[kTerms];
-    split<kTerms>(p, term);
-    for (int i = 0; i < kTerms; ++i) store_u16(dst + i * stride, term[i]);
+  FLASH_INLINE static void store_weights(uint16_t* dst, Vec low, Vec high) {
+    split<kTerms, true>(low, high, [&](int i, VecU16 a, VecU16 b) {
+      store_u16(dst + i * 2 * kWeightsTerm, a);
+      store_u16(dst + i * 2 * kWeightsTerm + kWidth, b);
+    });
   }
-  Vec load_weights(int r, int column) const {
+  static Vec load_weights(const uint16_t* src) {
     Vec p = zero();
-    for (int i = kTerms - 1; i >= 0; --i) p += bf16_to_float(load_u16(weight(i, r, column)));
+    for (int i = kTerms - 1; i >= 0; --i) p += bf16_to_float(load_u16(src + i * 2 * kWeightsTerm));
     return p;
-  }
-
-  // O += P V of the piece that ends with this unit.
-  void finish_piece(const Unit& unit, bool ends) {
-    if (!ends || unit.begin == unit.end) return;
-    const int piece = unit.begin / kPieceKeys * kPieceKeys;
-    const int begin = unit.seen_begin > piece ? unit.seen_begin : piece;
-    TileProduct x = row_major_product(weights_, v_, x_.o + int64_t{unit.row} * d_v_pad_, d_v_pad_);
-    x.b.data = v_.tile(0, 0, piece / kTileDepth);
-    x.k_begin = (begin - piece) / kTileDepth;
-    x.k_end = (unit.end - piece) / kTileDepth;
-    x.add = true;
-    multiply<Tile, Terms>(x, tiles(unit.rows), 0, d_v_pad_ / kTileSide);
-    if (!v_finite_) add_spoilt_values(unit, begin);
   }
 
   // What the zeros in place of inf and NaN left out, in rows that see them.
@@ -313,7 +387,7 @@ class FwdTilesRunner : public FwdTaskRunner {
   }
 
   const Scratch& x_;
-  const bool fold_scale_;
+  const bool fold_scale_;  // the scale is part of factor_
   const float factor_;  // from scores as the tile unit makes them (or as modified) to units of log2
   const Packed q_, k_, v_, weights_;
 };

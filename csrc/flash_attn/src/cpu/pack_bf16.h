@@ -16,7 +16,7 @@ inline constexpr int kTileSide = 16;    // rows of any tile, columns of fp32 til
 inline constexpr int kTileDepth = 32;   // bf16 elements along the sum
 inline constexpr int kTileWords = 256;  // pairs, or fp32 elements, of a tile
 inline constexpr float kLargestBf16 = 0x1.fep127f;
-static_assert(kTileSide % kWidth == 0);
+static_assert(kTileSide == kWidth);
 
 struct Packed {
   uint32_t* data;
@@ -42,21 +42,32 @@ FLASH_INLINE VecU16 round_to_bf16(Vec v) {
   return float_to_bf16(v);
 #endif
 }
-
-// term[i] = the bf16 nearest to what the terms before leave of x.
-template <int kTerms>
-FLASH_INLINE void split(Vec x, VecU16 (&term)[kTerms]) {
+// Calls f(i, term i of a, term i of b): the bf16 nearest to what the terms before leave. kBounded:
+// the numbers are NaN or no larger than kLargestBf16.
+template <int kTerms, bool kBounded, class F>
+FLASH_INLINE void split(Vec a, Vec b, F f) {
   if constexpr (kTerms == 1) {
-    term[0] = round_to_bf16(x);
-    return;
-  }
-  const VecI is_finite = abs(x) < __builtin_inff();
-  Vec rest = x;
-  for (int i = 0; i < kTerms; ++i) {
-    // Not rounded up to infinity: that would leave -infinity.
-    const VecI overflow = is_finite & (abs(rest) > kLargestBf16);
-    term[i] = round_to_bf16(select(overflow, from_bits(bits(rest) & 0xffff0000u), rest));
-    rest = select(is_finite, rest - bf16_to_float(term[i]), zero());
+    f(0, round_to_bf16(a), round_to_bf16(b));
+  } else if constexpr (kBounded) {
+    for (int i = 0; i < kTerms; ++i) {
+      const VecU16 term_a = round_to_bf16(a), term_b = round_to_bf16(b);
+      f(i, term_a, term_b);
+      a -= bf16_to_float(term_a);
+      b -= bf16_to_float(term_b);
+    }
+  } else {
+    // Infinity leaves 0, and nothing finite is rounded up to it.
+    const auto first = [](Vec v) {
+      const VecI is_cut = (abs(v) > kLargestBf16) & (abs(v) < __builtin_inff());
+      return round_to_bf16(select(is_cut, from_bits(bits(v) & 0xffff0000u), v));
+    };
+    const auto rest = [](Vec v, VecU16 term) {
+      return select(abs(v) < __builtin_inff(), v - bf16_to_float(term), zero());
+    };
+    const VecU16 first_a = first(a), first_b = first(b);
+    f(0, first_a, first_b);
+    split<kTerms - 1, true>(rest(a, first_a), rest(b, first_b),
+                            [&](int i, VecU16 term_a, VecU16 term_b) { f(i + 1, term_a, term_b); });
   }
 }
 
@@ -64,11 +75,11 @@ FLASH_INLINE void split(Vec x, VecU16 (&term)[kTerms]) {
 // on. False if any element is inf or NaN. buffer holds padded floats.
 template <int kTerms>
 inline void split_row(uint16_t* dst, int64_t term_stride, const float* src, int padded) {
-  for (int i = 0; i < padded; i += kWidth) {
-    VecU16 term[kTerms];
-    split<kTerms>(load(src + i), term);
-    for (int t = 0; t < kTerms; ++t) store_u16(dst + t * term_stride + i, term[t]);
-  }
+  for (int i = 0; i < padded; i += 2 * kWidth)
+    split<kTerms, false>(load(src + i), load(src + i + kWidth), [&](int t, VecU16 a, VecU16 b) {
+      store_u16(dst + t * term_stride + i, a);
+      store_u16(dst + t * term_stride + i + kWidth, b);
+    });
 }
 template <int kTerms>
 inline bool read_terms(Dtype type, uint16_t* dst, int64_t term_stride, const void* src, int d,
@@ -78,50 +89,85 @@ inline bool read_terms(Dtype type, uint16_t* dst, int64_t term_stride, const voi
     split_row<kTerms>(dst, term_stride, buffer, padded);
     return finite;
   }
-  std::memcpy(dst, src, d * sizeof(uint16_t));
-  std::memset(dst + d, 0, (padded - d) * sizeof(uint16_t));
-  VecI finite = set1i(-1);
-  for (int i = 0; i < padded; i += kWidth)
-    finite &= (__builtin_convertvector(load_u16(dst + i), VecU) & 0x7f80u) != 0x7f80u;
-  return all_of(finite);
+  const auto* row = static_cast<const uint16_t*>(src);
+  VecU16x2 largest{};
+  int i = 0;
+  const auto copy = [&](const uint16_t* from) {
+    const VecU16x2 v = load_u16x2(from), exponent = v & uint16_t{0x7f80};
+    largest = exponent > largest ? exponent : largest;
+    store_u16x2(dst + i, v);
+  };
+  for (; i + 2 * kWidth <= d; i += 2 * kWidth) copy(row + i);
+  if (i < d) {
+    alignas(64) uint16_t tail[2 * kWidth] = {};
+    std::memcpy(tail, row + i, (d - i) * sizeof(uint16_t));
+    copy(tail);
+  }
+  const VecU pairs = reinterpret_cast<VecU>(largest);
+  return all_of(((pairs & 0xffffu) != 0x7f80u) & ((pairs >> 16) != 0x7f80u));
 }
 
-// Exchanges the off-diagonal blocks of kStep x kStep words.
-template <int kStep, int... kLane>
-FLASH_INLINE void swap_blocks(Vec (&r)[16], std::integer_sequence<int, kLane...>) {
-  static_assert(kWidth == 16);
-  for (int i = 0; i < 16; ++i) {
-    if (i & kStep) continue;
-    const Vec a = r[i], b = r[i + kStep];
-    r[i] = __builtin_shufflevector(a, b, (kLane & kStep ? 16 + kLane - kStep : kLane)...);
-    r[i + kStep] = __builtin_shufflevector(a, b, (kLane & kStep ? 16 + kLane : kLane + kStep)...);
-  }
+// Of each block of four lanes the low (kHigh = 0) or high two, a's and b's in turns, kGroup at a
+// time.
+template <int kGroup, int kHigh, int... kLane>
+FLASH_INLINE Vec unpack(Vec a, Vec b, std::integer_sequence<int, kLane...>) {
+  return __builtin_shufflevector(a, b,
+                                 (kLane / 4 * 4 + kLane % kGroup + kLane % 4 / (2 * kGroup) +
+                                  2 * kHigh + (kLane & kGroup ? kWidth : 0))...);
 }
-template <int kStep>
-FLASH_INLINE void swap_blocks(Vec (&r)[16]) {
-  swap_blocks<kStep>(r, std::make_integer_sequence<int, 16>{});
+template <int kGroup, int kHigh>
+FLASH_INLINE Vec unpack(Vec a, Vec b) {
+  return unpack<kGroup, kHigh>(a, b, std::make_integer_sequence<int, kWidth>{});
+}
+// The even (kOdd = 0) or odd blocks of four lanes, a's, then b's.
+template <int kOdd, int... kLane>
+FLASH_INLINE Vec every_other_block(Vec a, Vec b, std::integer_sequence<int, kLane...>) {
+  return __builtin_shufflevector(
+      a, b, (kLane / 4 % 2 * 8 + 4 * kOdd + kLane % 4 + (kLane < kWidth / 2 ? 0 : kWidth))...);
+}
+template <int kOdd>
+FLASH_INLINE Vec every_other_block(Vec a, Vec b) {
+  return every_other_block<kOdd>(a, b, std::make_integer_sequence<int, kWidth>{});
 }
 // dst[j][i] = src[i][j] of a tile's 16 x 16 words; rows lie dst_ld and src_ld words apart.
 inline void transpose_tile(uint32_t* dst, int64_t dst_ld, const uint32_t* src, int64_t src_ld) {
-  Vec r[16];
+  static_assert(kWidth == 16);
+  Vec r[16], t[16];
+#pragma GCC unroll 16
   for (int i = 0; i < 16; ++i) std::memcpy(&r[i], src + i * src_ld, sizeof(Vec));
-  swap_blocks<8>(r);
-  swap_blocks<4>(r);
-  swap_blocks<2>(r);
-  swap_blocks<1>(r);
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = unpack<1, 0>(r[i], r[i + 1]);
+    t[i + 1] = unpack<1, 1>(r[i], r[i + 1]);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 8; ++i) {
+    const int row = i / 2 * 4 + i % 2;
+    r[2 * i] = unpack<2, 0>(t[row], t[row + 2]);
+    r[2 * i + 1] = unpack<2, 1>(t[row], t[row + 2]);
+  }
+  // r[4 g + i]: columns i, 4 + i, 8 + i, 12 + i of rows [4 g, 4 g + 4).
+#pragma GCC unroll 16
+  for (int i = 0; i < 4; ++i) {
+    t[i] = every_other_block<0>(r[i], r[4 + i]);
+    t[4 + i] = every_other_block<0>(r[8 + i], r[12 + i]);
+    t[8 + i] = every_other_block<1>(r[i], r[4 + i]);
+    t[12 + i] = every_other_block<1>(r[8 + i], r[12 + i]);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < 4; ++i) {
+    r[i] = every_other_block<0>(t[i], t[4 + i]);
+    r[8 + i] = every_other_block<1>(t[i], t[4 + i]);
+    r[4 + i] = every_other_block<0>(t[8 + i], t[12 + i]);
+    r[12 + i] = every_other_block<1>(t[8 + i], t[12 + i]);
+  }
+#pragma GCC unroll 16
   for (int i = 0; i < 16; ++i) std::memcpy(dst + i * dst_ld, &r[i], sizeof(Vec));
 }
 
-FLASH_INLINE void store_pairs(uint32_t* dst, VecU16 even, VecU16 odd) {
-  const VecU pairs = __builtin_convertvector(even, VecU) | __builtin_convertvector(odd, VecU) << 16;
+FLASH_INLINE void store_pairs(uint32_t* dst, VecU pairs) {
   std::memcpy(dst, &pairs, sizeof(pairs));
 }
-
-// Two rows of bf16 to one of pairs.
-inline void interleave_rows(uint32_t* dst, const uint16_t* even, const uint16_t* odd, int n) {
-  for (int i = 0; i < n; i += kWidth) store_pairs(dst + i, load_u16(even + i), load_u16(odd + i));
-}
-
 // Rows [first, first + count) of `end` rows of d elements.
 struct RowGroup {
   Dtype type;
@@ -203,26 +249,39 @@ inline void pack_columns(const Packed& b, int n, const Staging& s, int staged_ro
   }
 }
 
-// 32 staged rows of `d` elements as rows [32 k, 32 k + 32) of B: sums run over the rows (V in P V).
+// f(i, n, pairs) for each pair i of 32 staged rows and each 16 columns from 16 n on.
+template <class F>
+FLASH_INLINE void for_pairs(const Staging& s, int term, int d, F f) {
+  for (int i = 0; i < 16; ++i) {
+    const uint16_t* even = s.rows + (int64_t{term} * kTileDepth + 2 * i) * s.ld;
+    for (int n = 0; n < d / kTileSide; n += 2) {
+      const VecU16x2 a = load_u16x2(even + n * kTileSide),
+                     b = load_u16x2(even + s.ld + n * kTileSide);
+      f(i, n, pairs<0>(a, b));
+      f(i, n + 1, pairs<kWidth>(a, b));
+    }
+  }
+}
+
+// 32 staged rows of `d` elements, a multiple of 32, as rows [32 k, 32 k + 32) of B: sums run over
+// the rows (V in P V).
 template <int kTerms>
 inline void pack_pairs(const Packed& b, int k, int d, const Staging& s) {
-  for (int t = 0; t < kTerms; ++t)
-    for (int i = 0; i < 16; ++i) {
-      const uint16_t* even = s.rows + (int64_t{t} * kTileDepth + 2 * i) * s.ld;
-      interleave_rows(s.pairs, even, even + s.ld, d);
-      for (int n = 0; n < d / kTileSide; ++n)
-        std::memcpy(b.tile(t, n, k) + i * 16, s.pairs + n * kTileSide, 64);
-    }
+  const int64_t column = int64_t{b.depth_tiles} * kTileWords;
+  for (int t = 0; t < kTerms; ++t) {
+    uint32_t* dst = b.tile(t, 0, k);
+    for_pairs(s, t, d,
+              [&](int i, int n, VecU pairs) { store_pairs(dst + n * column + i * 16, pairs); });
+  }
 }
 
 // 32 staged rows of `d` elements as columns [32 k, 32 k + 32) of A: A is their transpose.
 template <int kTerms>
 inline void pack_transpose(const Packed& a, int k, int d, const Staging& s) {
   for (int t = 0; t < kTerms; ++t) {
-    for (int i = 0; i < 16; ++i) {
-      const uint16_t* even = s.rows + (int64_t{t} * kTileDepth + 2 * i) * s.ld;
-      interleave_rows(s.pairs + int64_t{i} * s.ld, even, even + s.ld, d);
-    }
+    for_pairs(s, t, d, [&](int i, int n, VecU pairs) {
+      store_pairs(s.pairs + int64_t{i} * s.ld + n * kTileSide, pairs);
+    });
     for (int m = 0; m < d / kTileSide; ++m)
       transpose_tile(a.tile(t, m, k), 16, s.pairs + m * kTileSide, s.ld);
   }

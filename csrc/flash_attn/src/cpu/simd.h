@@ -25,6 +25,7 @@ typedef float Vec __attribute__((vector_size(kWidth * 4)));
 typedef int32_t VecI __attribute__((vector_size(kWidth * 4)));
 typedef uint32_t VecU __attribute__((vector_size(kWidth * 4)));
 typedef uint16_t VecU16 __attribute__((vector_size(kWidth * 2)));
+typedef uint16_t VecU16x2 __attribute__((vector_size(kWidth * 4)));  // two of VecU16
 typedef uint8_t VecU8 __attribute__((vector_size(kWidth)));
 
 #if defined(__AVX512F__) && FLASH_ATTN_VECTOR_WIDTH == 16
@@ -139,6 +140,35 @@ FLASH_INLINE VecU16 load_u16(const uint16_t* p) {
   return v;
 }
 FLASH_INLINE void store_u16(uint16_t* p, VecU16 v) { std::memcpy(p, &v, sizeof(v)); }
+
+FLASH_INLINE VecU16x2 load_u16x2(const uint16_t* p) {
+  VecU16x2 v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+FLASH_INLINE void store_u16x2(uint16_t* p, VecU16x2 v) { std::memcpy(p, &v, sizeof(v)); }
+
+// Lanes as pairs, those of `even` in the low bits.
+FLASH_INLINE VecU pairs(VecU16 even, VecU16 odd) {
+#if defined(FLASH_ATTN_SIMD_AVX512)
+  const VecU index = (reinterpret_cast<VecU>(iota()) * 0x10001u) | 0x200000u;
+  return reinterpret_cast<VecU>(_mm512_permutex2var_epi16(
+      _mm512_castsi256_si512(reinterpret_cast<__m256i>(even)), reinterpret_cast<__m512i>(index),
+      _mm512_castsi256_si512(reinterpret_cast<__m256i>(odd))));
+#else
+  return __builtin_convertvector(even, VecU) | __builtin_convertvector(odd, VecU) << 16;
+#endif
+}
+// Lanes kFirst + i of both.
+template <int kFirst, int... kLane>
+FLASH_INLINE VecU pairs(VecU16x2 even, VecU16x2 odd, std::integer_sequence<int, kLane...>) {
+  return reinterpret_cast<VecU>(
+      __builtin_shufflevector(even, odd, (kFirst + kLane / 2 + kLane % 2 * 2 * kWidth)...));
+}
+template <int kFirst>
+FLASH_INLINE VecU pairs(VecU16x2 even, VecU16x2 odd) {
+  return pairs<kFirst>(even, odd, std::make_integer_sequence<int, 2 * kWidth>{});
+}
 
 FLASH_INLINE Vec bf16_to_float(VecU16 v) {
   return from_bits(__builtin_convertvector(v, VecU) << 16);

@@ -35,47 +35,52 @@ inline TileProduct tiled_product(const Packed& a, const Packed& b, float* c, int
   return {a, b, 0, a.depth_tiles, c, n_tiles * kTileWords, kTileWords, kTileSide, true};
 }
 
-template <class Tile, int kC>
-FLASH_INLINE void begin_tile(const TileProduct& x, int m, int n) {
-  if (x.add)
-    Tile::template load<kC>(x.c + m * x.c_m + n * x.c_n, x.c_ld * 4);
-  else
-    Tile::template zero<kC>();
-}
-template <class Tile, int kC>
-FLASH_INLINE void end_tile(const TileProduct& x, int m, int n) {
-  Tile::template store<kC>(x.c + m * x.c_m + n * x.c_n, x.c_ld * 4);
-}
-
 template <class Tile, class Terms, int M, class Between>
-inline void multiply_registers(const TileProduct& x, int m, int n, Between& between) {
-  begin_tile<Tile, 0>(x, m, n);
-  begin_tile<Tile, 1>(x, m, n + 1);
-  if constexpr (M == 2) {
-    begin_tile<Tile, 2>(x, m + 1, n);
-    begin_tile<Tile, 3>(x, m + 1, n + 1);
+FLASH_INLINE void multiply_registers(const TileProduct& x, int m, int n, Between& between) {
+  // Everything the loop needs is a local variable: a tile instruction may write whatever lies in
+  // memory, as far as the compiler knows.
+  float *c0 = x.c + m * x.c_m + n * x.c_n, *c1 = c0 + x.c_n;
+  float *c2 = c0 + x.c_m, *c3 = c1 + x.c_m;
+  const int64_t c_bytes = x.c_ld * 4, words = int64_t{x.k_end - x.k_begin} * kTileWords;
+  const int64_t a_row = int64_t{x.a.depth_tiles} * kTileWords,
+                b_column = int64_t{x.b.depth_tiles} * kTileWords;
+  if (x.add) {
+    Tile::template load<0>(c0, c_bytes);
+    Tile::template load<1>(c1, c_bytes);
+    if constexpr (M == 2) {
+      Tile::template load<2>(c2, c_bytes);
+      Tile::template load<3>(c3, c_bytes);
+    }
+  } else {
+    Tile::template zero<0>();
+    Tile::template zero<1>();
+    if constexpr (M == 2) {
+      Tile::template zero<2>();
+      Tile::template zero<3>();
+    }
   }
   for (int p = 0; p < Terms::kProducts; ++p) {
-    const int ta = Terms::kA[p], tb = Terms::kB[p];
-    for (int k = x.k_begin; k < x.k_end; ++k) {
-      Tile::template load<4>(x.a.tile(ta, m, k), 64);
-      Tile::template load_once<6>(x.b.tile(tb, n, k), 64);
+    const uint32_t* a = x.a.tile(Terms::kA[p], m, x.k_begin);
+    const uint32_t* b = x.b.tile(Terms::kB[p], n, x.k_begin);
+    for (const uint32_t* end = a + words; a != end; a += kTileWords, b += kTileWords) {
+      Tile::template load<4>(a, 64);
+      Tile::template load_once<6>(b, 64);
       Tile::template multiply<0, 4, 6>();
-      Tile::template load_once<7>(x.b.tile(tb, n + 1, k), 64);
+      Tile::template load_once<7>(b + b_column, 64);
       Tile::template multiply<1, 4, 7>();
       if constexpr (M == 2) {
-        Tile::template load<5>(x.a.tile(ta, m + 1, k), 64);
+        Tile::template load<5>(a + a_row, 64);
         Tile::template multiply<2, 5, 6>();
         Tile::template multiply<3, 5, 7>();
       }
       between();
     }
   }
-  end_tile<Tile, 0>(x, m, n);
-  end_tile<Tile, 1>(x, m, n + 1);
+  Tile::template store<0>(c0, c_bytes);
+  Tile::template store<1>(c1, c_bytes);
   if constexpr (M == 2) {
-    end_tile<Tile, 2>(x, m + 1, n);
-    end_tile<Tile, 3>(x, m + 1, n + 1);
+    Tile::template store<2>(c2, c_bytes);
+    Tile::template store<3>(c3, c_bytes);
   }
 }
 
