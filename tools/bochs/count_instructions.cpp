@@ -5,7 +5,10 @@
 //
 // One head, one thread. Prints instructions a vector of 16 visible scores; with AMX, the tile
 // products of 16 scores keep the tile unit busy for (d + dv) / 32 cycles forward (TDPBF16PS: 16
-// cycles for 16 x 16 x 32).
+// cycles for 16 x 16 x 32). A `rep stosb` counts once for each byte; memset and memcpy do without
+// when
+//
+//   GLIBC_TUNABLES=glibc.cpu.x86_rep_stosb_threshold=99999999:glibc.cpu.x86_rep_movsb_threshold=99999999
 #include <x86intrin.h>
 
 #include <cmath>
@@ -105,9 +108,7 @@ int main(int argc, char** argv) {
   bwd.dv = &dv.view;
   bwd.softmax_d = &softmax_d.view;
 
-  const auto run = [&] {
-    require(backward ? flash_attn_mha_bwd(&bwd) : flash_attn_mha_fwd(&fwd));
-  };
+  const auto run = [&] { require(backward ? flash_attn_mha_bwd(&bwd) : flash_attn_mha_fwd(&fwd)); };
   require(flash_attn_mha_fwd(&fwd));
   run();  // sets up threads and scratch
   const uint64_t begin = __rdtsc();

@@ -320,7 +320,7 @@ class BwdTilesRunner : public BwdTaskRunner {
       store_pair(out, j, p[0], p[1], ds[0], ds[1]);
     }
   }
-  void weigh_modified(const Unit& unit, int row0, int pair) {
+  [[gnu::noinline]] void weigh_modified(const Unit& unit, int row0, int pair) {
     float* s = unit.s + 2 * pair * kUnitKeys;
     float* dp = unit.dp + 2 * pair * kUnitKeys;
     const int columns = unit.end - unit.begin;

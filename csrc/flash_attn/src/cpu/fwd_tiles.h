@@ -282,7 +282,7 @@ class FwdTilesRunner : public FwdTaskRunner {
   }
 
   // P of row r of a unit whose products are not yet its scores.
-  void weigh_modified(const Unit& unit, int r) {
+  [[gnu::noinline]] void weigh_modified(const Unit& unit, int r) {
     const Row& row = x_.rows[unit.row + r];
     float* s = unit.scores + r * kUnitKeys;
     const TileColumns t{0, unit.end - unit.begin, unit.first_key + unit.begin};
