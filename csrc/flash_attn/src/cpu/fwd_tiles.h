@@ -218,8 +218,8 @@ class FwdTilesRunner : public FwdTaskRunner {
     });
   }
 
-  // O += P V of the piece that ends with the unit `done`, and P of the rows of `next` between the
-  // tile products, but for those that must wait until O can be rescaled.
+  // O += P V of the piece that ends with the unit `done`, and P of the unit after it (or `done`
+  // again) between the tile products; rows that rescale O come last.
   void finish_piece(const Unit& done, Unit& next) {
     if (done.begin == done.end) return;
     const int piece = done.begin / kPieceKeys * kPieceKeys;
@@ -237,11 +237,11 @@ class FwdTilesRunner : public FwdTaskRunner {
       multiply<Tile, Terms>(x, m_tiles, 0, n_tiles, [this, &next, each] {
         if (next.next < next.rows) weigh_rows(next, each);
       });
-      raise_late(next);
     } else {
       multiply<Tile, Terms>(x, m_tiles, 0, n_tiles);
     }
     if (!v_finite_) add_spoilt_values(done, begin);
+    raise_late(next);
   }
 
   static int tiles(int rows) { return (rows + kTileSide - 1) / kTileSide; }
@@ -277,8 +277,11 @@ class FwdTilesRunner : public FwdTaskRunner {
     if (unit.late) raise_rows(unit);
   }
   [[gnu::noinline]] void raise_rows(Unit& unit) {
-    for (; unit.late; unit.late &= unit.late - 1)
-      weigh_above<false>(unit, __builtin_ctz(unit.late), true);
+    for (; unit.late; unit.late &= unit.late - 1) {
+      const int r = __builtin_ctz(unit.late);
+      raise_reference(unit, r);
+      weigh_row<false>(unit, r, kInf);
+    }
   }
 
   // P of row r of a unit whose products are not yet its scores.
@@ -289,23 +292,20 @@ class FwdTilesRunner : public FwdTaskRunner {
     if (!fold_scale_)
       for (int j = 0; j < t.end; j += kWidth) store(s + j, load(s + j) * p_.scale_softmax);
     finish_scores(unit.row + r, s, t);
-    if (!dropout_.enabled) return weigh_above<false>(unit, r, false);
-    random_row_bytes(dropout_, map_.batch_head(row), row.query, t, x_.random);
-    weigh_above<true>(unit, r, false);
-  }
-  // P of row r, raising its reference if it must be.
-  template <bool kDropout>
-  void weigh_above(const Unit& unit, int r, bool raise) {
+    if (dropout_.enabled) random_row_bytes(dropout_, map_.batch_head(row), row.query, t, x_.random);
     const auto weigh = [&](float limit) {
-      return unit.end - unit.begin == kUnitKeys
-                 ? weigh_columns<kUnitKeys, kDropout>(unit, r, limit)
-                 : weigh_columns<kTileDepth, kDropout>(unit, r, limit);
+      return dropout_.enabled ? weigh_row<true>(unit, r, limit) : weigh_row<false>(unit, r, limit);
     };
-    if (!raise && weigh(kMaxExponent)) return;
+    if (weigh(kMaxExponent)) return;
     raise_reference(unit, r);
     weigh(kInf);
   }
 
+  template <bool kDropout>
+  bool weigh_row(const Unit& unit, int r, float limit) {
+    return unit.end - unit.begin == kUnitKeys ? weigh_columns<kUnitKeys, kDropout>(unit, r, limit)
+                                              : weigh_columns<kTileDepth, kDropout>(unit, r, limit);
+  }
   // P of row r of a unit of kColumns; false, and nothing done, if any exponent exceeds the limit.
   // Beside the tile unit the number of instructions is what counts.
   template <int kColumns, bool kDropout>
