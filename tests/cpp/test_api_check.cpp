@@ -336,6 +336,8 @@ void expect_same_out_without_lse(C (*make)(), Run run, std::initializer_list<con
   ASSERT_EQ(run(&with.args), FLASH_ATTN_OK) << flash_attn_last_error();
   ASSERT_EQ(run(&without.args), FLASH_ATTN_OK) << flash_attn_last_error();
   EXPECT_EQ(bytes_of(without["out"]), bytes_of(with["out"]));
+  C untouched = make();
+  EXPECT_NE(bytes_of(with["out"]), bytes_of(untouched["out"]));
   EXPECT_NE(bytes_of(with["softmax_lse"]), bytes_of(without["softmax_lse"]));
 }
 

@@ -80,8 +80,10 @@ int main(int argc, char** argv) {
   const std::string pass = argc < 5 ? "" : argv[1];
   if (pass != "fwd" && pass != "bwd") fail("see the first lines of count_instructions.cpp");
   const bool backward = pass == "bwd", causal = argc > 5;
+  if (causal && argv[5] != std::string("causal")) fail("the last argument is causal, or missing");
   const flash_attn_dtype dtype = dtype_of(argv[2]);
   const int64_t s = std::atoi(argv[3]), d = std::atoi(argv[4]);
+  if (s <= 0 || d <= 0) fail("SEQLEN and HEADDIM are positive");
   const auto make = [&] { return Tensor(dtype, {1, s, 1, d}); };
   Tensor q = make(), k = make(), v = make(), out = make(), dout = make(), dq = make(), dk = make(),
          dv = make();

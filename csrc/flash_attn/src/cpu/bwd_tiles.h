@@ -232,8 +232,7 @@ class BwdTilesRunner : public BwdTaskRunner {
     if (modifiers_ || dropout_.enabled || unit.rows < kBlockRows) return false;
     const Row* rows = x_.rows + unit.sub * kBlockRows;
     const int first_key = columns_[unit.sub].first_key;
-    return rows[kBlockRows - 1].keys.begin <= first_key + unit.begin &&
-           rows[0].keys.end >= first_key + unit.end;
+    return all_see(rows[0], rows[kBlockRows - 1], first_key + unit.begin, first_key + unit.end);
   }
 
   // S and dP of `unit`, and the rows of `done` between the tile products.

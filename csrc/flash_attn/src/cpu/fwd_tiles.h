@@ -50,7 +50,8 @@ class FwdTilesRunner : public FwdTaskRunner {
  public:
   using Scratch = FwdTilesScratch;
   static constexpr int kTerms = Terms::kTerms;
-  static constexpr int64_t kWeightsTerm = packed_words(kBlockRows, 2 * kPieceKeys, 1);
+  static constexpr int64_t kWeightsTerm =  // words from one term of P to the next
+      packed_words(kBlockRows, 2 * kPieceKeys, 1);
 
   static FwdTile tile(const Flash_fwd_params& p) {
     const int d = round_up(static_cast<int>(p.d), kTileDepth),
@@ -196,9 +197,9 @@ class FwdTilesRunner : public FwdTaskRunner {
   }
 
   bool is_plain(const Unit& unit) const {
-    const KeyRange first = x_.rows[unit.row].keys, last = x_.rows[unit.row + unit.rows - 1].keys;
-    return fold_scale_ && !dropout_.enabled && last.begin <= unit.first_key + unit.begin &&
-           first.end >= unit.first_key + unit.end;
+    return fold_scale_ && !dropout_.enabled &&
+           all_see(x_.rows[unit.row], x_.rows[unit.row + unit.rows - 1],
+                   unit.first_key + unit.begin, unit.first_key + unit.end);
   }
 
   // S of `unit`, and P of the rows of `done` between the tile products.

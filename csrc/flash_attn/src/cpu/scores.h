@@ -116,6 +116,12 @@ FLASH_INLINE KeyRange visible(const Row& row, const TileColumns& t) {
   return {begin, end};
 }
 
+// Whether all rows from `first` to `last` see the keys [begin, end). A range of keys never moves
+// back from one row to the next.
+FLASH_INLINE bool all_see(const Row& first, const Row& last, int begin, int end) {
+  return last.keys.begin <= begin && first.keys.end >= end;
+}
+
 // Overwrites the invisible columns of a row.
 FLASH_INLINE void fill_invisible(float* s, const TileColumns& t, KeyRange seen, float value) {
   for (int j = t.begin; j < seen.begin; ++j) s[j] = value;
