@@ -29,6 +29,7 @@ struct IsaProbe {
   const char* name;
   int width, tile_m, tile_n;
   void (*exp2)(float* y, const float* x, int n);
+  void (*exp)(float* y, const float* x, int n);
   void (*tanh)(float* y, const float* x, int n);
   void (*partners)(float* y, const float* x, int step);  // one vector
   float (*reduce_add)(const float* x);

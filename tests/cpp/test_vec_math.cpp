@@ -64,6 +64,23 @@ TEST_P(PerIsa, Exp2OfTheExtremes) {
   EXPECT_TRUE(std::isnan(y[8]));
 }
 
+TEST_P(PerIsa, ExpIsAccurate) {
+  const std::vector<float> x = sweep(-87.f, 88.f, 0x1p-8f, 100000);
+  expect_accurate(x, apply(isa().exp, x, isa().width), std::exp, 2.);
+  const std::vector<float> near_0 = sweep(-1.f, 1.f, 0x1p-14f, 100000);
+  expect_accurate(near_0, apply(isa().exp, near_0, isa().width), std::exp, 1.);
+}
+
+TEST_P(PerIsa, ExpOfTheExtremes) {
+  const std::vector<float> x = {-kInf, -3e38f, -1000.f, -88.f, -0.f, 0.f, kNan, -kNan};
+  const std::vector<float> y = apply(isa().exp, x, isa().width);
+  for (size_t i = 0; i < 4; ++i) EXPECT_EQ(y[i], 0.f) << x[i];
+  EXPECT_EQ(y[4], 1.f);
+  EXPECT_EQ(y[5], 1.f);
+  EXPECT_TRUE(std::isnan(y[6]));
+  EXPECT_TRUE(std::isnan(y[7]));
+}
+
 TEST_P(PerIsa, TanhIsAccurate) {
   const std::vector<float> x = sweep(-11.f, 11.f, 0x1p-11f, 100000);
   expect_accurate(x, apply(isa().tanh, x, isa().width), std::tanh, 2.0);

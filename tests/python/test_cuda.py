@@ -11,6 +11,7 @@ import pytest
 import torch
 from attention_cases import BF16, FP16
 from cuda_cases import Case, check, make_tensors, needs_emulator, needs_kernels, sampled_cases
+from reference import attention
 
 import flash_attn
 from flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
@@ -57,6 +58,28 @@ def test_out_is_the_same_without_softmax_lse():
 @pytest.mark.parametrize("scale", [8.0, -8.0])
 def test_large_scores(dtype, scale):
     check(Case(dtype=dtype, softmax_scale=scale))
+
+
+@needs_emulator
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize(("dtype", "exponents"), [(FP16, (4, 12, 16, 22)), (BF16, (4, 12, 22, 60))])
+def test_scores_far_from_0(dtype, exponents, sign, causal):
+    """They weigh by their distances, which are multiples of what fp32 holds of them."""
+    *_, v = make_tensors(Case(dtype=dtype, seqlens=(150, 300), heads=(1, 1)))
+    for exponent in exponents:
+        step = 2.0 ** max(exponent - 22, -3)
+        q = torch.zeros(1, 150, 1, 64)
+        k = torch.zeros(1, 300, 1, 64)
+        q[..., 0], k[..., 0] = 2.0 ** (exponent // 2), sign * 8 * 2.0 ** (exponent - exponent // 2)
+        q[..., 1], k[0, :, 0, 1] = 1.0, torch.arange(300) * 7 % 16 * step * 8
+        exact_out, exact_lse = attention(q.double(), k.double(), v.double(), causal=causal)
+        with flash_attn.emulator():
+            out, lse, _ = flash_attn_func(
+                q.to(dtype), k.to(dtype), v, causal=causal, return_attn_probs=True
+            )
+        torch.testing.assert_close(lse.double(), exact_lse, rtol=3e-7, atol=2e-6)
+        torch.testing.assert_close(out.double(), exact_out, rtol=0, atol=2e-2)
 
 
 @needs_emulator

@@ -15,6 +15,7 @@
 #include <sched.h>
 
 #include "cpu/exp2_bf16.h"
+#include "cpu/far_rows.h"
 #include "cpu/fwd.h"
 
 namespace flash::cpu::FLASH_ATTN_ISA {
@@ -93,7 +94,8 @@ class BwdTaskRunner {
   }
 
   BwdTaskRunner(const Flash_bwd_params& p, const BwdHead& head, int chunk, const BwdTile& tile,
-                const BwdScratch& x, float* dq_sums, int* turns)  // both of the head's slot
+                const BwdScratch& x, const FarRows& far_rows, float* dq_sums = nullptr,
+                int* turns = nullptr)  // both of the head's slot
       : p_(p),
         head_(head),
         tile_(tile),
@@ -110,6 +112,7 @@ class BwdTaskRunner {
         keys_pad_(round_up(keys_, kTileN)),
         modifiers_(has_score_modifiers(p)),
         dropout_(Dropout::make(p.p_dropout, p.seed, p.offset)),
+        far_rows_(far_rows),
         dq_sums_(dq_sums),
         turns_(turns) {}
 
@@ -128,6 +131,26 @@ class BwdTaskRunner {
     }
   }
 
+  const RowMap& map() const { return map_; }
+  // The chunks that a block of rows sees.
+  KeyRange chunks(int row0, int rows) const {
+    const KeyRange seen = map_.keys(row0, row0 + rows - 1);
+    if (seen.end <= seen.begin) return {0, 0};
+    return {seen.begin / tile_.keys, (seen.end - 1) / tile_.keys + 1};
+  }
+
+  // Adds the scores of a block of rows over the chunk to the rows' states.
+  void add_scores(int row0, int rows, RowState* states) {
+    pack_chunk();
+    load_rows(row0, rows);
+    map_.for_bands(row0, row0 + rows, key_, keys_, [&](int row, int count, const TileColumns& own) {
+      const int g = row - row0;
+      product(x_.q + int64_t{g} * d_pad_, d_, d_pad_, x_.k_t, count, own, x_.s);
+      for (int r = 0; r < count && own.begin < own.end; ++r)
+        add_row(x_.rows[g + r], x_.s + int64_t{r} * tile_.keys, own, states[g + r]);
+    });
+  }
+
  protected:
   void pack_chunk() {
     const auto k_row = [&](int i) {
@@ -139,13 +162,6 @@ class BwdTaskRunner {
     pack_transposed(x_.k_t, p_.dtype, keys_, d_, k_row, x_.buffer);
     pack_transposed(x_.v_t, p_.dtype, keys_, d_v_, v_row, x_.buffer);
     k_finite_ = pack_natural(x_.k, p_.dtype, keys_, keys_pad_, d_, k_row, x_.buffer);
-  }
-
-  // The chunks that a block of rows sees.
-  KeyRange chunks(int row0, int rows) const {
-    const KeyRange seen = map_.keys(row0, row0 + rows - 1);
-    if (seen.end <= seen.begin) return {0, 0};
-    return {seen.begin / tile_.keys, (seen.end - 1) / tile_.keys + 1};
   }
 
   void attend(int block) {
@@ -218,20 +234,39 @@ class BwdTaskRunner {
                        transposed_operand(b + int64_t{t.begin} * d_pad, d));
   }
 
-  // s holds scores / score_scale_. With kForBf16, P will be rounded to bf16.
+  // From products, scores / score_scale_, to scores.
+  void finish_scores(const Row& row, float* s, const TileColumns& t, float* cap_slope) const {
+    if (score_scale_ != 1.f)
+      for (int j = t.begin; j < t.end; j += kWidth) store(s + j, load(s + j) * score_scale_);
+    if (modifiers_) modify_scores(p_, map_, row, s, t, x_.buffer, cap_slope);
+  }
+
+  void add_row(const Row& row, float* s, const TileColumns& t, RowState& state) const {
+    finish_scores(row, s, t, nullptr);
+    fill_invisible(s, t, visible(row, t), -kInf);
+    flash_step(s, t.begin, t.end, state);
+  }
+
+  // What is left to subtract from a row's scores to have the logarithm of P.
+  float subtract_reference(int row_index, const Row& row, float* s, const TileColumns& t) const {
+    const float lse = p_.softmax_lse[map_.lse_index(row_index)];
+    if (!is_far(lse)) return lse;
+    const RowReference& reference = far_rows_.at(seq_.batch, row);
+    for (int j = t.begin; j < t.end; j += kWidth) store(s + j, load(s + j) - set1(reference.score));
+    return reference.log_sum;
+  }
+
+  // s holds products. With kForBf16, P will be rounded to bf16.
   template <bool kForBf16 = false>
   void softmax_bwd_step(int row_index, const Row& row, float* s, float* dp, const TileColumns& t) {
     float* cap_slope = p_.softcap > 0.f ? x_.cap_slope : nullptr;
-    if (modifiers_ && score_scale_ != 1.f)
-      for (int j = t.begin; j < t.end; j += kWidth) store(s + j, load(s + j) * score_scale_);
-    const Vec factor = set1(modifiers_ ? kLog2e : score_scale_ * kLog2e);
-    if (modifiers_) modify_scores(p_, map_, row, s, t, x_.buffer, cap_slope);
+    finish_scores(row, s, t, cap_slope);
     if (dropout_.enabled) random_row_bytes(dropout_, map_.batch_head(row), row.query, t, x_.random);
-    const Vec lse = set1(-p_.softmax_lse[map_.lse_index(row_index)] * kLog2e);
+    const Vec lse = set1(subtract_reference(row_index, row, s, t));
     const Vec delta = set1(p_.dsoftmax_sum[dsoftmax_index(row)]);
     for (int j = t.begin; j < t.end; j += kWidth) {
-      const Vec exponent = fma(load(s + j), factor, lse);
-      const Vec p = kForBf16 ? exp2_bf16(exponent) : exp2(exponent);
+      const Vec exponent = load(s + j) - lse;
+      const Vec p = kForBf16 ? exp2_bf16(exponent * kLog2e) : exp(exponent);
       Vec dropped = p, dp_j = load(dp + j);
       if (dropout_.enabled) {
         const VecI keep = kept(dropout_, x_.random, j);
@@ -295,20 +330,24 @@ class BwdTaskRunner {
   const int chunk_, key_, keys_, keys_pad_;
   const bool modifiers_;
   const Dropout dropout_;
+  const FarRows& far_rows_;
   float* const dq_sums_;
   int* const turns_;
   bool k_finite_ = true, q_finite_ = true, dout_finite_ = true;
   float score_scale_ = 1.f;  // of the products q.k: 1 where the scale is already part of q
 };
 
-// softmax_d = rowsum(dO * O) - dlse of a block of rows; dq of blocks that see no key is 0.
-inline void prepare_rows(const Flash_bwd_params& p, const Sequence& seq, int head_k, int row0,
+// softmax_d = rowsum(dO * O) - dlse of a block of rows; dq of blocks that see no key is 0. True if
+// any row is far.
+inline bool prepare_rows(const Flash_bwd_params& p, const Sequence& seq, int head_k, int row0,
                          const BwdTile& tile, float* buffer) {
   const RowMap map(p, seq, head_k);
   const int end = map.rows() - row0 < tile.rows ? map.rows() : row0 + tile.rows;
   const KeyRange seen = map.keys(row0, end - 1);
   const int dv = static_cast<int>(p.d_v), dv_pad = round_up(dv, kTileN);
+  bool far = false;
   for (int row = row0; row < end; ++row) {
+    far |= is_far(p.softmax_lse[map.lse_index(row)]);
     read_row(p.dtype, buffer, map.tensor_row(p.o, row), dv, dv_pad);
     read_row(p.dtype, buffer + dv_pad, map.tensor_row(p.dout, row), dv, dv_pad);
     Vec sum = zero();
@@ -322,6 +361,7 @@ inline void prepare_rows(const Flash_bwd_params& p, const Sequence& seq, int hea
     p.dsoftmax_sum[dsoftmax_offset(p, seq, head) + query] = delta;
     if (seen.end <= seen.begin) zero_row(p.dtype, map.tensor_row(p.dq, row), p.d);
   }
+  return far && seen.begin < seen.end;
 }
 
 // The sink is a key with value 0: its gradient is sum over queries of exp(sink - lse) (0 - delta).
@@ -333,7 +373,7 @@ inline void store_ds_aux(const Flash_bwd_params& p, int head) {
     const float* lse =
         p.softmax_lse + b * p.lse_batch_stride + head * p.lse_head_stride + seq.lse_row;
     const float* delta = p.dsoftmax_sum + dsoftmax_offset(p, seq, head);
-    for (int i = 0; i < seq.seqlen_q; ++i) sum -= exp2((sink - lse[i]) * kLog2e) * delta[i];
+    for (int i = 0; i < seq.seqlen_q; ++i) sum -= exp(sink - lse[i]) * delta[i];
   }
   p.ds_aux[head] = sum;
 }
@@ -348,7 +388,8 @@ inline void zero_dbias(const Bias& x) {
       }
 }
 
-inline void prepare_bwd(const Flash_bwd_params& p, const BwdPlan& plan, const BwdTile& tile,
+// True if any row is far.
+inline bool prepare_bwd(const Flash_bwd_params& p, const BwdPlan& plan, const BwdTile& tile,
                         int threads) {
   const int64_t entries = p.cu_seqlens_q ? 1 : p.b;
   const int64_t columns = p.cu_seqlens_q ? p.total_q + 128 * p.b : (p.seqlen_q + 127) / 128 * 128;
@@ -360,14 +401,62 @@ inline void prepare_bwd(const Flash_bwd_params& p, const BwdPlan& plan, const Bw
   const int64_t buffer_size = 2 * round_up(static_cast<int>(p.d_v), kTileN);
   Scratch scratch(threads * buffer_size * sizeof(float));
   const int64_t blocks = (plan.max_rows + tile.rows - 1) / tile.rows;
+  bool any_far = false;
   parallel_for(p.b * p.h_k * blocks, threads, [&](int64_t i, int thread) {
     const int head = static_cast<int>(i / blocks);
     const Sequence seq = sequence(p, static_cast<int>(head / p.h_k));
     const int row0 = static_cast<int>(i % blocks) * tile.rows;
     if (row0 >= seq.seqlen_q * (p.h / p.h_k)) return;
-    prepare_rows(p, seq, static_cast<int>(head % p.h_k), row0, tile,
-                 reinterpret_cast<float*>(scratch.data()) + thread * buffer_size);
+    if (prepare_rows(p, seq, static_cast<int>(head % p.h_k), row0, tile,
+                     reinterpret_cast<float*>(scratch.data()) + thread * buffer_size))
+      __atomic_store_n(&any_far, true, __ATOMIC_RELAXED);
   });
+  return any_far;
+}
+
+// References of the far rows among the block that begins at row0.
+template <class Runner>
+inline void find_references(const Flash_bwd_params& p, const BwdHead& head, int row0,
+                            const BwdTile& tile, const typename Runner::Scratch& x,
+                            RowState* states, const FarRows& far_rows) {
+  const Sequence seq = sequence(p, head.batch);
+  const RowMap map(p, seq, head.head_k);
+  const int rows = map.rows() - row0 < tile.rows ? map.rows() - row0 : tile.rows;
+  const auto lse = [&](int r) { return p.softmax_lse[map.lse_index(row0 + r)]; };
+  bool any_far = false;
+  for (int r = 0; r < rows; ++r) {
+    states[r] = RowState{};
+    any_far |= is_far(lse(r));
+  }
+  if (!any_far) return;
+  const KeyRange chunks = Runner(p, head, 0, tile, x, far_rows).chunks(row0, rows);
+  for (int chunk = chunks.begin; chunk < chunks.end; ++chunk)
+    Runner(p, head, chunk, tile, x, far_rows).add_scores(row0, rows, states);
+  for (int r = 0; r < rows; ++r) {
+    const Row row = map.row(row0 + r);
+    if (p.s_aux) add_sink(p, row.head, states[r]);
+    if (is_far(lse(r))) far_rows.at(seq.batch, row) = far_reference(states[r], lse(r));
+  }
+}
+
+template <class Runner>
+inline void find_far_rows(const Flash_bwd_params& p, const BwdPlan& plan, const BwdTile& tile,
+                          int threads, const FarRows& far_rows) {
+  Carver measure(nullptr);
+  measure.take<RowState>(tile.rows);
+  Runner::carve(measure, p, tile);
+  Scratch scratch(measure.used() * threads);
+  const int64_t blocks = (plan.max_rows + tile.rows - 1) / tile.rows;
+  parallel_for(static_cast<int64_t>(plan.heads.size()) * blocks, threads,
+               [&](int64_t i, int thread) {
+                 const BwdHead& head = plan.heads.data()[i / blocks];
+                 const int row0 = static_cast<int>(i % blocks) * tile.rows;
+                 if (row0 >= sequence(p, head.batch).seqlen_q * (p.h / p.h_k)) return;
+                 Carver carver(scratch.data() + measure.used() * thread);
+                 RowState* states = carver.take<RowState>(tile.rows);
+                 const typename Runner::Scratch x = Runner::carve(carver, p, tile);
+                 find_references<Runner>(p, head, row0, tile, x, states, far_rows);
+               });
 }
 
 inline DqSlots carve_slots(Carver& c, const Flash_bwd_params& p, const BwdPlan& plan,
@@ -384,7 +473,7 @@ inline DqSlots carve_slots(Carver& c, const Flash_bwd_params& p, const BwdPlan& 
 
 template <class Runner>
 inline void run_bwd_tasks(const Flash_bwd_params& p, const BwdPlan& plan, const BwdTile& tile,
-                          int threads) {
+                          int threads, const FarRows& far_rows) {
   Carver measure(nullptr);
   Runner::carve(measure, p, tile);
   const size_t thread_bytes = measure.used();
@@ -409,7 +498,9 @@ inline void run_bwd_tasks(const Flash_bwd_params& p, const BwdPlan& plan, const 
     if (h >= plan.wave_heads) wait_for(slots.head_done + h - plan.wave_heads, 1);
     if (chunks_share_bias) wait_for(slots.chunks_done + h, tasks[i].chunk);
     int* turns = slots.turns + slot * slots.row_blocks;
-    Runner(p, heads[h], tasks[i].chunk, tile, x, slots.sums + slot * slots.slot_size, turns).run();
+    Runner(p, heads[h], tasks[i].chunk, tile, x, far_rows, slots.sums + slot * slots.slot_size,
+           turns)
+        .run();
     if (__atomic_add_fetch(slots.chunks_done + h, 1, __ATOMIC_ACQ_REL) == heads[h].chunks) {
       std::memset(turns, 0, slots.row_blocks * sizeof(int));
       __atomic_store_n(slots.head_done + h, 1, __ATOMIC_RELEASE);
@@ -423,8 +514,14 @@ inline void mha_bwd(const Flash_bwd_params& p) {
   const BwdTile tile = Runner::tile(p);
   const BwdPlan plan = plan_bwd(p, tile.keys, num_threads());
   const int threads = threads_for(plan.flops);
-  prepare_bwd(p, plan, tile, threads);
-  run_bwd_tasks<Runner>(p, plan, tile, threads);
+  if (prepare_bwd(p, plan, tile, threads)) {
+    Scratch references(p.b * p.h * p.seqlen_q * sizeof(RowReference));
+    const FarRows far_rows{reinterpret_cast<RowReference*>(references.data()), p.h, p.seqlen_q};
+    find_far_rows<Runner>(p, plan, tile, threads, far_rows);
+    run_bwd_tasks<Runner>(p, plan, tile, threads, far_rows);
+  } else {
+    run_bwd_tasks<Runner>(p, plan, tile, threads, FarRows{});
+  }
   if (p.ds_aux)
     parallel_for(p.h, threads, [&](int64_t h, int) { store_ds_aux(p, static_cast<int>(h)); });
   if (p.cu_seqlens_q) {

@@ -78,8 +78,9 @@ class BwdTilesRunner : public BwdTaskRunner {
   }
 
   BwdTilesRunner(const Flash_bwd_params& p, const BwdHead& head, int chunk, const BwdTile& tile,
-                 const Scratch& x, float* dq_sums, int* turns)
-      : BwdTaskRunner(p, head, chunk, tile, x, dq_sums, turns),
+                 const Scratch& x, const FarRows& far_rows, float* dq_sums = nullptr,
+                 int* turns = nullptr)
+      : BwdTaskRunner(p, head, chunk, tile, x, far_rows, dq_sums, turns),
         x_(x),
         q_(packed_grid(x.q, kRows, d_pad_)),
         dout_(packed_grid(x.dout, kRows, d_v_pad_)),
@@ -105,13 +106,31 @@ class BwdTilesRunner : public BwdTaskRunner {
     Tile::release();
   }
 
+  void add_scores(int row0, int rows, RowState* states) {
+    Tile::configure();
+    pack_chunk();
+    for (int r = 0; r < rows; ++r) x_.rows[r] = map_.row(row0 + r);
+    pack_block(p_.q, row0, rows, d_, q_, q_t_, x_.spoilt_q);
+    for (int first = 0; first < keys_; first += kBwdBlockKeys) {
+      find_columns(row0, rows, first,
+                   keys_ - first < kBwdBlockKeys ? keys_ - first : kBwdBlockKeys);
+      for_units(rows, [&](const Unit& unit) {
+        const TileProduct s = unit_product(unit, q_, k_t_, unit.s);
+        multiply<Tile, Terms>(s, tiles(unit.rows), 0, (unit.end - unit.begin) / kTileSide);
+        for (int r = unit.sub * kBlockRows; r < unit.sub * kBlockRows + unit.rows; ++r)
+          add_row(x_.rows[r], unit.s + (r % kBlockRows) * kUnitKeys, columns(unit), states[r]);
+      });
+    }
+    Tile::release();
+  }
+
  private:
   // Rows [32 sub, 32 sub + rows) of the block over the columns [begin, end) of the block of keys.
   struct Unit {
     int sub, rows;
     int begin, end;
     float *s, *dp;  // [32][kUnitKeys]
-    bool plain;     // 32 rows, all see every column, and the products are the scores
+    bool plain;     // 32 rows, none far, all see every column, and the products are the scores
   };
 
   const char* key_row(const Operand& x, int i) const {
@@ -159,9 +178,12 @@ class BwdTilesRunner : public BwdTaskRunner {
     const int rows = map_.rows() - row0 < kRows ? map_.rows() - row0 : kRows;
     const KeyRange seen = chunks(row0, rows);
     if (chunk_ < seen.begin || chunk_ >= seen.end) return;
+    any_far_ = false;
     for (int r = 0; r < rows; ++r) {
       x_.rows[r] = map_.row(row0 + r);
-      x_.lse[r] = -p_.softmax_lse[map_.lse_index(row0 + r)] * kLog2e;
+      const float lse = p_.softmax_lse[map_.lse_index(row0 + r)];
+      any_far_ |= is_far(lse);
+      x_.lse[r] = -lse * kLog2e;
       x_.delta[r] = p_.dsoftmax_sum[dsoftmax_index(x_.rows[r])];
     }
     q_finite_ = pack_block(p_.q, row0, rows, d_, q_, q_t_, x_.spoilt_q);
@@ -206,45 +228,56 @@ class BwdTilesRunner : public BwdTaskRunner {
           map_.columns(row0 + sub * kBlockRows, sub_rows(rows, sub), key_ + first, count);
   }
 
-  // P and dS of the block.
-  void weigh_block(int row0, int rows) {
-    Unit unit{0, 0, 0, 0, x_.units, x_.units + kBlockRows * kUnitKeys, false};
+  // f(unit) for what the block's rows see of the keys; buffers for two units in turns.
+  template <class F>
+  void for_units(int rows, F f) const {
+    int index = 0;
     for (int sub = 0; sub < subs(rows); ++sub) {
       const TileColumns& t = columns_[sub];
-      for (int begin = t.begin; begin < t.end;) {
-        const Unit done = unit;
-        const int end = (begin / kUnitKeys + 1) * kUnitKeys;
-        unit.sub = sub;
-        unit.rows = sub_rows(rows, sub);
-        unit.begin = begin;
-        unit.end = end < t.end ? end : t.end;
-        unit.s = done.s == x_.units ? x_.units + 2 * kBlockRows * kUnitKeys : x_.units;
-        unit.dp = unit.s + kBlockRows * kUnitKeys;
+      for (int begin = t.begin, end; begin < t.end; begin = end) {
+        end = (begin / kUnitKeys + 1) * kUnitKeys;
+        end = end < t.end ? end : t.end;
+        float* s = x_.units + index++ % 2 * 2 * kBlockRows * kUnitKeys;
+        Unit unit{sub, sub_rows(rows, sub), begin, end, s, s + kBlockRows * kUnitKeys, false};
         unit.plain = is_plain(unit);
-        score(unit, done, row0);
-        begin = unit.end;
+        f(unit);
       }
     }
-    if (unit.begin < unit.end) weigh_pairs(unit, row0, 0, kBlockRows / 2);
+  }
+  // Of the block of keys.
+  TileColumns columns(const Unit& unit) const {
+    return {0, unit.end - unit.begin, columns_[unit.sub].first_key + unit.begin};
+  }
+
+  // P and dS of the block.
+  void weigh_block(int row0, int rows) {
+    Unit done{};
+    for_units(rows, [&](const Unit& unit) {
+      score(unit, done, row0);
+      done = unit;
+    });
+    if (done.begin < done.end) weigh_pairs(done, row0, 0, kBlockRows / 2);
   }
 
   bool is_plain(const Unit& unit) const {
-    if (modifiers_ || dropout_.enabled || unit.rows < kBlockRows) return false;
+    if (modifiers_ || dropout_.enabled || any_far_ || unit.rows < kBlockRows) return false;
     const Row* rows = x_.rows + unit.sub * kBlockRows;
     const int first_key = columns_[unit.sub].first_key;
     return all_see(rows[0], rows[kBlockRows - 1], first_key + unit.begin, first_key + unit.end);
   }
 
+  // c = a b^T of a unit.
+  TileProduct unit_product(const Unit& unit, Packed a, Packed b, float* c) const {
+    a.data = a.tile(0, unit.sub * 2, 0);
+    b.data = b.tile(0, (columns_[unit.sub].first_key - key_ + unit.begin) / kTileSide, 0);
+    return row_major_product(a, b, c, kUnitKeys);
+  }
+
   // S and dP of `unit`, and the rows of `done` between the tile products.
   void score(const Unit& unit, const Unit& done, int row0) {
     const int m_tiles = tiles(unit.rows), n_tiles = (unit.end - unit.begin) / kTileSide;
-    const int m = unit.sub * 2, n = (columns_[unit.sub].first_key - key_ + unit.begin) / kTileSide;
-    const auto product = [&](Packed a, Packed b, float* c) {
-      a.data = a.tile(0, m, 0);
-      b.data = b.tile(0, n, 0);
-      return row_major_product(a, b, c, kUnitKeys);
-    };
-    const TileProduct s = product(q_, k_t_, unit.s), dp = product(dout_, v_t_, unit.dp);
+    const TileProduct s = unit_product(unit, q_, k_t_, unit.s),
+                      dp = unit_product(unit, dout_, v_t_, unit.dp);
     const int steps = multiply_steps<Terms>(s, m_tiles, 0, n_tiles) +
                       multiply_steps<Terms>(dp, m_tiles, 0, n_tiles);
     const int pairs = done.begin < done.end ? kBlockRows / 2 : 0;
@@ -341,7 +374,7 @@ class BwdTilesRunner : public BwdTaskRunner {
   void weigh_row(const Unit& unit, int row0, int r, float* s, float* dp) {
     const int block_row = unit.sub * kBlockRows + r;
     const Row& row = x_.rows[block_row];
-    const TileColumns t{0, unit.end - unit.begin, columns_[unit.sub].first_key + unit.begin};
+    const TileColumns t = columns(unit);
     softmax_bwd_step<kTerms == 1>(row0 + block_row, row, s, dp, t);
     const KeyRange seen = visible(row, t);
     fill_invisible(s, t, seen, 0.f);
@@ -451,6 +484,7 @@ class BwdTilesRunner : public BwdTaskRunner {
   const Scratch& x_;
   const Packed q_, dout_, q_t_, dout_t_, k_t_, v_t_, k_, p_pairs_, ds_pairs_, ds_;
   TileColumns columns_[kRows / kBlockRows];  // of the block of keys, for each 32 rows
+  bool any_far_ = false;                     // of the block of rows
 };
 
 }  // namespace flash::cpu::FLASH_ATTN_ISA

@@ -20,7 +20,7 @@ inline void combine_row(const Combine_params& p, int64_t b, int64_t s, int64_t h
   std::memset(o, 0, dv * sizeof(float));
   float sum = 0.f;
   for (int64_t i = 0; i < p.splits; ++i) {
-    const float weight = exp2((lse_of(i) - reference) * kLog2e);
+    const float weight = exp(lse_of(i) - reference);
     if (weight == 0.f) continue;  // an empty part may hold anything
     sum += weight;
     const float* part = p.out_partial + i * p.out_partial_stride[0] + b * p.out_partial_stride[1] +

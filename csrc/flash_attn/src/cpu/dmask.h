@@ -23,7 +23,7 @@ inline void store_dmask_row(const Flash_fwd_params& p, const FwdTaskRunner& run,
     const int end = begin + block < seqlen_k ? begin + block : seqlen_k;
     for (int j = begin; j < end; ++j) running = s[j] > running ? s[j] : running;
     const float reference = running == -kInf ? 0.f : running;
-    for (int j = begin; j < end; ++j) s[j] = exp2((s[j] - reference) * kLog2e);
+    for (int j = begin; j < end; ++j) s[j] = exp(s[j] - reference);
   }
   for (int begin = 0; begin < seqlen_k; begin += 32) {
     run.dropout().row_bytes(run.map().batch_head(row), row.query, begin / 32, random);

@@ -206,19 +206,11 @@ class FwdTaskRunner {
 // softmax_lse = +inf.
 inline void store_row(const Flash_fwd_params& p, const RowMap& map, int row, RowState state,
                       float* o) {
-  float scale = 1.f;
-  if (p.s_aux) {
-    const float sink = sink_logit(p, map.head(row)) * kLog2e;
-    const float new_max = sink > state.max ? sink : state.max;
-    const float reference = RowState{new_max, 0.f}.anchor();
-    scale = exp2(state.max - reference);
-    state.sum = state.sum * scale + exp2(sink - reference);
-    state.max = new_max;
-  }
+  const float scale = p.s_aux ? add_sink(p, map.head(row), state) : 1.f;
   const float rescale = 1.f / (1.f - p.p_dropout);
   write_row(p.dtype, map.tensor_row(p.o, row), o, static_cast<int>(p.d_v),
             scale * rescale * state.inverse_sum());
-  if (p.softmax_lse) p.softmax_lse[map.lse_index(row)] = state.lse(kLn2);
+  if (p.softmax_lse) p.softmax_lse[map.lse_index(row)] = state.lse(1.f);
 }
 
 // Partial results of split keys: the states of all rows, then their unscaled O rows.
@@ -284,7 +276,7 @@ inline void merge_row(const Flash_fwd_params& p, const FwdTask& first, int head,
     const float* o_part = x.o + (base + split * stride) * x.o_ld;
     const float new_max = part.max > total.max ? part.max : total.max;
     const float reference = RowState{new_max, 0.f}.anchor();
-    const float a = exp2(total.max - reference), b = exp2(part.max - reference);
+    const float a = exp(total.max - reference), b = exp(part.max - reference);
     total = {new_max, total.sum * a + part.sum * b};
     for (int i = 0; i < x.o_ld; i += kWidth)
       store(o + i, fma(set1(b), load(o_part + i), load(o + i) * a));

@@ -10,7 +10,9 @@
 //                         other is multiplied
 //
 // The reference of a row's exponents is raised only when a score exceeds it by 2^8: O is almost
-// never rescaled, and P needs no maximum before it. Row sums stay one vector a row until the end.
+// never rescaled, and P needs no maximum before it. One FMA scales a score and subtracts the
+// reference, which costs the weights a relative error of 2^-24 of it; where it is large, or scores
+// are modified, it is subtracted first. Row sums stay one vector a row until the end.
 // All grids of keys start at multiples of their size, so that a row's arithmetic does not depend on
 // the task it falls into.
 #pragma once
@@ -26,14 +28,17 @@ inline constexpr int kUnitKeys = 64;
 inline constexpr int kPieceKeys = 128;
 inline constexpr float kNoReference = 0x1.fffffep127f;  // any score exceeds it
 inline constexpr float kMaxExponent = 8.f;              // scores beyond raise the reference
-static_assert(kTileN == kTileDepth);  // columns of a tile of scores are whole tiles of a sum
+inline constexpr float kMaxFused = 1024.f;  // of references subtracted by the FMA that scales
+static_assert(kTileN == kTileDepth);        // columns of a tile of scores are whole tiles of a sum
 
 struct FwdTilesScratch : FwdScratch {  // of FwdScratch: o, buffer, state, rows, random
   uint32_t *packed_q, *packed_k, *packed_v;
   uint32_t* packed_p;  // [32] x [2 kPieceKeys]
   float* units;        // two of [32][kUnitKeys] scores
   float* lane_sum;     // [task_rows][kWidth]
-  float* reference;    // [task_rows]: what to add to a score; kNoReference before the first
+  float* reference;    // [task_rows]: what to add to a scaled score; kNoReference before the first,
+                       // and where `largest` must be subtracted before scaling
+  float* largest;      // [task_rows]: the score that is the reference, not scaled
   uint8_t* spoilt;     // [tile.keys]: V's rows with inf or NaN
   Staging staging;
 };
@@ -75,6 +80,7 @@ class FwdTilesRunner : public FwdTaskRunner {
     x.units = c.take<float>(2 * kBlockRows * kUnitKeys);
     x.lane_sum = c.take<float>(int64_t{tile.task_rows} * kWidth);
     x.reference = c.take<float>(tile.task_rows);
+    x.largest = c.take<float>(tile.task_rows);
     x.staging = carve_staging(c, kTerms, static_cast<int>(d > dv ? d : dv));
     x.buffer = c.take<float>(d + tile.keys + kWidth);
     x.state = c.take<RowState>(tile.task_rows);
@@ -89,7 +95,8 @@ class FwdTilesRunner : public FwdTaskRunner {
       : FwdTaskRunner(p, task, tile, x),
         x_(x),
         fold_scale_(!modifiers_ && p.scale_softmax > 0.f),
-        factor_(fold_scale_ ? p.scale_softmax * kLog2e : kLog2e),
+        scale_(fold_scale_ ? p.scale_softmax : 1.f),
+        factor_(scale_ * kLog2e),
         q_(packed_grid(x.packed_q, tile.task_rows, d_pad_)),
         k_(packed_grid(x.packed_k, tile.keys, d_pad_)),
         v_(packed_grid(x.packed_v, d_v_pad_, tile.keys)),
@@ -111,7 +118,8 @@ class FwdTilesRunner : public FwdTaskRunner {
       for (int row = 0; row < rows(); row += kBlockRows) attend(row, key, next - key);
     }
     for (int r = 0; r < rows(); ++r)
-      x_.state[r].sum = reduce_add(load(x_.lane_sum + int64_t{r} * kWidth));
+      x_.state[r] = {static_cast<float>(exponent_of_reference(r) / factor_ * scale_),
+                     reduce_add(load(x_.lane_sum + int64_t{r} * kWidth))};
     Tile::release();
   }
 
@@ -133,6 +141,7 @@ class FwdTilesRunner : public FwdTaskRunner {
       x_.rows[r] = map_.row(task_.row_begin + r);
       x_.state[r] = RowState{};
       x_.reference[r] = kNoReference;
+      x_.largest[r] = -kInf;
     }
     const auto q_row = [&](int r) -> const void* {
       return map_.tensor_row(p_.q, task_.row_begin + r);
@@ -271,7 +280,8 @@ class FwdTilesRunner : public FwdTaskRunner {
   FLASH_INLINE uint32_t weigh_plain(const Unit& unit, int r, int end) {
     uint32_t late = 0;
     for (; r < end; ++r)
-      if (!weigh_columns<kColumns, false>(unit, r, kMaxExponent)) late |= 1u << r;
+      if (!weigh_columns<kColumns, false>(unit, r, x_.reference[unit.row + r], kMaxExponent))
+        late |= 1u << r;
     return late;
   }
   FLASH_INLINE void raise_late(Unit& unit) {
@@ -281,7 +291,7 @@ class FwdTilesRunner : public FwdTaskRunner {
     for (; unit.late; unit.late &= unit.late - 1) {
       const int r = __builtin_ctz(unit.late);
       raise_reference(unit, r);
-      weigh_row<false>(unit, r, kInf);
+      weigh_raised<false>(unit, r);
     }
   }
 
@@ -294,29 +304,43 @@ class FwdTilesRunner : public FwdTaskRunner {
       for (int j = 0; j < t.end; j += kWidth) store(s + j, load(s + j) * p_.scale_softmax);
     finish_scores(unit.row + r, s, t);
     if (dropout_.enabled) random_row_bytes(dropout_, map_.batch_head(row), row.query, t, x_.random);
-    const auto weigh = [&](float limit) {
-      return dropout_.enabled ? weigh_row<true>(unit, r, limit) : weigh_row<false>(unit, r, limit);
-    };
-    if (weigh(kMaxExponent)) return;
+    const float reference = x_.reference[unit.row + r];
+    const bool done = dropout_.enabled ? weigh_row<true>(unit, r, reference, kMaxExponent)
+                                       : weigh_row<false>(unit, r, reference, kMaxExponent);
+    if (done) return;
     raise_reference(unit, r);
-    weigh(kInf);
+    dropout_.enabled ? weigh_raised<true>(unit, r) : weigh_raised<false>(unit, r);
+  }
+
+  // P of row r, whose reference none of its scores exceeds by far.
+  template <bool kDropout>
+  void weigh_raised(const Unit& unit, int r) {
+    float reference = x_.reference[unit.row + r];
+    if (reference == kNoReference) {
+      float* s = unit.scores + r * kUnitKeys;
+      const Vec largest = set1(x_.largest[unit.row + r]);
+      for (int j = 0; j < unit.end - unit.begin; j += kWidth) store(s + j, load(s + j) - largest);
+      reference = 0.f;
+    }
+    weigh_row<kDropout>(unit, r, reference, kInf);
   }
 
   template <bool kDropout>
-  bool weigh_row(const Unit& unit, int r, float limit) {
-    return unit.end - unit.begin == kUnitKeys ? weigh_columns<kUnitKeys, kDropout>(unit, r, limit)
-                                              : weigh_columns<kTileDepth, kDropout>(unit, r, limit);
+  bool weigh_row(const Unit& unit, int r, float reference, float limit) {
+    return unit.end - unit.begin == kUnitKeys
+               ? weigh_columns<kUnitKeys, kDropout>(unit, r, reference, limit)
+               : weigh_columns<kTileDepth, kDropout>(unit, r, reference, limit);
   }
   // P of row r of a unit of kColumns; false, and nothing done, if any exponent exceeds the limit.
   // Beside the tile unit the number of instructions is what counts.
   template <int kColumns, bool kDropout>
-  FLASH_INLINE bool weigh_columns(const Unit& unit, int r, float limit) {
+  FLASH_INLINE bool weigh_columns(const Unit& unit, int r, float reference, float limit) {
     constexpr int kVectors = kColumns / kWidth;
     const float* s = unit.scores + r * kUnitKeys;
-    const Vec reference = set1(x_.reference[unit.row + r]);
     Vec x[kVectors];
 #pragma GCC unroll 4
-    for (int j = 0; j < kVectors; ++j) x[j] = fma(load(s + j * kWidth), set1(factor_), reference);
+    for (int j = 0; j < kVectors; ++j)
+      x[j] = fma(load(s + j * kWidth), set1(factor_), set1(reference));
     Vec largest = x[0];
 #pragma GCC unroll 4
     for (int j = 1; j < kVectors; ++j) largest = max(largest, x[j]);
@@ -336,18 +360,30 @@ class FwdTilesRunner : public FwdTaskRunner {
     return true;
   }
 
-  // The largest score of row r so far becomes the reference of its exponents; O, the sum and the
-  // weights that wait for their product with V are scaled accordingly.
+  // The reference of row r in units of log2, exact.
+  double exponent_of_reference(int r) const {
+    if (x_.reference[r] == kNoReference) return static_cast<double>(x_.largest[r]) * factor_;
+    return -x_.reference[r];
+  }
+  void set_reference(int r, float largest) {
+    const float exponent = largest * factor_;
+    const bool fused = fold_scale_ && -kMaxFused <= exponent && exponent <= kMaxFused;
+    x_.reference[r] = fused ? -exponent : kNoReference;
+    x_.largest[r] = largest;
+  }
+
+  // If a score of row r exceeds the reference of its exponents by far, the largest becomes the
+  // reference; O, the sum and the weights that wait for their product with V are scaled
+  // accordingly.
   [[gnu::noinline]] void raise_reference(const Unit& unit, int r) {
     const float* s = unit.scores + r * kUnitKeys;
     Vec largest = set1(-kInf);
     for (int j = 0; j < unit.end - unit.begin; j += kWidth) largest = max(largest, load(s + j));
-    const float candidate = reduce_max(largest) * factor_;
-    RowState& state = x_.state[unit.row + r];
-    if (!(candidate > state.max)) return;
-    const float scale = exp2(state.max - candidate);
-    state.max = candidate;
-    x_.reference[unit.row + r] = -candidate;
+    const float candidate = reduce_max(largest);
+    if (!((candidate - x_.largest[unit.row + r]) * factor_ > kMaxExponent)) return;
+    const double before = exponent_of_reference(unit.row + r);
+    set_reference(unit.row + r, candidate);
+    const float scale = exp2(static_cast<float>(before - exponent_of_reference(unit.row + r)));
     float* lane_sum = x_.lane_sum + int64_t{unit.row + r} * kWidth;
     store(lane_sum, load(lane_sum) * scale);
     float* o = x_.o + int64_t{unit.row + r} * d_v_pad_;
@@ -388,8 +424,9 @@ class FwdTilesRunner : public FwdTaskRunner {
   }
 
   const Scratch& x_;
-  const bool fold_scale_;  // the scale is part of factor_
-  const float factor_;  // from scores as the tile unit makes them (or as modified) to units of log2
+  const bool fold_scale_;  // products are scores but for the scale
+  const float scale_;      // from products (or scores, where modified) to scores
+  const float factor_;     // and to units of log2
   const Packed q_, k_, v_, weights_;
 };
 

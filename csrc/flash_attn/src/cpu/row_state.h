@@ -23,24 +23,36 @@ inline void read_scaled_query(const Flash_fwd_params& p, const Sequence& seq, co
 }
 
 // Scores s[begin, end), multiples of kWidth, become P; returns the factor that what was summed
-// before must be scaled by. The state's scores are in units of log2 (its scale is 1).
+// before must be scaled by. Scores are natural, and the reference is subtracted before anything
+// multiplies them: near it the difference is exact, however large both are.
 FLASH_INLINE float flash_step(float* s, int begin, int end, RowState& state) {
   Vec largest = set1(-kInf);
 #pragma GCC unroll 4
   for (int j = begin; j < end; j += kWidth) largest = max(largest, load(s + j));
-  const float candidate = reduce_max(largest) * kLog2e;
+  const float candidate = reduce_max(largest);
   const float new_max = candidate > state.max ? candidate : state.max;
   const float reference = RowState{new_max, 0.f}.anchor();
   Vec sum = zero();
 #pragma GCC unroll 4
   for (int j = begin; j < end; j += kWidth) {
-    const Vec p = exp2(fma(load(s + j), set1(kLog2e), set1(-reference)));
+    const Vec p = exp(load(s + j) - set1(reference));
     sum += p;
     store(s + j, p);
   }
-  const float scale = new_max == state.max ? 1.f : exp2(state.max - reference);
+  const float scale = new_max == state.max ? 1.f : exp(state.max - reference);
   state.sum = state.sum * scale + reduce_add(sum);
   state.max = new_max;
+  return scale;
+}
+
+// Adds the sink of `head`, a key without value; returns the factor that what was summed before must
+// be scaled by.
+inline float add_sink(const Flash_fwd_params& p, int head, RowState& state) {
+  const float sink = sink_logit(p, head);
+  const float new_max = sink > state.max ? sink : state.max;
+  const float reference = RowState{new_max, 0.f}.anchor();
+  const float scale = exp(state.max - reference);
+  state = {new_max, state.sum * scale + exp(sink - reference)};
   return scale;
 }
 

@@ -103,26 +103,40 @@ FLASH_DEVICE float quad_sum(float x) {
   return x + __shfl_xor_sync(0xffffffffu, x, 2);
 }
 
+// Beyond this the rounding of scale_log2 * anchor would be seen in the probabilities.
+constexpr float kMaxFusedAnchor = 1024.f;
+
 // rP = 2^(scale_log2 (rS - anchor)), the unnormalised probabilities, and the rows' states with
 // these scores; `sum` counts this lane's columns alone. `rescale` is what outputs of earlier blocks
-// must be multiplied by.
+// must be multiplied by. rS is used up: a large anchor is subtracted from it before the scale is
+// multiplied, a small one by the same FMA.
 template <FwdConfig C>
 FLASH_DEVICE void softmax_step(typename WarpTile<C>::Probabilities& rP,
                                float (&rescale)[WarpTile<C>::kM][2],
-                               const typename WarpTile<C>::Scores& rS,
-                               typename WarpTile<C>::Rows& rows, float scale_log2) {
+                               typename WarpTile<C>::Scores& rS, typename WarpTile<C>::Rows& rows,
+                               float scale_log2) {
   using W = WarpTile<C>;
 #pragma unroll
   for (int m = 0; m < W::kM; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       RowState& row = rows[m][half];
-      const float old_max = row.max;
+      float old_max = row.max;
 #pragma unroll
       for (int n = 0; n < W::kS; ++n)
         row.max = fmaxf(row.max, fmaxf(rS[m][n][2 * half], rS[m][n][2 * half + 1]));
       row.max = quad_max(row.max);
-      const float scaled_anchor = row.anchor() * scale_log2;
+      const float anchor = row.anchor();
+      float scaled_anchor = anchor * scale_log2;
+      if (fabsf(scaled_anchor) > kMaxFusedAnchor) {
+#pragma unroll
+        for (int n = 0; n < W::kS; ++n) {
+          rS[m][n][2 * half] -= anchor;
+          rS[m][n][2 * half + 1] -= anchor;
+        }
+        old_max -= anchor;
+        scaled_anchor = 0.f;
+      }
       rescale[m][half] = ptx::ex2(fmaf(old_max, scale_log2, -scaled_anchor));
       row.sum *= rescale[m][half];
 #pragma unroll
