@@ -10,7 +10,7 @@ namespace {
 
 using flash::Dtype;
 
-enum class Far { kProducts, kAlibi, kBias };
+enum class Far { kProducts, kBias };
 
 struct FarCase {
   Far far;
@@ -19,7 +19,7 @@ struct FarCase {
   AttentionCase c;
 };
 std::ostream& operator<<(std::ostream& os, const FarCase& x) {
-  constexpr const char* kNames[] = {"products", "alibi", "bias"};
+  constexpr const char* kNames[] = {"products", "bias"};
   return os << kNames[static_cast<int>(x.far)] << " " << x.sign << " * 2^" << x.exponent << ", "
             << x.c;
 }
@@ -33,13 +33,14 @@ AttentionProblem make_problem(const FarCase& x) {
   AttentionProblem problem(x.c, 11);
   const double far = std::ldexp(x.sign, x.exponent);
   const double scale = 1 / std::sqrt(x.c.d);
-  const double q_far = std::ldexp(1., x.exponent / 2);
+  const double q_far = x.far == Far::kProducts ? std::ldexp(1., x.exponent / 2) : 0.;
+  const double k_far = x.far == Far::kProducts ? far / q_far / scale : 0.;
   problem.q.for_each([&](const PoisonTensor::Index& i) {
-    problem.q.set(i, i[3] == 0 && x.far == Far::kProducts ? q_far : i[3] == 1 ? 1. : 0.);
+    problem.q.set(i, i[3] == 0 ? q_far : i[3] == 1 ? 1. : 0.);
   });
   problem.k.for_each([&](const PoisonTensor::Index& i) {
     const double near = i[1] * 7 % kSteps * step(x.exponent);
-    problem.k.set(i, i[3] == 0 ? far / q_far / scale : i[3] == 1 ? near / scale : 0.);
+    problem.k.set(i, i[3] == 0 ? k_far : i[3] == 1 ? near / scale : 0.);
   });
   problem.bias.for_each([&](const PoisonTensor::Index& i) { problem.bias.set(i, far); });
   problem.sink.for_each([&](const PoisonTensor::Index& i) { problem.sink.set(i, far); });
@@ -49,7 +50,7 @@ AttentionProblem make_problem(const FarCase& x) {
 std::vector<FarCase> all_cases() {
   std::vector<FarCase> cases;
   for (const Dtype dtype : {Dtype::kFloat32, Dtype::kBFloat16, Dtype::kFloat16})
-    for (const int exponent : {4, 9, 11, 16, 22, 30, 60})
+    for (const int exponent : {4, 9, 11, 16, 22, 30, 33})
       for (const int sign : {1, -1})
         for (const int seqlen_q : {3, 150}) {  // streamed, packed
           AttentionCase c;
@@ -64,7 +65,8 @@ std::vector<FarCase> all_cases() {
             cases.push_back({Far::kProducts, exponent, sign, c});
           c.has_bias = true;
           c.bias_extents = {false, false, true, false};
-          cases.push_back({Far::kBias, exponent, sign, c});
+          if (dtype != Dtype::kFloat16 || exponent <= 30)
+            cases.push_back({Far::kBias, exponent, sign, c});
         }
   return cases;
 }

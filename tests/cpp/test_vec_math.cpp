@@ -66,9 +66,9 @@ TEST_P(PerIsa, Exp2OfTheExtremes) {
 
 TEST_P(PerIsa, ExpIsAccurate) {
   const std::vector<float> x = sweep(-87.f, 88.f, 0x1p-8f, 100000);
-  expect_accurate(x, apply(isa().exp, x, isa().width), std::exp, 2.);
+  expect_accurate(x, apply(isa().exp, x, isa().width), std::exp, 5.);  // 2e-9 |n|, n = 126
   const std::vector<float> near_0 = sweep(-1.f, 1.f, 0x1p-14f, 100000);
-  expect_accurate(near_0, apply(isa().exp, near_0, isa().width), std::exp, 1.);
+  expect_accurate(near_0, apply(isa().exp, near_0, isa().width), std::exp, 1.5);
 }
 
 TEST_P(PerIsa, ExpOfTheExtremes) {
