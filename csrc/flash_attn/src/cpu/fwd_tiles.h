@@ -97,6 +97,7 @@ class FwdTilesRunner : public FwdTaskRunner {
         fold_scale_(!modifiers_ && p.scale_softmax > 0.f),
         scale_(fold_scale_ ? p.scale_softmax : 1.f),
         factor_(scale_ * kLog2e),
+        natural_(static_cast<double>(scale_) / factor_),
         q_(packed_grid(x.packed_q, tile.task_rows, d_pad_)),
         k_(packed_grid(x.packed_k, tile.keys, d_pad_)),
         v_(packed_grid(x.packed_v, d_v_pad_, tile.keys)),
@@ -118,8 +119,7 @@ class FwdTilesRunner : public FwdTaskRunner {
       for (int row = 0; row < rows(); row += kBlockRows) attend(row, key, next - key);
     }
     for (int r = 0; r < rows(); ++r)
-      x_.state[r] = {static_cast<float>(exponent_of_reference(r) / factor_ * scale_),
-                     reduce_add(load(x_.lane_sum + int64_t{r} * kWidth))};
+      x_.state[r].sum = reduce_add(load(x_.lane_sum + int64_t{r} * kWidth));
     Tile::release();
   }
 
@@ -370,6 +370,7 @@ class FwdTilesRunner : public FwdTaskRunner {
     const bool fused = fold_scale_ && -kMaxFused <= exponent && exponent <= kMaxFused;
     x_.reference[r] = fused ? -exponent : kNoReference;
     x_.largest[r] = largest;
+    x_.state[r].max = fused ? static_cast<float>(exponent * natural_) : largest * scale_;
   }
 
   // If a score of row r exceeds the reference of its exponents by far, the largest becomes the
@@ -427,6 +428,7 @@ class FwdTilesRunner : public FwdTaskRunner {
   const bool fold_scale_;  // products are scores but for the scale
   const float scale_;      // from products (or scores, where modified) to scores
   const float factor_;     // and to units of log2
+  const double natural_;   // from those to scores
   const Packed q_, k_, v_, weights_;
 };
 
