@@ -1,20 +1,29 @@
-"""Gradients of the forward operators.
+"""Derivatives of the forward operators.
 
-They are differentiable in q, k, v, s_aux and attn_bias, through both out and softmax_lse. The
-autograd kernels are written by hand because ``torch.library.register_autograd`` does not accept
-keyword-only tensors.
+They are differentiable in q, k, v, s_aux, attn_bias and alibi_slopes, through both out and
+softmax_lse, in reverse and in forward mode, and any number of times. First gradients come from the
+kernels, all else from ``_composition.py``. The autograd kernels are written by hand because
+``torch.library.register_autograd`` does not accept keyword-only tensors.
+
+Each derivative has two faces: ``_Attention`` for autograd alone, without the cost of
+``setup_context``, and ``_FunctionalAttention`` for torch.func's transforms.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Callable, NamedTuple
 
 import torch
+from torch.autograd import forward_ad
 
+from flash_attn import _composition as composition
 from flash_attn import _kernels as kernels
 from flash_attn import _ops
 from flash_attn._buffers import new_gradient
 from flash_attn._eager import is_plain, needs_no_dispatcher
+
+_transforms_active = torch._C._are_functorch_transforms_active
 
 
 class _Operators(NamedTuple):
@@ -53,6 +62,59 @@ _VARLEN = _Operators(
 _VARLEN_REQUIRED = 7
 _VARLEN_DEFAULTS = (-1, -1, 0.0, None, False, None, None, None, False, 0)
 _VARLEN_FORWARD_ONLY = slice(12, 15)  # block_table, leftpad_k, seqused_k
+_NUM_INPUTS = 5  # q, k, v, s_aux, attn_bias; alibi_slopes comes among the arguments
+
+
+def _save(ctx, inputs, results) -> None:
+    """Keep in ctx what the derivatives need."""
+    operators, _, q, k, v, s_aux, attn_bias, *args = inputs
+    out, softmax_lse, s_dmask, rng_state = results
+    place = operators.alibi_slopes
+    saved = (q, k, v, s_aux, attn_bias, args[place], out, softmax_lse, rng_state)
+    sequences = args[: operators.num_sequence_tensors]
+    ctx.save_for_backward(*saved, *sequences)
+    if forward_ad._current_level >= 0:
+        ctx.save_for_forward(*saved, *sequences)
+    ctx.call = _Call(operators, args[operators.num_sequence_tensors : place], None)
+    ctx.forward_only = any(x is not None for x in args[_VARLEN_FORWARD_ONLY])
+    ctx.mark_non_differentiable(s_dmask, rng_state)
+    ctx.set_materialize_grads(False)
+
+
+class _Saved(NamedTuple):
+    """What ``_save`` kept."""
+
+    inputs: tuple  # q, k, v, s_aux, attn_bias, alibi_slopes
+    out: torch.Tensor
+    softmax_lse: torch.Tensor
+    rng_state: torch.Tensor
+    sequences: tuple  # () or (cu_seqlens_q, cu_seqlens_k)
+
+
+def _saved(ctx) -> _Saved:
+    if ctx.forward_only:
+        raise RuntimeError("flash_attn has no backward with block_table, leftpad_k or seqused_k")
+    tensors = ctx.saved_tensors
+    return _Saved(tensors[:6], *tensors[6:9], tensors[9:])
+
+
+class _Wanted(NamedTuple):
+    """Which gradients are."""
+
+    q: bool
+    k: bool
+    v: bool
+    s_aux: bool
+    attn_bias: bool
+    alibi_slopes: bool
+
+
+class _Call(NamedTuple):
+    """A call without its tensors."""
+
+    operators: _Operators
+    numbers: tuple
+    wanted: _Wanted
 
 
 class _Attention(torch.autograd.Function):
@@ -67,83 +129,227 @@ class _Attention(torch.autograd.Function):
                 results = operators.forward.redispatch(
                     keyset, q, k, v, *args, s_aux=s_aux, attn_bias=attn_bias
                 )
-        out, softmax_lse, s_dmask, rng_state = results
-        sequences = args[: operators.num_sequence_tensors]
-        alibi_slopes = args[operators.alibi_slopes]
-        ctx.save_for_backward(
-            q, k, v, out, softmax_lse, rng_state, s_aux, attn_bias, alibi_slopes, *sequences
-        )
-        ctx.operators = operators
-        ctx.numbers = args[operators.num_sequence_tensors : operators.alibi_slopes]
-        ctx.forward_only = any(x is not None for x in args[_VARLEN_FORWARD_ONLY])
-        ctx.mark_non_differentiable(s_dmask, rng_state)
-        ctx.set_materialize_grads(False)
+        _save(ctx, (operators, keyset, q, k, v, s_aux, attn_bias, *args), results)
         return results
 
     @staticmethod
     def backward(ctx, dout, dlse, _ds_dmask, _drng_state):
-        with torch.no_grad():
-            gradients = _gradients(ctx, dout, dlse)
-        if torch.is_grad_enabled():  # create_graph=True
-            gradients = _refuse_second_derivative(gradients)
-        return None, None, *gradients, *(None,) * (len(ctx.needs_input_grad) - 7)
+        saved = _saved(ctx)
+        missing = len(ctx.needs_input_grad) - 7
+        if dout is None and dlse is None:
+            return (None,) * (7 + missing)
+        if dout is None:
+            dout = torch.zeros_like(saved.out)
+        place = ctx.call.operators.alibi_slopes
+        wanted = _Wanted(*ctx.needs_input_grad[2:7], ctx.needs_input_grad[7 + place])
+        call = ctx.call._replace(wanted=wanted)
+        run = _Gradients.apply if torch.is_grad_enabled() else _gradients
+        *gradients, dslopes = run(call, dout, dlse, *saved.inputs, *saved[1:4], *saved.sequences)
+        return None, None, *gradients, *(None,) * place, dslopes, *(None,) * (missing - place - 1)
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        saved = _saved(ctx)
+        settings = _settings(ctx.call, saved.rng_state, saved.sequences)
+        place = 7 + ctx.call.operators.alibi_slopes
+        tangents = (*tangents[2:7], tangents[place])
+        attention = partial(composition.attention, settings)
+        return *_push_forward(attention, saved.inputs, tangents), None, None
 
 
-def _gradients(ctx, dout, dlse):
-    """Return the gradients of q, k, v, s_aux and attn_bias; dout or dlse may be None."""
-    if ctx.forward_only:
-        raise RuntimeError("flash_attn has no backward with block_table, leftpad_k or seqused_k")
-    if dout is None and dlse is None:
-        return (None,) * 5
-    q, k, v, out, softmax_lse, rng_state, s_aux, attn_bias, alibi_slopes, *sequences = (
-        ctx.saved_tensors
+class _FunctionalAttention(torch.autograd.Function):
+    """The same for tensors that torch.func's transforms have wrapped."""
+
+    @staticmethod
+    def forward(operators, keyset, q, k, v, s_aux, attn_bias, *args):
+        with torch._C._AutoDispatchBelowAutograd():
+            return operators.forward(q, k, v, *args, s_aux=s_aux, attn_bias=attn_bias)
+
+    setup_context = staticmethod(_save)
+    backward = staticmethod(_Attention.backward)
+    jvp = staticmethod(_Attention.jvp)
+
+    @staticmethod
+    def vmap(info, in_dims, operators, keyset, *inputs):
+        args = inputs[_NUM_INPUTS:]
+        dropout_p = args[operators.alibi_slopes - 6]
+        if dropout_p > 0.0 and info.randomness != "different":
+            raise RuntimeError(
+                "vmap of attention with dropout needs vmap(..., randomness='different'): every "
+                "call draws a mask of its own"
+            )
+        run = partial(_FunctionalAttention.apply, operators, None)
+        return _map(run, info.batch_size, in_dims[2:], inputs)
+
+
+class _Gradients(torch.autograd.Function):
+    """The gradients of a call as a differentiable function of dout, dlse and its inputs.
+
+    out and softmax_lse, which the kernel reads besides, are functions of the inputs: the inputs'
+    derivatives have their part.
+    """
+
+    @staticmethod
+    def forward(call, dout, dlse, *tensors):
+        return _gradients(call, dout, dlse, *tensors)
+
+    @staticmethod
+    def setup_context(ctx, inputs, results):
+        ctx.call, *tensors = inputs
+        ctx.returned = [x is not None for x in results]
+        ctx.save_for_backward(*tensors)
+        if forward_ad._current_level >= 0:
+            ctx.save_for_forward(*tensors)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, *cotangents):
+        f, primals = _composed_gradients(ctx)
+        cotangents = [c for c, x in zip(cotangents, ctx.returned) if x]
+        pulled = _pull_back(f, primals, cotangents)
+        return None, *pulled, *(None,) * (len(ctx.needs_input_grad) - 1 - len(pulled))
+
+    @staticmethod
+    def jvp(ctx, _call, *tangents):
+        f, primals = _composed_gradients(ctx)
+        pushed = iter(_push_forward(f, primals, tangents[: len(primals)]))
+        return tuple(next(pushed) if x else None for x in ctx.returned)
+
+    @staticmethod
+    def vmap(info, in_dims, call, *tensors):
+        return _map(partial(_Gradients.apply, call), info.batch_size, in_dims[1:], tensors)
+
+
+def _composed_gradients(ctx):
+    """Return a function of (dout, dlse, *inputs) that composes what ``_gradients`` returned."""
+    primals, (_, _, rng_state) = ctx.saved_tensors[:8], ctx.saved_tensors[8:11]
+    settings = _settings(ctx.call, rng_state, ctx.saved_tensors[11:])
+
+    def gradients(dout, dlse, *inputs):
+        pulled = _pull_back(partial(composition.attention, settings), inputs, (dout, dlse))
+        return tuple(g for g, x in zip(pulled, ctx.returned) if x)
+
+    return gradients, primals
+
+
+def _settings(call: _Call, rng_state, sequences) -> composition.Settings:
+    *max_seqlens, p, scale, causal, left, right, softcap = call.numbers
+    return composition.Settings(
+        tuple(map(_unwrapped, sequences)),
+        tuple(max_seqlens),
+        p,
+        scale,
+        causal,
+        left,
+        right,
+        softcap,
+        _unwrapped(rng_state),
     )
-    dq, dk, dv = new_gradient(q), new_gradient(k), new_gradient(v)
-    ds_aux = dattn_bias = None
-    if s_aux is not None:
-        ds_aux = new_gradient(s_aux, torch.float32)
-    if ctx.needs_input_grad[6]:
-        dattn_bias = new_gradient(attn_bias, torch.float32)
-    if dout is None:
-        dout = torch.zeros_like(out)
-    operators = ctx.operators
-    run = operators.backward_kernel if needs_no_dispatcher(dout, q, v) else operators.backward
-    run(
-        dout,
-        q,
-        k,
-        v,
-        out,
-        softmax_lse,
-        dq,
-        dk,
-        dv,
-        *sequences,
-        *ctx.numbers,
-        alibi_slopes,
-        True,
-        rng_state,
-        dlse=dlse,
-        s_aux=s_aux,
-        ds_aux=ds_aux,
-        attn_bias=attn_bias,
-        dattn_bias=dattn_bias,
-    )
-    if ds_aux is not None:
-        ds_aux = ds_aux.to(s_aux.dtype)
-    if dattn_bias is not None:
-        dattn_bias = dattn_bias.to(attn_bias.dtype)
-    return dq, dk, dv, ds_aux, dattn_bias
 
 
-def _refuse_second_derivative(gradients):
-    """Return the gradients such that differentiating them raises RuntimeError."""
-    message = b"flash_attn has no second derivative"
-    refuse = torch._C._functions.DelayedError(message, len(gradients))
-    return refuse(*(g if g is None else g.detach().requires_grad_() for g in gradients))
+def _unwrapped(x: torch.Tensor) -> torch.Tensor:
+    """Return an integer tensor without torch.func's wrappers."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    return x
 
 
-def _needs_grad(*tensors) -> bool:
+def _without_gaps(f, inputs):
+    """Return f as a function of those inputs that are not None, and these."""
+
+    def g(*present):
+        rest = iter(present)
+        return f(*(None if x is None else next(rest) for x in inputs))
+
+    return g, [x for x in inputs if x is not None]
+
+
+def _pull_back(f, inputs, cotangents):
+    """Return f's vector-Jacobian product; inputs and cotangents may be None."""
+    g, present = _without_gaps(f, inputs)
+    outputs, pull_back = torch.func.vjp(g, *present)
+    cotangents = (torch.zeros_like(y) if c is None else c for c, y in zip(cotangents, outputs))
+    pulled = iter(pull_back(tuple(cotangents)))
+    return tuple(None if x is None else next(pulled) for x in inputs)
+
+
+def _push_forward(f, inputs, tangents):
+    """Return f's Jacobian-vector product; inputs and tangents may be None.
+
+    The vector-Jacobian product is linear in its cotangents: pulling the tangents back through it
+    once more pushes them forward, and forward mode, which does not nest in itself, is not needed.
+    """
+    g, present = _without_gaps(f, inputs)
+    tangents = [
+        torch.zeros_like(x) if t is None else t for x, t in zip(inputs, tangents) if x is not None
+    ]
+    with torch.no_grad():
+        zeros = tuple(torch.zeros_like(y) for y in g(*present))
+    _, push_forward = torch.func.vjp(lambda *c: torch.func.vjp(g, *present)[1](c), *zeros)
+    return push_forward(tuple(tangents))
+
+
+def _map(f, batch_size: int, in_dims, args):
+    """vmap's rule: call f for each of a batch of arguments, and stack the results."""
+    results = []
+    for i in range(batch_size):
+        results.append(f(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims))))
+    outputs = tuple(None if x[0] is None else torch.stack(x) for x in zip(*results))
+    return outputs, tuple(None if x is None else 0 for x in outputs)
+
+
+def _gradients(call, dout, dlse, q, k, v, s_aux, attn_bias, alibi_slopes, *saved):
+    """Return what the kernel makes of the gradients of q, k, v, s_aux, attn_bias, alibi_slopes.
+
+    Those of s_aux, attn_bias and alibi_slopes are None where they are not wanted; the last is
+    composed.
+    """
+    out, softmax_lse, rng_state, *sequences = saved
+    operators, numbers, wanted = call
+    with torch.no_grad():
+        dq, dk, dv = new_gradient(q), new_gradient(k), new_gradient(v)
+        ds_aux = dattn_bias = dslopes = None
+        if s_aux is not None:
+            ds_aux = new_gradient(s_aux, torch.float32)
+        if wanted.attn_bias:
+            dattn_bias = new_gradient(attn_bias, torch.float32)
+        run = operators.backward_kernel if needs_no_dispatcher(dout, q, v) else operators.backward
+        run(
+            dout,
+            q,
+            k,
+            v,
+            out,
+            softmax_lse,
+            dq,
+            dk,
+            dv,
+            *sequences,
+            *numbers,
+            alibi_slopes,
+            True,
+            rng_state,
+            dlse=dlse,
+            s_aux=s_aux,
+            ds_aux=ds_aux,
+            attn_bias=attn_bias,
+            dattn_bias=dattn_bias,
+        )
+        if ds_aux is not None:
+            ds_aux = ds_aux.to(s_aux.dtype)
+        if dattn_bias is not None:
+            dattn_bias = dattn_bias.to(attn_bias.dtype)
+        if wanted.alibi_slopes:
+            attention = partial(composition.attention, _settings(call, rng_state, sequences))
+            inputs = (q, k, v, s_aux, attn_bias, alibi_slopes)
+            dslopes = _pull_back(attention, inputs, (dout, dlse))[5]
+    return dq, dk, dv, ds_aux, dattn_bias, dslopes
+
+
+def _needs_derivative(*tensors) -> bool:
+    """Whether a gradient is wanted, or the derivative in forward mode may be."""
+    if forward_ad._current_level >= 0:
+        return True
     return torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)
 
 
@@ -159,27 +365,32 @@ def varlen_forward(q, k, v, *args, s_aux, attn_bias):
 
 
 def _call(operators, q, k, v, args, s_aux, attn_bias):
-    extensions = [x for x in (s_aux, attn_bias) if x is not None]
+    if _transforms_active():
+        return _FunctionalAttention.apply(operators, None, q, k, v, s_aux, attn_bias, *args)
+    extensions = [x for x in (s_aux, attn_bias, args[operators.alibi_slopes]) if x is not None]
     if not (needs_no_dispatcher(q, k, v) and all(map(is_plain, extensions))):
         return operators.forward(q, k, v, *args, s_aux=s_aux, attn_bias=attn_bias)
-    if _needs_grad(q, k, v, *extensions):
+    if _needs_derivative(q, k, v, *extensions):
         return _Attention.apply(operators, None, q, k, v, s_aux, attn_bias, *args)
     return operators.forward_kernel(q, k, v, *args, s_aux=s_aux, attn_bias=attn_bias)
 
 
-def _forward(keyset, q, k, v, *args, s_aux=None, attn_bias=None):
+def _autograd_kernel(operators, keyset, q, k, v, args, s_aux, attn_bias):
+    if _transforms_active():
+        return _FunctionalAttention.apply(operators, None, q, k, v, s_aux, attn_bias, *args)
     keyset = keyset & torch._C._after_autograd_keyset
-    if _needs_grad(q, k, v, s_aux, attn_bias):
-        return _Attention.apply(_DENSE, keyset, q, k, v, s_aux, attn_bias, *args)
-    return _DENSE.forward.redispatch(keyset, q, k, v, *args, s_aux=s_aux, attn_bias=attn_bias)
+    if _needs_derivative(q, k, v, s_aux, attn_bias, args[operators.alibi_slopes]):
+        return _Attention.apply(operators, keyset, q, k, v, s_aux, attn_bias, *args)
+    return operators.forward.redispatch(keyset, q, k, v, *args, s_aux=s_aux, attn_bias=attn_bias)
+
+
+def _forward(keyset, q, k, v, *args, s_aux=None, attn_bias=None):
+    return _autograd_kernel(_DENSE, keyset, q, k, v, args, s_aux, attn_bias)
 
 
 def _varlen_forward(keyset, q, k, v, *args, s_aux=None, attn_bias=None):
-    keyset = keyset & torch._C._after_autograd_keyset
-    if _needs_grad(q, k, v, s_aux, attn_bias):
-        args += _VARLEN_DEFAULTS[len(args) - _VARLEN_REQUIRED :]
-        return _Attention.apply(_VARLEN, keyset, q, k, v, s_aux, attn_bias, *args)
-    return _VARLEN.forward.redispatch(keyset, q, k, v, *args, s_aux=s_aux, attn_bias=attn_bias)
+    args += _VARLEN_DEFAULTS[len(args) - _VARLEN_REQUIRED :]
+    return _autograd_kernel(_VARLEN, keyset, q, k, v, args, s_aux, attn_bias)
 
 
 _ops.library.impl("_flash_attn_forward", _forward, "Autograd", with_keyset=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _TENSOR_CLASSES = (Tensor, torch.nn.Parameter)
 _included_keys = torch._C._dispatch_tls_local_include_set
@@ -17,6 +18,8 @@ _profiler_enabled = torch._C._autograd._profiler_enabled
 _function_modes = torch._C._len_torch_function_stack
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
+_transforms_active = torch._C._are_functorch_transforms_active
+_is_tracked = torch._C._functorch.is_gradtrackingtensor
 
 # Keys that this thread may add to those of its arguments without asking for anything here.
 _INERT_KEYS = (
@@ -45,5 +48,20 @@ def needs_no_dispatcher(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 def needs_no_gradient(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether none of these tensors asks for a gradient here."""
-    return not (_is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad))
+    """Whether none of these tensors asks for a derivative here, in reverse or forward mode."""
+    return forward_ad._current_level < 0 and not (
+        _is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    )
+
+
+def refuse_derivatives(name: str, *tensors) -> None:
+    """Raise RuntimeError if forward mode or torch.func would derive a tensor's function."""
+    if forward_ad._current_level < 0 and not _transforms_active():
+        return
+    for x in tensors:
+        if isinstance(x, Tensor) and (_is_tracked(x) or _fw_tangent(x) is not None):
+            raise RuntimeError(f"{name} has no derivative; flash_attn_varlen_func has")
+
+
+def _fw_tangent(x: Tensor):
+    return forward_ad.unpack_dual(x).tangent if forward_ad._current_level >= 0 else None

@@ -46,7 +46,7 @@ from torch import Tensor
 import flash_attn_2_cuda as flash_attn_gpu
 from flash_attn._autograd import forward, varlen_forward
 from flash_attn._buffers import maybe_contiguous, round_multiple
-from flash_attn._eager import needs_no_dispatcher, needs_no_gradient
+from flash_attn._eager import needs_no_dispatcher, needs_no_gradient, refuse_derivatives
 from flash_attn._functions import (  # noqa: F401  (other packages import them from here)
     _flash_attn_backward,
     _flash_attn_forward,
@@ -456,7 +456,8 @@ def flash_attn_with_kvcache(
 ):
     """Attention over a key-value cache, after appending new keys and values to it in place.
 
-    There is no backward: the result never requires grad.
+    There is no backward: the result never requires grad. Derivatives by torch.func and in forward
+    mode raise RuntimeError.
 
     Args:
         q: (batch, seqlen_q, nheads, headdim).
@@ -491,6 +492,7 @@ def flash_attn_with_kvcache(
         RuntimeError: an argument is invalid; the message names it, and the caches are as they were.
         MemoryError: memory ran out.
     """
+    refuse_derivatives("flash_attn_with_kvcache", q, k_cache, v_cache, k, v, s_aux)
     assert maybe_contiguous(k_cache) is k_cache, "k_cache must have contiguous last dimension"
     assert maybe_contiguous(v_cache) is v_cache, "v_cache must have contiguous last dimension"
     if isinstance(cache_seqlens, int) and isinstance(q, Tensor) and isinstance(k_cache, Tensor):
