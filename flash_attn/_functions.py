@@ -20,11 +20,17 @@ _backward_op = torch.ops.flash_attn._flash_attn_backward.default
 _varlen_backward_op = torch.ops.flash_attn._flash_attn_varlen_backward.default
 
 
-def as_int(x: Union[int, Tensor]) -> int:
-    """Return ``x``, an integer or a 0-dim tensor, as an int; raise TypeError if it is neither."""
-    if x.__class__ is int:
+def as_int(x: Union[int, torch.SymInt, Tensor]) -> int:
+    """Return ``x``, an integer or a 0-dim tensor, as an int; raise TypeError if it is neither.
+
+    What torch.compile and torch.export trace as a number stays one that they trace.
+    """
+    if isinstance(x, (int, torch.SymInt)):
         return x
-    return int(x) if isinstance(x, Tensor) else index(x)
+    if isinstance(x, Tensor):
+        number = x.item()
+        return int(number) if isinstance(number, float) else number
+    return index(x)
 
 
 def four_dims(attn_bias: Optional[Tensor]) -> Optional[Tensor]:

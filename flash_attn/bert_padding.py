@@ -158,7 +158,7 @@ def unpad_input(
     seqlens = token_mask.sum(dim=-1, dtype=torch.int32)
     seqused = attention_mask.sum(dim=-1, dtype=torch.int32)
     packed, indices = _pack(hidden_states, token_mask)
-    max_seqlen = int(seqlens.max()) if seqlens.numel() > 0 else 0
+    max_seqlen = seqlens.max().item() if seqlens.numel() > 0 else 0
     return packed, indices, _cumulative(seqlens), max_seqlen, seqused
 
 
@@ -183,7 +183,7 @@ def unpad_input_for_concatenated_sequences(
     packed, indices = _pack(hidden_states, positions < tokens_per_row)
     lengths = attention_mask_in_length.flatten()
     seqlens = lengths[lengths > 0]
-    max_seqlen = int(seqlens.max()) if seqlens.numel() > 0 else 0
+    max_seqlen = seqlens.max().item() if seqlens.numel() > 0 else 0
     return packed, indices, _cumulative(seqlens), max_seqlen
 
 

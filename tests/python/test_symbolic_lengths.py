@@ -1,0 +1,99 @@
+"""torch.compile without a graph break and torch.export where the longest length is computed."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from flash_attn import flash_attn_varlen_func
+from flash_attn.bert_padding import pad_input, unpad_input
+
+SETTINGS = {"capture_scalar_outputs": True, "capture_dynamic_output_shape_ops": True}
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+
+
+def longest_as_number(q, cu_seqlens):
+    longest = (cu_seqlens[1:] - cu_seqlens[:-1]).max().item()
+    return flash_attn_varlen_func(q, q, q, cu_seqlens, cu_seqlens, longest, longest)
+
+
+def longest_as_tensor(q, cu_seqlens):
+    longest = (cu_seqlens[1:] - cu_seqlens[:-1]).max()
+    return flash_attn_varlen_func(q, q, q, cu_seqlens, cu_seqlens, longest, longest)
+
+
+def unpad_attend_pad(x, mask):
+    packed, indices, cu_seqlens, longest, _ = unpad_input(x, mask)
+    out = flash_attn_varlen_func(
+        packed, packed, packed, cu_seqlens, cu_seqlens, longest, longest, causal=True
+    )
+    return pad_input(out, indices, *mask.shape)
+
+
+def packed_inputs():
+    return torch.randn(10, 2, 8), torch.tensor([0, 4, 10], dtype=torch.int32)
+
+
+def padded_inputs():
+    mask = torch.ones(2, 6, dtype=torch.bool)
+    mask[1, 4:] = False
+    return torch.randn(2, 6, 2, 8), mask
+
+
+FUNCTIONS = pytest.mark.parametrize(
+    ("f", "make_inputs"),
+    [
+        (longest_as_number, packed_inputs),
+        (longest_as_tensor, packed_inputs),
+        (unpad_attend_pad, padded_inputs),
+    ],
+)
+
+
+def forward_backward(f, x, other):
+    x = x.clone().requires_grad_()
+    out = f(x, other)
+    out.square().sum().backward()
+    return out.detach(), x.grad
+
+
+@FUNCTIONS
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile(f, make_inputs, dynamic):
+    x, other = make_inputs()
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    with torch._dynamo.config.patch(SETTINGS):
+        actual = forward_backward(compiled, x, other)
+        for a, b in zip(actual, forward_backward(f, x, other)):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+class Module(torch.nn.Module):
+    def __init__(self, f):
+        super().__init__()
+        self.f = f
+
+    def forward(self, *args):
+        return self.f(*args)
+
+
+@FUNCTIONS
+@pytest.mark.parametrize("strict", [True, False])
+def test_export(f, make_inputs, strict):
+    inputs = make_inputs()
+    exported = torch.export.export(Module(f), inputs, strict=strict).module()
+    assert torch.equal(exported(*inputs), f(*inputs))
+    x, other = make_inputs()
+    assert torch.equal(exported(x, other), f(x, other))
+
+
+def test_exported_length_is_not_fixed():
+    """Other lengths than those that were traced."""
+    q, cu_seqlens = packed_inputs()
+    exported = torch.export.export(Module(longest_as_number), (q, cu_seqlens)).module()
+    other = torch.tensor([0, 9, 10], dtype=torch.int32)
+    assert torch.equal(exported(q, other), longest_as_number(q, other))
