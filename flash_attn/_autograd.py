@@ -18,8 +18,8 @@ import torch
 from torch.autograd import forward_ad
 
 from flash_attn import _composition as composition
+from flash_attn import _dtensor, _ops
 from flash_attn import _kernels as kernels
-from flash_attn import _ops
 from flash_attn._buffers import new_gradient
 from flash_attn._eager import is_plain, needs_no_dispatcher
 
@@ -365,6 +365,8 @@ def varlen_forward(q, k, v, *args, s_aux, attn_bias):
 
 
 def _call(operators, q, k, v, args, s_aux, attn_bias):
+    if _dtensor.is_dtensor(q):
+        return _on_shards(operators, q, k, v, args, s_aux, attn_bias)
     if _transforms_active():
         return _FunctionalAttention.apply(operators, None, q, k, v, s_aux, attn_bias, *args)
     extensions = [x for x in (s_aux, attn_bias, args[operators.alibi_slopes]) if x is not None]
@@ -375,7 +377,15 @@ def _call(operators, q, k, v, args, s_aux, attn_bias):
     return operators.forward_kernel(q, k, v, *args, s_aux=s_aux, attn_bias=attn_bias)
 
 
+def _on_shards(operators, q, k, v, args, s_aux, attn_bias):
+    if operators is _DENSE:
+        return _dtensor.dense(forward, q, k, v, args, s_aux, attn_bias)
+    return _dtensor.packed(varlen_forward, q, k, v, args, s_aux, attn_bias)
+
+
 def _autograd_kernel(operators, keyset, q, k, v, args, s_aux, attn_bias):
+    if _dtensor.is_dtensor(q):
+        return _on_shards(operators, q, k, v, args, s_aux, attn_bias)
     if _transforms_active():
         return _FunctionalAttention.apply(operators, None, q, k, v, s_aux, attn_bias, *args)
     keyset = keyset & torch._C._after_autograd_keyset
