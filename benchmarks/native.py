@@ -6,16 +6,20 @@ import ctypes
 import functools
 import hashlib
 import os
+import re
 import shlex
 import subprocess
 from pathlib import Path
 
 import machine
 
-_SOURCES = Path(__file__).resolve().parent / "native"
-_BUILT = Path(__file__).resolve().parents[1] / "build" / "bench" / "native"
+_ROOT = Path(__file__).resolve().parents[1]
+_SOURCES = _ROOT / "benchmarks" / "native"
+_LIBRARY_SOURCES = _ROOT / "csrc" / "flash_attn" / "src"
+_BUILT = _ROOT / "build" / "bench" / "native"
 _FLAGS = (
     *("-std=c++20", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"),
+    f"-I{_LIBRARY_SOURCES}",
     # Sums may be reordered. Not -ffast-math: linked with it, a library flushes the subnormal
     # numbers of the thread that loads it.
     *("-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno"),
@@ -27,22 +31,38 @@ class BuildError(RuntimeError):
     """There is no compiler, or it refused."""
 
 
+def _text_with_headers(source: Path) -> str:
+    """The file and the headers that it includes of the library."""
+    text = source.read_text()
+    headers = [_LIBRARY_SOURCES / name for name in re.findall(r'^#include "(.+)"', text, re.M)]
+    return "".join([text, *(_text_with_headers(header) for header in headers if header.is_file())])
+
+
+def command(source: Path, library: Path, *flags: str) -> list[str]:
+    """The compiler's command that makes ``library`` of ``source``, for this machine."""
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    return [*compiler, *_FLAGS, str(source), "-o", str(library), *flags]
+
+
 @functools.cache
 def load(name: str, *link_flags: str) -> ctypes.CDLL:
     """The library of ``native/<name>.cpp``. Raises BuildError with the compiler's message."""
     source = _SOURCES / f"{name}.cpp"
-    compiler = shlex.split(os.environ.get("CXX", "c++"))
-    identity = (source.read_text(), machine.cpu_model(), *compiler, *_FLAGS, *link_flags)
+    identity = (
+        _text_with_headers(source),
+        machine.cpu_model(),
+        *command(source, _BUILT, *link_flags),
+    )
     digest = hashlib.sha256("\0".join(identity).encode()).hexdigest()[:16]
     library = _BUILT / f"{name}-{digest}.so"
     if not library.is_file():
         _BUILT.mkdir(parents=True, exist_ok=True)
         unfinished = library.with_suffix(f".{os.getpid()}")
-        command = [*compiler, *_FLAGS, str(source), "-o", str(unfinished), *link_flags]
+        build = command(source, unfinished, *link_flags)
         try:
-            finished = subprocess.run(command, capture_output=True, text=True)
+            finished = subprocess.run(build, capture_output=True, text=True)
         except OSError as error:
-            raise BuildError(f"{compiler[0]}: {error.strerror}") from error
+            raise BuildError(f"{build[0]}: {error.strerror}") from error
         if finished.returncode != 0:
             raise BuildError(finished.stderr.strip().splitlines()[0])
         unfinished.replace(library)

@@ -15,6 +15,9 @@
 #include <cstring>
 #include <random>
 
+#define FLASH_ATTN_ISA limits
+#include "cpu/tile_amx.h"
+
 namespace {
 
 #if defined(__AVX512F__)
@@ -107,13 +110,6 @@ float exp_loop(int64_t iterations, int seed) {
 }
 
 #if defined(__AMX_BF16__) && defined(__AMX_TILE__)
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0;
-  std::array<uint8_t, 14> reserved{};
-  std::array<uint16_t, 16> bytes_per_row{64, 64, 64, 64, 64, 64, 64, 64};
-  std::array<uint8_t, 16> rows{16, 16, 16, 16, 16, 16, 16, 16};
-};
-
 // Asks Linux for the use of the tile registers (Documentation/arch/x86/xstate.rst).
 bool amx_permitted() {
   constexpr int kArchReqXcompPerm = 0x1023, kXfeatureXtiledata = 18;
@@ -131,23 +127,23 @@ void amx_loop(int64_t iterations, int seed) {
       std::memcpy(&element, reinterpret_cast<const char*>(&value) + 2, 2);  // bf16 by truncation
     }
   }
-  const TileConfig config;
-  _tile_loadconfig(&config);
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  _tile_loadd(4, operands[0].data(), 64);
-  _tile_loadd(5, operands[1].data(), 64);
-  _tile_loadd(6, operands[2].data(), 64);
-  _tile_loadd(7, operands[3].data(), 64);
+  using Tiles = flash::cpu::limits::TileAmx;
+  Tiles::configure();
+  Tiles::zero<0>();
+  Tiles::zero<1>();
+  Tiles::zero<2>();
+  Tiles::zero<3>();
+  Tiles::load<4>(operands[0].data(), 64);
+  Tiles::load<5>(operands[1].data(), 64);
+  Tiles::load<6>(operands[2].data(), 64);
+  Tiles::load<7>(operands[3].data(), 64);
   for (int64_t n = 0; n < iterations; ++n) {
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
+    Tiles::multiply<0, 4, 6>();
+    Tiles::multiply<1, 4, 7>();
+    Tiles::multiply<2, 5, 6>();
+    Tiles::multiply<3, 5, 7>();
   }
-  _tile_release();
+  Tiles::release();
 }
 #endif
 

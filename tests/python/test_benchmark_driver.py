@@ -6,6 +6,8 @@ import csv
 import dataclasses
 import multiprocessing
 import os
+import platform
+import re
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -188,6 +190,28 @@ def test_limits_are_work_over_time(benchmark_modules):
         rate = max(work.flops, work.exps, work.bytes) / seconds(run) / 1e9
         assert 0.01 < rate < 1e5, name
     assert torch.tensor(1e-39) * 1 > 0, "loading the loops changed this thread's arithmetic"
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="x86 instructions")
+def test_limits_of_other_cpus_compile(benchmark_modules, tmp_path):
+    """This machine may have neither the instructions nor a test of them."""
+    import native
+
+    source = BENCHMARKS / "native" / "limits.cpp"
+    build = native.command(source, tmp_path / "limits.so", "-march=sapphirerapids", "-Werror")
+    finished = subprocess.run(build, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stderr
+
+
+def test_tile_instructions_are_written_in_one_place():
+    """Compilers' intrinsics for them may lack that they touch memory: gcc 12's do."""
+    instruction = re.compile(
+        r"\b(_tile_|__tile_|ldtilecfg|tileload|tilestore|tilerelease|tilezero|tdp)"
+    )
+    folders = (ROOT / name for name in ("benchmarks", "csrc", "emulator", "tests/cpp", "tools"))
+    sources = [path for folder in folders for path in folder.rglob("*.[chi]*") if path.is_file()]
+    users = [path.name for path in sources if instruction.search(path.read_text(errors="replace"))]
+    assert users == ["tile_amx.h"]
 
 
 def test_a_wrong_peer_is_left_out(benchmark_modules, monkeypatch):

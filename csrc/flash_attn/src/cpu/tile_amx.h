@@ -5,7 +5,9 @@
 // subnormal numbers as 0.
 #pragma once
 
-#include "cpu/simd.h"
+#include <cstdint>
+
+#include "common/host_device.h"
 
 namespace flash::cpu::FLASH_ATTN_ISA {
 
