@@ -71,10 +71,21 @@ def _emulator() -> str:
     return text + (f" (FLASH_ATTENTION_EMULATOR={whole_process})" if whole_process else "")
 
 
+def _instruction_sets() -> str:
+    lib = _library.lib
+    forced = os.environ.get("FLASH_ATTENTION_CPU_ISA")
+    try:
+        in_use = str(lib.cpu_isa())
+    except RuntimeError as error:
+        return f"{lib.cpu_isas()}; {error}"
+    return f"{lib.cpu_isas()}; in use: {in_use}" + (
+        f" (FLASH_ATTENTION_CPU_ISA={forced})" if forced else ""
+    )
+
+
 def report() -> str:
     """Return the versions, the machine and the kernels in use, one item a line."""
     lib = _library.lib
-    forced = os.environ.get("FLASH_ATTENTION_CPU_ISA")
     kernels = str(lib.kernels()).strip().replace("\n", "\n  ")
     items = {
         "flash_attn": f"{flash_attn.__version__} in {Path(flash_attn.__file__).parent}",
@@ -84,8 +95,7 @@ def report() -> str:
         "Python": f"{platform.python_version()} ({sys.executable})",
         "system": platform.platform(),
         "CPU": f"{_cpu_model()}, {os.cpu_count()} logical CPUs",
-        "instruction sets": f"{lib.cpu_isas()}; in use: {lib.cpu_isa()}"
-        + (f" (FLASH_ATTENTION_CPU_ISA={forced})" if forced else ""),
+        "instruction sets": _instruction_sets(),
         "threads": f"{lib.cpu_threads()} (torch: {torch.get_num_threads()})",
         "OpenMP": _openmp(),
         "GPUs": _gpus(),

@@ -74,6 +74,12 @@ void check_status(flash_attn_status status) {
   throw tvm::ffi::Error(kind, flash_attn_last_error(), "");
 }
 
+// Text of the library, where NULL tells that the call failed.
+String checked_text(const char* text) {
+  if (text == nullptr) check_status(FLASH_ATTN_INVALID_ARGUMENT);
+  return text;
+}
+
 // Out-of-range numbers stay out of range, for the library to reject.
 int32_t saturate(int64_t x) {
   return static_cast<int32_t>(std::clamp<int64_t>(x, std::numeric_limits<int32_t>::min(),
@@ -293,9 +299,9 @@ void use_emulator(String description, Optional<String> library) {
 
 String version() { return flash_attn_version(); }
 String cpu_isas() { return flash_attn_cpu_isas(); }
-String cpu_isa() { return flash_attn_cpu_isa(); }
+String cpu_isa() { return checked_text(flash_attn_cpu_isa()); }
 int64_t cpu_threads() { return flash_attn_cpu_threads(); }
-String emulator_counters() { return flash_attn_emulator_counters(); }
+String emulator_counters() { return checked_text(flash_attn_emulator_counters()); }
 String kernels() { return flash_attn_kernels(); }
 
 }  // namespace

@@ -170,7 +170,8 @@ TEST(SelectKernel, WhatCudaTensorsLackIsNamed) {
                "bias, fp32 (in mha_fwd); CPU tensors have it");
 #else
   EXPECT_STREQ(flash_attn_last_error(),
-               "this build of flash_attn has no CUDA kernels: mha_fwd takes CPU tensors only");
+               "this build of flash_attn has no CUDA kernels (FLASH_ATTN_CUDA=PYPI pip install . "
+               "makes one that has): mha_fwd takes CPU tensors only");
 #endif
   EXPECT_TRUE(c.outputs_untouched());
 }

@@ -226,8 +226,10 @@ FLASH_ATTN_API const char* flash_attn_version(void); /* "2.8.3" */
 /* Instruction sets of the CPU backend, best last: "baseline", "avx2", "avx512", "avx512bf16",
  * "amx". Names are separated by spaces. */
 FLASH_ATTN_API const char* flash_attn_cpu_isas(void); /* those this build has and this CPU runs */
-FLASH_ATTN_API const char* flash_attn_cpu_isa(
-    void); /* the one in use; FLASH_ATTENTION_CPU_ISA forces one */
+/* The one in use; FLASH_ATTENTION_CPU_ISA forces one. NULL, and every call on CPU tensors fails
+ * with the same sentence, if FLASH_ATTENTION_CPU_ISA or FLASH_ATTENTION_CPU_FP32_PRODUCTS has a
+ * value that it cannot have here. */
+FLASH_ATTN_API const char* flash_attn_cpu_isa(void);
 FLASH_ATTN_API flash_attn_status
 flash_attn_set_cpu_isa(const char* name); /* for the process; NULL: the default */
 /* Threads of the CPU backend's next call from this thread (OpenMP's maximum). */
@@ -241,7 +243,8 @@ FLASH_ATTN_API int flash_attn_cpu_threads(void);
 FLASH_ATTN_API flash_attn_status flash_attn_use_emulator(const char* description,
                                                          const char* library);
 /* Counters of the emulated launches since the last flash_attn_use_emulator: JSON, an object for
- * each kernel; "" without an emulator. Valid until this thread's next call. */
+ * each kernel; "" without an emulator; NULL if FLASH_ATTENTION_EMULATOR names none. Valid until
+ * this thread's next call. */
 FLASH_ATTN_API const char* flash_attn_emulator_counters(void);
 /* The support table of the documentation: one line a kernel, "backend isa operation dtypes
  * head_dims". */

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdio>
+#include <cstdlib>
 #include <new>
 #include <string>
 
@@ -44,10 +45,21 @@ void require_pointer(const void* pointer, const char* name) {
   require(pointer != nullptr, name, " must not be NULL");
 }
 
+#if !defined(FLASH_ATTN_HAVE_CUDA)
+void require_nothing_to_emulate(const char* description) {
+  if (description != nullptr && *description != '\0')
+    throw ApiError(FLASH_ATTN_UNSUPPORTED,
+                   std::string(kNoCudaKernels) + ": there is nothing to emulate");
+}
+#endif
+
 // The device whose kernels serve a tensor: CPU tensors may belong to the emulated GPU.
 flash_attn_device_type serving_device(flash_attn_device_type type) {
 #if defined(FLASH_ATTN_HAVE_CUDA)
   if (type == FLASH_ATTN_CPU && cuda::emulated_device() != nullptr) return FLASH_ATTN_CUDA;
+#else
+  static const char* const description = std::getenv("FLASH_ATTENTION_EMULATOR");
+  require_nothing_to_emulate(description);
 #endif
   return type;
 }
@@ -126,14 +138,11 @@ std::string join_isas() {
 
 // Sends this thread's CPU tensors to the emulated GPU, or with "" back to the CPU backend.
 void use_emulator(const char* description, const char* library) {
-  const std::string device = description != nullptr ? description : "";
 #if defined(FLASH_ATTN_HAVE_CUDA)
-  cuda::use_emulator(device, library != nullptr ? library : "");
+  cuda::use_emulator(description != nullptr ? description : "", library != nullptr ? library : "");
 #else
   static_cast<void>(library);
-  if (!device.empty())
-    throw ApiError(FLASH_ATTN_UNSUPPORTED,
-                   "this build of flash_attn has no CUDA kernels to emulate");
+  require_nothing_to_emulate(description);
 #endif
 }
 
@@ -229,7 +238,11 @@ const char* flash_attn_version(void) { return FLASH_ATTN_VERSION; }
 
 const char* flash_attn_cpu_isas(void) { return flash::isa_names().c_str(); }
 
-const char* flash_attn_cpu_isa(void) { return flash::cpu::current().isa; }
+const char* flash_attn_cpu_isa(void) {
+  const char* name = nullptr;
+  guarded([&] { name = flash::cpu::current().isa; });
+  return name;
+}
 
 flash_attn_status flash_attn_set_cpu_isa(const char* name) {
   return guarded([=] {
@@ -243,7 +256,11 @@ flash_attn_status flash_attn_use_emulator(const char* description, const char* l
   return guarded([=] { flash::use_emulator(description, library); });
 }
 
-const char* flash_attn_emulator_counters(void) { return flash::emulator_counters(); }
+const char* flash_attn_emulator_counters(void) {
+  const char* counters = nullptr;
+  guarded([&] { counters = flash::emulator_counters(); });
+  return counters;
+}
 
 int flash_attn_cpu_threads(void) { return flash::cpu::num_threads(); }
 

@@ -142,8 +142,7 @@ std::string missing(const Kernel* kernel, const KernelRequest& request) {
   }
   std::ostringstream sentence;
   if (!backend_exists) {
-    sentence << "this build of flash_attn has no CUDA kernels: " << name(request.operation)
-             << " takes CPU tensors only";
+    sentence << kNoCudaKernels << ": " << name(request.operation) << " takes CPU tensors only";
   } else {
     sentence << "the " << (request.device_type == FLASH_ATTN_CUDA ? "CUDA" : "CPU")
              << " backend lacks " << missing(same_operation, request) << " (in "

@@ -51,6 +51,11 @@ struct Kernel {
 // a sentence that names what is missing, if there is none.
 const Kernel& select_kernel(const KernelRequest& request);
 
+// How sentences begin that turn down what needs CUDA kernels.
+inline constexpr const char* kNoCudaKernels =
+    "this build of flash_attn has no CUDA kernels (FLASH_ATTN_CUDA=PYPI pip install . makes one "
+    "that has)";
+
 // One line a kernel: "backend isa operation dtypes head_dims".
 std::string support_table();
 

@@ -19,7 +19,8 @@ struct Kernels {
 
 // Instruction sets of this build that this CPU runs, best last; count is at least 1 (baseline).
 const Kernels* const* available(int* count);
-// The one in use: set_current's, else FLASH_ATTENTION_CPU_ISA's, else the best. Never null.
+// The one in use: set_current's, else FLASH_ATTENTION_CPU_ISA's, else the best. Both throw ApiError
+// if a variable of the environment that they read has a value that it cannot have.
 const Kernels& current();
 // False when no such instruction set is available. nullptr restores the default.
 bool set_current(const char* isa);

@@ -10,7 +10,10 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <string>
 #include <utility>
+
+#include "common/api_check_tensor.h"
 
 namespace flash::cpu {
 namespace {
@@ -78,15 +81,42 @@ const Available& isas() {
   return available;
 }
 
-const Kernels* default_kernels() {
-  const char* wanted = std::getenv("FLASH_ATTENTION_CPU_ISA");
-  const Kernels* found = wanted ? isas().find(wanted) : nullptr;
-  return found ? found : isas().list[isas().count - 1];
+// The value of an environment variable; nullptr if it is not set, or empty.
+const char* environment(const char* name) {
+  const char* value = std::getenv(name);
+  return value != nullptr && *value != '\0' ? value : nullptr;
 }
 
-std::atomic<const Kernels*>& chosen() {
-  static std::atomic<const Kernels*> kernels{default_kernels()};
-  return kernels;
+constexpr const char* kIsaVariable = "FLASH_ATTENTION_CPU_ISA";
+
+[[noreturn]] void fail_isa(const char* wanted) {
+  std::string all, here;
+  bool known = false;
+  for (const char* isa : {"baseline", "avx2", "avx512", "avx512bf16", "amx"}) {
+    known = known || std::strcmp(isa, wanted) == 0;
+    all = all + " " + isa;
+    if (isas().find(isa) != nullptr) here = here + " " + isa;
+  }
+  require(known, kIsaVariable, " is \"", wanted, "\": it must be one of", all);
+  fail(kIsaVariable, " is \"", wanted, "\", which this machine or this build lacks; it has", here);
+}
+
+const Kernels* default_kernels() {
+  const char* wanted = environment(kIsaVariable);
+  if (wanted == nullptr) return isas().list[isas().count - 1];
+  const Kernels* found = isas().find(wanted);
+  if (found == nullptr) fail_isa(wanted);
+  return found;
+}
+
+std::atomic<const Kernels*> chosen{nullptr};
+
+// Unless another thread has chosen meanwhile.
+const Kernels& choose_default() {
+  fp32_products();
+  const Kernels* none = nullptr;
+  chosen.compare_exchange_strong(none, default_kernels(), std::memory_order_relaxed);
+  return *chosen.load(std::memory_order_relaxed);
 }
 
 }  // namespace
@@ -97,15 +127,25 @@ const Kernels* const* available(int* count) {
 }
 
 int fp32_products() {
-  static const char* const wanted = std::getenv("FLASH_ATTENTION_CPU_FP32_PRODUCTS");
-  return wanted && std::strcmp(wanted, "3") == 0 ? 3 : 6;
+  static const int products = [] {
+    constexpr const char* kVariable = "FLASH_ATTENTION_CPU_FP32_PRODUCTS";
+    const char* wanted = environment(kVariable);
+    if (wanted == nullptr || std::strcmp(wanted, "6") == 0) return 6;
+    require(std::strcmp(wanted, "3") == 0, kVariable, " is \"", wanted, "\": it must be 3 or 6");
+    return 3;
+  }();
+  return products;
 }
 
-const Kernels& current() { return *chosen().load(std::memory_order_relaxed); }
+const Kernels& current() {
+  const Kernels* kernels = chosen.load(std::memory_order_relaxed);
+  return kernels != nullptr ? *kernels : choose_default();
+}
 
 bool set_current(const char* isa) {
+  fp32_products();
   const Kernels* kernels = isa ? isas().find(isa) : default_kernels();
-  if (kernels) chosen().store(kernels, std::memory_order_relaxed);
+  if (kernels) chosen.store(kernels, std::memory_order_relaxed);
   return kernels != nullptr;
 }
 
