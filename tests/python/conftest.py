@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 
+import known_failures
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -32,7 +33,8 @@ def isa(request):
 
 
 def pytest_collection_modifyitems(items):
-    """Runs the instruction sets of one test one after another, so that they share its reference."""
+    """Runs the instruction sets of one test one after another, so that they share its reference;
+    marks what is known to fail on some of them."""
 
     def without_isa(item):
         params = item.callspec.params if hasattr(item, "callspec") else {}
@@ -42,6 +44,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         groups.setdefault(without_isa(item), []).append(item)
     items[:] = [item for group in groups.values() for item in group]
+    for item in items:
+        known_failures.mark(item)
 
 
 @pytest.fixture
