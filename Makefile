@@ -8,13 +8,16 @@ PYTHON ?= python3
 JOBS ?= $(shell nproc)
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 unexport FLASH_ATTN_LIBRARY_DIR PYTHONPATH
+# Every machine builds and tests the CUDA kernels of the same nvcc, the one in .venv. After `make clean`,
+# `make test FLASH_ATTN_CUDA=AUTO` takes the one on PATH, OFF goes without. pip reads it from the environment.
+export FLASH_ATTN_CUDA := PYPI
 
 SOURCES := $(shell find csrc cmake emulator examples/cpp tests/cpp flash_attn -name __pycache__ -prune -o -type f -print) \
   CMakeLists.txt pyproject.toml flash_attn_2_cuda.py
 CPP_FILES = $(shell find csrc benchmarks emulator examples tests -regex '.*\.\(h\|cpp\|cu\|inc\)')
 # Of CUTLASS only the headers are used, by tests of the emulated GPU.
 CUTLASS := 4.2.0.0
-CMAKE_FLAGS := -G Ninja -DPython_EXECUTABLE=$(CURDIR)/.venv/bin/python -DFLASH_ATTN_WERROR=ON
+CMAKE_FLAGS := -G Ninja -DPython_EXECUTABLE=$(CURDIR)/.venv/bin/python -DFLASH_ATTN_CUDA=$(FLASH_ATTN_CUDA)
 
 VENV := .venv/.complete
 RELEASE := build/.release
@@ -33,7 +36,7 @@ $(VENV): tools/constraints-dev.txt tools/install_system_packages.sh
 	touch $@
 
 $(RELEASE): $(VENV) $(SOURCES)
-	cmake -S . -B build/release $(CMAKE_FLAGS)
+	cmake -S . -B build/release $(CMAKE_FLAGS) -DFLASH_ATTN_WERROR=ON
 	cmake --build build/release -j $(JOBS)
 	touch $@
 
@@ -73,7 +76,7 @@ asan: $(VENV) ## C++ tests under the address and undefined behaviour sanitizers
 tsan: SANITIZE := thread
 tsan: $(VENV) ## C++ tests under the thread sanitizer
 asan tsan:
-	cmake -S . -B build/$@ -G Ninja -DCMAKE_BUILD_TYPE=Debug -DFLASH_ATTN_PYTHON=OFF \
+	cmake -S . -B build/$@ $(CMAKE_FLAGS) -DCMAKE_BUILD_TYPE=Debug -DFLASH_ATTN_PYTHON=OFF \
 	  -DFLASH_ATTN_SANITIZE=$(SANITIZE) $(SANITIZE_FLAGS)
 	cmake --build build/$@ -j $(JOBS)
 	UBSAN_OPTIONS=print_stacktrace=1 ctest --test-dir build/$@ --output-on-failure

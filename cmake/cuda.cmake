@@ -2,45 +2,39 @@
 # fatbin of it (machine code for sm_80, PTX for newer devices), and one assembler file embeds them all. Nothing links
 # against CUDA: the driver is found at run time.
 
-set(FLASH_ATTN_CUDA AUTO CACHE STRING "Build the CUDA kernels: ON, OFF, or AUTO if nvcc is there")
-set_property(CACHE FLASH_ATTN_CUDA PROPERTY STRINGS AUTO ON OFF)
-find_program(FLASH_ATTN_NVCC nvcc PATHS $ENV{CUDA_HOME}/bin /usr/local/cuda/bin)
-mark_as_advanced(FLASH_ATTN_NVCC)
+# What stands in the way of building them, "" if nothing does. 12.8 is the first nvcc with --compress-mode.
+set(cuda_lacks "")
+if(NOT FLASH_ATTN_CUDA)
+  set(cuda_lacks "FLASH_ATTN_CUDA is off")
+elseif(NOT FLASH_ATTN_NVCC)
+  set(cuda_lacks "nvcc not found")
+elseif(NOT FLASH_ATTN_CUDA_VERSION VERSION_GREATER_EQUAL 12.8)
+  set(cuda_lacks "${FLASH_ATTN_NVCC} is nvcc \"${FLASH_ATTN_CUDA_VERSION}\", older than 12.8")
+elseif(NOT FLASH_ATTN_CUDA_INCLUDE)
+  set(cuda_lacks "no cuda.h found for ${FLASH_ATTN_NVCC}")
+endif()
 
 set(FLASH_ATTN_HAVE_CUDA FALSE)
-if(NOT FLASH_ATTN_CUDA)
-  message(STATUS "CUDA: FLASH_ATTN_CUDA is off: building the CPU backend only")
-elseif(NOT FLASH_ATTN_NVCC)
-  if(NOT FLASH_ATTN_CUDA STREQUAL AUTO)
-    message(FATAL_ERROR "FLASH_ATTN_CUDA is on, but nvcc was not found: put it on PATH or set FLASH_ATTN_NVCC")
-  endif()
-  message(STATUS "CUDA: nvcc not found: building the CPU backend only")
-else()
-  execute_process(COMMAND ${FLASH_ATTN_NVCC} --version OUTPUT_VARIABLE nvcc_text)
-  string(REGEX MATCH "release ([0-9]+\\.[0-9]+)" nvcc_text "${nvcc_text}")
-  set(nvcc_version "${CMAKE_MATCH_1}")
-  if(nvcc_version VERSION_GREATER_EQUAL 12.4)
-    set(FLASH_ATTN_HAVE_CUDA TRUE)
-    message(STATUS "CUDA: building the kernels with nvcc ${nvcc_version} (${FLASH_ATTN_NVCC})")
-  elseif(NOT FLASH_ATTN_CUDA STREQUAL AUTO)
-    message(FATAL_ERROR "the CUDA kernels need nvcc 12.4 or newer, ${FLASH_ATTN_NVCC} is ${nvcc_version}")
-  else()
-    message(STATUS "CUDA: nvcc ${nvcc_version} is older than 12.4: building the CPU backend only")
-  endif()
-endif()
-
-if(FLASH_ATTN_HAVE_CUDA)
+if(cuda_lacks STREQUAL "")
+  set(FLASH_ATTN_HAVE_CUDA TRUE)
+  message(STATUS "CUDA: building the kernels with nvcc ${FLASH_ATTN_CUDA_VERSION} (${FLASH_ATTN_NVCC})")
   enable_language(ASM)
-  file(REAL_PATH ${FLASH_ATTN_NVCC} nvcc_file)
-  cmake_path(GET nvcc_file PARENT_PATH nvcc_directory)
-  find_path(FLASH_ATTN_CUDA_INCLUDE cuda.h HINTS ${nvcc_directory}/../include $ENV{CUDA_HOME}/include
-            PATHS /usr/local/cuda/include REQUIRED)
-  mark_as_advanced(FLASH_ATTN_CUDA_INCLUDE)
+elseif(FLASH_ATTN_CUDA STREQUAL AUTO)
+  message(STATUS "CUDA: ${cuda_lacks}: building without CUDA kernels; "
+                 "to have them without a toolkit: FLASH_ATTN_CUDA=PYPI pip install .")
+elseif(FLASH_ATTN_CUDA STREQUAL PYPI)
+  message(FATAL_ERROR "FLASH_ATTN_CUDA is PYPI, but in the environment of ${Python_EXECUTABLE} ${cuda_lacks}: "
+                      "it needs PyPI's packages nvidia-cuda-nvcc and nvidia-cuda-runtime")
+elseif(FLASH_ATTN_CUDA)
+  message(FATAL_ERROR "FLASH_ATTN_CUDA is on, but ${cuda_lacks}: put nvcc on PATH or set FLASH_ATTN_NVCC")
+else()
+  message(STATUS "CUDA: ${cuda_lacks}: building without CUDA kernels")
 endif()
 
+# LZ4, which every driver and every build of the emulated GPU reads; nvcc 13's own choice, zstd, needs newer drivers.
 set(FLASH_ATTN_NVCC_FLAGS
-    -fatbin -std=c++20 -O3 -lineinfo -gencode arch=compute_80,code=sm_80 -gencode arch=compute_80,code=compute_80
-    -Xptxas -v,--warn-on-spills,--warn-on-local-memory-usage)
+    -fatbin -std=c++20 -O3 -lineinfo --compress-mode=speed -gencode arch=compute_80,code=sm_80
+    -gencode arch=compute_80,code=compute_80 -Xptxas -v,--warn-on-spills,--warn-on-local-memory-usage)
 
 # Compiles the kernels of src/sm80/kernels.inc and adds them, embedded, to `target`, with the host's side of the backend.
 function(flash_attn_add_cuda_kernels target)
