@@ -4,7 +4,7 @@
 #
 #   FLASH_ATTN_WHEELS=DIR tools/gpu_report.sh OUTDIR
 #
-# Needs nvcc, CMake, Ninja and Python with torch; compute-sanitizer and ncu if they are there. DIR holds wheels of
+# Needs nvcc 12.8 or newer, CMake, Ninja and Python with torch; compute-sanitizer and ncu if they are there. DIR holds wheels of
 # apache-tvm-ffi, pytest and hypothesis for that Python, as far as it does not have them:
 #   pip download -d DIR --python-version 3.12 --only-binary=:all: apache-tvm-ffi pytest hypothesis
 set -uo pipefail
