@@ -7,6 +7,7 @@ they must pass.
 from __future__ import annotations
 
 import re
+from typing import Optional
 
 import pytest
 
@@ -66,12 +67,18 @@ def name_without_isa(nodeid: str, isa: str) -> str:
     return nodeid.rpartition("/")[2].replace(f"[{isa}-", "[", 1)
 
 
-def mark(item: pytest.Item) -> None:
-    """Marks a test of KNOWN_FAILURES that runs on one of its instruction sets."""
-    isa = item.callspec.params.get("isa") if hasattr(item, "callspec") else None
-    if isa is None:
-        return
-    name = name_without_isa(item.nodeid, isa)
+def reason_to_fail(nodeid: str, isa: str) -> Optional[str]:
+    """Why the test may fail on ``isa``; None if it must pass."""
+    name = name_without_isa(nodeid, isa)
     for isas, pattern, reason in KNOWN_FAILURES:
         if isa in isas and re.fullmatch(pattern, name):
-            item.add_marker(pytest.mark.xfail(reason=f"{isa}: {reason}", strict=False))
+            return f"{isa}: {reason}"
+    return None
+
+
+def mark(item: pytest.Item) -> None:
+    """Marks a test that is known to fail on its instruction set."""
+    isa = item.callspec.params.get("isa") if hasattr(item, "callspec") else None
+    reason = reason_to_fail(item.nodeid, isa) if isa else None
+    if reason:
+        item.add_marker(pytest.mark.xfail(reason=reason, strict=False))

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from known_failures import KNOWN_FAILURES, name_without_isa
+from known_failures import KNOWN_FAILURES, name_without_isa, reason_to_fail
 from scripts import ROOT
 
 from flash_attn import _library
@@ -30,3 +30,11 @@ def names():
 def test_each_is_a_test(names, isas, pattern, reason):
     assert set(isas) <= {"avx512", "avx512bf16", "amx"}
     assert any(re.fullmatch(pattern, name) for name in names)
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512bf16", "amx"])
+def test_it_is_known_on_its_instruction_sets_alone(isa):
+    nodeid = f"tests/python/test_attention.py::test_large_scores[{isa}-dtype1]"
+    reason = reason_to_fail(nodeid, isa)
+    assert (reason is not None) == (isa == "amx")
+    assert reason_to_fail(nodeid.replace("dtype1", "dtype2"), isa) is None
