@@ -3,13 +3,17 @@
 All arguments are positional, none has a default except ``num_splits`` of ``varlen_fwd``; ``None``
 stands for an absent tensor. Shapes and meanings are those of ``flash_attn.flash_attn_interface``.
 No entry point records a gradient. Despite the module's name the tensors may be on the CPU. Errors
-are RuntimeError.
+are RuntimeError, TypeError where a tensor or number is not one.
 """
 
 from __future__ import annotations
 
+from torch import Tensor
+
 from flash_attn import _buffers as buffers
 from flash_attn import _kernels as kernels
+from flash_attn._arguments import flag, wrong_kind
+from flash_attn._functions import as_int, score_numbers
 
 
 def _reject_generator(generator) -> None:
@@ -18,6 +22,15 @@ def _reject_generator(generator) -> None:
             "flash-attn: the RNG `generator` argument is no longer supported and must be None; "
             "dropout draws from torch's default generator, which torch.manual_seed seeds."
         )
+
+
+def _gradient(name, x, grad):
+    """Return ``grad``, allocated like ``x`` if it is None."""
+    if grad is not None:
+        return grad
+    if not isinstance(x, Tensor):
+        raise wrong_kind(name, x)
+    return buffers.new_gradient(x)
 
 
 def fwd(
@@ -46,12 +59,9 @@ def fwd(
             q,
             k,
             v,
-            p_dropout,
-            softmax_scale,
-            is_causal,
-            window_size_left,
-            window_size_right,
-            softcap,
+            *score_numbers(
+                p_dropout, softmax_scale, is_causal, window_size_left, window_size_right, softcap
+            ),
             alibi_slopes,
             return_softmax,
             out=out,
@@ -96,21 +106,18 @@ def varlen_fwd(
             v,
             cu_seqlens_q,
             cu_seqlens_k,
-            max_seqlen_q,
-            max_seqlen_k,
-            p_dropout,
-            softmax_scale,
-            is_causal,
-            window_size_left,
-            window_size_right,
-            softcap,
+            as_int("max_seqlen_q", max_seqlen_q),
+            as_int("max_seqlen_k", max_seqlen_k),
+            *score_numbers(
+                p_dropout, softmax_scale, is_causal, window_size_left, window_size_right, softcap
+            ),
             alibi_slopes,
             return_softmax,
             block_table,
             leftpad_k,
             seqused_k,
-            zero_tensors,
-            num_splits,
+            bool(zero_tensors),
+            as_int("num_splits", num_splits),
             out=out,
         )
     )
@@ -144,9 +151,7 @@ def bwd(
     forward's.
     """
     _reject_generator(generator)
-    dq, dk, dv = (
-        buffers.new_gradient(x) if grad is None else grad for x, grad in ((q, dq), (k, dk), (v, dv))
-    )
+    dq, dk, dv = _gradient("q", q, dq), _gradient("k", k, dk), _gradient("v", v, dv)
     softmax_d = kernels.backward(
         dout,
         q,
@@ -157,14 +162,11 @@ def bwd(
         dq,
         dk,
         dv,
-        p_dropout,
-        softmax_scale,
-        is_causal,
-        window_size_left,
-        window_size_right,
-        softcap,
+        *score_numbers(
+            p_dropout, softmax_scale, is_causal, window_size_left, window_size_right, softcap
+        ),
         alibi_slopes,
-        deterministic,
+        bool(deterministic),
         rng_state,
     )
     return [dq, dk, dv, softmax_d]
@@ -203,9 +205,7 @@ def varlen_bwd(
     forward's.
     """
     _reject_generator(generator)
-    dq, dk, dv = (
-        buffers.new_gradient(x) if grad is None else grad for x, grad in ((q, dq), (k, dk), (v, dv))
-    )
+    dq, dk, dv = _gradient("q", q, dq), _gradient("k", k, dk), _gradient("v", v, dv)
     softmax_d = kernels.varlen_backward(
         dout,
         q,
@@ -218,18 +218,15 @@ def varlen_bwd(
         dv,
         cu_seqlens_q,
         cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        p_dropout,
-        softmax_scale,
-        is_causal,
-        window_size_left,
-        window_size_right,
-        softcap,
+        as_int("max_seqlen_q", max_seqlen_q),
+        as_int("max_seqlen_k", max_seqlen_k),
+        *score_numbers(
+            p_dropout, softmax_scale, is_causal, window_size_left, window_size_right, softcap
+        ),
         alibi_slopes,
-        deterministic,
+        bool(deterministic),
         rng_state,
-        zero_tensors,
+        bool(zero_tensors),
     )
     return [dq, dk, dv, softmax_d]
 
@@ -240,11 +237,11 @@ def fwd_kvcache(
     v_cache,
     k,
     v,
-    seqlens_k,
+    cache_seqlens,
     rotary_cos,
     rotary_sin,
     cache_batch_idx,
-    leftpad_k,
+    cache_leftpad,
     block_table,
     alibi_slopes,
     out,
@@ -261,6 +258,9 @@ def fwd_kvcache(
 
     ``out`` is written when given.
     """
+    score = score_numbers(
+        0.0, softmax_scale, is_causal, window_size_left, window_size_right, softcap
+    )
     return list(
         kernels.kvcache_attend(
             q,
@@ -268,20 +268,16 @@ def fwd_kvcache(
             v_cache,
             k,
             v,
-            seqlens_k,
+            cache_seqlens,
             rotary_cos,
             rotary_sin,
             cache_batch_idx,
-            leftpad_k,
+            cache_leftpad,
             block_table,
             alibi_slopes,
-            softmax_scale,
-            is_causal,
-            window_size_left,
-            window_size_right,
-            softcap,
-            is_rotary_interleaved,
-            num_splits,
+            *score[1:],
+            flag("is_rotary_interleaved", is_rotary_interleaved),
+            as_int("num_splits", num_splits),
             out=out,
         )
     )

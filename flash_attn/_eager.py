@@ -29,8 +29,8 @@ _INERT_KEYS = (
 
 
 def is_plain(x: Tensor) -> bool:
-    """Whether ``x`` is a tensor of no subclass, whose elements are what its memory holds."""
-    return x.__class__ in _TENSOR_CLASSES and not x.is_neg()
+    """Whether ``x`` is a tensor of no subclass."""
+    return x.__class__ in _TENSOR_CLASSES
 
 
 def needs_no_dispatcher(q: Tensor, k: Tensor, v: Tensor) -> bool:
@@ -40,9 +40,9 @@ def needs_no_dispatcher(q: Tensor, k: Tensor, v: Tensor) -> bool:
         and not _included_keys().raw_repr() & ~_INERT_KEYS
         and not _function_modes()
         and not _profiler_enabled()
-        and is_plain(q)
-        and is_plain(k)
-        and is_plain(v)
+        and q.__class__ in _TENSOR_CLASSES
+        and k.__class__ in _TENSOR_CLASSES
+        and v.__class__ in _TENSOR_CLASSES
         and (q.is_cpu or q.is_cuda)
     )
 

@@ -7,12 +7,13 @@ Everything else is as in ``flash_attn_interface.py``.
 from __future__ import annotations
 
 from operator import index
-from typing import Optional, Union
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
 
 from flash_attn import _autograd  # noqa: F401  (defines the operators and their gradients)
+from flash_attn._arguments import check_optional, check_tensors, flag, number, wrong_kind
 
 _forward_op = torch.ops.flash_attn._flash_attn_forward.default
 _varlen_forward_op = torch.ops.flash_attn._flash_attn_varlen_forward.default
@@ -20,7 +21,7 @@ _backward_op = torch.ops.flash_attn._flash_attn_backward.default
 _varlen_backward_op = torch.ops.flash_attn._flash_attn_varlen_backward.default
 
 
-def as_int(x: Union[int, torch.SymInt, Tensor]) -> int:
+def as_int(name: str, x: Any) -> int:
     """Return ``x``, an integer or a 0-dim tensor, as an int; raise TypeError if it is neither.
 
     What torch.compile and torch.export trace as a number stays one that they trace.
@@ -28,9 +29,32 @@ def as_int(x: Union[int, torch.SymInt, Tensor]) -> int:
     if isinstance(x, (int, torch.SymInt)):
         return x
     if isinstance(x, Tensor):
-        number = x.item()
-        return int(number) if isinstance(number, float) else number
-    return index(x)
+        item = x.item()
+        return int(item) if isinstance(item, float) else item
+    try:
+        return index(x)
+    except TypeError:
+        raise wrong_kind(name, x, "an int or a torch.Tensor") from None
+
+
+def score_numbers(
+    dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap
+) -> tuple:
+    """Return the numbers of the operators' arguments, in their order."""
+    if (
+        dropout_p.__class__ is softmax_scale.__class__ is softcap.__class__ is float
+        and causal.__class__ is bool
+        and window_size_left.__class__ is window_size_right.__class__ is int
+    ):
+        return dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap
+    return (
+        number("dropout_p", dropout_p),
+        number("softmax_scale", softmax_scale),
+        flag("causal", causal),
+        as_int("window_size_left", window_size_left),
+        as_int("window_size_right", window_size_right),
+        number("softcap", softcap),
+    )
 
 
 def four_dims(attn_bias: Optional[Tensor]) -> Optional[Tensor]:
@@ -61,18 +85,17 @@ def _flash_attn_forward(
     ``return_softmax`` needs dropout_p > 0 and makes S_dmask non-empty. ``rng_state`` is int64 [2]
     on the CPU.
     """
+    check_tensors(q=q, k=k, v=v)
+    check_optional(alibi_slopes=alibi_slopes, s_aux=s_aux, attn_bias=attn_bias)
     return _forward_op(
         q,
         k,
         v,
-        dropout_p,
-        softmax_scale,
-        causal,
-        window_size_left,
-        window_size_right,
-        softcap,
+        *score_numbers(
+            dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap
+        ),
         alibi_slopes,
-        return_softmax,
+        flag("return_softmax", return_softmax),
         s_aux=s_aux,
         attn_bias=four_dims(attn_bias),
     )
@@ -111,27 +134,27 @@ def _flash_attn_varlen_forward(
     ``num_splits``: 0 is a heuristic, n splits the keys n times. There is no backward with
     ``block_table``, ``leftpad_k`` or ``seqused_k``.
     """
+    check_tensors(q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    check_optional(alibi_slopes=alibi_slopes, s_aux=s_aux, attn_bias=attn_bias)
+    check_optional(block_table=block_table, leftpad_k=leftpad_k, seqused_k=seqused_k)
     return _varlen_forward_op(
         q,
         k,
         v,
         cu_seqlens_q,
         cu_seqlens_k,
-        as_int(max_seqlen_q),
-        as_int(max_seqlen_k),
-        dropout_p,
-        softmax_scale,
-        causal,
-        window_size_left,
-        window_size_right,
-        softcap,
+        as_int("max_seqlen_q", max_seqlen_q),
+        as_int("max_seqlen_k", max_seqlen_k),
+        *score_numbers(
+            dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap
+        ),
         alibi_slopes,
-        return_softmax,
+        flag("return_softmax", return_softmax),
         block_table,
         leftpad_k,
         seqused_k,
-        zero_tensors,
-        num_splits,
+        flag("zero_tensors", zero_tensors),
+        as_int("num_splits", num_splits),
         s_aux=s_aux,
         attn_bias=four_dims(attn_bias),
     )
@@ -169,6 +192,10 @@ def _flash_attn_backward(
     ``dattn_bias``, fp32 of attn_bias's shape, may. softmax_d, fp32 (batch, nheads, seqlen_q rounded
     up to 128), is rowsum(dout * out) - dlse.
     """
+    check_tensors(dout=dout, q=q, k=k, v=v, out=out, softmax_lse=softmax_lse)
+    check_optional(dq=dq, dk=dk, dv=dv)
+    check_optional(alibi_slopes=alibi_slopes, rng_state=rng_state, dlse=dlse)
+    check_optional(s_aux=s_aux, ds_aux=ds_aux, attn_bias=attn_bias, dattn_bias=dattn_bias)
     return _backward_op(
         dout,
         q,
@@ -179,14 +206,11 @@ def _flash_attn_backward(
         dq,
         dk,
         dv,
-        dropout_p,
-        softmax_scale,
-        causal,
-        window_size_left,
-        window_size_right,
-        softcap,
+        *score_numbers(
+            dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap
+        ),
         alibi_slopes,
-        deterministic,
+        flag("deterministic", deterministic),
         rng_state,
         dlse=dlse,
         s_aux=s_aux,
@@ -232,6 +256,11 @@ def _flash_attn_varlen_backward(
     softmax_d is fp32 (nheads, total_q + 128 * batch); sequence s starts at column ``cu_seqlens_q[s]
     + 128 * s``.
     """
+    check_tensors(dout=dout, q=q, k=k, v=v, out=out, softmax_lse=softmax_lse)
+    check_tensors(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    check_optional(dq=dq, dk=dk, dv=dv)
+    check_optional(alibi_slopes=alibi_slopes, rng_state=rng_state, dlse=dlse)
+    check_optional(s_aux=s_aux, ds_aux=ds_aux, attn_bias=attn_bias, dattn_bias=dattn_bias)
     return _varlen_backward_op(
         dout,
         q,
@@ -244,18 +273,15 @@ def _flash_attn_varlen_backward(
         dv,
         cu_seqlens_q,
         cu_seqlens_k,
-        as_int(max_seqlen_q),
-        as_int(max_seqlen_k),
-        dropout_p,
-        softmax_scale,
-        causal,
-        window_size_left,
-        window_size_right,
-        softcap,
+        as_int("max_seqlen_q", max_seqlen_q),
+        as_int("max_seqlen_k", max_seqlen_k),
+        *score_numbers(
+            dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap
+        ),
         alibi_slopes,
-        deterministic,
+        flag("deterministic", deterministic),
         rng_state,
-        zero_tensors,
+        flag("zero_tensors", zero_tensors),
         dlse=dlse,
         s_aux=s_aux,
         ds_aux=ds_aux,

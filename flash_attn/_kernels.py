@@ -1,7 +1,8 @@
 """What the operators do: allocate the results, call the library.
 
-Tensors reach the library as they are, by DLPack. What it writes is allocated here; what it is given
-is checked there. An argument named ``out`` is the caller's own buffer for the result.
+Tensors reach the library as they are, by DLPack; ``_arguments`` makes the few that cannot be read
+so. What it writes is allocated here; what it is given is checked there. An argument named ``out``
+is the caller's own buffer for the result.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import torch
 
 from flash_attn import _buffers as buffers
+from flash_attn._arguments import are_plain, call_plain, check_tensors
 from flash_attn._buffers import maybe_contiguous
 from flash_attn._emulator import in_use as emulator_in_use
 from flash_attn._library import lib
@@ -18,6 +20,10 @@ _mha_varlen_fwd = lib.mha_varlen_fwd
 _mha_bwd = lib.mha_bwd
 _mha_varlen_bwd = lib.mha_varlen_bwd
 _mha_fwd_kvcache = lib.mha_fwd_kvcache
+
+_FORWARD_RESULT = "dout q k v out softmax_lse"
+_SEQUENCES = " cu_seqlens_q cu_seqlens_k"
+_GRADIENTS = "dq dk dv ds_aux dattn_bias"
 
 
 def attend(
@@ -39,6 +45,8 @@ def attend(
     needs_lse=True,
 ):
     """Attention of a dense batch: (out, softmax_lse or None); s_dmask is written too."""
+    if not are_plain((q, k, v), alibi_slopes, s_aux, attn_bias, out):
+        return call_plain(attend, locals(), "q k v", written="out")
     q, k, v = maybe_contiguous(q), maybe_contiguous(k), maybe_contiguous(v)
     if out is None:
         out = buffers.dense_out(q, v)
@@ -80,7 +88,10 @@ def forward(
 ):
     """Attention of a dense batch: (out, softmax_lse, S_dmask, rng_state)."""
     *args, return_softmax = args
-    s_dmask = buffers.dense_s_dmask(q, k) if return_softmax else None
+    s_dmask = None
+    if return_softmax:
+        check_tensors(q=q, k=k)
+        s_dmask = buffers.dense_s_dmask(q, k)
     rng_state = buffers.new_rng_state(args[0])
     out, softmax_lse = attend(q, k, v, *args, s_aux, attn_bias, s_dmask, rng_state, out)
     return out, softmax_lse, q.new_empty(0) if s_dmask is None else s_dmask, rng_state
@@ -114,6 +125,17 @@ def varlen_attend(
     needs_lse=True,
 ):
     """Attention of a packed batch: (out, softmax_lse or None); s_dmask is written too."""
+    if not are_plain(
+        (q, k, v, cu_seqlens_q, cu_seqlens_k),
+        seqused_k,
+        leftpad_k,
+        block_table,
+        alibi_slopes,
+        s_aux,
+        attn_bias,
+        out,
+    ):
+        return call_plain(varlen_attend, locals(), "q k v" + _SEQUENCES, written="out")
     q, k, v = maybe_contiguous(q), maybe_contiguous(k), maybe_contiguous(v)
     if out is None:
         out = buffers.varlen_out(q, v)
@@ -177,6 +199,7 @@ def varlen_forward(
     """Attention of a packed batch: (out, softmax_lse, S_dmask, rng_state)."""
     s_dmask = None
     if return_softmax:
+        check_tensors(q=q, cu_seqlens_q=cu_seqlens_q)
         s_dmask = buffers.varlen_s_dmask(q, cu_seqlens_q, max_seqlen_q, max_seqlen_k)
     rng_state = buffers.new_rng_state(dropout_p)
     out, softmax_lse = varlen_attend(
@@ -235,6 +258,20 @@ def backward(
     dattn_bias=None,
 ):
     """Gradients of a dense batch: writes dq, dk, dv, ds_aux and dattn_bias, returns softmax_d."""
+    if not are_plain(
+        (dout, q, k, v, out, softmax_lse),
+        dq,
+        dk,
+        dv,
+        rng_state,
+        dlse,
+        alibi_slopes,
+        s_aux,
+        ds_aux,
+        attn_bias,
+        dattn_bias,
+    ):
+        return call_plain(backward, locals(), _FORWARD_RESULT, written=_GRADIENTS)
     softmax_d = buffers.dense_softmax_d(q)
     _mha_bwd(
         maybe_contiguous(dout),
@@ -297,6 +334,22 @@ def varlen_backward(
     dattn_bias=None,
 ):
     """Gradients of a packed batch: writes dq, dk, dv, ds_aux and dattn_bias, returns softmax_d."""
+    if not are_plain(
+        (dout, q, k, v, out, softmax_lse, cu_seqlens_q, cu_seqlens_k),
+        dq,
+        dk,
+        dv,
+        rng_state,
+        dlse,
+        alibi_slopes,
+        s_aux,
+        ds_aux,
+        attn_bias,
+        dattn_bias,
+    ):
+        return call_plain(
+            varlen_backward, locals(), _FORWARD_RESULT + _SEQUENCES, written=_GRADIENTS
+        )
     softmax_d = buffers.varlen_softmax_d(q, cu_seqlens_q)
     _mha_varlen_bwd(
         maybe_contiguous(dout),
@@ -357,6 +410,26 @@ def kvcache_attend(
     needs_lse=True,
 ):
     """Append k and v, where given, to the cache, and attend over it: (out, softmax_lse or None)."""
+    if not are_plain(
+        (q, k_cache, v_cache),
+        k,
+        v,
+        cache_seqlens,
+        rotary_cos,
+        rotary_sin,
+        cache_batch_idx,
+        cache_leftpad,
+        block_table,
+        alibi_slopes,
+        s_aux,
+        out,
+    ):
+        return call_plain(
+            kvcache_attend,
+            locals(),
+            "q k_cache v_cache",
+            written="out" if k is None else "out k_cache v_cache",
+        )
     q = maybe_contiguous(q)
     if out is None:
         out = buffers.dense_out(q, v_cache)
@@ -367,16 +440,16 @@ def kvcache_attend(
         q,
         k_cache,
         v_cache,
-        maybe_contiguous(k),
-        maybe_contiguous(v),
+        k if k is None else maybe_contiguous(k),
+        v if v is None else maybe_contiguous(v),
         out,
         softmax_lse,
-        maybe_contiguous(cache_seqlens),
-        maybe_contiguous(rotary_cos),
-        maybe_contiguous(rotary_sin),
-        maybe_contiguous(cache_batch_idx),
-        maybe_contiguous(cache_leftpad),
-        maybe_contiguous(block_table),
+        cache_seqlens if cache_seqlens is None else maybe_contiguous(cache_seqlens),
+        rotary_cos if rotary_cos is None else maybe_contiguous(rotary_cos),
+        rotary_sin if rotary_sin is None else maybe_contiguous(rotary_sin),
+        cache_batch_idx if cache_batch_idx is None else maybe_contiguous(cache_batch_idx),
+        cache_leftpad if cache_leftpad is None else maybe_contiguous(cache_leftpad),
+        block_table if block_table is None else maybe_contiguous(block_table),
         alibi_slopes,
         s_aux,
         softmax_scale,

@@ -116,6 +116,8 @@ library = torch.library.Library("flash_attn", "FRAGMENT")
 
 def _define(name: str, schema: str, implementation, fake, tags=()) -> None:
     library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
+    # Implementations read negative views; torch's own way gives up on those that are written to.
+    library.impl(name, torch.library.fallthrough_kernel, "Negative")
     for device in ("CPU", "CUDA"):
         library.impl(name, implementation, device)
     torch.library.register_fake(f"flash_attn::{name}", fake, lib=library)

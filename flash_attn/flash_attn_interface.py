@@ -44,6 +44,7 @@ import torch
 from torch import Tensor
 
 import flash_attn_2_cuda as flash_attn_gpu
+from flash_attn._arguments import check_optional, check_tensors, flag, number, wrong_kind
 from flash_attn._autograd import forward, varlen_forward
 from flash_attn._buffers import maybe_contiguous, round_multiple
 from flash_attn._eager import needs_no_dispatcher, needs_no_gradient, refuse_derivatives
@@ -99,32 +100,29 @@ def _default_scale(q: Tensor) -> float:
     return headdim**-0.5 if headdim else 1.0
 
 
-def _check_tensors(**tensors) -> None:
-    for name, x in tensors.items():
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-
-
 def _score(q, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes) -> tuple:
     """Return the operators' arguments from dropout_p to alibi_slopes."""
     left, right = window_size
+    if alibi_slopes is not None:
+        check_optional(alibi_slopes=alibi_slopes)
     return (
-        float(dropout_p),
-        _default_scale(q) if softmax_scale is None else float(softmax_scale),
-        bool(causal),
-        as_int(left),
-        as_int(right),
-        float(softcap),
+        float(dropout_p) if type(dropout_p) is float else number("dropout_p", dropout_p),
+        _default_scale(q) if softmax_scale is None else number("softmax_scale", softmax_scale),
+        bool(causal) if type(causal) is bool else flag("causal", causal),
+        as_int("window_size[0]", left),
+        as_int("window_size[1]", right),
+        float(softcap) if type(softcap) is float else number("softcap", softcap),
         alibi_slopes,
     )
 
 
-def _unpack(packed: Tensor, parts: int) -> tuple[Tensor, ...]:
+def _unpack(name: str, packed: Tensor, parts: int) -> tuple[Tensor, ...]:
     """Split (..., parts, nheads, headdim) into its parts; they share one gradient tensor."""
-    if not isinstance(packed, Tensor) or packed.dim() < 3 or packed.shape[-3] != parts:
+    if not isinstance(packed, Tensor):
+        raise wrong_kind(name, packed)
+    if packed.dim() < 3 or packed.shape[-3] != parts:
         raise RuntimeError(
-            f"a packed tensor must have shape (..., {parts}, nheads, headdim), "
-            f"got {tuple(packed.shape) if isinstance(packed, Tensor) else packed}"
+            f"{name} must have shape (..., {parts}, nheads, headdim), got {tuple(packed.shape)}"
         )
     return packed.unbind(-3)
 
@@ -164,7 +162,7 @@ def flash_attn_func(
     """
     score = _score(q, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
     if (
-        dropout_p == 0.0
+        score[0] == 0.0
         and not return_attn_probs
         and s_aux is None
         and attn_bias is None
@@ -172,13 +170,14 @@ def flash_attn_func(
         and needs_no_gradient(q, k, v)
     ):
         return attend(q, k, v, *score, needs_lse=False)[0]
-    _check_tensors(q=q, k=k, v=v)
+    check_tensors(q=q, k=k, v=v)
+    check_optional(s_aux=s_aux, attn_bias=attn_bias)
     out, softmax_lse, s_dmask, _ = forward(
         q,
         k,
         v,
         *score,
-        return_attn_probs and dropout_p > 0.0,
+        flag("return_attn_probs", return_attn_probs) and score[0] > 0.0,
         s_aux=s_aux,
         attn_bias=four_dims(attn_bias),
     )
@@ -208,7 +207,7 @@ def flash_attn_kvpacked_func(
 
     Other arguments, results and errors are those of flash_attn_func.
     """
-    k, v = _unpack(kv, 2)
+    k, v = _unpack("kv", kv, 2)
     return flash_attn_func(
         q,
         k,
@@ -247,7 +246,7 @@ def flash_attn_qkvpacked_func(
 
     Other arguments, results and errors are those of flash_attn_func.
     """
-    q, k, v = _unpack(qkv, 3)
+    q, k, v = _unpack("qkv", qkv, 3)
     return flash_attn_func(
         q,
         k,
@@ -309,10 +308,15 @@ def flash_attn_varlen_func(
         RuntimeError: an argument is invalid; the message names it.
         MemoryError: memory ran out.
     """
-    sequences = (cu_seqlens_q, cu_seqlens_k, as_int(max_seqlen_q), as_int(max_seqlen_k))
+    sequences = (
+        cu_seqlens_q,
+        cu_seqlens_k,
+        as_int("max_seqlen_q", max_seqlen_q),
+        as_int("max_seqlen_k", max_seqlen_k),
+    )
     score = _score(q, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
     if (
-        dropout_p == 0.0
+        score[0] == 0.0
         and not return_attn_probs
         and s_aux is None
         and attn_bias is None
@@ -320,14 +324,15 @@ def flash_attn_varlen_func(
         and needs_no_gradient(q, k, v)
     ):
         return varlen_attend(q, k, v, *sequences, *score, block_table, needs_lse=False)[0]
-    _check_tensors(q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    check_tensors(q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
+    check_optional(block_table=block_table, s_aux=s_aux, attn_bias=attn_bias)
     out, softmax_lse, s_dmask, _ = varlen_forward(
         q,
         k,
         v,
         *sequences,
         *score,
-        return_attn_probs and dropout_p > 0.0,
+        flag("return_attn_probs", return_attn_probs) and score[0] > 0.0,
         block_table,
         s_aux=s_aux,
         attn_bias=four_dims(attn_bias),
@@ -362,7 +367,7 @@ def flash_attn_varlen_kvpacked_func(
 
     Other arguments, results and errors are those of flash_attn_varlen_func.
     """
-    k, v = _unpack(kv, 2)
+    k, v = _unpack("kv", kv, 2)
     return flash_attn_varlen_func(
         q,
         k,
@@ -409,7 +414,7 @@ def flash_attn_varlen_qkvpacked_func(
 
     Other arguments, results and errors are those of flash_attn_varlen_func.
     """
-    q, k, v = _unpack(qkv, 3)
+    q, k, v = _unpack("qkv", qkv, 3)
     return flash_attn_varlen_func(
         q,
         k,
@@ -492,13 +497,15 @@ def flash_attn_with_kvcache(
         RuntimeError: an argument is invalid; the message names it, and the caches are as they were.
         MemoryError: memory ran out.
     """
+    if not (isinstance(k_cache, Tensor) and isinstance(v_cache, Tensor)):
+        check_tensors(k_cache=k_cache, v_cache=v_cache)
     refuse_derivatives("flash_attn_with_kvcache", q, k_cache, v_cache, k, v, s_aux)
     assert maybe_contiguous(k_cache) is k_cache, "k_cache must have contiguous last dimension"
     assert maybe_contiguous(v_cache) is v_cache, "v_cache must have contiguous last dimension"
-    if isinstance(cache_seqlens, int) and isinstance(q, Tensor) and isinstance(k_cache, Tensor):
-        cache_seqlens = torch.full(
-            q.shape[:1], cache_seqlens, dtype=torch.int32, device=k_cache.device
-        )
+    if cache_seqlens is not None and not isinstance(cache_seqlens, Tensor):
+        check_tensors(q=q)
+        length = as_int("cache_seqlens", cache_seqlens)
+        cache_seqlens = torch.full(q.shape[:1], length, dtype=torch.int32, device=k_cache.device)
     score = _score(q, 0.0, softmax_scale, causal, window_size, softcap, alibi_slopes)
     settings = (
         cache_seqlens,
@@ -509,16 +516,18 @@ def flash_attn_with_kvcache(
         block_table,
         alibi_slopes,
         *score[1:6],
-        bool(rotary_interleaved),
-        as_int(num_splits),
+        flag("rotary_interleaved", rotary_interleaved),
+        as_int("num_splits", num_splits),
     )
-    return_softmax_lse = bool(return_softmax_lse)  # raises, if it does, before anything is written
+    return_softmax_lse = flag("return_softmax_lse", return_softmax_lse)
     if needs_no_dispatcher(q, k_cache, v_cache):
         results = kvcache_attend(
             q, k_cache, v_cache, k, v, *settings, s_aux, needs_lse=return_softmax_lse
         )
         return results if return_softmax_lse else results[0]
-    _check_tensors(q=q, k_cache=k_cache, v_cache=v_cache)
+    check_tensors(q=q)
+    check_optional(k=k, v=v, rotary_cos=rotary_cos, rotary_sin=rotary_sin, block_table=block_table)
+    check_optional(cache_batch_idx=cache_batch_idx, cache_leftpad=cache_leftpad, s_aux=s_aux)
     if k is None and v is None:
         out, softmax_lse = _kvcache_op(q, k_cache, v_cache, *settings, s_aux=s_aux)
     else:

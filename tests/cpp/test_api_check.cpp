@@ -123,7 +123,8 @@ TEST(ApiCheck, ForwardRejects) {
            [](auto& c) { c["out"].shape[3] = 8; }},
           {"softmax_lse must have shape (batch_size, num_heads, seqlen_q) = (2, 4, 5)",
            [](auto& c) { c["softmax_lse"].shape[2] = 6; }},
-          {"batch size must be positive", [](auto& c) { c["q"].shape[0] = 0; }},
+          {"k must have shape (batch_size, seqlen_k, num_heads_k, head_size) = (0, 7, 2, 8)",
+           [](auto& c) { c["q"].shape[0] = 0; }},
           {"too large",
            [](auto& c) {
              c["q"].shape[1] = int64_t{1} << 31;
@@ -162,8 +163,10 @@ TEST(ApiCheck, VarlenForwardRejects) {
           {"cu_seqlens_q must be contiguous", [](auto& c) { c["cu_seqlens_q"].stride[0] = 2; }},
           {"cu_seqlens_k must be on the same device as q",
            [](auto& c) { c["cu_seqlens_k"].device_type = FLASH_ATTN_CUDA; }},
-          {"batch size must be positive", [](auto& c) { c["cu_seqlens_q"].shape[0] = 1; }},
-          {"batch size must be positive", [](auto& c) { c["cu_seqlens_q"].shape[0] = 0; }},
+          {"cu_seqlens_k must have shape (batch_size + 1) = (1), got (3)",
+           [](auto& c) { c["cu_seqlens_q"].shape[0] = 1; }},
+          {"cu_seqlens_q must have shape (batch_size + 1) = (1), got (0)",
+           [](auto& c) { c["cu_seqlens_q"].shape[0] = 0; }},
           {"cu_seqlens_q must start at 0", [](auto& c) { c.int32("cu_seqlens_q", 0) = 1; }},
           {"cu_seqlens_k must start at 0", [](auto& c) { c.int32("cu_seqlens_k", 0) = -3; }},
           {"cu_seqlens_q must not decrease", [](auto& c) { c.int32("cu_seqlens_q", 1) = 6; }},

@@ -8,13 +8,14 @@ by something malformed, or by something unusual that may still be valid.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Callable
 
 import torch
 
 import flash_attn
 import flash_attn_2_cuda
+from flash_attn import flash_attn_interface
 from flash_attn._library import lib
 
 MARGIN = 16  # elements before and after a tensor in its storage, which no call may touch
@@ -77,7 +78,7 @@ def add_score_tensors(r, pool, b, h, rows, cols, dtype):
 
 def dense_pool(r, packed=False):
     h, hk, d, dv, dtype, pool = shapes(r, packed)
-    b, sq = r.choice([1, 2]), r.choice([0, 1, 3, 5])
+    b, sq = r.choice([0, 1, 1, 2, 2, 2]), r.choice([0, 1, 3, 5])
     sk = sq if packed else r.choice([0, 1, 4, 7])
     for name, shape in {
         "q": (b, sq, h, d),
@@ -103,13 +104,14 @@ def offsets(lengths):
 
 def varlen_pool(r, packed=False, paged=False):
     h, hk, d, dv, dtype, pool = shapes(r, packed)
-    b = r.choice([1, 2, 3])
+    b = r.choice([0, 1, 2, 2, 3, 3])
     sq = [r.choice([0, 1, 3, 5]) for _ in range(b)]
     sk = sq if packed else [r.choice([0, 1, 4, 7]) for _ in range(b)]
     total_q = sum(sq) + (0 if packed else r.choice([0, 0, 2]))
     total_k = sum(sk) + (0 if packed else r.choice([0, 0, 2]))
     pool.update(cu_seqlens_q=offsets(sq), cu_seqlens_k=offsets(sk), cu_seqlens=offsets(sq))
-    pool.update(max_seqlen_q=max(sq), max_seqlen_k=max(sk) + (0 if packed else r.choice([0, 3])))
+    pool["max_seqlen_q"] = max(sq, default=0)
+    pool["max_seqlen_k"] = max(sk, default=0) + (0 if packed else r.choice([0, 3]))
     pool["max_seqlen"] = pool["max_seqlen_q"]
     pool.update(seqused_k=None, leftpad_k=None, block_table=None)
     if r.choice([False, True]):
@@ -146,7 +148,7 @@ def paged_varlen_pool(r):
 
 def cache_pool(r):
     h, hk, d, dv, dtype, pool = shapes(r, False)
-    b, sq, new = r.choice([1, 2, 3]), r.choice([0, 1, 3]), r.choice([0, 1, 3])
+    b, sq, new = r.choice([0, 1, 2, 2, 3, 3]), r.choice([0, 1, 3]), r.choice([0, 1, 3])
     paged, append = r.choice([False, True]), r.choice([False, True])
     page_size = r.choice([1, 2, 4])
     rows, cache_b = (8 * page_size, 8 * b) if paged else (r.choice([4, 9]), b + 1)
@@ -166,15 +168,20 @@ def cache_pool(r):
     if append:
         pool["k_new"] = tensor(r, (b, new, hk, d), dtype)
         pool["v_new"] = tensor(r, (b, new, hk, dv), dtype)
-        if d >= 16 and r.choice([False, True]):
-            pool["rotary_cos"] = tensor(r, (rows + sq, 8), dtype)
-            pool["rotary_sin"] = tensor(r, (rows + sq, 8), dtype)
+        if d > 1 and r.choice([False, True]):
+            half = r.randrange(1, d // 2 + 1)
+            pool["rotary_cos"] = tensor(r, (rows + sq, half), dtype)
+            pool["rotary_sin"] = tensor(r, (rows + sq, half), dtype)
     pool["rotary_interleaved"] = r.choice([False, True])
     pool["return_softmax_lse"] = r.choice([False, True])
     pool["alibi_slopes"] = r.choice([None, tensor(r, (h,)), tensor(r, (b, h))])
     pool["out"] = tensor(r, (b, sq, h, dv), dtype)
     pool["softmax_lse"] = tensor(r, (b, h, sq))
     return pool
+
+
+def read_cache_pool(r):
+    return {**cache_pool(r), "rotary_cos": None, "rotary_sin": None}
 
 
 def combine_pool(r):
@@ -191,7 +198,7 @@ def combine_pool(r):
 class Entry:
     """A function, the pool of its arguments, their names in order, and those that it writes to.
 
-    ``keywords`` maps a name of the pool to the function's own; empty: all arguments are positional.
+    ``keywords``: arguments are passed by keyword, renamed by KEYWORDS; else all by position.
     """
 
     name: str
@@ -200,21 +207,29 @@ class Entry:
     arguments: list[str]
     written: tuple[str, ...] = ()
     keywords: bool = False
+    renamed: dict[str, str] = field(default_factory=dict)
 
     def draw(self, r) -> dict:
         pool = self.pool(r)
         return {name: pool[name] for name in self.arguments}
 
+    def own_name(self, name: str) -> str:
+        """The function's name for an argument of the pool."""
+        if self.keywords:
+            return self.renamed.get(name, KEYWORDS.get(name, name))
+        return {"k_new": "k", "v_new": "v"}.get(name, name)
+
     def call(self, arguments: dict):
         if not self.keywords:
             return self.function(*arguments.values())
-        return self.function(**{KEYWORDS.get(n, n): value for n, value in arguments.items()})
+        return self.function(**{self.own_name(n): value for n, value in arguments.items()})
 
 
 KEYWORDS = {
     "p_dropout": "dropout_p",
     "is_causal": "causal",
-    "return_softmax": "return_attn_probs",
+    "window_left": "window_size_left",
+    "window_right": "window_size_right",
     "k_new": "k",
     "v_new": "v",
 }
@@ -227,13 +242,51 @@ _BWD_LIB = "dout q k v out softmax_lse dq dk dv softmax_d rng_state alibi_slopes
 _BWD_LIB += "dlse ds_aux dattn_bias"
 _CU = "cu_seqlens_q cu_seqlens_k"
 _MAX = "max_seqlen_q max_seqlen_k"
+_FWD = f"p_dropout softmax_scale {_MASK} alibi_slopes return_softmax s_aux attn_bias"
+_BWD = "dout q k v out softmax_lse dq dk dv"
+_BWD_TAIL = (
+    f"p_dropout softmax_scale {_MASK} alibi_slopes deterministic rng_state dlse s_aux ds_aux "
+)
+_BWD_TAIL += "attn_bias dattn_bias"
+_KEYS = "block_table leftpad_k seqused_k"
+GRADIENTS = ("dq", "dk", "dv", "ds_aux", "dattn_bias")
+OPERATORS = [
+    ("_flash_attn_forward", f"q k v {_FWD}", dense_pool, ()),
+    (
+        "_flash_attn_varlen_forward",
+        f"q k v {_CU} {_MAX} {_FWD} {_KEYS} zero_tensors num_splits",
+        paged_varlen_pool,
+        (),
+    ),
+    ("_flash_attn_backward", f"{_BWD} {_BWD_TAIL}", dense_pool, GRADIENTS),
+    (
+        "_flash_attn_varlen_backward",
+        f"{_BWD} {_CU} {_MAX} {_BWD_TAIL} zero_tensors",
+        varlen_pool,
+        GRADIENTS,
+    ),
+]
+_CACHE_TAIL = f"{_CACHE_TENSORS} alibi_slopes softmax_scale {_MASK} rotary_interleaved num_splits "
+_CACHE_TAIL += "s_aux"
 _FWD_WRITES = ("out", "softmax_lse", "s_dmask")
-_BWD_WRITES = ("dq", "dk", "dv", "softmax_d", "ds_aux", "dattn_bias")
+_BWD_WRITES = (*GRADIENTS, "softmax_d")
 
 
 def _public(name, arguments, pool, **options):
     function = getattr(flash_attn, name)
-    return Entry(name, function, pool, arguments.split(), keywords=True, **options)
+    renamed = {"return_softmax": "return_attn_probs"}
+    return Entry(name, function, pool, arguments.split(), keywords=True, renamed=renamed, **options)
+
+
+def _operator(name, arguments, pool, written=()):
+    """The functions of FlashAttention-2's four operators."""
+    function = getattr(flash_attn_interface, name)
+    return Entry(name, function, pool, arguments.split(), written, keywords=True)
+
+
+def _torch_operator(name, arguments, pool, written=()):
+    function = getattr(torch.ops.flash_attn, name)
+    return Entry(f"torch.ops.{name}", function, pool, arguments.split(), written, keywords=True)
 
 
 def _positional(module, prefix, name, arguments, pool, written):
@@ -274,6 +327,17 @@ ENTRIES = [
         "softcap rotary_interleaved alibi_slopes num_splits return_softmax_lse s_aux",
         cache_pool,
         written=("k_cache", "v_cache"),
+    ),
+    *(_operator(*operator) for operator in OPERATORS),
+    *(_torch_operator(*operator) for operator in OPERATORS),
+    _torch_operator(
+        "_flash_attn_kvcache_forward", f"q k_cache v_cache {_CACHE_TAIL}", read_cache_pool
+    ),
+    _torch_operator(
+        "_flash_attn_kvcache_append_forward",
+        f"q k_cache v_cache k_new v_new {_CACHE_TAIL}",
+        cache_pool,
+        ("k_cache", "v_cache"),
     ),
     _extension(
         "fwd",
@@ -422,6 +486,12 @@ def change_values(r, t):
     return t
 
 
+def change_sign_bit(r, t):
+    if t.dtype.is_complex or t.dtype == torch.bool:
+        return t
+    return torch._neg_view(t)
+
+
 def change_kind(r, t):
     kind = r.randrange(4)
     if kind == 0:
@@ -440,6 +510,7 @@ TENSOR_CHANGES = [
     change_strides,
     misalign,
     change_values,
+    change_sign_bit,
     change_kind,
 ]
 

@@ -7,6 +7,11 @@
  * and nothing has been written: outputs and caches are as they were. Calls are thread safe. No call
  * keeps a pointer after it returns (on a CUDA stream: after the work it enqueued has run).
  *
+ * What a call writes shares no byte with anything else that it reads or writes; tensors may
+ * interleave, as the parts of a packed one do. Appending to a KV cache writes the appended rows
+ * alone, and new rows may be those places already. A call with b = 0 writes what belongs to no
+ * sequence, if anything.
+ *
  * Notation: b batch, sq / sk sequence length of queries / keys, h query heads, hk key-value heads
  * (h % hk == 0: query head i reads key-value head i / (h / hk)), d head dim of q and k, dv head dim
  * of v and out, total_q / total_k the number of tokens of all sequences of a packed ("varlen")
@@ -175,7 +180,9 @@ typedef struct flash_attn_kvcache_args {
   const flash_attn_tensor* q; /* [b, sq, h, d] */
   /* [b_cache, sk, hk, d], or paged [num_pages, page_size, hk, d]; appended to */
   const flash_attn_tensor* k_cache;
-  const flash_attn_tensor* v_cache; /* as k_cache with dv for d */
+  /* as k_cache with dv for d. It may be a part of k_cache's rows (or the other way round); v is
+     then the same part of k, and rotary embedding leaves it alone */
+  const flash_attn_tensor* v_cache;
   /* [b, s_new, hk, d], appended at cache_seqlens before attention; NULL: none */
   const flash_attn_tensor* k;
   const flash_attn_tensor* v;           /* [b, s_new, hk, dv] */

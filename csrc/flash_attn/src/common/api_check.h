@@ -28,7 +28,7 @@ enum class Layout { kDense, kVarlen, kPagedVarlen, kCache, kPagedCache };
 void check_qkv(const Arg& q, const Arg& k, const Arg& v, Layout layout, const char* limit,
                Qkv_params& p);
 
-// b > 0, and b * h small enough to count pieces of work.
+// b * h is small enough to count pieces of work.
 void check_batch(const Qkv_params& p);
 // The score arguments, given the batch's shape in `p`. Masks are normalised: a window that hides
 // nothing becomes -1.
@@ -57,5 +57,9 @@ void check_pages(const Flash_fwd_params& p, int64_t sequence, int64_t first, int
                  int64_t num_pages);
 // block_table: int32 [b, max_pages_per_sequence]. Returns max_pages_per_sequence.
 int64_t check_block_table(const Arg& block_table, const Arg& q, const Arg& k, Flash_fwd_params& p);
+
+// Rows are appended (seqlen_knew > 0): nothing that the call reads is changed by it before. Reads
+// cache_seqlens and what else tells where they go, on the CPU.
+void check_append_aliases(const flash_attn_kvcache_args& args, const Flash_fwd_params& p);
 
 }  // namespace flash

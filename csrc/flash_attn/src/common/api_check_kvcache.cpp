@@ -60,7 +60,6 @@ int64_t check_rotary(const flash_attn_kvcache_args& args, const Arg& q, Flash_fw
   check_view(cos, 2, "(seqlen_ro, rotary_dim / 2)");
   const int64_t rows = cos.size(0), half = cos.size(1);
   require(half <= p.d / 2, "rotary_dim must be <= headdim");
-  require(half % 8 == 0, "Only rotary dimensions divisible by 16 are currently supported");
   require(rows >= p.seqlen_k, "cos/sin seqlen must be at least the seqlen of KV cache");
   require(cos.t->dtype == q.t->dtype, "rotary_cos must have the same dtype as query");
   require(sin.given(), "If rotary cos is provided, rotary sin must also be provided");
@@ -141,19 +140,20 @@ void check_sequence(const Cache& cache, int64_t rotary_rows, int64_t i, const Fl
   }
 }
 
-void check_aliases(const flash_attn_kvcache_args& args, const Arg& out, const Arg& lse) {
-  const Arg k{"k", args.k}, v{"v", args.v}, q{"q", args.q};
-  const Arg k_cache{"k_cache", args.k_cache}, v_cache{"v_cache", args.v_cache};
-  const std::initializer_list<Arg> indices = {
-      {"cache_seqlens", args.cache_seqlens},     {"rotary_cos", args.rotary_cos},
-      {"rotary_sin", args.rotary_sin},           {"cache_batch_idx", args.cache_batch_idx},
-      {"cache_leftpad", args.cache_leftpad},     {"block_table", args.block_table},
-      {"alibi_slopes", args.score.alibi_slopes}, {"s_aux", args.score.s_aux}};
-  check_distinct({out, lse}, {q, k_cache, v_cache, k, v});
-  check_distinct({out, lse}, indices);
-  if (!k.given()) return;
-  check_distinct({k_cache, v_cache}, {q, k, v});
-  check_distinct({k_cache, v_cache}, indices);
+void check_output_aliases(const flash_attn_kvcache_args& args, const Arg& out, const Arg& lse) {
+  check_distinct({out, lse}, {{"q", args.q},
+                              {"k_cache", args.k_cache},
+                              {"v_cache", args.v_cache},
+                              {"k", args.k},
+                              {"v", args.v},
+                              {"cache_seqlens", args.cache_seqlens},
+                              {"rotary_cos", args.rotary_cos},
+                              {"rotary_sin", args.rotary_sin},
+                              {"cache_batch_idx", args.cache_batch_idx},
+                              {"cache_leftpad", args.cache_leftpad},
+                              {"block_table", args.block_table},
+                              {"alibi_slopes", args.score.alibi_slopes},
+                              {"s_aux", args.score.s_aux}});
 }
 
 }  // namespace
@@ -178,11 +178,12 @@ Flash_fwd_params check_mha_fwd_kvcache(const flash_attn_kvcache_args& args) {
   p.num_splits = check_num_splits(args.num_splits);
   check_no_self_overlap(out);
   if (lse.given()) check_no_self_overlap(lse);
-  check_aliases(args, out, lse);
+  check_output_aliases(args, out, lse);
   if (q.t->device_type == FLASH_ATTN_CPU) {
     for (int64_t i = 0; i < p.b; ++i) check_sequence(cache, rotary_rows, i, p);
     if (p.seqlen_knew > 0) check_written_once(p);
   }
+  if (p.seqlen_knew > 0 && p.b > 0) check_append_aliases(args, p);
   p.workspace = args.workspace;
   p.workspace_bytes = args.workspace_bytes;
   p.stream = args.stream;

@@ -96,7 +96,6 @@ void check_cache_shapes(const Arg& k, const Arg& v, const char* outer, const cha
 }  // namespace
 
 void check_batch(const Qkv_params& p) {
-  require(p.b > 0, "batch size must be positive");
   require(p.b <= kMaxInt32 && p.b * p.h <= kMaxInt32, "batch_size * num_heads is too large: ", p.b,
           " * ", p.h);
 }

@@ -1,25 +1,9 @@
 #include "common/api_check_tensor.h"
 
-#include <array>
-#include <utility>
+#include <limits>
 
 namespace flash {
 namespace {
-
-int64_t element_bytes(flash_attn_dtype dtype) {
-  switch (static_cast<int>(dtype)) {
-    case FLASH_ATTN_FLOAT16:
-    case FLASH_ATTN_BFLOAT16:
-      return 2;
-    case FLASH_ATTN_FLOAT32:
-    case FLASH_ATTN_INT32:
-      return 4;
-    case FLASH_ATTN_INT64:
-      return 8;
-    default:
-      return 1;
-  }
-}
 
 std::string shape_text(const Arg& x) {
   std::ostringstream text;
@@ -64,11 +48,27 @@ bool check_layout(const Arg& x) {
   int64_t bytes = 0;
   overflow |= __builtin_add_overflow(last, 1, &last);
   overflow |= __builtin_mul_overflow(last, element_bytes(x.t->dtype), &bytes);
+  overflow |= bytes > std::numeric_limits<int64_t>::max() / 2;  // two tensors' reaches add up
   require(!overflow, x.name, " is too large");
   return false;
 }
 
 }  // namespace
+
+int64_t element_bytes(flash_attn_dtype dtype) {
+  switch (static_cast<int>(dtype)) {
+    case FLASH_ATTN_FLOAT16:
+    case FLASH_ATTN_BFLOAT16:
+      return 2;
+    case FLASH_ATTN_FLOAT32:
+    case FLASH_ATTN_INT32:
+      return 4;
+    case FLASH_ATTN_INT64:
+      return 8;
+    default:
+      return 1;
+  }
+}
 
 bool Arg::empty() const {
   for (int i = 0; i < t->ndim; ++i) {
@@ -133,38 +133,6 @@ bool is_contiguous(const Arg& x) {
     expected *= x.size(i);
   }
   return true;
-}
-
-// Sorted by stride, each dimension must step over everything that the smaller ones span.
-void check_no_self_overlap(const Arg& x) {
-  if (x.empty()) return;
-  std::array<std::pair<int64_t, int64_t>, FLASH_ATTN_MAX_NDIM> dims;  // stride, size
-  int count = 0;
-  for (int i = 0; i < x.t->ndim; ++i) {
-    if (x.size(i) <= 1) continue;
-    const std::pair<int64_t, int64_t> dim{x.stride(i), x.size(i)};
-    int at = count++;
-    for (; at > 0 && dims[at - 1] > dim; --at) dims[at] = dims[at - 1];
-    dims[at] = dim;
-  }
-  int64_t span = 0;
-  for (int i = 0; i < count; ++i) {
-    require(dims[i].first > span, x.name, " must not overlap itself: it is written to");
-    span += dims[i].first * (dims[i].second - 1);
-  }
-}
-
-void check_distinct(std::initializer_list<Arg> outputs, std::initializer_list<Arg> inputs) {
-  const auto occupied = [](const Arg& x) { return x.given() && !x.empty(); };
-  for (const Arg* out = outputs.begin(); out != outputs.end(); ++out) {
-    if (!occupied(*out)) continue;
-    const auto check = [out, occupied](const Arg& other) {
-      require(!other.given() || other.t->data != out->t->data || !occupied(other), out->name,
-              " must not share memory with ", other.name);
-    };
-    for (const Arg* other = out + 1; other != outputs.end(); ++other) check(*other);
-    for (const Arg& other : inputs) check(other);
-  }
 }
 
 Dtype check_float_dtype(const Arg& x, const char* sentence) {

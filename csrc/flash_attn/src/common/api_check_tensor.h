@@ -72,11 +72,27 @@ void check_device(const Arg& x, const Arg& q);
 // Unit stride in the last dimension, as far as it has more than one element.
 bool has_contiguous_last_dim(const Arg& x);
 bool is_contiguous(const Arg& x);
-// No two elements of an output lie at the same address.
+
+int64_t element_bytes(flash_attn_dtype dtype);
+
+// A checked tensor, which may be absent, and the bytes from its first to its last: none if it is
+// absent or empty.
+struct Region : Arg {
+  uintptr_t begin = 0, end = 0;
+
+  Region(const Arg& x);  // NOLINT(google-explicit-constructor)
+  Region(const char* name, const flash_attn_tensor* t) : Region(Arg{name, t}) {}
+};
+
+// x and y have a byte in common. Views that lie between each other's rows, as the parts of a packed
+// tensor do, have none.
+bool share_memory(const Region& x, const Region& y);
+// Two elements of x lie at the same address.
+bool overlaps_itself(const Arg& x);
+// An output does not.
 void check_no_self_overlap(const Arg& x);
-// No output starts where an input or another output starts. Only whole tensors are told apart:
-// gradients that are interleaved views of one packed tensor are fine.
-void check_distinct(std::initializer_list<Arg> outputs, std::initializer_list<Arg> inputs);
+// No output shares memory with an input or another output.
+void check_distinct(std::initializer_list<Region> outputs, std::initializer_list<Region> inputs);
 
 // fp16, bf16 or fp32; anything else is rejected with `sentence`.
 Dtype check_float_dtype(const Arg& x, const char* sentence);

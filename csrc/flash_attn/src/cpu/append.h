@@ -24,7 +24,7 @@ inline void rotate_row(const Flash_fwd_params& p, float* x, int64_t position) {
   }
 }
 
-// knew (rotated) and vnew into the caches, behind the rows in use.
+// knew (rotated) and vnew into the caches, behind the rows in use. They may lie there already.
 inline void append_kv(const Flash_fwd_params& p) {
   const int64_t tokens = p.b * p.seqlen_knew;
   const int64_t d_pad = (p.d + kWidth - 1) / kWidth * kWidth;
@@ -44,10 +44,10 @@ inline void append_kv(const Flash_fwd_params& p) {
         rotate_row(p, row, position);
         write_row(p.dtype, k, row, static_cast<int>(p.d));
       } else {
-        std::memcpy(k, knew, p.d * dtype_bytes(p.dtype));
+        std::memmove(k, knew, p.d * dtype_bytes(p.dtype));
       }
-      std::memcpy(cache_row(p, p.v, seq, position, h),
-                  operand_row(p.vnew, p.dtype, batch, token, h), p.d_v * dtype_bytes(p.dtype));
+      std::memmove(cache_row(p, p.v, seq, position, h),
+                   operand_row(p.vnew, p.dtype, batch, token, h), p.d_v * dtype_bytes(p.dtype));
     }
   });
 }

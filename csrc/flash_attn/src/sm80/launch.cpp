@@ -100,7 +100,7 @@ void enqueue(const Flash_fwd_params& p, cuda::Device& device, void* stream) {
 }  // namespace
 
 void mha_fwd(const Flash_fwd_params& p) {
-  if (p.seqlen_q == 0) return;
+  if (p.b == 0 || p.seqlen_q == 0) return;
   require_alignment(p.q, "q", p.d, {p.b, p.seqlen_q, p.h});
   require_alignment(p.o, "out", p.d_v, {p.b, p.seqlen_q, p.h});
   if (p.seqlen_k > 0) {

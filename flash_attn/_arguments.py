@@ -1,0 +1,91 @@
+"""Arguments as callers give them: tensors and numbers, or an error that names the one at fault.
+
+A torch tensor is not always what its memory holds: a negative view (``torch._neg_view``, ``imag``
+of a conjugate) has the sign of its elements in a bit of its own, which DLPack does not pass on.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Callable
+
+from torch import Tensor
+
+
+def wrong_kind(name: str, x: Any, expected: str = "a torch.Tensor") -> TypeError:
+    """Return the TypeError of an argument that is not of the expected kind."""
+    return TypeError(f"{name} must be {expected}, got {type(x).__name__}")
+
+
+def check_tensors(**tensors) -> None:
+    """Raise TypeError for the first argument that is not a tensor."""
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor):
+            raise wrong_kind(name, x)
+
+
+def check_optional(**tensors) -> None:
+    """Raise TypeError for the first argument that is neither a tensor nor None."""
+    for name, x in tensors.items():
+        if x is not None and not isinstance(x, Tensor):
+            raise wrong_kind(name, x)
+
+
+def number(name: str, x: Any) -> float:
+    """Return ``x``, a number or a tensor of one element, as a float."""
+    if isinstance(x, (str, bytes, bytearray)):  # float() would read them
+        raise wrong_kind(name, x, "a number")
+    try:
+        return float(x)
+    except TypeError:
+        raise wrong_kind(name, x, "a number") from None
+
+
+def flag(name: str, x: Any) -> bool:
+    """Return ``x``, a bool of Python, numpy or torch, a number or None, as a bool."""
+    if x.__class__ is not bool and x is not None and not hasattr(x, "__bool__"):
+        raise wrong_kind(name, x, "a bool")
+    return bool(x)
+
+
+# ------------------------------------------------------------------------------------------------
+# Tensors on their way to the library
+
+_NAMES = """
+q k v out dout dq dk dv softmax_lse dlse s_dmask rng_state alibi_slopes s_aux ds_aux attn_bias
+dattn_bias cu_seqlens_q cu_seqlens_k seqused_k leftpad_k block_table k_cache v_cache cache_seqlens
+rotary_cos rotary_sin cache_batch_idx cache_leftpad
+"""
+_TENSORS = frozenset(_NAMES.split())
+
+
+def are_plain(required: tuple, *optional) -> bool:
+    """Whether all are tensors, or None among ``optional``, and hold their elements as they are."""
+    try:
+        for x in required:
+            if x.is_neg():
+                return False
+        for x in optional:
+            if x is not None and x.is_neg():
+                return False
+    except AttributeError:
+        return False
+    return True
+
+
+def call_plain(function: Callable, arguments: dict, required: str, written: str = ""):
+    """Return ``function(**arguments)`` with copies of the negative views among the arguments.
+
+    ``required``: the names of tensors that must not be None; ``written``: those of tensors that the
+    function writes to. Raises TypeError for what is not a tensor, RuntimeError for a negative view
+    that would be written to.
+    """
+    plain = dict(arguments)
+    for name in _TENSORS.intersection(arguments):
+        x = arguments[name]
+        if x is None and name not in required.split():
+            continue
+        check_tensors(**{name: x})
+        if x.is_neg() and name in written.split():
+            raise RuntimeError(f"{name} must not be a negative view (is_neg()): it is written to")
+        plain[name] = x.resolve_neg()
+    return function(**plain)
