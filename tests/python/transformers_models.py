@@ -19,7 +19,8 @@ import torch
 
 VOCABULARY = 99
 SEQLEN = 13
-MAX_PARAMETERS = 60_000_000
+POOLED = 6  # a token in all masks; models that pool the token with the largest number take this one
+MAX_PARAMETERS = 100_000_000
 TOLERANCE = 1e-4  # of the largest output
 GRADIENT_TOLERANCE = 1e-3  # of the largest element of a parameter's gradient
 
@@ -43,51 +44,83 @@ class Outcome:
 # ------------------------------------------------------------------------------------------------
 # Configurations
 
-# Names of integers, by what they count. The first rule that matches decides.
+# Names of integers, by what they count. The first rule that matches decides; None: as it is.
 RULES = (
     (r"(token_id|token_index|_token_ids?|_id)$", "token"),
     (r"vocab(_size)?$|vocab_size", VOCABULARY),
-    (r"^(max_(window|depth|2d)|pretraining_tp)", None),
-    (r"(num_hidden_layers|n_layers?|num_layers|encoder_layers|decoder_layers|^layers|^depth"
-     r"|num_blocks|resampler_depth|num_block|_layers)$", 2),
+    (r"^(max_(window|depth|2d)|pretraining_tp)|num_feat_extract_layers", None),
+    (
+        r"(num_hidden_layers|n_layers?|num_layers|encoder_layers|decoder_layers|^layers|^depth"
+        r"|num_blocks?|resampler_depth|_layers)$",
+        2,
+    ),
     (r"(sliding_window|sliding_window_size|attention_chunk_size|local_attention)$", 6),
-    (r"(max_position_embeddings|n_positions|max_seq_len|max_source_positions|max_target_positions"
-     r"|n_ctx|context_length|max_sequence_length)$", 128),
-    (r"(num_key_value_heads|num_kv_heads|n_head_kv|kv_heads|num_query_groups|multi_query_group_num"
-     r"|num_kv_heads_per_layer)$", 2),
-    (r"(attention_heads|num_heads|n_heads?|heads|num_attn_heads|n_local_heads)$", 4),
+    (
+        r"(max_position_embeddings|n_positions|max_seq_len|max_source_positions"
+        r"|max_target_positions|n_ctx|context_length|max_sequence_length)$",
+        128,
+    ),
+    (r"(num_key_value_heads|num_kv_heads|n_head_kv|kv_heads|multi_query_group_num)$", "kv heads"),
+    (r"(attention_heads|num_heads|n_heads?|heads|num_attn_heads)$", "heads"),
     (r"qk_head_dim", 24),
     (r"qk_rope_head_dim|rotary_dim|rope_dim", 8),
     (r"index_topk$", 5),
     (r"(lora_rank|low_rank_dim|_rank)$", 16),
-    (r"(head_dim|d_kv|head_size|dim_head|kv_channels|attention_head_size|d_head|head_dim_v)$", 16),
-    (r"(n_routed_experts|num_experts|num_local_experts|moe_num_experts|n_experts|num_total_experts"
-     r"|moe_k|n_routed)$", 4),
+    (
+        r"(head_dim|d_kv|head_size|dim_head|kv_channels|attention_head_size|d_head|head_dim_v)$",
+        "head dim",
+    ),
+    (r"(n_routed_experts|experts|num_total_experts|moe_k|n_routed)$", 4),
     (r"(experts_per_tok|top_k|topk|moe_topk|num_selected_experts|experts_top_k)$", 2),
     (r"(n_group|topk_group|n_shared_experts|num_shared_experts|num_expert_group)$", 1),
-    (r"first_k_dense_replace", 1),
+    (r"first_k_dense_replace|layer_offset$", 1),
+    (r"layer_period$", 2),
+    (r"window_size$", 4),
     (r"(image_size|img_size|input_size|pretrain_image_size|tile_size)$", 32),
     (r"patch_size$", 8),
-    (r"(num_channels|in_channels|in_chans|temporal_patch_size|spatial_merge_size|num_mel_bins"
-     r"|feature_size|kernel_size|stride|num_frames|max_2d|type_vocab|relative|mamba|expand|ratio"
-     r"|scale|downsample|sampling|codebook|conv|n_mels|hop|groups?)", None),
-)  # fmt: skip
+    (
+        r"(num_channels|in_channels|in_chans|temporal_patch_size|spatial_merge_size|num_mel_bins"
+        r"|feature_size|kernel_size|stride|num_frames|max_2d|type_vocab|relative|expand|ratio"
+        r"|scale|downsample|sampling|codebook|conv|n_mels|hop|groups?)",
+        None,
+    ),
+)
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers")
+DERIVED = ("out_features", "out_indices", "_out_features", "_out_indices", "stage_names")
+IF_NONE = {"vocab_size": VOCABULARY, "pad_token_id": 0, "num_experts_per_tok": 2}
+PLANS = {  # heads, key-value heads, head dim, other widths; None: as they are
+    "smallest": (lambda v: 4, lambda v: 2, lambda v: 16, lambda v: min(v, 64)),
+    "in proportion": (
+        lambda v: max(v // 4, 1),
+        lambda v: max(v // 4, 1),
+        lambda v: max(v // 4, 8),
+        lambda v: v if v < 64 else max(v // 16, 16),
+    ),
+    "layers alone": None,
+}
 
 
-def shrunk_int(name: str, value: int, spare_ids: list[int]) -> int:
+def shrunk_int(name: str, value: int, spare_ids: list[int], plan) -> int:
     """A small value for an integer of a configuration."""
-    for pattern, small in RULES:
-        if re.search(pattern, name):
-            if small == "token":
-                return spare_ids.pop() if value >= VOCABULARY and spare_ids else value
-            return value if small is None else min(value, small)
-    return min(value, 64)
+    small = next((small for pattern, small in RULES if re.search(pattern, name)), "width")
+    if small == "token":
+        return spare_ids.pop() if value >= VOCABULARY and spare_ids else value
+    if small is None:
+        return value
+    if isinstance(small, str):
+        kind = ("heads", "kv heads", "head dim", "width").index(small)
+        return value if plan is None else min(value, plan[kind](value))
+    is_width = plan is None and not re.search(r"vocab|layers?$|depth$|blocks?$|sliding", name)
+    return value if is_width else min(value, small)
+
+
+def layer_count(config: dict[str, Any]) -> int:
+    return next((config[name] for name in LAYER_COUNTS if isinstance(config.get(name), int)), 0)
 
 
 def kept_layers(config: dict[str, Any]) -> list[int]:
     """Numbers of the layers to keep: one of each kind, at least two, at most four."""
-    count = next((config[name] for name in LAYER_COUNTS if isinstance(config.get(name), int)), 2)
+    count = layer_count(config)
     lists = [v for v in config.values() if isinstance(v, list) and len(v) == count > 2]
     kinds = {}
     for layer in range(count):
@@ -96,25 +129,58 @@ def kept_layers(config: dict[str, Any]) -> list[int]:
     return kept if len(kept) > 1 else [0, 1]
 
 
-def shrunk(config: dict[str, Any], spare_ids: list[int], layers_only: bool) -> dict[str, Any]:
+def shrunk_rotary(parameters: dict[str, Any], config: dict[str, Any], plan) -> dict[str, Any]:
+    """Rotary parameters for the smaller head dim."""
+    small = dict(parameters)
+    if "qk_rope_head_dim" in config:
+        small.pop("partial_rotary_factor", None)
+    sections = small.get("mrope_section", [16, 24, 24])  # many models have these by default
+    if plan is not None and ("head_dim" in config or "num_attention_heads" in config):
+        head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+        half = int(plan[2](head_dim) * small.get("partial_rotary_factor", 1.0)) // 2
+        rest = half // 4
+        small["mrope_section"] = [half - (len(sections) - 1) * rest, *[rest] * (len(sections) - 1)]
+    return small
+
+
+def shrunk(config: dict[str, Any], spare_ids: list[int], plan) -> dict[str, Any]:
     """A configuration's dictionary with small numbers."""
-    count = next((config[name] for name in LAYER_COUNTS if isinstance(config.get(name), int)), 0)
-    kept = kept_layers(config)
+    count, kept = layer_count(config), kept_layers(config)
+    is_latent = "qk_rope_head_dim" in config  # keys and values of all heads from one vector
     small = {}
     for name, value in config.items():
-        if isinstance(value, dict) and name not in ("id2label", "label2id"):
-            small[name] = shrunk(value, spare_ids, layers_only)
+        if not isinstance(name, str) or name in ("id2label", "label2id"):
+            small[name] = value
+        elif name in DERIVED:
+            continue
+        elif name == "per_layer_config":
+            layers = {new: value.get(old, value.get(str(old))) for new, old in enumerate(kept)}
+            small[name] = {k: shrunk(v, spare_ids, plan) for k, v in layers.items() if v}
+        elif name in ("rope_parameters", "rope_scaling") and isinstance(value, dict):
+            small[name] = shrunk_rotary(value, config, plan)
+        elif isinstance(value, dict):
+            small[name] = shrunk(value, spare_ids, plan)
         elif isinstance(value, list) and len(value) == count > 2:
             small[name] = [value[layer] for layer in kept]
+        elif value is None and name in IF_NONE:
+            small[name] = IF_NONE[name]
+        elif isinstance(value, list) and re.search(r"(indices|idx|ids)$", name):
+            small[name] = [v for v in value if v < len(kept)] or [len(kept) - 1]
+        elif isinstance(value, list) and re.search(r"^depths$|num_heads|attention_heads", name):
+            small[name] = [
+                2 ** (i + 1) if "heads" in name else min(v, 2) for i, v in enumerate(value)
+            ]
         elif isinstance(value, bool) or not isinstance(value, int):
             small[name] = value
         elif name in LAYER_COUNTS:
             small[name] = min(value, len(kept))
-        elif layers_only and not re.search(r"vocab|_id$|index$|layers?$|depth$|sliding", name):
-            small[name] = value
+        elif is_latent and name == "num_key_value_heads" and plan is not None:
+            small[name] = plan[0](value)
+        elif is_latent and name == "head_dim":
+            small[name] = 8
         else:
-            small[name] = shrunk_int(name, value, spare_ids)
-        if "dropout" in name or name in ("attn_pdrop", "embd_pdrop", "resid_pdrop", "layerdrop"):
+            small[name] = shrunk_int(name, value, spare_ids, plan)
+        if isinstance(name, str) and re.search("dropout|pdrop|layerdrop", name):
             small[name] = 0.0 if isinstance(value, float) else value
     return small
 
@@ -124,11 +190,10 @@ def small_configs(config_class: type):
     default = config_class().to_dict()
     for name in ("transformers_version", "_name_or_path", "dtype", "torch_dtype"):
         default.pop(name, None)
-    for layers_only in (False, True):
+    for plan in PLANS.values():
         spare_ids = list(range(61, VOCABULARY - 1))
-        config = shrunk(copy.deepcopy(default), spare_ids, layers_only)
         try:
-            yield config_class.from_dict(config)
+            yield config_class.from_dict(shrunk(copy.deepcopy(default), spare_ids, plan))
         except Exception as error:
             yield error
 
@@ -206,36 +271,56 @@ def image(config: Any) -> torch.Tensor:
     size = find(config, "image_size", "img_size", default=64)
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
     channels = find(config, "num_channels", "in_channels", "in_chans", default=3)
-    if not 0 < height * width <= 128**2:
+    if not 0 < height * width <= 256**2:
         raise NotRun(f"images of {height} x {width}")
     return torch.randn(2, channels if isinstance(channels, int) else 3, height, width)
 
 
+def patches(config: Any) -> dict[str, torch.Tensor]:
+    """Two images as rows of patches with their grids, as Qwen2-VL's vision model takes them."""
+    channels = find(config, "in_channels", "in_chans", "num_channels", default=3)
+    area = find(config, "patch_size", default=8) ** 2
+    width = channels * area * find(config, "temporal_patch_size", default=1)
+    return {
+        "hidden_states": torch.randn(32, width),
+        "grid_thw": torch.tensor([[1, 4, 4], [1, 4, 4]]),
+    }
+
+
 def mel(config: Any) -> torch.Tensor:
+    """(batch, bins, frames)"""
     bins = find(config, "num_mel_bins", "feature_size", "input_feat_per_channel", default=80)
     return torch.randn(2, bins, 2 * find(config, "max_source_positions", default=128))
 
 
-def model_inputs(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Random inputs of two rows for a model."""
+def candidate_inputs(model: torch.nn.Module):
+    """Random inputs of two rows for a model, in several guesses."""
     torch.manual_seed(2)
+    config, main = model.config, model.main_input_name
     parameters = inspect.signature(model.forward).parameters
     inputs = {}
-    tokens = torch.randint(5, 60, (2, SEQLEN))
-    main = model.main_input_name
     if main == "input_ids" or ("input_ids" in parameters and main == "pixel_values"):
-        inputs["input_ids"] = tokens
-    if main == "pixel_values" or ("pixel_values" in parameters and hasattr(model, "logit_scale")):
-        inputs["pixel_values"] = image(model.config)
+        inputs["input_ids"] = torch.randint(5, 59, (2, SEQLEN))
+        ends = find(config, "eos_token_id")
+        inputs["input_ids"][:, POOLED] = ends if isinstance(ends, int) and ends > 59 else 59
+    if "decoder_input_ids" in parameters and config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = torch.randint(5, 59, (2, 7))
+    if "grid_thw" in parameters:
+        yield patches(config)
     if main == "input_values":
-        inputs["input_values"] = torch.randn(2, 4000)
+        yield {"input_values": torch.randn(2, 4000), **inputs}
+        yield {"input_values": mel(config).transpose(1, 2)[:, : find(config, "max_length")]}
     if main == "input_features":
-        inputs["input_features"] = mel(model.config)
-    if "decoder_input_ids" in parameters and model.config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = torch.randint(5, 60, (2, 7))
-    if not inputs:
-        raise NotRun(f"no inputs known for {main!r}")
-    return inputs
+        yield {"input_features": mel(config), **inputs}
+        yield {"input_features": mel(config).transpose(1, 2), **inputs}
+    if main == "input_ids" and not hasattr(model, "logit_scale"):
+        yield inputs
+    if "pixel_values" in parameters:
+        yield {**inputs, "pixel_values": image(config)}
+    if "input_ids" in inputs and "input_features" in parameters:
+        yield {**inputs, "input_features": mel(config)}
+    if "input_ids" in inputs and hasattr(model, "logit_scale"):
+        yield inputs
 
 
 def masks(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -274,14 +359,19 @@ def valid_part(x: torch.Tensor, mask: Any) -> torch.Tensor:
     return x
 
 
-def run(model, inputs, mask) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
-    """Valid outputs, and the parameters' gradients of a random loss of them."""
-    model.zero_grad(set_to_none=True)
+def call(model, inputs, mask) -> list[torch.Tensor]:
+    """All floating outputs."""
     inputs = dict(inputs) if mask is None else {**inputs, "attention_mask": mask}
     if "use_cache" in inspect.signature(model.forward).parameters:
         inputs["use_cache"] = False
     torch.manual_seed(3)
-    outputs = [valid_part(x, mask) for x in floating_outputs(model(**inputs))]
+    return floating_outputs(model(**inputs))
+
+
+def run(model, inputs, mask) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+    """Valid outputs, and the parameters' gradients of a random loss of them."""
+    model.zero_grad(set_to_none=True)
+    outputs = [valid_part(x, mask) for x in call(model, inputs, mask)]
     if not outputs:
         raise NotRun("no floating output")
     differentiable = [x for x in outputs if x.requires_grad]
@@ -330,9 +420,9 @@ def sensitivity(model, inputs, before: torch.Tensor) -> float:
     if given.is_floating_point():
         changed[..., : given.shape[-1] // 4] += 1.0
     else:
-        changed[:, 4] = 60 + given[:, 4] % 2
+        changed[:, 4] = 5 + (given[:, 4] + 10) % 54
     with torch.no_grad():
-        after = floating_outputs(model(**{**inputs, name: changed}))[0]
+        after = call(model, {**inputs, name: changed}, None)[0]
     if after.shape != before.shape:
         return float("inf")
     last = (slice(None), -1) if after.dim() > 2 else ()
@@ -367,13 +457,14 @@ def attempt(outcome: Outcome, check: str, function, *args) -> Any:
     return None
 
 
-def eager_model(model_type: str) -> tuple[Any, torch.nn.Module, dict[str, torch.Tensor], Any]:
-    """(config, model, inputs, results without mask) for the first configuration that runs."""
-    from transformers import CONFIG_MAPPING
+def reason_of(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return lines[0] if isinstance(error, NotRun) else f"{type(error).__name__}: {lines[0]}"
 
-    cls = model_class(model_type)
-    reasons = []
-    for config in small_configs(CONFIG_MAPPING[model_type]):
+
+def small_models(cls: type, config_class: type, reasons: list[str]):
+    """(config, model) with eager attention and random weights, for every small configuration."""
+    for config in small_configs(config_class):
         try:
             if isinstance(config, Exception):
                 raise config
@@ -381,13 +472,30 @@ def eager_model(model_type: str) -> tuple[Any, torch.nn.Module, dict[str, torch.
             if parameters > MAX_PARAMETERS:
                 raise NotRun(f"{parameters / 1e6:.0f} million parameters")
             model = build(cls, config, "eager")
-            randomise(model)
-            inputs = model_inputs(model)
-            return config, model, inputs, run(model, inputs, None)
         except Exception as error:
-            lines = str(error).strip().splitlines() or [""]
-            reasons.append(f"{type(error).__name__}: {lines[0]}")
-    raise NotRun(" / ".join(dict.fromkeys(reasons)))
+            reasons.append(reason_of(error))
+            continue
+        randomise(model)
+        yield config, model
+
+
+def eager_model(model_type: str) -> tuple[Any, torch.nn.Module, dict[str, torch.Tensor], Any]:
+    """(config, model, inputs, results without mask) for the first configuration that runs."""
+    from transformers import CONFIG_MAPPING
+
+    cls = model_class(model_type)
+    reasons = []
+    try:
+        for config, model in small_models(cls, CONFIG_MAPPING[model_type], reasons):
+            for inputs in candidate_inputs(model):
+                try:
+                    return config, model, inputs, run(model, inputs, None)
+                except Exception as error:
+                    reasons.append(reason_of(error))
+            reasons.append(f"{cls.__name__} takes {model.main_input_name!r}")
+    except Exception as error:
+        reasons.append(reason_of(error))
+    raise NotRun(f"{cls.__name__}: " + " / ".join(dict.fromkeys(reasons)))
 
 
 def compare(model_type: str, implementation: str = "exact_attention") -> Outcome:
