@@ -41,17 +41,24 @@ def _needs_grad(*tensors: Optional[Tensor]) -> bool:
 
 
 def _packed_attention(q, k, v, packed: PackedTokens, dropout: float, **options) -> Tensor:
-    """Attention of the tokens as separate sequences; rows that are no tokens become 0."""
+    """Attention of the tokens as separate sequences.
+
+    Rows that are no tokens become 0, unless they are queries.
+    """
     batch, seqlen, _, _ = q.shape
     q, k, v = (x.reshape(batch * seqlen, *x.shape[2:]) for x in (q, k, v))
     if packed.indices is not None:
-        q, k, v = (index_first_axis(x, packed.indices) for x in (q, k, v))
-    cu_seqlens, max_seqlen = packed.cu_seqlens, packed.max_seqlen
-    out = flash_attn_varlen_func(
-        q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout, **options
-    )
-    if packed.indices is not None:
-        return pad_input(out, packed.indices, batch, seqlen)
+        k, v = index_first_axis(k, packed.indices), index_first_axis(v, packed.indices)
+    cu_seqlens_q, max_seqlen_q = packed.cu_seqlens_q, seqlen
+    is_query = packed.indices if cu_seqlens_q is None else None
+    if cu_seqlens_q is None:
+        cu_seqlens_q, max_seqlen_q = packed.cu_seqlens, packed.max_seqlen
+    if is_query is not None:
+        q = index_first_axis(q, is_query)
+    lengths = (cu_seqlens_q, packed.cu_seqlens, max_seqlen_q, packed.max_seqlen)
+    out = flash_attn_varlen_func(q, k, v, *lengths, dropout, **options)
+    if is_query is not None:
+        return pad_input(out, is_query, batch, seqlen)
     return out.reshape(batch, seqlen, *out.shape[1:])
 
 
@@ -136,6 +143,21 @@ def _in_one_dtype(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tens
     return q.to(dtype), k.to(dtype), v.to(dtype)
 
 
+def _is_transformers_own(module: torch.nn.Module) -> bool:
+    return type(module).__module__.startswith("transformers.")
+
+
+def _is_causal_without_mask(module: torch.nn.Module, is_causal: Optional[bool]) -> bool:
+    """Whether a layer that passes no mask is causal.
+
+    A layer of transformers is not, whatever it calls itself: causal ones always get a mask. Another
+    one may have been written for ``"sdpa"``, which asks the layer.
+    """
+    if is_causal is None:
+        return bool(getattr(module, "is_causal", False)) and not _is_transformers_own(module)
+    return bool(is_causal)
+
+
 def _pattern_and_bias(
     module: torch.nn.Module, mask: Optional[Tensor], is_causal: bool, num_keys: int, dtype
 ) -> tuple[MaskPattern, Optional[Tensor]]:
@@ -145,8 +167,8 @@ def _pattern_and_bias(
     pattern = None
     if isinstance(mask, PatternMask):
         pattern = mask.pattern
-    elif torch.compiler.is_compiling():
-        pattern = traced_pattern(mask, module)
+    elif torch.compiler.is_compiling() and _is_transformers_own(module):
+        pattern = traced_pattern(mask)
     if pattern is not None:
         return pattern, None
     if isinstance(mask, PatternMask):
@@ -263,7 +285,8 @@ def attention_forward(
     """Attention function for transformers' ``AttentionInterface``.
 
     Arguments:
-        module: the layer; its ``is_causal`` counts where the arguments say nothing.
+        module: the layer. Without mask and ``is_causal`` its own ``is_causal`` counts, unless it is
+            one of transformers' own: those see all keys then, as under eager attention.
         query: (batch, nheads, seqlen_q, headdim), fp16, bf16 or fp32.
         key, value: (batch, nheads_k, seqlen_k, headdim); value's headdim may differ. Under autocast
             all three are computed in its dtype, else in value's.
@@ -296,11 +319,8 @@ def attention_forward(
         attention_mask = _mask_of_block_indices(
             module, block_indices, attention_mask, query, key, kwargs.get("position_ids")
         )
-    if is_causal is None:
-        is_causal = getattr(module, "is_causal", True)
-    pattern, bias = _pattern_and_bias(
-        module, attention_mask, bool(is_causal), key.shape[2], query.dtype
-    )
+    is_causal = _is_causal_without_mask(module, is_causal)
+    pattern, bias = _pattern_and_bias(module, attention_mask, is_causal, key.shape[2], query.dtype)
     if indices is not None:
         indices = _bias_of_indices(indices, key.shape[2], query.dtype)
     bias = _sum_of_biases(bias, position_bias, indices)

@@ -29,6 +29,7 @@ class PackedTokens:
     cu_seqlens: Tensor  # int32 (num_sequences + 1,)
     max_seqlen: int
     indices: Optional[Tensor] = None  # int64 (total,): rows that are tokens; None: all of them
+    cu_seqlens_q: Optional[Tensor] = None  # where every row is a query; None: tokens alone are
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,9 +46,7 @@ class MaskPattern:
         None  # int (batch, seqlen): tokens see only tokens with the same number
     )
     num_keys: int = 0  # keys used; a static cache holds more
-    packed: Optional[PackedTokens] = (
-        None  # queries and keys are these tokens, as separate sequences
-    )
+    packed: Optional[PackedTokens] = None  # keys are these tokens, as separate sequences
     leftpad: Optional[Tensor] = None  # int32 (batch,): first key of each sequence
     key_mask: Optional[Tensor] = None  # bool (batch, num_keys): keys that are tokens
 
@@ -187,11 +186,16 @@ def _packed_segments(segments: Tensor) -> PackedTokens:
     return PackedTokens(cu_seqlens.to(torch.int32), int(cu_seqlens.diff().max()))
 
 
-def _packed_padding(key_mask: Tensor) -> PackedTokens:
-    """Sequences of a padded batch whose tokens are True in (batch, seqlen)."""
+def _packed_padding(key_mask: Tensor, causal: bool) -> PackedTokens:
+    """Sequences of a padded batch whose tokens are True in (batch, seqlen).
+
+    Without a causal mask the rows of padding see the tokens, as under eager attention: models may
+    read them.
+    """
     lengths = key_mask.sum(dim=1)
     indices = key_mask.flatten().nonzero().flatten()
-    return PackedTokens(_cumulative(lengths), int(lengths.max()), indices)
+    rows = None if causal else _cumulative(torch.full_like(lengths, key_mask.shape[1]))
+    return PackedTokens(_cumulative(lengths), int(lengths.max()), indices, rows)
 
 
 def _has_holes(key_mask: Tensor) -> bool:
@@ -207,13 +211,15 @@ def _with_padding(pattern: MaskPattern, key_mask: Tensor, q_length: int) -> Mask
     positions = torch.arange(key_mask.shape[1], device=key_mask.device)
     leftpad = (~key_mask).sum(dim=1)
     is_left_padded = bool((key_mask == (positions >= leftpad[:, None])).all())
-    keeps_distances = pattern.window_size == (-1, -1) or not _has_holes(key_mask)
+    has_window = pattern.window_size != (-1, -1)
+    keeps_distances = not has_window or (pattern.causal and not _has_holes(key_mask))
+    is_self_attention = q_length == pattern.num_keys
     return replace(
         pattern,
         key_mask=key_mask,
         leftpad=leftpad.to(torch.int32) if is_left_padded else None,
-        packed=_packed_padding(key_mask)
-        if q_length == pattern.num_keys and keeps_distances
+        packed=_packed_padding(key_mask, pattern.causal)
+        if is_self_attention and keeps_distances
         else None,
     )
 
@@ -258,6 +264,14 @@ def _pattern_of_batch(
     return _with_padding(pattern, _key_mask(padding, kv_length, kv_offset, num_keys), q_length)
 
 
+def _reads_padding(config: Any = None, **kwargs: Any) -> bool:
+    """Whether a causal model's tokens depend on rows of padding, which come out 0 here.
+
+    BLT pools bytes to patches whether they are padding or not.
+    """
+    return str(getattr(config, "model_type", "")).startswith("blt")
+
+
 def _shows_all(pattern: MaskPattern) -> bool:
     """Whether every query sees every key."""
     is_restricted = pattern.causal or pattern.window_size != (-1, -1)
@@ -273,13 +287,12 @@ def bias_of_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
 
 
-def traced_pattern(mask: Tensor, module: torch.nn.Module) -> Optional[MaskPattern]:
+def traced_pattern(mask: Tensor) -> Optional[MaskPattern]:
     """The pattern of a dense mask that ``attention_mask`` made in the graph being compiled.
 
     Only for transformers' own layers, none of which writes into a mask.
     """
-    is_known = type(module).__module__.startswith("transformers.")
-    return getattr(mask, _TRACED_PATTERN, None) if is_known else None
+    return getattr(mask, _TRACED_PATTERN, None)
 
 
 def _traced_mask(mask_function: Callable, padding: Optional[Tensor], **arguments: Any):
@@ -295,7 +308,7 @@ def _traced_mask(mask_function: Callable, padding: Optional[Tensor], **arguments
     is_causal = mask_function is masking_utils.causal_mask_function
     is_plain = is_causal or mask_function is masking_utils.bidirectional_mask_function
     q_offset, kv_length = arguments["q_offset"], arguments["kv_length"]
-    if mask is None or not is_plain or not isinstance(q_offset, int):
+    if mask is None or not is_plain or not isinstance(q_offset, int) or _reads_padding(**arguments):
         return mask
     num_keys = q_offset + arguments["q_length"] - arguments["kv_offset"]
     if torch.compiler.is_dynamo_compiling() and num_keys == kv_length:
@@ -331,7 +344,7 @@ def attention_mask(
         dtype: of the mask.
         allow_is_bidirectional_skip: whether the result may be None where every query sees every
             key.
-        kwargs: ``use_vmap`` and others of transformers' ``eager_mask``.
+        kwargs: ``config``, ``use_vmap`` and others of transformers' ``eager_mask``.
 
     Returns:
         (batch, 1, q_length, kv_length): what ``eager_mask`` returns, or a ``PatternMask`` that
@@ -364,6 +377,8 @@ def attention_mask(
     pattern = _pattern_of_batch(
         mask_function, q_length, kv_length, q_offset, kv_offset, attention_mask
     )
+    if pattern is not None and pattern.key_mask is not None and _reads_padding(**kwargs):
+        pattern = None
     if pattern is None:
         return make(**skip)
     if allow_is_bidirectional_skip and _shows_all(pattern):
