@@ -2,6 +2,8 @@
 
 from pkgutil import extend_path
 
+import torch.nn.attention
+
 from flash_attn._emulator import emulator
 from flash_attn.flash_attn_interface import (
     flash_attn_func,
@@ -28,3 +30,15 @@ __all__ = [
     "flash_attn_varlen_qkvpacked_func",
     "flash_attn_with_kvcache",
 ]
+
+
+def _activate():
+    """Run PyTorch's attention on the CPU on this package; the result's ``remove()`` ends it."""
+    from flash_attn.integrations import sdpa
+
+    sdpa.register()
+    return sdpa.Handle()
+
+
+if hasattr(torch.nn.attention, "register_flash_attention_impl"):
+    torch.nn.attention.register_flash_attention_impl("flash_attn", register_fn=_activate)

@@ -403,5 +403,5 @@ def _varlen_forward(keyset, q, k, v, *args, s_aux=None, attn_bias=None):
     return _autograd_kernel(_VARLEN, keyset, q, k, v, args, s_aux, attn_bias)
 
 
-_ops.library.impl("_flash_attn_forward", _forward, "Autograd", with_keyset=True)
-_ops.library.impl("_flash_attn_varlen_forward", _varlen_forward, "Autograd", with_keyset=True)
+_ops.operators["_flash_attn_forward"].set_autograd(_forward)
+_ops.operators["_flash_attn_varlen_forward"].set_autograd(_varlen_forward)

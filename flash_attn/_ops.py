@@ -9,9 +9,14 @@
   dattn_bias), return softmax_d.
 - ``_flash_attn_kvcache_forward``, ``_flash_attn_kvcache_append_forward``: (out, softmax_lse); the
   second first appends k and v to the cache in place. Without gradient.
+
+A package that declares an operator of these names by ``torch.library.custom_op`` replaces it in
+``torch.ops``; the functions of this package go on with their own.
 """
 
 from __future__ import annotations
+
+import sys
 
 import torch
 
@@ -111,16 +116,72 @@ def _fake_kvcache_forward(q, k_cache, v_cache, *args, **kwargs):
     return buffers.dense_out(q, v_cache), buffers.dense_lse(q)
 
 
-library = torch.library.Library("flash_attn", "FRAGMENT")
+# ------------------------------------------------------------------------------------------------
+# Registration
+
+_library = torch.library.Library("flash_attn", "FRAGMENT")
+
+
+def _swap(old, new) -> None:
+    """Put an operator in another's place wherever this package holds it."""
+
+    def swapped(value):
+        if isinstance(value, tuple) and hasattr(value, "_fields"):
+            return value._replace(**{k: swapped(v) for k, v in value._asdict().items()})
+        return new if value is old else value
+
+    modules = [m for name, m in list(sys.modules.items()) if name.startswith("flash_attn.")]
+    for module in modules:
+        for name, value in list(vars(module).items()):
+            if swapped(value) is not value:
+                setattr(module, name, swapped(value))
+
+
+class _Operator(torch.library.Library):
+    """The library of one operator."""
+
+    def __init__(self, name: str, *definition):
+        super().__init__("flash_attn", "FRAGMENT")
+        self.name, self.definition, self.autograd = name, definition, None
+        schema, implementation, fake, tags = definition
+        self.define(name + schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
+        # Implementations read negative views; torch's own way gives up on those written to.
+        self.impl(name, torch.library.fallthrough_kernel, "Negative")
+        for device in ("CPU", "CUDA"):
+            self.impl(name, implementation, device)
+        # torch.library.register_fake would give it to an earlier custom_op of this name.
+        self._register_fake(name, fake)
+
+    def set_autograd(self, kernel) -> None:
+        """Register the kernel that derives gradients."""
+        self.autograd = kernel
+        self.impl(self.name, kernel, "Autograd", with_keyset=True)
+
+    def _destroy(self) -> None:
+        """Give the name away and go on under another: ``torch.library.custom_op`` calls this."""
+        old = getattr(torch.ops.flash_attn, self.name)
+        # An operator with any kernel stays known: other packages may hold it, too.
+        _library.impl(self.name, torch.library.fallthrough_kernel, "PrivateUse3")
+        super()._destroy()
+        heir = operators[self.name] = _Operator("_own" + self.name, *self.definition)
+        if self.autograd is not None:
+            heir.set_autograd(self.autograd)
+        new = getattr(torch.ops.flash_attn, heir.name)
+        _swap(old.default, new.default)
+        _swap(old, new)
+
+
+operators: dict[str, _Operator] = {}
 
 
 def _define(name: str, schema: str, implementation, fake, tags=()) -> None:
-    library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
-    # Implementations read negative views; torch's own way gives up on those that are written to.
-    library.impl(name, torch.library.fallthrough_kernel, "Negative")
-    for device in ("CPU", "CUDA"):
-        library.impl(name, implementation, device)
-    torch.library.register_fake(f"flash_attn::{name}", fake, lib=library)
+    declared = getattr(torch._library.custom_ops, "OPDEF_TO_LIB", {})
+    earlier = declared.pop(f"flash_attn::{name}", None)
+    if earlier is not None:
+        earlier._destroy()
+    declared[f"flash_attn::{name}"] = operators[name] = _Operator(
+        name, schema, implementation, fake, tags
+    )
 
 
 # Dropout draws from a generator: two equal calls must not be merged, nor one call be run twice.
@@ -146,4 +207,4 @@ _define(
     _fake_kvcache_forward,
 )
 for _name in ("_flash_attn_kvcache_forward", "_flash_attn_kvcache_append_forward"):
-    library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
+    operators[_name].set_autograd(torch.library.fallthrough_kernel)

@@ -13,17 +13,20 @@ from __future__ import annotations
 __all__ = ["register"]
 
 
-def register(name: str = "exact_attention") -> str:
+def register(name: str = "exact_attention", *, flash_attention_2: bool = False) -> str:
     """Make this package an attention implementation of Hugging Face transformers.
 
     Afterwards ``AutoModel.from_pretrained(..., attn_implementation=name)`` and
-    ``model.set_attn_implementation(name)`` run on it, on the CPU as well: transformers' own
-    ``"flash_attention_2"`` refuses machines without CUDA. Calling it again is harmless.
+    ``model.set_attn_implementation(name)`` run on it, on the CPU as well. A model with layers that
+    compute attention themselves, without transformers' attention interface, gets a warning that
+    names them, and the right results. Calling it again is harmless.
 
     Arguments:
         name: what to call the implementation. It must not contain "flash": transformers takes every
-        such name for one
-            of its own and looks for it on the model hub.
+            such name for one of its own and looks for it on the model hub.
+        flash_attention_2: let transformers' own ``attn_implementation="flash_attention_2"`` run on
+            the CPU, too, which it refuses without CUDA. It calls this package. Continuous batching
+            and a few models' own layers (Falcon, GPT-J) know no other name.
 
     Returns:
         ``name``.
@@ -34,4 +37,4 @@ def register(name: str = "exact_attention") -> str:
     """
     from flash_attn.integrations import huggingface
 
-    return huggingface.register(name)
+    return huggingface.register(name, flash_attention_2)

@@ -4,8 +4,11 @@ PyTorch has a place for this: on the CPU its function ends in the operator
 ``aten::_scaled_dot_product_flash_attention_for_cpu`` and, for gradients, in that operator's
 backward, and an operator's kernel can be replaced. PyTorch still chooses: dropout, a mask that
 needs a gradient and differing head dims of q and v go to its own plain implementation and never
-arrive here. What arrives and has no counterpart here (fp64) is handed to the kernel that was
-replaced.
+arrive here. What arrives and has no counterpart here (fp64, head dims above 576) is handed to the
+kernel that was replaced.
+
+``torch.nn.attention.varlen.varlen_attn``, which has no kernel for the CPU, gets one by the same
+registration (``varlen.py``).
 
     from flash_attn.integrations import sdpa
 
@@ -15,7 +18,7 @@ replaced.
         ...
 
 ``torch.nn.attention.activate_flash_attention_impl("flash_attn")`` does the same where PyTorch has
-it.
+it; it needs no import but ``flash_attn``.
 """
 
 from __future__ import annotations
@@ -27,18 +30,18 @@ from collections.abc import Iterator
 from typing import NamedTuple, Optional
 
 import torch
-import torch.nn.attention
 from torch import Tensor
 
 from flash_attn._buffers import dense_lse, dense_softmax_d, maybe_contiguous
 from flash_attn._library import lib
+from flash_attn.integrations import varlen
 
 __all__ = ["is_registered", "register", "registered", "unregister"]
 
 _FORWARD = "_scaled_dot_product_flash_attention_for_cpu"
 _BACKWARD = _FORWARD + "_backward"
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_IMPL = "flash_attn"  # in torch.nn.attention's registry
+_MAX_HEAD_DIM = 576  # FLASH_ATTN_MAX_HEAD_DIM of the C header
 
 
 class _Call(NamedTuple):
@@ -56,6 +59,7 @@ def _is_supported(query: Tensor, dropout_p: float, is_causal: bool, attn_mask) -
     return (
         dropout_p == 0.0
         and query.dtype in _DTYPES
+        and query.shape[-1] <= _MAX_HEAD_DIM
         and (attn_mask is None or (attn_mask.dtype in mask_dtypes and not is_causal))
     )
 
@@ -145,6 +149,7 @@ class _Registration:
             warnings.simplefilter("ignore", UserWarning)
             self._library.impl(_FORWARD, self._run_forward, "CPU", with_keyset=True)
             self._library.impl(_BACKWARD, self._run_backward, "CPU", with_keyset=True)
+            varlen.add_kernels(self._library)
 
     def _run_forward(
         self,
@@ -202,8 +207,9 @@ def register() -> None:
     """Run ``scaled_dot_product_attention`` on the CPU on this package, forward and backward.
 
     fp16, bf16 and fp32, (batch, nheads, seqlen, headdim), with ``is_causal`` (aligned to the top
-    left corner, as PyTorch has it), ``attn_mask``, ``scale`` and ``enable_gqa``. Calling it again
-    is harmless.
+    left corner, as PyTorch has it), ``attn_mask``, ``scale`` and ``enable_gqa``. The rest goes to
+    PyTorch as before. ``torch.nn.attention.varlen`` gets kernels for the CPU. Calling it again is
+    harmless.
 
     Raises:
         RuntimeError: PyTorch has no ``torch.library.get_kernel``.
@@ -233,17 +239,9 @@ def registered() -> Iterator[None]:
             unregister()
 
 
-class _Handle:
+class Handle:
     """What torch.nn.attention's registry keeps of an activated implementation."""
 
     def remove(self) -> None:
+        """Deactivate it."""
         unregister()
-
-
-def _activate() -> _Handle:
-    register()
-    return _Handle()
-
-
-if hasattr(torch.nn.attention, "register_flash_attention_impl"):
-    torch.nn.attention.register_flash_attention_impl(_IMPL, register_fn=_activate)

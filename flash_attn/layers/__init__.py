@@ -1,0 +1,1 @@
+"""Layers of the FlashAttention-2 package."""

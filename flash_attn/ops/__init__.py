@@ -1,0 +1,1 @@
+"""Operations of the FlashAttention-2 package that are not attention."""

@@ -1,0 +1,1 @@
+"""Operations under the names by which other packages import them; Triton is not needed."""

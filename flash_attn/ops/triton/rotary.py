@@ -1,0 +1,138 @@
+"""Rotary position embedding of queries or keys.
+
+A head's first ``rotary_dim`` elements form pairs, the other elements stay as they are. Pair i of a
+token at position t is turned: (x1, x2) becomes (x1 cos - x2 sin, x2 cos + x1 sin), with ``cos[t,
+i]`` and ``sin[t, i]``. Interleaved pairs are neighbours (0, 1), (2, 3), ...; otherwise element i
+goes with element i + rotary_dim / 2.
+"""
+
+from __future__ import annotations
+
+from typing import Optional, Union
+
+import torch
+from torch import Tensor
+
+__all__ = ["apply_rotary"]
+
+
+def _check(x: Tensor, cos: Tensor, sin: Tensor, offsets, cu_seqlens, max_seqlen) -> None:
+    """Raise ValueError for arguments that do not fit each other."""
+    if cos.dim() != 2 or cos.shape != sin.shape:
+        raise ValueError(
+            f"cos and sin must be (seqlen_ro, rotary_dim / 2), got {tuple(cos.shape)} and "
+            f"{tuple(sin.shape)}"
+        )
+    if 2 * cos.shape[1] > x.shape[-1]:
+        raise ValueError(f"rotary_dim {2 * cos.shape[1]} exceeds the head dim {x.shape[-1]}")
+    if cu_seqlens is None and x.dim() != 4:
+        raise ValueError(f"x must be (batch, seqlen, nheads, headdim), got {tuple(x.shape)}")
+    if cu_seqlens is not None and x.dim() != 3:
+        raise ValueError(
+            f"x with cu_seqlens must be (total, nheads, headdim), got {tuple(x.shape)}"
+        )
+    if cu_seqlens is not None and max_seqlen is None:
+        raise ValueError("cu_seqlens needs max_seqlen")
+    batch = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    if isinstance(offsets, Tensor):
+        if offsets.shape != (batch,) or offsets.dtype not in (torch.int32, torch.int64):
+            raise ValueError(
+                f"seqlen_offsets must be an int or int32 or int64 ({batch},), got {offsets.dtype} "
+                f"{tuple(offsets.shape)}"
+            )
+        offsets = 0
+    seqlen = x.shape[1] if cu_seqlens is None else max_seqlen
+    if offsets < 0 or offsets + seqlen > cos.shape[0]:
+        raise ValueError(
+            f"positions {offsets} to {offsets + seqlen - 1} exceed cos and sin, which have "
+            f"{cos.shape[0]} rows"
+        )
+
+
+def _rows_at(table: Tensor, positions: Tensor) -> Tensor:
+    """``table[positions]``; positions outside the table are an error."""
+    return table.index_select(0, positions.flatten()).view(*positions.shape, -1)
+
+
+def _packed_rows(cos: Tensor, sin: Tensor, offsets, cu_seqlens: Tensor, total: int):
+    """Rows of cos and sin for packed tokens; those after the last sequence are not turned."""
+    token = torch.arange(total, device=cu_seqlens.device)
+    sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), token, right=True)
+    is_used = sequence < cu_seqlens.shape[0] - 1
+    sequence = torch.where(is_used, sequence, 0)
+    offset = offsets[sequence] if isinstance(offsets, Tensor) else offsets
+    positions = torch.where(is_used, token - cu_seqlens[sequence] + offset, 0)
+    is_used = is_used[:, None]
+    return (
+        torch.where(is_used, _rows_at(cos, positions), 1.0),
+        torch.where(is_used, _rows_at(sin, positions), 0.0),
+    )
+
+
+def _rows(x: Tensor, cos: Tensor, sin: Tensor, offsets, cu_seqlens: Optional[Tensor]):
+    """Rows of cos and sin for the tokens of x: (..., seqlen, 1, rotary_dim / 2)."""
+    if cu_seqlens is not None:
+        cos, sin = _packed_rows(cos, sin, offsets, cu_seqlens, x.shape[0])
+    elif isinstance(offsets, Tensor):
+        positions = offsets[:, None] + torch.arange(x.shape[1], device=offsets.device)
+        cos, sin = _rows_at(cos, positions), _rows_at(sin, positions)
+    else:
+        cos, sin = cos[offsets : offsets + x.shape[1]], sin[offsets : offsets + x.shape[1]]
+    return cos.unsqueeze(-2), sin.unsqueeze(-2)
+
+
+def _pairs(x: Tensor, rotary_dim: int, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """Views of the first and the second elements of x's pairs."""
+    if interleaved:
+        return x[..., :rotary_dim:2], x[..., 1:rotary_dim:2]
+    return x[..., : rotary_dim // 2], x[..., rotary_dim // 2 : rotary_dim]
+
+
+def apply_rotary(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    seqlen_offsets: Union[int, Tensor] = 0,
+    cu_seqlens: Optional[Tensor] = None,
+    max_seqlen: Optional[int] = None,
+    interleaved: bool = False,
+    inplace: bool = False,
+    conjugate: bool = False,
+) -> Tensor:
+    """Turn the pairs of every head.
+
+    Computed in fp32, or fp64 for fp64.
+
+    Args:
+        x: ``(batch, seqlen, nheads, headdim)``, or packed ``(total, nheads, headdim)`` with
+            ``cu_seqlens`` and ``max_seqlen``.
+        cos, sin: ``(seqlen_ro, rotary_dim / 2)``, of any floating dtype; rotary_dim <= headdim.
+        seqlen_offsets: position of each sequence's first token: an int, or int32 or int64
+            ``(batch,)``.
+        cu_seqlens: int32 ``(batch + 1,)``, where the packed sequences start and end. Tokens after
+            the last one stay as they are.
+        max_seqlen: longest packed sequence.
+        interleaved: whether a pair's elements are neighbours.
+        inplace: whether to write the result into ``x``.
+        conjugate: whether to turn the other way, which undoes it.
+
+    Returns:
+        Of ``x``'s shape and dtype; ``x`` itself if ``inplace``.
+
+    Raises:
+        ValueError: shapes do not fit, or a position exceeds ``cos`` and ``sin``.
+        IndexError: a position by a tensor ``seqlen_offsets`` exceeds them.
+    """
+    _check(x, cos, sin, seqlen_offsets, cu_seqlens, max_seqlen)
+    rotary_dim = 2 * cos.shape[1]
+    cos, sin = _rows(x, cos, sin, seqlen_offsets, cu_seqlens)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    cos, sin = cos.to(dtype), sin.to(dtype)
+    if conjugate:
+        sin = -sin
+    first, second = (part.to(dtype) for part in _pairs(x, rotary_dim, interleaved))
+    turned = (first * cos - second * sin, second * cos + first * sin)
+    out = x if inplace else x.clone()
+    for target, part in zip(_pairs(out, rotary_dim, interleaved), turned):
+        target.copy_(part)
+    return out
