@@ -76,6 +76,8 @@ KernelFile read_kernel_file(const std::string& path) {
   for (std::string line; std::getline(stream, line);) {
     if (line.starts_with("// kind: ")) {
       file.kind = line.substr(9);
+    } else if (line.starts_with("// modes: ")) {
+      file.found_in_eager_mode = line.find("eager") != std::string::npos;
     } else if (line.starts_with("// launch: ")) {
       read_launch(std::istringstream(line.substr(11)), file);
     } else if (line.starts_with("//")) {
@@ -143,6 +145,14 @@ std::vector<Options> all_modes() {
     options.threads = 1;
     options.max_instructions = 1000000;
     list.push_back(options);
+  }
+  return list;
+}
+
+std::vector<Options> modes_of(const KernelFile& file) {
+  std::vector<Options> list = all_modes();
+  if (!file.found_in_eager_mode) {
+    std::erase_if(list, [](const Options& options) { return options.mode == Mode::kEager; });
   }
   return list;
 }

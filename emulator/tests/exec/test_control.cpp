@@ -304,7 +304,7 @@ TEST(Barriers, LanesMayComeOneByOneUnlessAligned) {
   };
   Grid grid;
   EXPECT_EQ(grid.run_body(body("barrier.sync 0")).text, "");
-  EXPECT_EQ(grid.run_body(body("bar.sync 0")).kind, "divergence");
+  EXPECT_EQ(grid.run_body(body("bar.sync 0")).kind, "aligned_barrier");
 }
 
 // A pair of warps votes and goes on; one of them has not been told yet when another pair votes at
@@ -334,19 +334,19 @@ struct Misuse {
 
 TEST(Barriers, MisuseAndDeadlockAreReported) {
   const Misuse cases[] = {
-      {"bar.sync 16;\n", "barrier misuse", "no barrier 16"},
-      {"bar.sync 1, 33;\n", "barrier misuse", "multiple of 32"},
+      {"bar.sync 16;\n", "barrier", "no barrier 16"},
+      {"bar.sync 1, 33;\n", "barrier", "multiple of 32"},
       {"setp.lt.u32 %p0, %r4, 32;\n@%p0 bra A;\nbar.sync 1, 128;\nbra B;\nA: bar.sync 1, 64;\nB:\n",
-       "barrier misuse", "expects"},
+       "barrier", "expects"},
       {"setp.lt.u32 %p0, %r4, 32;\n@%p0 bra A;\nbar.sync 2, 128;\nA:\n", "deadlock",
        "waits at barrier 2: 96 threads of 128 have arrived"},
       {"setp.lt.u32 %p0, %r4, 32;\n@%p0 bra A;\nbar.sync 1;\nbra B;\nA: bar.sync 2;\nB:\n",
        "deadlock", "barrier 1: 96 threads of 128"},
-      {"setp.lt.u32 %p0, %r4, 16;\n@%p0 bra.uni A;\nA:\n", "divergence", "bra.uni"},
+      {"setp.lt.u32 %p0, %r4, 16;\n@%p0 bra.uni A;\nA:\n", "uniform_branch", "bra.uni"},
       {"setp.lt.u32 %p0, %r4, 16;\n@%p0 bra A;\nbar.warp.sync -1;\nbra B;\nA: exit;\nB: trap;\n",
        "trap", "trap"},
-      {"mov.u32 %r10, 5;\nfoo.bar.s32 %r40, %r10;\n", "unsupported instruction", "foo.bar.s32"},
-      {"mov.u32 %r10, %envreg0;\n", "unsupported instruction", "%envreg0"},
+      {"mov.u32 %r10, 5;\nfoo.bar.s32 %r40, %r10;\n", "unsupported", "foo.bar.s32"},
+      {"mov.u32 %r10, %envreg0;\n", "unsupported", "%envreg0"},
   };
   for (const Misuse& c : cases) {
     SCOPED_TRACE(c.body);
@@ -398,7 +398,7 @@ TEST(Scheduling, InstructionLimitEndsALivelock) {
   grid.grid = 1;
   grid.options.max_instructions = 100000;
   const Report report = grid.run_body("HERE: bra HERE;\n");
-  EXPECT_EQ(report.kind, "instruction limit");
+  EXPECT_EQ(report.kind, "instruction_limit");
 }
 
 // cp.async without its wait: eager finds the bytes there, late finds poison.
@@ -414,7 +414,7 @@ TEST(Scheduling, LateModeDelaysCopiesUntilTheirWait) {
     Grid grid;
     grid.grid = 1;
     grid.options.mode = mode;
-    grid.options.check_races = grid.options.check_init = false;
+    grid.options.checks = exec::Checks::memory();
     ASSERT_EQ(grid.run_body(body("cp.async.wait_group 0;\n"), 512).text, "");
     grid.expect([](uint32_t) { return 77; });
     ASSERT_EQ(grid.run_body(body("cp.async.wait_group 1;\n"), 512).text, "");
@@ -476,9 +476,9 @@ TEST(Scheduling, RandomModeReplays) {
 TEST(Scheduling, LaunchesBeyondTheLimitsAreRejected) {
   Grid grid;
   grid.block = 1056;
-  EXPECT_EQ(grid.run_body("mov.u32 %r40, 0;\n").kind, "invalid launch");
+  EXPECT_EQ(grid.run_body("mov.u32 %r40, 0;\n").kind, "invalid_launch");
   grid.block = 32;
-  EXPECT_EQ(grid.run_body("mov.u32 %r40, 0;\n", 240 * 1024).kind, "invalid launch");
+  EXPECT_EQ(grid.run_body("mov.u32 %r40, 0;\n", 240 * 1024).kind, "invalid_launch");
 }
 
 }  // namespace

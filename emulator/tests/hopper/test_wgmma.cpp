@@ -363,7 +363,7 @@ TEST(Wgmma, AWriteToAccumulatorsInFlightIsReported) {
   const std::string wait = "wgmma.wait_group.sync.aligned 0;\n";
   text.insert(text.find(wait), "mov.b32 %d1, 0;\n");
   const Report report = problem.run(text, Mode::kLate);
-  EXPECT_EQ(report.kind, "asynchronous operation in flight") << report.text;
+  EXPECT_EQ(report.kind, "wgmma_registers") << report.text;
 }
 
 TEST(Wgmma, FaultsAreReported) {
@@ -378,13 +378,13 @@ TEST(Wgmma, FaultsAreReported) {
     return problem.run(text, Mode::kEager);
   };
   Report report = changed(fence, "", fence.size());
-  EXPECT_EQ(report.kind, "missing fence") << report.text;
+  EXPECT_EQ(report.kind, "wgmma_fence") << report.text;
   report = changed(fence, fence + "setp.gt.u32 %p6, %r0, 63;\n", fence.size());
-  EXPECT_EQ(report.kind, "invalid operand") << report.text;
+  EXPECT_EQ(report.kind, "invalid_operand") << report.text;
   report = changed(fence, fence + "setp.gt.u32 %p6, %r0, 3;\n", fence.size());
-  EXPECT_EQ(report.kind, "invalid operand") << report.text;
+  EXPECT_EQ(report.kind, "invalid_operand") << report.text;
   report = changed(fence, fence + "or.b64 %rd11, %rd11, 0x3f00;\n", fence.size());
-  EXPECT_EQ(report.kind, "out of bounds") << report.text;
+  EXPECT_EQ(report.kind, "out_of_bounds") << report.text;
   report = changed(fence, fence + "setp.lt.u32 %p5, %r0, 32;\n@%p5 ret;\n", fence.size());
   EXPECT_EQ(report.kind, "deadlock") << report.text;
   report = changed(fence, fence + "and.b32 %r9, %r0, 1;\nsetp.eq.u32 %p5, %r9, 0;\n@%p5 ret;\n",
