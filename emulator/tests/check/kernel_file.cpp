@@ -77,7 +77,7 @@ KernelFile read_kernel_file(const std::string& path) {
     if (line.starts_with("// kind: ")) {
       file.kind = line.substr(9);
     } else if (line.starts_with("// modes: ")) {
-      file.found_in_eager_mode = line.find("eager") != std::string::npos;
+      file.modes = line.substr(10);
     } else if (line.starts_with("// launch: ")) {
       read_launch(std::istringstream(line.substr(11)), file);
     } else if (line.starts_with("//")) {
@@ -151,9 +151,10 @@ std::vector<Options> all_modes() {
 
 std::vector<Options> modes_of(const KernelFile& file) {
   std::vector<Options> list = all_modes();
-  if (!file.found_in_eager_mode) {
-    std::erase_if(list, [](const Options& options) { return options.mode == Mode::kEager; });
-  }
+  std::erase_if(list, [&](const Options& options) {
+    const std::string name = name_of(options);
+    return file.modes.find(name.substr(0, name.find(','))) == std::string::npos;
+  });
   return list;
 }
 

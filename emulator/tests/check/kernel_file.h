@@ -34,7 +34,7 @@ struct KernelFile {
   std::array<uint32_t, 3> grid{1, 1, 1}, block{32, 1, 1}, cluster{1, 1, 1};
   uint32_t shared_bytes = 0;
   bool hopper = false;
-  bool found_in_eager_mode = true;
+  std::string modes = "eager late random";  // that find the fault
   std::string faulty, repaired;   // PTX
   std::vector<int> lines;         // of the faulty text, that the report must name
   std::vector<int> either_lines;  // of which it must name one
