@@ -105,6 +105,7 @@ Turn run_fragment(Warp& warp, int index, uint64_t quantum) {
   uint32_t reconverge = warp.fragments[index].reconverge;
   for (;;) {
     if (pc == reconverge) {
+      warp.fragments[index].pc = pc;
       join(warp, index);
       return Turn::kProgress;
     }

@@ -175,7 +175,7 @@ TEST(Mbarriers, MisuseIsReported) {
   expect_report(kernel("mbarrier.init.shared::cta.b64 [%r63], 1;\n"
                        "mbarrier.init.shared::cta.b64 [%r63], 1;",
                        0, 64),
-                misuse, "initialised already", 1);
+                "mbarrier_again", "initialised already", 1);
   expect_report(kernel(with_barrier(3, "mbarrier.arrive.shared::cta.b64 _, [%r63], 4;"), 0, 64),
                 misuse, "more arrivals", 1);
   expect_report(
