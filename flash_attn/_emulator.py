@@ -33,15 +33,22 @@ class emulator:
     - mode: when asynchronous operations take effect: "eager", at once; "late", as late as their
       waits allow, their destination poisoned until then; "random", and warps in random order.
     - seed: of mode "random".
-    - checks: "all" (bounds, alignment, uninitialised values, races) or "memory" (bounds and
-      alignment, which are always checked; "none" is the same).
+    - checks: which faults of a kernel are reported. "all"; "memory", without those that take
+      time: bounds, alignment and the rules of single instructions; "none", bounds, alignment and
+      what a kernel cannot go on after, which are always reported. Behind it, "+kind" and "-kind"
+      for single kinds, as in "all-init_fence" or "memory+race+in_flight".
+      Kinds of "all": race, in_flight, proxy_fence, init_fence, undefined_address,
+      undefined_guard, undefined_store, undefined_atomic.
+      Kinds of "all" and "memory": wgmma_fence, wgmma_registers, aligned_barrier, barrier_again,
+      barrier_reduction, mbarrier_again, bulk_wait, copy_at_exit, uniform_branch, shuffle_lane.
+      A report ends with its kind.
     - threads: CPU threads that run CTAs; 0 for all.
     - count: whether to count what kernels do, for ``counters``.
     - library: the emulator, by default ``libgpu_emulator.so`` beside the package's.
 
     Options hold for the emulated device, in all threads. The environment variable
     ``FLASH_ATTENTION_EMULATOR``, "sm_80" or "sm_80,mode=late", does the same for a whole process.
-    Raises RuntimeError if the library cannot be loaded or does not know an option.
+    Raises RuntimeError if the library cannot be loaded or does not know an option or its value.
     """
 
     def __init__(

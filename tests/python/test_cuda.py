@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -137,7 +138,7 @@ def test_whole_process_by_environment():
         "try: flash_attn.flash_attn_func(x, x, x, softcap=1.0)\n"
         "except RuntimeError as error: print(error)\n"
     )
-    env = {**os.environ, "FLASH_ATTENTION_EMULATOR": "sm_80,mode=late"}
+    env = {**os.environ, "FLASH_ATTENTION_EMULATOR": "sm_80,checks=all,-init_fence,mode=late"}
     result = subprocess.run(
         [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
     )
@@ -197,6 +198,31 @@ def test_unknown_options_raise(options):
     with pytest.raises(RuntimeError, match="the emulator"), flash_attn.emulator(**options):
         pass
     assert flash_attn_func(*make_tensors(Case()), softcap=2.0).isfinite().all()
+
+
+@needs_emulator
+@pytest.mark.parametrize(
+    "checks", ["all-race", "all,-proxy_fence,-init_fence", "none+race", "memory"]
+)
+def test_kinds_of_reports_are_switched(checks):
+    q, k, v = make_tensors(Case())
+    with flash_attn.emulator(checks=checks):
+        out = flash_attn_func(q, k, v)
+    with flash_attn.emulator():
+        assert torch.equal(flash_attn_func(q, k, v), out)
+
+
+@needs_emulator
+def test_unknown_kinds_of_reports_list_the_known():
+    with (
+        pytest.raises(RuntimeError, match="no kind 'fence'") as error,
+        flash_attn.emulator(arch="sm_90a", checks="all-fence"),
+    ):
+        pass
+    kinds = str(error.value).split("can be switched:")[1].split(".")[0].split(",")
+    assert len(kinds) > 10
+    for kind in kinds:
+        assert re.search(rf"\b{kind.strip()}\b", flash_attn.emulator.__doc__)
 
 
 @needs_kernels

@@ -19,16 +19,29 @@ extern "C" {
 //   mode              eager | late | random  when asynchronous operations take effect; random also
 //                                            shuffles warps
 //   seed              integer                of mode random
-//   checks            memory | all           memory (or none): bounds and alignment, which are
-//                                            always checked; all: uninitialised values and races
-//                                            too. Default: all
+//   checks            all | memory | none    which kinds of reports launches make; behind it, in
+//                                            any number, +kind and -kind for single ones, as in
+//                                            all-proxy_fence-init_fence. A comma may stand before
+//                                            each sign. Default: all
 //   threads           integer                CPU threads that run CTAs; 0 = all
 //   count             0 | 1                  whether counters are kept
 //   max_instructions  integer                of a warp, after which a launch fails; 0 = no limit
 //   delete_line       integer                a line of PTX whose instruction launches leave out,
 //                                            for mutation tests; 0 = none
-// Returns a CUresult: CUDA_ERROR_INVALID_VALUE for an unknown name or value,
-// CUDA_ERROR_INVALID_DEVICE.
+// Returns a CUresult: CUDA_ERROR_INVALID_VALUE for an unknown name or value (gpuEmulatorLastReport
+// lists the kinds then), CUDA_ERROR_INVALID_DEVICE.
+//
+// Kinds of reports; README.md says what each is. A report ends with its kind.
+//   all:
+//     race, in_flight, proxy_fence, init_fence, undefined_address, undefined_guard,
+//     undefined_store, undefined_atomic
+//   all and memory:
+//     wgmma_fence, wgmma_registers, aligned_barrier, barrier_again, barrier_reduction,
+//     mbarrier_again, bulk_wait, copy_at_exit, uniform_branch, shuffle_lane
+//   always, as execution cannot go on:
+//     out_of_bounds, misaligned, wild_pointer, read_only, barrier, mbarrier, divergence,
+//     wgmma_wait, deadlock, instruction_limit, unsupported, invalid_operand, trap, assertion,
+//     invalid_launch
 int gpuEmulatorSetOption(int device, const char* name, const char* value);
 
 // Why the last call failed that failed on this device, a launch, the load of a module or any other;

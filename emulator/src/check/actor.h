@@ -24,7 +24,7 @@ struct Actor {
   const Clock* common;  // of all lanes of the access; null: they differ
   AccessState state;    // kPlain, kStrong, kAsync, kAsyncStrong
   bool is_write;
-  bool reports_races;
+  bool orders_accesses;
   uint32_t site;
   // Record::moment(), by agent % 4, of the last ones found to have happened before all lanes of
   // this access. Neighbours in memory were mostly written, and read, together.
@@ -49,13 +49,14 @@ struct Place {
   uint32_t bytes;
 };
 
-class Reporter {  // writes the sentences; see reporter.cpp
+// Writes the sentences; see reporter.cpp. Returns where such reports are switched off.
+class Reporter {
  public:
   virtual ~Reporter() = default;
-  [[noreturn]] virtual void conflict(const Actor& actor, int lane, const Previous& previous,
-                                     const Place& place) = 0;
-  [[noreturn]] virtual void missing_fence(const Actor& actor, int lane, const Previous& previous,
-                                          const Place& place) = 0;
+  virtual void conflict(const Actor& actor, int lane, const Previous& previous,
+                        const Place& place) = 0;
+  virtual void missing_fence(const Actor& actor, int lane, const Previous& previous,
+                             const Place& place) = 0;
   // Whether two lanes of one store instruction write the same value to the same place.
   virtual bool same_value(const Actor& actor, int lane, int other) = 0;
 };

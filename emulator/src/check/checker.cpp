@@ -67,7 +67,7 @@ void Checker::cluster_begins(exec::Cluster& cluster) {
     }
     state->shared.push_back(std::make_unique<SharedShadow>(
         Space::kShared, uint64_t{cta->rank} << kSharedRankShift | kSharedBase, cta->shared_bytes,
-        launch_.options->check_init));
+        follow_values_));
     for (const auto& warp : cta->warps) {
       auto own = std::make_unique<WarpState>();
       own->order.cluster = &state->order;
@@ -90,9 +90,7 @@ void Checker::cluster_ends(exec::Cluster& cluster) {
     state = std::move(clusters_.extract(&cluster).mapped());
   }
   cluster.observed = nullptr;
-  if (!state->undefined_output.empty()) {
-    throw exec::Failure(ReportKind::kUninitialised, state->undefined_output);
-  }
+  if (state->undefined_output) throw *state->undefined_output;
 }
 
 // -----------------------------------------------------------------------------------------
@@ -110,7 +108,7 @@ Actor Checker::actor_of(Warp& warp, const Access& access) const {
           state.order.common_clock(access.mask),
           kind,
           access.kind != AccessKind::kLoad,
-          launch_.options->check_races,
+          order_accesses_,
           sites_.site(warp.function, warp.pc),
           {}};
 }
@@ -147,7 +145,7 @@ uint64_t Checker::access_shared_lane(const Actor& actor, const Access& access, i
     shadow.finish_write(actor, lane, offset, access.bytes, undefined, *this);
     undefined = 0;
   } else {
-    const uint64_t undefined = launch_.options->check_init ? values_.stored(warp, lane) : 0;
+    const uint64_t undefined = follow_values_ ? values_.stored(warp, lane) : 0;
     const uint64_t before = shadow.write(actor, lane, offset, access.bytes, undefined, *this);
     if (access.kind == AccessKind::kAtomic) {
       if (before && !replaces(warp)) {
@@ -166,7 +164,7 @@ void Checker::complete_shared(const Actor& actor, const Access& access, int lane
   SharedShadow& shadow = *state_of(*warp.cta->cluster).shared[address >> kSharedRankShift];
   const auto offset = static_cast<uint32_t>((address & kSharedOffsetMask) - kSharedBase);
   const bool is_load = access.kind == AccessKind::kLoad;
-  const bool whole = is_load ? !launch_.options->check_init : access.undefined->empty();
+  const bool whole = is_load ? !follow_values_ : access.undefined->empty();
   for (uint32_t done = 0; done < access.bytes;) {
     const uint32_t at = offset + done, left = access.bytes - done;
     const uint32_t count = whole ? left : piece_at(at, left);
@@ -285,8 +283,8 @@ void Checker::follow_global(Warp& warp, const Access& access) {
 }
 
 void Checker::access_global(Warp& warp, const Access& access) {
-  if (launch_.options->check_init) follow_global(warp, access);
-  if (!launch_.options->check_races) return;
+  if (follow_values_) follow_global(warp, access);
+  if (!order_accesses_) return;
   const Actor actor = actor_of(warp, access);
   const bool writes = access.kind != AccessKind::kLoad;
   GlobalMemory::Cursor pages(global_);
@@ -306,7 +304,7 @@ void Checker::access_global(Warp& warp, const Access& access) {
 }
 
 void Checker::access_local(Warp& warp, const Access& access) {
-  if (!launch_.options->check_init) return;
+  if (!follow_values_) return;
   WarpState& state = state_of(warp);
   if (state.local_capacity < warp.local_capacity) {
     std::vector<bool> grown(size_t{warp.local_capacity} * kWarpSize);
@@ -336,7 +334,7 @@ void Checker::access_local(Warp& warp, const Access& access) {
 }
 
 void Checker::wgmma_completes(Warp& warp, const exec::WgmmaOperation& operation) {
-  if (!launch_.options->check_init) return;
+  if (!follow_values_) return;
   Values::completed(warp, operation);
   // The operands were shown as accesses of the first warp.
   std::string& origin = state_of(warp).origin;
@@ -344,7 +342,7 @@ void Checker::wgmma_completes(Warp& warp, const exec::WgmmaOperation& operation)
 }
 
 void Checker::async_begins(Warp& warp, const Access& access) {
-  if (!launch_.options->check_races && access.space == Space::kGlobal) return;
+  if (!order_accesses_ && access.space == Space::kGlobal) return;
   const Actor actor = actor_of(warp, access);
   const AccessState flight =
       access.proxy == Proxy::kAsync ? AccessState::kAsyncFlight : AccessState::kCopyFlight;
@@ -372,7 +370,7 @@ void Checker::async_begins(Warp& warp, const Access& access) {
 }
 
 std::unique_ptr<exec::Observer> make_checker(const exec::LaunchState& launch) {
-  if (!launch.options->check_init && !launch.options->check_races) return nullptr;
+  if (!launch.options->checks.need_checker()) return nullptr;
   return std::make_unique<Checker>(launch);
 }
 

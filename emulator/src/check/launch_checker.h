@@ -42,7 +42,10 @@ class Checker final : public exec::Observer, private Reporter {
       : launch_(launch),
         sites_(launch),
         values_(*launch.launch->program),
-        memory_may_be_undefined_(launch.options->check_init && launch.memory->holds_undefined()) {}
+        checks_(launch.options->checks),
+        order_accesses_(checks_.order_accesses()),
+        follow_values_(checks_.follow_values()),
+        memory_may_be_undefined_(follow_values_ && launch.memory->holds_undefined()) {}
 
   void cluster_begins(exec::Cluster& cluster) override;
   void cluster_ends(exec::Cluster& cluster) override;
@@ -51,10 +54,10 @@ class Checker final : public exec::Observer, private Reporter {
   void synchronise(Warp& warp, const SyncEvent& event) override;
   void wgmma_completes(Warp& warp, const exec::WgmmaOperation& operation) override;
   bool is_undefined(const Warp& warp, exec::Slot slot, int lane) const override {
-    return launch_.options->check_init && Values::is_undefined(warp, slot, lane);
+    return follow_values_ && Values::is_undefined(warp, slot, lane);
   }
   void execute(Warp& warp, const exec::Instruction& in, uint32_t mask) override {
-    if (launch_.options->check_init) values_.execute(warp, in, mask);
+    if (follow_values_) values_.execute(warp, in, mask);
   }
 
  private:
@@ -80,16 +83,18 @@ class Checker final : public exec::Observer, private Reporter {
   void arrive(Warp& warp, const SyncEvent& event, Clock& pending);
   void fence_inits(Warp& warp, uint32_t mask);
 
-  [[noreturn]] void conflict(const Actor& actor, int lane, const Previous& previous,
-                             const Place& place) override;
-  [[noreturn]] void missing_fence(const Actor& actor, int lane, const Previous& previous,
-                                  const Place& place) override;
+  void conflict(const Actor& actor, int lane, const Previous& previous,
+                const Place& place) override;
+  void missing_fence(const Actor& actor, int lane, const Previous& previous,
+                     const Place& place) override;
   bool same_value(const Actor& actor, int lane, int other) override;
   std::string describe(const Previous& previous) const;
 
   const exec::LaunchState& launch_;
   Sites sites_;
   Values values_;
+  exec::Checks checks_;
+  bool order_accesses_, follow_values_;
   bool memory_may_be_undefined_;  // of the device, before the launch
   GlobalMemory global_;
   LaunchReleases releases_;

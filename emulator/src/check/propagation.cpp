@@ -18,6 +18,7 @@ using exec::kConstantBit;
 using exec::kEffectSizeMask;
 using exec::kNoSlot;
 using exec::kWarpSize;
+using exec::ReportKind;
 using exec::Slot;
 using exec::Warp;
 
@@ -332,9 +333,9 @@ void Values::follow(Warp& warp, Frame& frame, const Instruction& in, uint32_t ma
   Propagation propagation(warp, frame, in, mask);
   if (in.guard != kNoSlot) {
     const uint32_t undefined = frame.undefined[in.guard / kUnitBytes] & warp.fragment().mask;
-    if (undefined) {
+    if (undefined && exec::reports(warp, ReportKind::kUndefinedGuard)) {
       exec::fail(
-          warp, exec::first_lane(undefined), exec::ReportKind::kUninitialised,
+          warp, exec::first_lane(undefined), ReportKind::kUndefinedGuard,
           "An undefined value decides whether this instruction is executed." + origin_of(warp));
     }
   }
@@ -344,8 +345,9 @@ void Values::follow(Warp& warp, Frame& frame, const Instruction& in, uint32_t ma
     propagation.define_results();
     return;
   }
-  if (const uint32_t lanes = propagation.undefined_address(any)) {
-    exec::fail(warp, exec::first_lane(lanes), exec::ReportKind::kUninitialised,
+  const uint32_t lanes = propagation.undefined_address(any);
+  if (lanes && exec::reports(warp, ReportKind::kUndefinedAddress)) {
+    exec::fail(warp, exec::first_lane(lanes), ReportKind::kUndefinedAddress,
                "An undefined value is used as an address or an operand that must be known." +
                    origin_of(warp));
   }

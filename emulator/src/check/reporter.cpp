@@ -6,7 +6,7 @@
 namespace gpu_emulator::check {
 
 void Checker::found_undefined(Warp& warp, const Access& access, int lane, uint64_t undefined) {
-  if (!launch_.options->check_init) return;
+  if (!follow_values_) return;
   WarpState& state = state_of(warp);
   std::string& copied = state_of(*warp.cta->cluster).undefined_copy;
   const bool is_copy = access.space == Space::kGlobal && access.proxy != Proxy::kGeneric;
@@ -27,22 +27,26 @@ void Checker::found_undefined(Warp& warp, const Access& access, int lane, uint64
 
 // An atomic operation or a reduction on memory that nobody has initialised.
 void Checker::combined_undefined(Warp& warp, const Access& access, int lane) {
-  std::string& report = state_of(*warp.cta->cluster).undefined_output;
-  if (!report.empty()) return;
-  report = format("An atomic operation adds to global memory at 0x%llx, which was never written.",
-                  static_cast<unsigned long long>(access.address[lane])) +
-           "\n  at " + exec::where(warp, lane);
+  auto& report = state_of(*warp.cta->cluster).undefined_output;
+  if (report || !checks_[ReportKind::kUndefinedAtomic]) return;
+  report.emplace(
+      ReportKind::kUndefinedAtomic,
+      format("An atomic operation adds to global memory at 0x%llx, which was never written.",
+             static_cast<unsigned long long>(access.address[lane])) +
+          "\n  at " + exec::where(warp, lane));
 }
 
 void Checker::require_defined(Warp& warp, const Access& access, int lane, uint64_t undefined) {
-  std::string& report = state_of(*warp.cta->cluster).undefined_output;
-  if (!undefined || !report.empty()) return;
+  auto& report = state_of(*warp.cta->cluster).undefined_output;
+  if (!undefined || report || !checks_[ReportKind::kUndefinedStore]) return;
   const std::string& origin = state_of(warp).origin;
-  report = format("An undefined value is written to global memory at 0x%llx.",
-                  static_cast<unsigned long long>(access.address[lane])) +
-           (origin.empty() ? " It comes from a register that was not written before."
-                           : " The first undefined value that this warp read was " + origin) +
-           "\n  at " + exec::where(warp, lane);
+  report.emplace(
+      ReportKind::kUndefinedStore,
+      format("An undefined value is written to global memory at 0x%llx.",
+             static_cast<unsigned long long>(access.address[lane])) +
+          (origin.empty() ? " It comes from a register that was not written before."
+                          : " The first undefined value that this warp read was " + origin) +
+          "\n  at " + exec::where(warp, lane));
 }
 
 std::string Checker::describe(const Previous& previous) const {
@@ -51,10 +55,12 @@ std::string Checker::describe(const Previous& previous) const {
 }
 
 void Checker::conflict(const Actor& actor, int lane, const Previous& previous, const Place& place) {
+  const bool is_in_flight = previous.record.in_flight() || is_async(previous.record.state());
+  if (!checks_[is_in_flight ? ReportKind::kInFlight : ReportKind::kRace]) return;
   const char* verb = actor.is_write ? "writes" : "reads";
   const std::string where = format("%s memory at 0x%llx (%u bytes)", name_of(place.space),
                                    static_cast<unsigned long long>(place.address), place.bytes);
-  if (previous.record.in_flight() || is_async(previous.record.state())) {
+  if (is_in_flight) {
     exec::fail(
         *actor.warp, lane, ReportKind::kInFlight,
         format("This thread %s ", verb) + where + ", which an asynchronous operation still " +
@@ -70,7 +76,8 @@ void Checker::conflict(const Actor& actor, int lane, const Previous& previous, c
 
 void Checker::missing_fence(const Actor& actor, int lane, const Previous& previous,
                             const Place& place) {
-  exec::fail(*actor.warp, lane, ReportKind::kMissingFence,
+  if (!checks_[ReportKind::kProxyFence]) return;
+  exec::fail(*actor.warp, lane, ReportKind::kProxyFence,
              format("An operation of the async proxy %s %s memory at 0x%llx that was written by "
                     "the generic proxy: no fence.proxy.async comes between.\n  written by ",
                     actor.is_write ? "writes" : "reads", name_of(place.space),

@@ -99,7 +99,7 @@ class Shadow {
   }
 
   void check(const Context& c, const Previous& previous, const Place& place) const {
-    if (!c.actor.reports_races) return;
+    if (!c.actor.orders_accesses) return;
     if (c.actor.knows(previous.record) && previous.cluster == c.actor.order->cluster->index &&
         !is_async(c.actor.state)) {
       return;

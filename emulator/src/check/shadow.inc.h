@@ -7,7 +7,10 @@ namespace gpu_emulator::check {
 template <class Readers>
 void Shadow<Readers>::check_order(const Context& c, const Previous& previous,
                                   const Place& place) const {
-  if (previous.record.in_flight()) c.reporter.conflict(c.actor, c.lane, previous, place);
+  if (previous.record.in_flight()) {
+    c.reporter.conflict(c.actor, c.lane, previous, place);
+    return;
+  }
   if (c.actor.comes_after(previous, c.lane)) {
     if (is_async(c.actor.state) && previous.is_write && !c.actor.is_fenced(previous, c.lane)) {
       c.reporter.missing_fence(c.actor, c.lane, previous, place);
@@ -34,7 +37,7 @@ inline void Shadow<Readers>::check_readers(const Context& c, const R& readers, u
 
 template <class Readers>
 inline void Shadow<Readers>::check_flight_reads(const Context& c, uint32_t cell) const {
-  if (flight_reads_.empty() || !c.actor.reports_races) return;
+  if (flight_reads_.empty() || !c.actor.orders_accesses) return;
   const auto found = flight_reads_.find(cell);
   if (found == flight_reads_.end()) return;
   c.reporter.conflict(c.actor, c.lane, found->second.reader, cell_place(cell));

@@ -5,6 +5,7 @@
 #include <array>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -49,7 +50,7 @@ struct ClusterState {
   std::vector<std::unique_ptr<WarpState>> warps;      // by agent
   // The first undefined value written to global memory. Reported when the cluster ends, so that a
   // race that is its cause comes first.
-  std::string undefined_output;
+  std::optional<exec::Failure> undefined_output;
   // Where an asynchronous copy first read an undefined value: a sentence.
   std::string undefined_copy;
 };

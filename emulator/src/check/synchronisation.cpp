@@ -129,12 +129,12 @@ void Checker::mbarrier(Warp& warp, const SyncEvent& event) {
 
 // The async proxy completes a transaction on an mbarrier, whose init must be visible to it.
 void Checker::require_fenced_init(Warp& warp, const SyncEvent& event, BarrierClock& barrier) {
-  if (barrier.init_is_fenced || !launch_.options->check_races) return;
+  if (barrier.init_is_fenced || !checks_[ReportKind::kInitFence]) return;
   const int lane = exec::first_lane(event.mask);
   const PartialEntry& init = barrier.init;
   const Clock& clock = state_of(warp).order.clock_of(lane);
   if (!clock.own.has_seen(View::kFenced, init.agent, init.lanes, init.stamp)) {
-    exec::fail(warp, lane, ReportKind::kMissingFence,
+    exec::fail(warp, lane, ReportKind::kInitFence,
                format("This operation of the async proxy signals the mbarrier at 0x%x, whose init "
                       "no fence.mbarrier_init or fence.proxy.async has made visible to it.\n  "
                       "initialised by ",

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "../exec/program.h"
+#include "../exec/report_kinds.h"
 #include "defined_bytes.h"
 
 namespace gpu_emulator {
@@ -37,9 +38,8 @@ enum class Mode { kEager, kLate, kRandom };
 
 struct Options {
   Mode mode = Mode::kEager;
-  uint64_t seed = 0;       // of kRandom's schedule; 0 in the other modes = round robin
-  bool check_init = true;  // uninitialised values that reach an output or a branch
-  bool check_races = true;
+  uint64_t seed = 0;  // of kRandom's schedule; 0 in the other modes = round robin
+  exec::Checks checks = exec::Checks::all();
   bool count = true;
   int threads = 0;               // CPU threads that run CTAs; 0 = all
   int64_t max_instructions = 0;  // per warp; 0 = no limit
@@ -50,7 +50,7 @@ struct Options {
 
 struct Report {        // why a launch failed; empty text = it did not
   int cuda_error = 0;  // CUresult
-  std::string kind;    // "out of bounds", "race", "deadlock", ...: the names of exec::ReportKind
+  std::string kind;    // "out_of_bounds", "race", "deadlock", ...: exec::ReportInfo::name
   std::string text;    // sentences with kernel, CTA, warp, lane, PTX line, source line
 };
 

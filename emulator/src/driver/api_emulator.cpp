@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <charconv>
+#include <stdexcept>
 
 #include "arguments.h"
 
@@ -42,8 +43,11 @@ void set_mode(Options& options, const std::string& value) {
 }
 
 void set_checks(Options& options, const std::string& value) {
-  if (value != "none" && value != "memory" && value != "all") fail_value("checks", value);
-  options.check_init = options.check_races = value == "all";
+  try {
+    options.checks = exec::Checks::parse(value);
+  } catch (const std::invalid_argument& error) {
+    fail(CUDA_ERROR_INVALID_VALUE, error.what());
+  }
 }
 
 void set_option(Options& options, const std::string& name, const std::string& value) {
@@ -99,7 +103,13 @@ using namespace gpu_emulator::driver;
 int gpuEmulatorSetOption(int device, const char* name, const char* value) {
   return guarded_uninitialised([&](Driver& state) {
     const auto key = take_string(name, "name"), text = take_string(value, "value");
-    set_option(state.device(device).options, key, text);
+    Device& target = state.device(device);
+    try {
+      set_option(target.options, key, text);
+    } catch (const ApiError& error) {
+      target.report = error.text;
+      throw;
+    }
   });
 }
 

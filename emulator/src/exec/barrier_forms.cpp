@@ -1,5 +1,8 @@
 // Barriers of the CTA and the warp, memory fences (PTX 9.7.13).
 
+#include <algorithm>
+#include <utility>
+
 #include "decode.h"
 #include "function_decoder.h"
 #include "report.h"
@@ -19,9 +22,10 @@ void tell(Warp& warp, SyncKind kind, uint32_t mask, uint32_t id) {
   }
 }
 
-bool is_complete(const Cta& cta, const NamedBarrier& barrier) {
-  return barrier.expected ? barrier.units >= barrier.expected
-                          : barrier.threads >= cta.live_threads();
+bool is_complete(const Cta& cta, const NamedBarrier::Phase& phase) {
+  if (!phase.whole_cta) return phase.threads >= phase.expected;
+  return std::all_of(cta.warps.begin(), cta.warps.end(),
+                     [&](const auto& warp) { return !warp->live || phase.arrivals[warp->id] > 0; });
 }
 
 // To those that wait: others may complete the barrier again before they go on.
@@ -31,58 +35,99 @@ void give_votes(Cta& cta, const NamedBarrier& barrier, uint32_t id) {
       Wait& wait = fragment.wait;
       const bool waits = wait.kind == Wait::Kind::kBarrier && wait.id == id &&
                          wait.generation == barrier.generation;
-      if (waits) wait.votes = barrier.votes;
+      if (waits) wait.votes = barrier.phase.votes;
     }
   }
 }
 
 void complete(Warp& warp, NamedBarrier& barrier, uint32_t id) {
-  if (barrier.expected && barrier.units > barrier.expected) {
-    fail(warp, -1, ReportKind::kBarrierMisuse,
-         format("Barrier %u: %u threads arrived, %u were expected.", id, barrier.units,
-                barrier.expected));
-  }
-  if (barrier.votes.all) give_votes(*warp.cta, barrier, id);
-  const uint64_t generation = barrier.generation + 1;
-  barrier = NamedBarrier();
-  barrier.generation = generation;
+  if (barrier.phase.reduces) give_votes(*warp.cta, barrier, id);
+  barrier.previous_arrivals = barrier.phase.arrivals;
+  barrier.phase = {};
+  ++barrier.generation;
   tell(warp, SyncKind::kBarrierComplete, kAllLanes, id);
 }
 
-// The thread count of the instruction; 0 = all threads of the CTA.
-uint32_t expected_count(const Warp& warp, const Instruction& in, uint32_t mask) {
+// The thread count of the instruction; 0 where it names none.
+uint32_t thread_count(const Warp& warp, const Instruction& in, uint32_t mask) {
   if (in.b == kNoSlot) return 0;
   const uint32_t count = uniform(warp, in.b, mask, "the thread count of the barrier");
-  if (!count || count % kWarpSize) {
-    fail(warp, first_lane(mask), ReportKind::kBarrierMisuse,
-         format("The thread count of a barrier must be a multiple of 32, not %u.", count));
+  if (count % kWarpSize || (!count && in.option[0] == kArrive)) {
+    fail(warp, first_lane(mask), ReportKind::kBarrier,
+         format("The thread count of a barrier must be a multiple of 32, not %u%s.", count,
+                count ? "" : ", in barrier.arrive"));
   }
   return count;
 }
 
+// What PTX forbids in one phase: other thread counts, barrier.red beside sync and arrive, and
+// second arrivals where each warp of the CTA must arrive.
+void check_arrival(const Warp& warp, int lane, uint32_t id, uint32_t expected, bool reduces) {
+  const NamedBarrier::Phase& phase = warp.cta->barriers[id].phase;
+  if (!phase.threads) return;
+  if (phase.expected != expected) {
+    fail(warp, lane, ReportKind::kBarrier,
+         format("Barrier %u: this warp expects %u threads, others %u.", id, expected,
+                phase.expected));
+  }
+  if (phase.reduces != reduces && reports(warp, ReportKind::kBarrierReduction)) {
+    fail(warp, lane, ReportKind::kBarrierReduction,
+         format("Barrier %u: barrier.red meets barrier.sync or barrier.arrive before the others "
+                "came: its result is not defined.",
+                id));
+  }
+}
+
+void check_repetition(const Warp& warp, int lane, uint32_t id) {
+  const NamedBarrier::Phase& phase = warp.cta->barriers[id].phase;
+  if (!phase.whole_cta || !phase.repeats || !reports(warp, ReportKind::kBarrierAgain)) return;
+  const auto again =
+      std::find_if(phase.arrivals.begin(), phase.arrivals.end(), [](uint32_t n) { return n > 1; });
+  fail(warp, lane, ReportKind::kBarrierAgain,
+       format("Barrier %u: warp %td arrives again before the others came, and there is no thread "
+              "count.",
+              id, again - phase.arrivals.begin()));
+}
+
+void add(Votes& votes, const Votes& more) {
+  votes.all += more.all;
+  votes.yes += more.yes;
+}
+
+// All lanes of the warp have come.
 void arrive(Warp& warp, const Instruction& in, uint32_t mask, uint32_t id) {
   NamedBarrier& barrier = warp.cta->barriers[id];
-  const uint32_t expected = expected_count(warp, in, mask);
-  if (barrier.threads && barrier.expected != expected) {
-    fail(warp, first_lane(mask), ReportKind::kBarrierMisuse,
-         format("Barrier %u: this warp expects %u threads, others %u.", id, expected,
-                barrier.expected));
+  NamedBarrier::Phase& phase = barrier.phase;
+  const uint32_t count = thread_count(warp, in, mask);
+  const auto whole = static_cast<uint32_t>(warp.cta->warps.size()) * kWarpSize;
+  const uint32_t expected = count ? count : whole;
+  const bool reduces = in.c != kNoSlot;
+  check_arrival(warp, first_lane(mask), id, expected, reduces);
+  const NamedBarrier::Coming coming = std::exchange(barrier.coming[warp.id], {});
+  tell(warp, SyncKind::kBarrierArrive, coming.lanes, id);
+  phase.expected = expected;
+  phase.threads += kWarpSize;
+  phase.whole_cta |= !count;
+  phase.reduces |= reduces;
+  add(phase.votes, coming.votes);
+  phase.repeats |= ++phase.arrivals[warp.id] > 1;
+  check_repetition(warp, first_lane(mask), id);
+  for (Fragment& fragment : warp.fragments) {
+    Wait& wait = fragment.wait;
+    const bool came = wait.kind == Wait::Kind::kBarrier && wait.id == id;
+    if (came && wait.generation == kNotArrived) wait.generation = barrier.generation;
   }
-  if (barrier.lanes[warp.id] & mask) {
-    fail(warp, first_lane(barrier.lanes[warp.id] & mask), ReportKind::kBarrierMisuse,
-         format("Barrier %u: the warp arrives again before the others came.", id));
-  }
-  tell(warp, SyncKind::kBarrierArrive, mask, id);
-  barrier.expected = expected;
-  barrier.lanes[warp.id] |= mask;
-  barrier.threads += __builtin_popcount(mask);
-  barrier.units += mask == warp.live ? kWarpSize : __builtin_popcount(mask);
-  if (in.c != kNoSlot) {  // barrier.red
-    uint32_t predicate = warp.predicate(in.c);
-    if (in.option[1]) predicate = ~predicate;
-    barrier.votes.all += __builtin_popcount(mask);
-    barrier.votes.yes += __builtin_popcount(predicate & mask);
-  }
+}
+
+void come(Warp& warp, const Instruction& in, uint32_t mask, uint32_t id) {
+  NamedBarrier::Coming& coming = warp.cta->barriers[id].coming[warp.id];
+  coming.lanes |= mask;
+  warp.fragment().wait = {Wait::Kind::kBarrier, id, kNotArrived, ""};
+  if (in.c == kNoSlot) return;
+  uint32_t predicate = warp.predicate(in.c);
+  if (in.option[1]) predicate = ~predicate;
+  add(coming.votes, {static_cast<uint32_t>(__builtin_popcount(mask)),
+                     static_cast<uint32_t>(__builtin_popcount(predicate & mask))});
 }
 
 void write_result(Warp& warp, const Instruction& in, uint32_t mask, const Votes& votes) {
@@ -107,24 +152,29 @@ void write_result(Warp& warp, const Instruction& in, uint32_t mask, const Votes&
 Step run_barrier(Warp& warp, const Instruction& in, uint32_t mask) {
   const uint32_t id = uniform(warp, in.a, mask, "the barrier");
   if (id >= warp.cta->barriers.size()) {
-    fail(warp, first_lane(mask), ReportKind::kBarrierMisuse,
+    fail(warp, first_lane(mask), ReportKind::kBarrier,
          format("There is no barrier %u: a CTA has 16.", id));
   }
-  NamedBarrier& barrier = warp.cta->barriers[id];
   if (warp.fragment().wait.kind != Wait::Kind::kBarrier) {
-    if (in.option[2] && !converge(warp, &mask, "An aligned barrier")) return Step::kRetry;
-    arrive(warp, in, mask, id);
-    warp.fragment().wait = {Wait::Kind::kBarrier, id, barrier.generation, ""};
+    if (in.option[2]) require_aligned(warp, mask, "An aligned barrier");
+    if (split_off(warp, mask)) return Step::kJump;
+    come(warp, in, mask, id);
   }
-  // Warps that exit lower the number of threads of a barrier for all, so it is asked again here.
-  const bool is_current = warp.fragment().wait.generation == barrier.generation;
-  if (is_current && is_complete(*warp.cta, barrier)) complete(warp, barrier, id);
+  // Lanes and warps that exit are not waited for any more, so both are asked again at each retry.
+  NamedBarrier& barrier = warp.cta->barriers[id];
+  Wait& wait = warp.fragment().wait;
+  if (wait.generation == kNotArrived) {
+    if (warp.live & ~barrier.coming[warp.id].lanes) return Step::kRetry;
+    arrive(warp, in, mask, id);
+  }
+  const bool is_current = wait.generation == barrier.generation;
+  if (is_current && is_complete(*warp.cta, barrier.phase)) complete(warp, barrier, id);
   if (in.option[0] != kArrive) {
-    if (warp.fragment().wait.generation == barrier.generation) return Step::kRetry;
-    write_result(warp, in, mask, warp.fragment().wait.votes);
+    if (wait.generation == barrier.generation) return Step::kRetry;
+    write_result(warp, in, mask, wait.votes);
     tell(warp, SyncKind::kBarrierLeave, mask, id);
   }
-  warp.fragment().wait = Wait();
+  wait = Wait();
   return Step::kNext;
 }
 

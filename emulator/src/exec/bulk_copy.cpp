@@ -174,13 +174,20 @@ void poison(BulkCopy& copy) {
   for (AsyncRanges& ranges : copy.stores) std::memset(ranges.host[0], kPoison, ranges.bytes);
 }
 
-// A CTA's shared memory is gone when all its threads have exited.
-void require_alive(const BulkCopy& copy, uint64_t address) {
-  const Cta& cta = shared_owner(*copy.site.warp, copy.site.lane, static_cast<uint32_t>(address));
-  if (cta.live_threads()) return;
-  fail(*copy.site.warp, copy.site.lane, ReportKind::kNotWaitedFor,
-       format("CTA %u of the cluster exited while this copy into its shared memory was in flight.",
-              cta.rank));
+// A CTA's shared memory is gone when all its threads have exited. Whether those of all destinations
+// are there.
+bool is_alive(const BulkCopy& copy) {
+  Warp& warp = *copy.site.warp;
+  for (uint64_t address : copy.destinations) {
+    const Cta& cta = *warp.cta->cluster->ctas[address >> kSharedRankShift];
+    if (cta.live_threads()) continue;
+    if (!reports(warp, ReportKind::kCopyAtExit)) return false;
+    fail(
+        warp, copy.site.lane, ReportKind::kCopyAtExit,
+        format("CTA %u of the cluster exited while this copy into its shared memory was in flight.",
+               cta.rank));
+  }
+  return true;
 }
 
 }  // namespace
@@ -238,7 +245,7 @@ void issue_to_mbarriers(std::shared_ptr<BulkCopy> copy, const char* what) {
   operation.what = what;
   operation.complete = [copy] {
     at_site(copy->site, [&] {
-      for (uint64_t address : copy->destinations) require_alive(*copy, address);
+      if (!is_alive(*copy)) return;
       complete_reads(*copy);
       complete_writes(*copy);
       for (uint64_t address : copy->mbarriers) {
@@ -248,7 +255,8 @@ void issue_to_mbarriers(std::shared_ptr<BulkCopy> copy, const char* what) {
   };
   operation.abandon = [copy] {
     at_site(copy->site, [&] {
-      fail(*copy->site.warp, copy->site.lane, ReportKind::kNotWaitedFor,
+      if (!reports(*copy->site.warp, ReportKind::kCopyAtExit)) return;
+      fail(*copy->site.warp, copy->site.lane, ReportKind::kCopyAtExit,
            "All threads exited while this copy into shared memory was in flight: nobody waited "
            "for it.");
     });

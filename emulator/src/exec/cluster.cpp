@@ -133,15 +133,46 @@ bool expire_waits(Cluster& cluster) {
   return any;
 }
 
+// "warps 0, 1 (twice), 2"
+std::string describe_arrivals(const std::array<uint32_t, NamedBarrier::kMaxWarps>& arrivals) {
+  std::string text;
+  for (size_t i = 0; i < arrivals.size(); ++i) {
+    if (!arrivals[i]) continue;
+    text += format(text.empty() ? "warps %zu" : ", %zu", i);
+    if (arrivals[i] == 2) text += " (twice)";
+    if (arrivals[i] > 2) text += format(" (%u times)", arrivals[i]);
+  }
+  return text;
+}
+
+std::string describe_barrier(const Cta& cta, const Wait& wait) {
+  const NamedBarrier& barrier = cta.barriers[wait.id];
+  if (wait.generation == kNotArrived) return "not all lanes of this warp have come";
+  const NamedBarrier::Phase& phase = barrier.phase;
+  uint32_t threads = phase.threads, expected = phase.expected;
+  if (phase.whole_cta) {
+    expected = cta.live_threads();
+    threads = 0;
+    for (const auto& warp : cta.warps) {
+      if (phase.arrivals[warp->id])
+        threads += static_cast<uint32_t>(__builtin_popcount(warp->live));
+    }
+  }
+  std::string text = format("%u threads of %u have arrived: ", threads, expected) +
+                     describe_arrivals(phase.arrivals);
+  const auto& before = barrier.previous_arrivals;
+  const bool repeated = std::any_of(before.begin(), before.end(), [](uint32_t n) { return n > 1; });
+  if (repeated) text += "; in the phase before, " + describe_arrivals(before);
+  return text;
+}
+
 std::string describe_wait(const Cta& cta, const Fragment& fragment) {
   const Wait& wait = fragment.wait;
   switch (wait.kind) {
     case Wait::Kind::kNone:
       return "can go on";
     case Wait::Kind::kBarrier: {
-      const NamedBarrier& barrier = cta.barriers[wait.id % cta.barriers.size()];
-      return format("waits at barrier %u: %u threads of %u have arrived", wait.id, barrier.threads,
-                    barrier.expected ? barrier.expected : cta.live_threads());
+      return format("waits at barrier %u: ", wait.id) + describe_barrier(cta, wait);
     }
     case Wait::Kind::kWarpSync:
       return format("waits in %s for the lanes 0x%08x", wait.text, wait.id);

@@ -45,12 +45,10 @@ void complete_if_all_arrived(Warp& warp) {
 
 // option[0]: .aligned
 Step run_cluster_arrive(Warp& warp, const Instruction& in, uint32_t mask) {
-  if (in.option[0] && !converge(warp, &mask, "barrier.cluster.arrive.aligned")) {
-    return Step::kRetry;
-  }
+  if (in.option[0]) require_aligned(warp, mask, "barrier.cluster.arrive.aligned");
   HopperWarpState& state = hopper(warp);
   if (const uint32_t again = state.cluster_arrived & mask) {
-    fail(warp, first_lane(again), ReportKind::kBarrierMisuse,
+    fail(warp, first_lane(again), ReportKind::kBarrier,
          "barrier.cluster.arrive again without barrier.cluster.wait.");
   }
   state.cluster_arrived |= mask;
@@ -62,10 +60,11 @@ Step run_cluster_arrive(Warp& warp, const Instruction& in, uint32_t mask) {
 }
 
 Step run_cluster_wait(Warp& warp, const Instruction& in, uint32_t mask) {
-  if (in.option[0] && !converge(warp, &mask, "barrier.cluster.wait.aligned")) return Step::kRetry;
+  if (in.option[0]) require_aligned(warp, mask, "barrier.cluster.wait.aligned");
+  if (split_off(warp, mask)) return Step::kJump;
   HopperWarpState& state = hopper(warp);
   if (const uint32_t absent = mask & ~state.cluster_arrived) {
-    fail(warp, first_lane(absent), ReportKind::kBarrierMisuse,
+    fail(warp, first_lane(absent), ReportKind::kBarrier,
          "barrier.cluster.wait without barrier.cluster.arrive.");
   }
   const uint64_t generation = hopper(*warp.cta->cluster).generation;

@@ -28,9 +28,9 @@ Step jump(Warp& warp, uint32_t mask, const Instruction& in) {
 Step run_branch(Warp& warp, const Instruction& in, uint32_t mask) { return jump(warp, mask, in); }
 
 Step run_uniform_branch(Warp& warp, const Instruction& in, uint32_t mask) {
-  if (mask != warp.fragment().mask) {
+  if (mask != warp.fragment().mask && reports(warp, ReportKind::kUniformBranch)) {
     fail(
-        warp, first_lane(mask), ReportKind::kDivergence,
+        warp, first_lane(mask), ReportKind::kUniformBranch,
         format("bra.uni is taken by the lanes 0x%08x of 0x%08x only.", mask, warp.fragment().mask));
   }
   return jump(warp, mask, in);

@@ -29,13 +29,30 @@ inline constexpr uint32_t kSharedBase = 1024;
 inline constexpr uint32_t kSharedRankShift = 24;
 inline constexpr uint32_t kSharedOffsetMask = (1u << kSharedRankShift) - 1;
 
-struct NamedBarrier {     // barrier.cta 0..15 (PTX 9.7.13.1)
-  uint32_t expected = 0;  // threads of the instruction that arrived first; 0 = all of the CTA
-  uint32_t threads = 0;   // that arrived
-  uint32_t units = 0;     // the same with 32 for a whole warp, however many threads it has
-  uint64_t generation = 0;
-  std::array<uint32_t, 32> lanes{};  // that arrived, by warp
-  Votes votes;                       // of those that arrived
+// barrier.cta 0..15 (PTX 9.7.13.1). A warp arrives when all its lanes that have not exited have
+// come, and counts as 32 threads. With a thread count it may arrive as often as it likes: a phase
+// ends when that many threads have arrived.
+struct NamedBarrier {
+  static constexpr int kMaxWarps = 32;  // of a CTA
+
+  struct Phase {
+    uint32_t expected = 0;   // threads; all warps name the same number
+    uint32_t threads = 0;    // that have arrived
+    bool whole_cta = false;  // a warp named no number: each warp must arrive
+    bool repeats = false;    // a warp has arrived more than once
+    bool reduces = false;    // barrier.red
+    Votes votes;
+    std::array<uint32_t, kMaxWarps> arrivals{};  // by warp
+  };
+  struct Coming {  // lanes of a warp that wait for the others of the warp
+    uint32_t lanes = 0;
+    Votes votes;
+  };
+
+  Phase phase;
+  uint64_t generation = 0;                              // phases that have ended
+  std::array<uint32_t, kMaxWarps> previous_arrivals{};  // in the phase before
+  std::array<Coming, kMaxWarps> coming;
 };
 
 struct Cta {

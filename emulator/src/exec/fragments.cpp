@@ -105,6 +105,7 @@ Turn run_fragment(Warp& warp, int index, uint64_t quantum) {
   uint32_t reconverge = warp.fragments[index].reconverge;
   for (;;) {
     if (pc == reconverge) {
+      warp.fragments[index].pc = pc;
       join(warp, index);
       return Turn::kProgress;
     }
@@ -164,6 +165,13 @@ void release_starved(Warp& warp) {
     starved |= ++fragment.polls > kPatience;
   }
   if (starved) release_joining(warp);
+}
+
+[[noreturn]] void fail_divergent(const Warp& warp, uint32_t mask, const char* what,
+                                 ReportKind kind) {
+  fail(warp, first_lane(warp.live & ~mask), kind,
+       format("%s must be executed by all lanes of the warp together: lanes 0x%08x of 0x%08x came.",
+              what, mask, warp.live));
 }
 
 }  // namespace
@@ -310,10 +318,14 @@ bool release_joining(Warp& warp) {
   return any;
 }
 
-bool converge(Warp& warp, uint32_t* mask, const char* what) {
-  if (*mask == warp.live) return true;
-  if (warp.released) return gather(warp, warp.live, mask, what);
-  require_converged(warp, *mask, what);
+void require_aligned(const Warp& warp, uint32_t mask, const char* what) {
+  if (mask == warp.live || warp.released || !reports(warp, ReportKind::kAlignedBarrier)) return;
+  fail_divergent(warp, mask, what, ReportKind::kAlignedBarrier);
+}
+
+bool split_off(Warp& warp, uint32_t mask) {
+  if (mask == warp.fragment().mask) return false;
+  diverge(warp, mask, warp.pc, warp.pc + 1, warp.pc + 1);
   return true;
 }
 
@@ -330,10 +342,7 @@ uint32_t uniform(const Warp& warp, Slot slot, uint32_t mask, const char* what) {
 }
 
 void require_converged(const Warp& warp, uint32_t mask, const char* what) {
-  if (mask == warp.live) return;
-  fail(warp, first_lane(warp.live & ~mask), ReportKind::kDivergence,
-       format("%s must be executed by all lanes of the warp together: lanes 0x%08x of 0x%08x came.",
-              what, mask, warp.live));
+  if (mask != warp.live) fail_divergent(warp, mask, what, ReportKind::kDivergence);
 }
 
 void require_whole_warp(const Warp& warp, uint32_t mask, const char* what) {

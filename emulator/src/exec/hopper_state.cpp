@@ -31,17 +31,18 @@ void hopper_exit(Warp& warp, uint32_t mask) {
     const BulkCopy& copy = *entry.copy;
     if (!(mask >> copy.site.lane & 1)) return false;
     at_site(copy.site, [&] {
-      if (!copy.reads_complete) {
-        fail(warp, copy.site.lane, ReportKind::kNotWaitedFor,
+      if (!copy.reads_complete && reports(warp, ReportKind::kBulkWait)) {
+        fail(warp, copy.site.lane, ReportKind::kBulkWait,
              "The thread exited before cp.async.bulk.wait_group for this copy, which reads shared "
              "memory.");
       }
+      complete_reads(*entry.copy);
       complete_writes(*entry.copy);
     });
     return true;
   });
   if (mask == warp.live && !state.in_flight.empty()) {
-    fail(warp, -1, ReportKind::kNotWaitedFor, "The warp exited before wgmma.wait_group.");
+    fail(warp, -1, ReportKind::kWgmmaWait, "The warp exited before wgmma.wait_group.");
   }
 }
 

@@ -19,8 +19,9 @@ uint64_t signature(uint32_t offset) {
   return 0x6d62617272696572u ^ uint64_t { offset } << 32;
 }
 
-[[noreturn]] void fail_misuse(const Warp& warp, int lane, uint64_t address, const char* rule) {
-  fail(warp, lane, ReportKind::kMbarrierMisuse,
+[[noreturn]] void fail_misuse(const Warp& warp, int lane, uint64_t address, const char* rule,
+                              ReportKind kind = ReportKind::kMbarrier) {
+  fail(warp, lane, kind,
        format("Misuse of the mbarrier at shared address 0x%llx: %s.",
               static_cast<unsigned long long>(address), rule));
 }
@@ -90,7 +91,10 @@ Step run_init(Warp& warp, const Instruction& in, uint32_t mask) {
     const uint64_t mark = signature(offset);
     auto& barriers = hopper(*warp.cta).mbarriers;
     const bool is_valid = barriers.count(offset) && !std::memcmp(host[lane], &mark, sizeof(mark));
-    if (is_valid) fail_misuse(warp, lane, address[lane], "it is initialised already");
+    if (is_valid && reports(warp, ReportKind::kMbarrierAgain)) {
+      fail_misuse(warp, lane, address[lane], "it is initialised already",
+                  ReportKind::kMbarrierAgain);
+    }
     barriers.insert_or_assign(offset, Mbarrier(count[lane]));
     std::memcpy(host[lane], &mark, sizeof(mark));
     show_event(warp, SyncKind::kMbarrierInit, 1u << lane, address[lane]);

@@ -16,13 +16,14 @@ class RegistersInFlight {
   struct Value {
     alignas(64) uint32_t lanes[kWarpSize];
     uint32_t* reg = nullptr;
+    std::byte* frame = nullptr;
     Slot slot = kNoSlot;
     int users = 0;  // operations in flight
     bool is_accumulator = false;
   };
 
   // Takes a register of the frame for one more operation. nullptr: it is in flight in the other
-  // role, or registers of another frame are in flight.
+  // role.
   Value* take(std::byte* frame, Slot slot, bool as_accumulator);
 
   // One operation less. The last one puts the value back; false: the register was written
@@ -32,9 +33,15 @@ class RegistersInFlight {
   bool empty() const { return count_ == 0; }
 
  private:
-  std::byte* frame_ = nullptr;  // of all that are in flight
+  struct OfFrame {
+    std::byte* frame = nullptr;
+    int count = 0;
+    std::vector<Value*> by_slot;
+  };
+  OfFrame& of_frame(std::byte* frame);
+
   int count_ = 0;
-  std::vector<Value*> by_slot_;
+  std::vector<OfFrame> frames_;  // a caller and the functions it calls may all have some
   std::deque<Value> values_;
   std::vector<Value*> free_;
 };

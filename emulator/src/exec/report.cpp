@@ -7,76 +7,6 @@
 
 namespace gpu_emulator::exec {
 
-const char* name_of(ReportKind kind) {
-  switch (kind) {
-    case ReportKind::kOutOfBounds:
-      return "out of bounds";
-    case ReportKind::kMisaligned:
-      return "misaligned address";
-    case ReportKind::kWildPointer:
-      return "wild pointer";
-    case ReportKind::kReadOnly:
-      return "store to read-only memory";
-    case ReportKind::kUninitialised:
-      return "uninitialised value";
-    case ReportKind::kInFlight:
-      return "asynchronous operation in flight";
-    case ReportKind::kRace:
-      return "race";
-    case ReportKind::kMissingFence:
-      return "missing fence";
-    case ReportKind::kBarrierMisuse:
-      return "barrier misuse";
-    case ReportKind::kMbarrierMisuse:
-      return "mbarrier misuse";
-    case ReportKind::kDivergence:
-      return "divergence";
-    case ReportKind::kDeadlock:
-      return "deadlock";
-    case ReportKind::kInstructionLimit:
-      return "instruction limit";
-    case ReportKind::kUnsupported:
-      return "unsupported instruction";
-    case ReportKind::kInvalidOperand:
-      return "invalid operand";
-    case ReportKind::kNotWaitedFor:
-      return "operation not waited for";
-    case ReportKind::kTrap:
-      return "trap";
-    case ReportKind::kAssert:
-      return "assertion";
-    case ReportKind::kInvalidLaunch:
-      return "invalid launch";
-    case ReportKind::kInternal:
-      return "internal error";
-  }
-  return "internal error";
-}
-
-// Values of CUresult (cuda.h), which this folder does not include.
-int cuda_error_of(ReportKind kind) {
-  switch (kind) {
-    case ReportKind::kInvalidLaunch:
-      return 1;  // CUDA_ERROR_INVALID_VALUE
-    case ReportKind::kOutOfBounds:
-    case ReportKind::kWildPointer:
-    case ReportKind::kReadOnly:
-      return 700;  // CUDA_ERROR_ILLEGAL_ADDRESS
-    case ReportKind::kDeadlock:
-    case ReportKind::kInstructionLimit:
-      return 702;  // CUDA_ERROR_LAUNCH_TIMEOUT
-    case ReportKind::kAssert:
-      return 710;  // CUDA_ERROR_ASSERT
-    case ReportKind::kUnsupported:
-    case ReportKind::kInvalidOperand:
-      return 715;  // CUDA_ERROR_ILLEGAL_INSTRUCTION
-    case ReportKind::kMisaligned:
-      return 716;  // CUDA_ERROR_MISALIGNED_ADDRESS
-    default:
-      return 719;  // CUDA_ERROR_LAUNCH_FAILED
-  }
-}
-
 std::string format(const char* pattern, ...) {
   va_list arguments, again;
   va_start(arguments, pattern);
@@ -123,6 +53,17 @@ std::string where(const Warp& warp, int lane) {
   if (lane >= 0) text += format(", lane %d", lane);
   if (warp.function != launch.entry) text += ", in function " + warp.function->name;
   return text + ", " + describe_place(*launch.launch->program, *warp.function, warp.pc);
+}
+
+bool reports(const Warp& warp, ReportKind kind) { return launch_of(warp).options->checks[kind]; }
+
+Report report_of(ReportKind kind, const std::string& text) {
+  const ReportInfo& info = info_of(kind);
+  std::string line = "\n  kind: " + std::string(info.name);
+  if (info.group != ReportGroup::kAlways) {
+    line += " (checks=all-" + std::string(info.name) + " switches such reports off)";
+  }
+  return {info.cuda_error, info.name, text + line};
 }
 
 void fail(const Warp& warp, int lane, ReportKind kind, const std::string& message) {

@@ -149,7 +149,7 @@ class Grid {
 
   void record(ReportKind kind, const std::string& text) {
     const std::lock_guard lock(mutex_);
-    if (report_.text.empty()) report_ = {cuda_error_of(kind), name_of(kind), text};
+    if (report_.text.empty()) report_ = report_of(kind, text);
     stop_ = true;
   }
 
@@ -229,8 +229,7 @@ Report run(const Arch& arch, const Options& options, const MemoryMap& memory, co
       changed.program = program.get();
       return run(arch, whole, memory, changed, counters);
     } catch (const ptx::ParseError& error) {
-      return {exec::cuda_error_of(exec::ReportKind::kInvalidLaunch),
-              exec::name_of(exec::ReportKind::kInvalidLaunch), error.what()};
+      return exec::report_of(exec::ReportKind::kInvalidLaunch, error.what());
     }
   }
   exec::LaunchState state;
@@ -241,12 +240,12 @@ Report run(const Arch& arch, const Options& options, const MemoryMap& memory, co
   state.entry = &launch.program->functions.at(launch.function);
   try {
     exec::check_launch(arch, state);
-    if (!options.check_init) memory.assume_defined();
+    if (!options.checks.follow_values()) memory.assume_defined();
     const auto checks = check::make_checker(state);
     state.observer = checks.get();
     return exec::run_grid(state, counters);
   } catch (const exec::Failure& failure) {
-    return {exec::cuda_error_of(failure.kind), exec::name_of(failure.kind), failure.what()};
+    return exec::report_of(failure.kind, failure.what());
   }
 }
 

@@ -45,9 +45,13 @@ void return_lanes(Warp& warp, uint32_t mask);
 // behind it. Otherwise false, and the handler returns Step::kRetry.
 bool gather(Warp& warp, uint32_t member, uint32_t* mask, const char* what);
 
-// For .aligned instructions that may wait: as gather of all live lanes where the warp was released,
-// else as require_converged.
-bool converge(Warp& warp, uint32_t* mask, const char* what);
+// For .aligned barriers: all live lanes come together, but for a warp that was released.
+void require_aligned(const Warp& warp, uint32_t mask, const char* what);
+
+// For instructions whose lanes may wait on their own: lanes of the fragment that its guard leaves
+// out wait behind the instruction, and go on where nothing else can. True: the fragment was split,
+// and the handler returns Step::kJump.
+bool split_off(Warp& warp, uint32_t mask);
 
 // Lanes that wait for others at a reconvergence point go on without them, where a warp is stuck:
 // independent thread scheduling promises that. Whether there were any.

@@ -162,7 +162,7 @@ void run_vprintf(Warp& warp, const std::vector<uint64_t>& places, uint32_t mask)
   const int lane = first_lane(mask);
   auto text = [&](size_t i) { return read_string(warp, lane, argument(warp, places.at(i), lane)); };
   const auto line = static_cast<uint32_t>(argument(warp, places.at(2), lane, 4));
-  fail(warp, lane, ReportKind::kAssert,
+  fail(warp, lane, ReportKind::kAssertion,
        text(1) + ":" + std::to_string(line) + ": " + text(3) + ": assertion `" + text(0) +
            "` failed.");
 }

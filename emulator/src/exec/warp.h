@@ -42,10 +42,13 @@ struct Votes {  // of threads in barrier.red
   uint32_t all = 0, yes = 0;
 };
 
+inline constexpr uint64_t kNotArrived = ~uint64_t{0};
+
 struct Wait {  // why a fragment does not run: for the scheduler and the deadlock report
   enum class Kind : uint8_t {
     kNone,
-    kBarrier,         // id: barrier of the CTA; generation: of that barrier at arrival
+    kBarrier,         // id: barrier of the CTA; generation: of that barrier at the warp's arrival,
+                      // kNotArrived before it
     kWarpSync,        // id: membermask of bar.warp.sync, or of a collective of the warp
     kClusterBarrier,  // generation
     kMbarrier,        // id: shared address; generation: the phase waited for

@@ -34,8 +34,9 @@ Step run_shfl(Warp& warp, const Instruction& in, uint32_t mask) {
   uint32_t in_range = 0;
   for_each_lane(mask, [&](int lane) {
     const ShuffleSource source = shuffle_source(in.option[0], lane, b[lane], c[lane]);
-    if (source.in_range && !(mask >> source.lane & 1)) {
-      fail(warp, lane, ReportKind::kUninitialised,
+    const bool is_absent = source.in_range && !(mask >> source.lane & 1);
+    if (is_absent && reports(warp, ReportKind::kShuffleLane)) {
+      fail(warp, lane, ReportKind::kShuffleLane,
            format("shfl.sync reads lane %d, which does not take part (membermask 0x%08x, active "
                   "0x%08x).",
                   source.lane, member, mask));

@@ -55,7 +55,7 @@ void find_registers(const WgmmaOperation& operation, const WgmmaPart& part, uint
   const Slot* slots = operation.function->lists.data() + in.list;
   for (int i = 0; i < in.count; ++i) {
     const bool constant = slots[i] & kConstantBit;
-    if (!part.in_flight.empty() && !constant) {
+    if (!part.in_flight.empty() && part.in_flight[i]) {
       registers[i] = part.in_flight[i]->lanes;
       continue;
     }
@@ -145,7 +145,7 @@ void require_frame(const WgmmaPart& part) {
     return frame.registers.get() == part.frame;
   });
   if (!found) {
-    fail(warp, -1, ReportKind::kNotWaitedFor,
+    fail(warp, -1, ReportKind::kWgmmaWait,
          "A function returned before a wait for the wgmma that it issued.");
   }
 }

@@ -42,7 +42,8 @@ struct WgmmaPart {  // of one warp
   Warp* warp = nullptr;
   std::byte* frame = nullptr;  // its registers
   uint32_t group = 0;          // the warp's commit_groups before it
-  // In late and random modes: the registers' values, by the instruction's list; null: a constant.
+  // In late and random modes: the registers' values, by the instruction's list; null: a constant,
+  // or a register in another role.
   std::vector<RegistersInFlight::Value*> in_flight;
 };
 

@@ -78,8 +78,8 @@ void require_fence(const Warp& warp, const Instruction& in, const Warpgroup::War
                                  std::equal(function.lists.begin() + in.list,
                                             function.lists.begin() + in.list + shape.d_registers(),
                                             function.lists.begin() + state.retired->list);
-  if (same_accumulators) return;
-  fail(warp, -1, ReportKind::kMissingFence,
+  if (same_accumulators || !reports(warp, ReportKind::kWgmmaFence)) return;
+  fail(warp, -1, ReportKind::kWgmmaFence,
        "wgmma.mma_async without a wgmma.fence after the last accesses to its registers.");
 }
 
@@ -120,8 +120,8 @@ void take_registers(Warp& warp, const Instruction& in, WgmmaPart& part) {
   for (int i = 0; i < in.count; ++i) {
     if (slots[i] & kConstantBit) continue;
     part.in_flight[i] = in_flight.take(part.frame, slots[i], i < accumulators);
-    if (!part.in_flight[i]) {
-      fail(warp, -1, ReportKind::kInFlight,
+    if (!part.in_flight[i] && reports(warp, ReportKind::kWgmmaRegisters)) {
+      fail(warp, -1, ReportKind::kWgmmaRegisters,
            "A register of this wgmma is in another role in a wgmma that is still in flight.");
     }
   }
@@ -167,8 +167,9 @@ void retire(Warp& warp, Warpgroup::WarpState& state, WgmmaOperation& operation) 
   state.retired = operation.instruction;
   if (Observer* observer = observer_of(warp)) observer->wgmma_completes(warp, operation);
   for (RegistersInFlight::Value* value : operation.parts[index].in_flight) {
-    if (value && !hopper(warp).in_flight.release(value)) {
-      fail(warp, -1, ReportKind::kInFlight,
+    const bool was_written = value && !hopper(warp).in_flight.release(value);
+    if (was_written && reports(warp, ReportKind::kWgmmaRegisters)) {
+      fail(warp, -1, ReportKind::kWgmmaRegisters,
            format("A register of the wgmma at PTX line %d was written before the wait for it.",
                   operation.function->lines[operation.pc]));
     }

@@ -76,6 +76,8 @@ KernelFile read_kernel_file(const std::string& path) {
   for (std::string line; std::getline(stream, line);) {
     if (line.starts_with("// kind: ")) {
       file.kind = line.substr(9);
+    } else if (line.starts_with("// modes: ")) {
+      file.modes = line.substr(10);
     } else if (line.starts_with("// launch: ")) {
       read_launch(std::istringstream(line.substr(11)), file);
     } else if (line.starts_with("//")) {
@@ -144,6 +146,15 @@ std::vector<Options> all_modes() {
     options.max_instructions = 1000000;
     list.push_back(options);
   }
+  return list;
+}
+
+std::vector<Options> modes_of(const KernelFile& file) {
+  std::vector<Options> list = all_modes();
+  std::erase_if(list, [&](const Options& options) {
+    const std::string name = name_of(options);
+    return file.modes.find(name.substr(0, name.find(','))) == std::string::npos;
+  });
   return list;
 }
 

@@ -5,6 +5,7 @@
 //
 //   // kind: race | deadlock                   what the faulty one must be reported as; where the
 //                                              schedule decides, one of several
+//   // modes: late random                    in which it is found; absent: all
 //   // launch: grid 1 block 64 shared 1024 arch sm_80 cluster 1
 //   bar.sync 0;             //-                only in the repaired twin
 //   bar.sync 1;             //+                only in the faulty one
@@ -33,6 +34,7 @@ struct KernelFile {
   std::array<uint32_t, 3> grid{1, 1, 1}, block{32, 1, 1}, cluster{1, 1, 1};
   uint32_t shared_bytes = 0;
   bool hopper = false;
+  std::string modes = "eager late random";  // that find the fault
   std::string faulty, repaired;   // PTX
   std::vector<int> lines;         // of the faulty text, that the report must name
   std::vector<int> either_lines;  // of which it must name one
@@ -45,6 +47,9 @@ struct Outcome {
   std::vector<uint32_t> output;  // 1024 words
 };
 Outcome run_kernel(const KernelFile& file, const std::string& ptx, const Options& options);
+
+// The modes that find the file's fault.
+std::vector<Options> modes_of(const KernelFile& file);
 
 // Eager, late, and random schedules of several seeds, all checks on.
 std::vector<Options> all_modes();

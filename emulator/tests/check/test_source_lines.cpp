@@ -49,7 +49,7 @@ TEST(SourceLines, OfBothSidesOfARace) {
 TEST(SourceLines, OfWhereAnUndefinedValueWasReadAndStored) {
   const Report report =
       run(".loc 1 31 3\nld.shared.u32 %r4, [%r1];\n.loc 1 32 3\nst.global.u32 [%rd1], %r4;\n", 32);
-  ASSERT_EQ(report.kind, "uninitialised value") << report.text;
+  ASSERT_EQ(report.kind, "undefined_store") << report.text;
   EXPECT_TRUE(names(report, "/src/kernel.cu:31")) << report.text;
   EXPECT_TRUE(names(report, "/src/kernel.cu:32")) << report.text;
 }
@@ -57,7 +57,7 @@ TEST(SourceLines, OfWhereAnUndefinedValueWasReadAndStored) {
 TEST(SourceLines, OfAnAccessBehindAnAllocation) {
   const Report report = run(
       ".loc 1 40 3\nst.global.u32 [%rd1], %r0;\n.loc 2 41 3\nst.global.u32 [%rd1+256], %r0;\n", 64);
-  ASSERT_EQ(report.kind, "wild pointer") << report.text;
+  ASSERT_EQ(report.kind, "wild_pointer") << report.text;
   EXPECT_EQ(report.cuda_error, 700);
   EXPECT_TRUE(names(report, "/src/tile.cuh:41")) << report.text;
   EXPECT_FALSE(names(report, "/src/kernel.cu:40")) << report.text;
@@ -67,7 +67,7 @@ TEST(SourceLines, OfAnAccessBehindAnAllocation) {
 TEST(SourceLines, AreThoseBeforeALineOfZero) {
   const Report report =
       run(".loc 1 50 3\nmov.u32 %r4, 0;\n.loc 1 0 3\nst.global.u32 [%rd1+8], %r4;\n", 64);
-  ASSERT_EQ(report.kind, "wild pointer") << report.text;
+  ASSERT_EQ(report.kind, "wild_pointer") << report.text;
   EXPECT_TRUE(names(report, "/src/kernel.cu:50")) << report.text;
 }
 

@@ -92,7 +92,7 @@ TEST(UndefinedTensors, FollowTheSwizzle) {
       const uint32_t place = exec::swizzled(kBase + undefined, 128) - kBase;
       EXPECT_EQ(run(undefined, place, mode).text, "");
       const Report report = run(undefined, (place + 16) % kBoxBytes, mode);
-      EXPECT_EQ(report.kind, "uninitialised value") << report.text;
+      EXPECT_EQ(report.kind, "undefined_store") << report.text;
       EXPECT_NE(report.text.find("cp.async.bulk.tensor"), std::string::npos) << report.text;
     }
   }

@@ -156,6 +156,15 @@ TEST_F(DriverDevice, OptionsAreChecked) {
   EXPECT_EQ(gpuEmulatorSetOption(kA100, "delete_line", "100000"), CUDA_SUCCESS);
   EXPECT_EQ(gpuEmulatorSetOption(kA100, "delete_line", "2147483648"), CUDA_ERROR_INVALID_VALUE);
   EXPECT_EQ(gpuEmulatorSetOption(kA100, "delete_line", "0"), CUDA_SUCCESS);
+  EXPECT_EQ(gpuEmulatorSetOption(kA100, "checks", "all,-proxy_fence-init_fence"), CUDA_SUCCESS);
+  EXPECT_EQ(gpuEmulatorSetOption(kA100, "checks", "memory+race"), CUDA_SUCCESS);
+  EXPECT_EQ(gpuEmulatorSetOption(kA100, "checks", "none"), CUDA_SUCCESS);
+  EXPECT_EQ(gpuEmulatorSetOption(kA100, "checks", "some"), CUDA_ERROR_INVALID_VALUE);
+  EXPECT_EQ(gpuEmulatorSetOption(kH100, "checks", "all-fence"), CUDA_ERROR_INVALID_VALUE);
+  // Of the device that was asked, whatever the thread's context is.
+  EXPECT_NE(last_report(kH100).find("no kind 'fence'"), std::string::npos) << last_report(kH100);
+  EXPECT_NE(last_report(kH100).find("init_fence"), std::string::npos);
+  EXPECT_EQ(gpuEmulatorSetOption(kA100, "checks", "all"), CUDA_SUCCESS);
   EXPECT_EQ(gpuEmulatorSetOption(kA100, "colour", "1"), CUDA_ERROR_INVALID_VALUE);
   EXPECT_EQ(gpuEmulatorSetOption(kA100, nullptr, "1"), CUDA_ERROR_INVALID_VALUE);
   EXPECT_EQ(gpuEmulatorSetOption(9, "mode", "late"), CUDA_ERROR_INVALID_DEVICE);

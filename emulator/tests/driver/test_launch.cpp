@@ -256,5 +256,36 @@ TEST_F(HopperLaunch, Clusters) {
   EXPECT_CU(CUDA_SUCCESS, launch(16, 16)) << report();
 }
 
+TEST_F(DriverLaunch, KindsOfReportsAreSwitched) {
+  CUfunction kernel = load(R"(
+.version 8.0
+.target sm_80
+.address_size 64
+.visible .entry same_place(.param .u64 y) {
+  .reg .b32 %r; .reg .b64 %rd;
+  ld.param.u64 %rd, [y];
+  mov.u32 %r, %tid.x;
+  st.global.u32 [%rd], %r;
+  ret;
+}
+)",
+                           "same_place");
+  CUdeviceptr place = allocate(4);
+  void* arguments[] = {&place};
+  auto launch = [&] {
+    return cuLaunchKernel(kernel, 1, 1, 1, 64, 1, 1, 0, nullptr, arguments, nullptr);
+  };
+  EXPECT_CU(CUDA_ERROR_LAUNCH_FAILED, launch());
+  EXPECT_NE(report().find("kind: race (checks=all-race switches"), std::string::npos) << report();
+  for (const char* checks : {"all-race", "all,-race", "memory"}) {
+    EXPECT_EQ(gpuEmulatorSetOption(kA100, "checks", checks), CUDA_SUCCESS);
+    EXPECT_CU(CUDA_SUCCESS, launch()) << report();
+  }
+  for (const char* checks : {"none+race", "all-in_flight", "all"}) {
+    EXPECT_EQ(gpuEmulatorSetOption(kA100, "checks", checks), CUDA_SUCCESS);
+    EXPECT_CU(CUDA_ERROR_LAUNCH_FAILED, launch()) << checks;
+  }
+}
+
 }  // namespace
 }  // namespace gpu_emulator::testing_support

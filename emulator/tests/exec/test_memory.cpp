@@ -162,13 +162,13 @@ TEST(Memory, BadAddressesAreReported) {
     const char *body, *kind, *text;
   };
   const Fault faults[] = {
-      {"ld.global.b32 %r2, [%rd0+4096];\n", "wild pointer", "past the end of the test memory"},
-      {"mov.u64 %rd2, 64;\nld.global.b32 %r2, [%rd2];\n", "wild pointer", "nothing is allocated"},
-      {"ld.global.b32 %r2, [%rd0+2];\n", "misaligned address", "multiple of 4"},
-      {"ld.global.v4.b32 {%r2,%r3,%r4,%r5}, [%rd0+8];\n", "misaligned address", "multiple of 16"},
-      {"ld.shared.b32 %r2, [%r63+256];\n", "out of bounds", "256 bytes of shared memory"},
-      {"mov.u32 %r2, 0;\nst.shared.b32 [%r2], %r2;\n", "out of bounds", "shared address 0x0"},
-      {"mov.u64 %rd2, 0;\natom.global.add.u32 %r2, [%rd2], 1;\n", "wild pointer", "atomic"},
+      {"ld.global.b32 %r2, [%rd0+4096];\n", "wild_pointer", "past the end of the test memory"},
+      {"mov.u64 %rd2, 64;\nld.global.b32 %r2, [%rd2];\n", "wild_pointer", "nothing is allocated"},
+      {"ld.global.b32 %r2, [%rd0+2];\n", "misaligned", "multiple of 4"},
+      {"ld.global.v4.b32 {%r2,%r3,%r4,%r5}, [%rd0+8];\n", "misaligned", "multiple of 16"},
+      {"ld.shared.b32 %r2, [%r63+256];\n", "out_of_bounds", "256 bytes of shared memory"},
+      {"mov.u32 %r2, 0;\nst.shared.b32 [%r2], %r2;\n", "out_of_bounds", "shared address 0x0"},
+      {"mov.u64 %rd2, 0;\natom.global.add.u32 %r2, [%rd2], 1;\n", "wild_pointer", "atomic"},
   };
   for (const Fault& fault : faults) {
     SCOPED_TRACE(fault.body);
@@ -321,7 +321,7 @@ TEST(Counters, SectorsAndBankConflicts) {
     while (reinterpret_cast<uint64_t>(memory.data()) % 32) memory.insert(memory.begin(), 0);
     runner.add(memory);
     runner.launch.block = {32, 1, 1};
-    runner.options.check_races = false;
+    runner.options.checks = exec::Checks::parse("all-race");
     ASSERT_EQ(runner.run().text, "");
     const KernelCounters& kernel = runner.counters.kernels.at("k");
     for (const LineCounters& line : kernel.lines) {

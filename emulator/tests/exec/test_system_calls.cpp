@@ -262,7 +262,7 @@ TEST(IndirectCalls, OfNoFunctionIsReported) {
       run("",
           "mov.u64 %rd12, 4096;\n{\n.param .b32 a0; .param .b32 r0;\nst.param.b32 [a0], %r0;\n"
           "p: .callprototype (.param .b32 _) _ (.param .b32 _);\ncall (r0), %rd12, (a0), p;\n}\n");
-  EXPECT_EQ(result.report.kind, "invalid operand");
+  EXPECT_EQ(result.report.kind, "invalid_operand");
   EXPECT_NE(result.report.text.find("0x1000, which is no function"), std::string::npos);
 }
 

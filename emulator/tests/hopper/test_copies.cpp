@@ -268,7 +268,7 @@ TEST(TensorCopies, ExitBeforeTheSourceIsReadIsReported) {
     std::vector<std::byte> in(256);
     const Report report = run_store(tensor, "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group",
                                     {0, 0}, in, mode, "");
-    EXPECT_EQ(report.kind, "operation not waited for") << report.text;
+    EXPECT_EQ(report.kind, "bulk_wait") << report.text;
   }
 }
 
@@ -278,7 +278,7 @@ TEST(TensorCopies, BadMapsAndAddressesAreReported) {
   tensor.map.magic = 1;
   Report report = run_store(tensor, "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group", {0, 0},
                             in, Mode::kEager, "");
-  EXPECT_EQ(report.kind, "invalid operand");
+  EXPECT_EQ(report.kind, "invalid_operand");
   EXPECT_NE(report.text.find("not a tensor map"), std::string::npos);
   tensor.map.magic = kTensorMapMagic;
   report = run_store(tensor, "cp.async.bulk.tensor.1d.global.shared::cta.bulk_group", {0}, in,
@@ -287,7 +287,7 @@ TEST(TensorCopies, BadMapsAndAddressesAreReported) {
   tensor.map.base += 4096 * 16;
   report = run_store(tensor, "cp.async.bulk.tensor.2d.global.shared::cta.bulk_group", {0, 0}, in,
                      Mode::kEager, "");
-  EXPECT_TRUE(report.kind == "out of bounds" || report.kind == "wild pointer") << report.text;
+  EXPECT_TRUE(report.kind == "out_of_bounds" || report.kind == "wild_pointer") << report.text;
 }
 
 // Late mode: what is read before the wait is poison.
@@ -311,7 +311,7 @@ TEST(TensorCopies, AMissingWaitReadsPoison) {
   std::vector<uint32_t> out(2);
   KernelRunner runner(kernel(body, 2, 256));
   runner.options.mode = Mode::kLate;
-  runner.options.check_init = runner.options.check_races = false;
+  runner.options.checks = exec::Checks::memory();
   runner.add(in);
   runner.add(out);
   runner.run_ok();
@@ -343,7 +343,7 @@ TEST(BulkCopies, GroupsAreWaitedForInOrder) {
     std::vector<uint64_t> out(1);
     KernelRunner runner(kernel(body, 2, 64));
     runner.options.mode = mode;
-    runner.options.check_races = runner.options.check_init = false;
+    runner.options.checks = exec::Checks::memory();
     runner.add(memory);
     runner.add(out);
     runner.run_ok();
@@ -388,7 +388,7 @@ TEST(BulkCopies, SizesAndAlignmentsAreChecked) {
     std::vector<uint64_t> memory(8);
     KernelRunner runner(kernel(instruction, 1, 64));
     runner.add(memory);
-    EXPECT_EQ(runner.run().kind, "misaligned address") << instruction;
+    EXPECT_EQ(runner.run().kind, "misaligned") << instruction;
   }
 }
 

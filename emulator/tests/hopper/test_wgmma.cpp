@@ -1,6 +1,7 @@
 // wgmma in kernels: types, operands in registers and in shared memory, groups, modes, faults. The
 // layouts of operands are also tested with CUTLASS's descriptors, in tests/cutlass.
 
+#include <array>
 #include <cmath>
 #include <random>
 
@@ -363,7 +364,7 @@ TEST(Wgmma, AWriteToAccumulatorsInFlightIsReported) {
   const std::string wait = "wgmma.wait_group.sync.aligned 0;\n";
   text.insert(text.find(wait), "mov.b32 %d1, 0;\n");
   const Report report = problem.run(text, Mode::kLate);
-  EXPECT_EQ(report.kind, "asynchronous operation in flight") << report.text;
+  EXPECT_EQ(report.kind, "wgmma_registers") << report.text;
 }
 
 TEST(Wgmma, FaultsAreReported) {
@@ -378,18 +379,101 @@ TEST(Wgmma, FaultsAreReported) {
     return problem.run(text, Mode::kEager);
   };
   Report report = changed(fence, "", fence.size());
-  EXPECT_EQ(report.kind, "missing fence") << report.text;
+  EXPECT_EQ(report.kind, "wgmma_fence") << report.text;
   report = changed(fence, fence + "setp.gt.u32 %p6, %r0, 63;\n", fence.size());
-  EXPECT_EQ(report.kind, "invalid operand") << report.text;
+  EXPECT_EQ(report.kind, "invalid_operand") << report.text;
   report = changed(fence, fence + "setp.gt.u32 %p6, %r0, 3;\n", fence.size());
-  EXPECT_EQ(report.kind, "invalid operand") << report.text;
+  EXPECT_EQ(report.kind, "invalid_operand") << report.text;
   report = changed(fence, fence + "or.b64 %rd11, %rd11, 0x3f00;\n", fence.size());
-  EXPECT_EQ(report.kind, "out of bounds") << report.text;
+  EXPECT_EQ(report.kind, "out_of_bounds") << report.text;
   report = changed(fence, fence + "setp.lt.u32 %p5, %r0, 32;\n@%p5 ret;\n", fence.size());
   EXPECT_EQ(report.kind, "deadlock") << report.text;
   report = changed(fence, fence + "and.b32 %r9, %r0, 1;\nsetp.eq.u32 %p5, %r9, 0;\n@%p5 ret;\n",
                    fence.size());
   EXPECT_EQ(report.kind, "divergence") << report.text;
+}
+
+// A function issues a product while one of its caller is in flight: their registers are not the
+// same.
+TEST(Wgmma, AFunctionIssuesItsOwn) {
+  const std::string text = R"(
+.version 8.6
+.target sm_90a
+.address_size 64
+.func (.param .b32 result) product(.param .b64 b)
+{
+  .reg .b64 %rd<2>; .reg .b32 %r<5>; .reg .f32 %f<5>; .reg .pred %p;
+  ld.param.b64 %rd1, [b];
+  mov.b32 %r1, 0x3f803f80;
+  mov.b32 %r2, %r1;
+  mov.b32 %r3, %r1;
+  mov.b32 %r4, %r1;
+  mov.f32 %f1, 0f3f800000;
+  mov.f32 %f2, %f1;
+  mov.f32 %f3, %f1;
+  mov.f32 %f4, %f1;
+  setp.eq.u32 %p, %r1, %r2;
+  wgmma.fence.sync.aligned;
+  wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%f1, %f2, %f3, %f4}, {%r1, %r2, %r3, %r4}, %rd1, %p, 1, 1, 0;
+  wgmma.commit_group.sync.aligned;
+  wgmma.wait_group.sync.aligned 0;
+  st.param.b32 [result], %f1;
+  ret;
+}
+.visible .entry k(.param .u64 out)
+{
+  .reg .b64 %rd<5>; .reg .b32 %r<9>; .reg .f32 %f<6>; .reg .pred %p<3>;
+  .shared .align 1024 .b8 smem[256];
+  ld.param.u64 %rd1, [out];
+  mov.u32 %r0, %tid.x;
+  mov.u32 %r5, smem;
+  mov.b32 %r1, 0x3f803f80;
+  mov.b32 %r2, %r1;
+  mov.b32 %r3, %r1;
+  mov.b32 %r4, %r1;
+  shl.b32 %r6, %r0, 2;
+  add.u32 %r7, %r5, %r6;
+  setp.lt.u32 %p1, %r0, 64;
+  @%p1 st.shared.b32 [%r7], %r1;
+  fence.proxy.async;
+  bar.sync 0;
+  shr.u32 %r5, %r5, 4;
+  cvt.u64.u32 %rd2, %r5;
+  or.b64 %rd2, %rd2, 0x0000001000080000;
+  mov.f32 %f1, 0f40000000;
+  mov.f32 %f2, %f1;
+  mov.f32 %f3, %f1;
+  mov.f32 %f4, %f1;
+  setp.eq.u32 %p2, %r1, %r2;
+  wgmma.fence.sync.aligned;
+  wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%f1, %f2, %f3, %f4}, {%r1, %r2, %r3, %r4}, %rd2, %p2, 1, 1, 0;
+  wgmma.commit_group.sync.aligned;
+  {
+    .param .b64 b0; .param .b32 r0;
+    st.param.b64 [b0], %rd2;
+    call (r0), product, (b0);
+    ld.param.b32 %f5, [r0];
+  }
+  wgmma.wait_group.sync.aligned 0;
+  mul.wide.u32 %rd3, %r0, 8;
+  add.u64 %rd4, %rd1, %rd3;
+  st.global.v2.f32 [%rd4], {%f1, %f5};
+  ret;
+}
+)";
+  for (Mode mode : kModes) {
+    SCOPED_TRACE(name_of(mode));
+    std::vector<std::array<float, 2>> out(128);
+    KernelRunner runner(text);
+    runner.launch.block = {128, 1, 1};
+    runner.options.mode = mode;
+    runner.add(out);
+    runner.run_ok();
+    for (const auto& [own, of_function] : out) {
+      ASSERT_EQ(own, 18.0f);
+      ASSERT_EQ(of_function, 17.0f);
+    }
+  }
 }
 
 }  // namespace

@@ -39,21 +39,45 @@ Device& device_of_architecture(const Driver& driver, const std::string& architec
        "\": sm_80 and sm_90a exist");
 }
 
+std::string text_of(const Device& device, const char* function) {
+  const auto read = reinterpret_cast<Text>(device.driver().symbol(function));
+  if (read == nullptr) return "";
+  std::string text(read(device.ordinal(), nullptr, 0), '\0');
+  read(device.ordinal(), text.data(), text.size() + 1);
+  return text;
+}
+
 void set_option(const Device& device, const std::string& option) {
   const size_t equals = option.find('=');
   require(equals != std::string::npos, "option of the emulator without a value: \"", option, "\"");
   const std::string name = option.substr(0, equals), value = option.substr(equals + 1);
   const auto set = reinterpret_cast<SetOption>(device.driver().symbol("gpuEmulatorSetOption"));
-  require(set != nullptr && set(device.ordinal(), name.c_str(), value.c_str()) == CUDA_SUCCESS,
-          "the emulator has no option ", name, "=", value);
+  require(set != nullptr, "the emulator ", device.driver().library(), " has no options");
+  require(set(device.ordinal(), name.c_str(), value.c_str()) == CUDA_SUCCESS,
+          "the emulator has no option ", name, "=", value, ": ",
+          text_of(device, "gpuEmulatorLastReport"));
+}
+
+// The architecture, then the options. A word that begins with a sign belongs to the option before
+// it: checks=all,-proxy_fence.
+std::vector<std::string> words_of(const std::string& description) {
+  std::vector<std::string> words;
+  std::istringstream rest(description);
+  for (std::string word; std::getline(rest, word, ',');) {
+    const bool continues = words.size() > 1 && (word[0] == '+' || word[0] == '-');
+    if (continues) {
+      words.back() += "," + word;
+    } else {
+      words.push_back(word);
+    }
+  }
+  return words;
 }
 
 Device* find(const std::string& description, const std::string& library) {
   if (description.empty()) return nullptr;
   const Driver& driver = Driver::load(library.empty() ? library_beside_this() : library);
-  std::vector<std::string> words;
-  std::istringstream rest(description);
-  for (std::string word; std::getline(rest, word, ',');) words.push_back(word);
+  const std::vector<std::string> words = words_of(description);
   Device& device = device_of_architecture(driver, words.front());
   for (size_t i = 1; i < words.size(); ++i) set_option(device, words[i]);
   return &device;
@@ -73,14 +97,6 @@ struct Choice {
   Device* device = nullptr;
 };
 thread_local Choice choice;
-
-std::string text_of(const Device& device, const char* function) {
-  const auto read = reinterpret_cast<Text>(device.driver().symbol(function));
-  if (read == nullptr) return "";
-  std::string text(read(device.ordinal(), nullptr, 0), '\0');
-  read(device.ordinal(), text.data(), text.size() + 1);
-  return text;
-}
 
 // Sorted, without overlap and without empty ranges.
 std::vector<HostRange> merged(std::vector<HostRange> ranges) {

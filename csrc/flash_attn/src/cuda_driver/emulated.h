@@ -15,9 +15,9 @@ namespace flash::cuda {
 Device* emulated_device();
 
 // Sends this thread's CPU tensors to the emulated device that `description` tells: an architecture
-// and options of the emulator (gpu_emulator.h), "sm_80,mode=late,seed=3"; "" to none. `library`:
-// the emulator's; "" for libgpu_emulator.so beside this library. Options are the device's, for all
-// threads. Throws ApiError.
+// and options of the emulator (gpu_emulator.h), "sm_80,mode=late,seed=3,checks=all,-init_fence"; ""
+// to none. `library`: the emulator's; "" for libgpu_emulator.so beside this library. Options are
+// the device's, for all threads. Throws ApiError.
 void use_emulator(const std::string& description, const std::string& library);
 
 // What the emulator tells of its launches since the last use_emulator in any thread: JSON, an
