@@ -52,12 +52,12 @@ std::vector<FarCase> all_cases() {
   for (const Dtype dtype : {Dtype::kFloat32, Dtype::kBFloat16, Dtype::kFloat16})
     for (const int exponent : {4, 9, 11, 16, 22, 30, 33})
       for (const int sign : {1, -1})
-        for (const int seqlen_q : {3, 150}) {  // streamed, packed
+        for (const int seqlen_q : {3, 70}) {  // streamed, packed
           AttentionCase c;
           c.dtype = dtype;
           c.h = c.h_k = 1;
           c.seqlens_q = {seqlen_q};
-          c.seqlens_k = {300};
+          c.seqlens_k = {140};
           c.right = 0;
           c.has_dlse = true;
           c.has_sink = exponent % 2;
