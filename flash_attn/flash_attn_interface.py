@@ -28,12 +28,15 @@ Arguments shared by all functions:
   longest seqlens, indexed within each sequence). Differentiable.
 - return_attn_probs: also return softmax_lse and S_dmask.
 
+Numbers may be Python's, numpy's or tensors of one element. A batch may hold no sequence.
+
 softmax_lse is fp32, the natural logarithm of the softmax denominator, and differentiable. S_dmask,
 of q's dtype and shape (batch, nheads, seqlen_q and seqlen_k rounded up to 128), is for tests only:
 exp(score - running row maximum), negative where dropped; its shape is (0,) unless dropout_p > 0.
 
-Invalid arguments raise RuntimeError before anything is written (TypeError where a tensor or number
-is not one), memory that runs out raises MemoryError.
+Invalid arguments raise RuntimeError before anything is written, among them a tensor to write to
+that shares memory with another one (views that interleave do not). What is not a tensor or number
+raises TypeError, memory that runs out raises MemoryError.
 """
 
 from __future__ import annotations
@@ -415,6 +418,8 @@ def flash_attn_varlen_qkvpacked_func(
     Other arguments, results and errors are those of flash_attn_varlen_func.
     """
     q, k, v = _unpack("qkv", qkv, 3)
+    check_tensors(cu_seqlens=cu_seqlens)
+    max_seqlen = as_int("max_seqlen", max_seqlen)
     return flash_attn_varlen_func(
         q,
         k,
@@ -468,15 +473,16 @@ def flash_attn_with_kvcache(
         q: (batch, seqlen_q, nheads, headdim).
         k_cache: (batch_cache, seqlen_cache, nheads_k, headdim) with unit stride in the last
             dimension; with block_table (num_pages, page_size, nheads_k, headdim), any page size.
-        v_cache: as k_cache, with headdim_v.
+        v_cache: as k_cache, with headdim_v. May be a part of k_cache's rows (or the other way
+            round); v is then the same part of k, and rotary embedding leaves it alone.
         k: (batch, seqlen_new, nheads_k, headdim), written to k_cache from ``cache_seqlens`` on.
         v: (batch, seqlen_new, nheads_k, headdim_v), written to v_cache; needed with k.
-        rotary_cos: (seqlen_rotary, rotary_dim / 2), dtype of q: rotates k at positions
-            ``cache_seqlens + i``, and q likewise if causal or windowed, else at ``cache_seqlens``.
-            Needs k.
-        rotary_sin: as rotary_cos. cache_seqlens: tokens in the cache before k is appended, an int
-        or int32 (batch,). None, only
-            without k: the whole cache.
+        rotary_cos: (seqlen_rotary, rotary_dim / 2), dtype of q, rotary_dim <= headdim: rotates k at
+            positions ``cache_seqlens + i``, and q likewise if causal or windowed, else at
+            ``cache_seqlens``. Needs k.
+        rotary_sin: as rotary_cos.
+        cache_seqlens: tokens in the cache before k is appended, an int or int32 (batch,). None,
+            only without k: the whole cache.
         cache_batch_idx: int32 (batch,), the cache row of each sequence; default its own index.
         cache_leftpad: int32 (batch,), first valid index in the cache; default 0.
         block_table: int32 (batch, max_pages_per_sequence), the pages of each sequence.
@@ -486,7 +492,8 @@ def flash_attn_with_kvcache(
         return_softmax_lse: also return softmax_lse.
 
     The other arguments are described at the head of this module. Keys count with those appended:
-    seqlen_k is ``cache_seqlens + seqlen_new``.
+    seqlen_k is ``cache_seqlens + seqlen_new``. Arguments may be views of a cache as long as they
+    share no memory with the rows that are appended; k and v may also be these rows.
 
     Returns:
         out, (batch, seqlen_q, nheads, headdim_v), dtype of q; with ``return_softmax_lse``

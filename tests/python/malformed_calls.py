@@ -33,6 +33,10 @@ def indices(values):
     return torch.tensor(values, dtype=torch.int32)
 
 
+def permutation(r, count):
+    return indices(r.sample(range(count), count))
+
+
 def round_up(x, m):
     return (x + m - 1) // m * m
 
@@ -123,7 +127,7 @@ def varlen_pool(r, packed=False, paged=False):
     if paged:
         pages = 8 * b
         k_rows = (pages, r.choice([1, 2, 4]))
-        pool["block_table"] = torch.randperm(pages, dtype=torch.int32).view(b, 8)
+        pool["block_table"] = permutation(r, pages).view(b, 8)
     for name, shape in {
         "q": (total_q, h, d),
         "k": (*k_rows, hk, d),
@@ -156,9 +160,9 @@ def cache_pool(r):
     names = ("k_new", "v_new", "rotary_cos", "rotary_sin", "cache_batch_idx", "block_table")
     pool.update(dict.fromkeys(names))
     if paged:
-        pool["block_table"] = torch.randperm(8 * b, dtype=torch.int32).view(b, 8)
+        pool["block_table"] = permutation(r, 8 * b).view(b, 8)
     elif r.choice([False, True]):
-        pool["cache_batch_idx"] = torch.randperm(cache_b, dtype=torch.int32)[:b]
+        pool["cache_batch_idx"] = permutation(r, cache_b)[:b]
     seqlens = [r.randrange(rows - new + 1) for _ in range(b)]
     pool["cache_seqlens"] = indices(seqlens)
     pool["cache_leftpad"] = r.choice([None, indices([r.randrange(n + 1) for n in seqlens])])

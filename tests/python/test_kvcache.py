@@ -69,7 +69,7 @@ CHOICES = {
     "sinks": [False, False, True],
     "lengths": ["tensor", "tensor", "int", "none"],
     "rotary": ["", "interleaved", "halves"],
-    "rotary_dim": [16, 32, 64],
+    "rotary_dim": [2, 16, 18, 64],
     "batch_idx": [False, True],
     "leftpad": [False, True],
     "page_size": [0, 0, 0, 1, 16, 64, 256],
@@ -331,6 +331,18 @@ def test_rotary(rotary, mask, dtype):
     check(Case(**options, rotary_dim=64))
     check(Case(**options, rotary_dim=16, leftpad=True))
     check(Case(**options, rotary_dim=32, page_size=16))
+
+
+@pytest.mark.parametrize("rotary", ["interleaved", "halves"])
+@pytest.mark.parametrize("rotary_dim", [2, 6, 10, 14, 18, 34])
+@pytest.mark.parametrize("dtype", [FP32, FP16, BF16])
+def test_rotary_dim(rotary, rotary_dim, dtype):
+    """Any even number up to headdim, also one that fills no vector."""
+    options = {"dtype": dtype, "rotary": rotary, "rotary_dim": rotary_dim, "seqlen_new": 3}
+    check(Case(**options, seqlen_q=3, causal=True))
+    check(Case(**options, seqlen_q=1, page_size=16, capacity=200))
+    check(Case(**options, seqlen_q=40, dims=(rotary_dim, 40), window_size=(20, 3)))
+    check(Case(**options, seqlen_q=2, dims=(rotary_dim + 1, 8)))
 
 
 @pytest.mark.parametrize("page_size", [1, 3, 16, 64, 256])
