@@ -57,18 +57,12 @@ class _DenseMask:
     def __init__(self, make: Callable[[], Tensor]):
         self._make = make
         self._mask: Optional[Tensor] = None
-        self._version = 0
 
     def get(self) -> Tensor:
         if self._mask is None:
-            # Not an inference tensor: those do not count the writes to them.
             with torch.inference_mode(False), torch.no_grad():
                 self._mask = self._make()
-            self._version = self._mask._version
         return self._mask
-
-    def is_overwritten(self) -> bool:
-        return self._mask is not None and self._mask._version != self._version
 
 
 class PatternMask(torch.Tensor):
@@ -85,7 +79,8 @@ class PatternMask(torch.Tensor):
 
     @staticmethod
     def __new__(cls, pattern: MaskPattern, dense: _DenseMask, shape, dtype, device):
-        return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
+        with torch.inference_mode(False):  # inference tensors do not count the writes to them
+            return torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
 
     def __init__(self, pattern: MaskPattern, dense: _DenseMask, shape, dtype, device):
         self._pattern = pattern
@@ -96,8 +91,8 @@ class PatternMask(torch.Tensor):
 
     @property
     def pattern(self) -> Optional[MaskPattern]:
-        """What the mask says, or None after somebody has written into the dense mask."""
-        if not torch.compiler.is_compiling() and self._dense.is_overwritten():
+        """What the mask says, or None after somebody has written into it or a view of it."""
+        if not torch.compiler.is_compiling() and self._version > 0:
             return None
         return self._pattern
 
@@ -107,8 +102,8 @@ class PatternMask(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten.detach.default:  # gradient checkpointing
-            (mask,) = args
+        if func is torch.ops.aten.detach.default and args[0].pattern is not None:
+            (mask,) = args  # gradient checkpointing
             return cls(mask._pattern, mask._dense, mask.shape, mask.dtype, mask.device)
         args, kwargs = torch.utils._pytree.tree_map_only(cls, cls.dense, (args, kwargs or {}))
         return func(*args, **kwargs)

@@ -1,7 +1,8 @@
-"""This package under PyTorch's and transformers' own switches, against their own attention."""
+"""This package under PyTorch's own switches, against PyTorch's own attention."""
 
 from __future__ import annotations
 
+import subprocess
 import sys
 
 import pytest
@@ -9,10 +10,8 @@ import torch
 import torch.nn.attention
 import torch.nn.functional as F
 
-from flash_attn import integrations
+import flash_attn
 from flash_attn.integrations import sdpa
-
-VOCABULARY = 97
 
 
 @pytest.fixture(autouse=True)
@@ -26,9 +25,6 @@ def assert_close(actual, expected, tolerance=2e-5):
     limit = tolerance * max(1.0, float(expected.detach().abs().max()))
     torch.testing.assert_close(actual, expected, rtol=0, atol=limit)
 
-
-# ------------------------------------------------------------------------------------------------
-# torch.nn.functional.scaled_dot_product_attention
 
 SDPA_CASES = {
     "full": {"shape": (2, 4, 4, 65, 65)},
@@ -195,364 +191,207 @@ def test_sdpa_by_pytorchs_registry(sdpa_calls):
     assert not sdpa.is_registered()
 
 
-# ------------------------------------------------------------------------------------------------
-# Hugging Face transformers
-
-
-@pytest.fixture(scope="module")
-def transformers():
-    module = pytest.importorskip("transformers", minversion="5.0")
-    integrations.register()
-    return module
-
-
-def tiny_config(transformers, kind="Llama", **overrides):
-    sizes = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "max_position_embeddings": 256,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": None,
-    }
-    sizes.update(overrides)
-    return getattr(transformers, f"{kind}Config")(**sizes)
-
-
-def model_pair(transformers, kind="Llama", suffix="ForCausalLM", **overrides):
-    """The same random model twice: with eager attention and with this package."""
-    models = []
-    for implementation in ("eager", "exact_attention"):
-        torch.manual_seed(0)
-        config = tiny_config(transformers, kind, **overrides)
-        config._attn_implementation = implementation
-        models.append(getattr(transformers, kind + suffix)(config).eval())
-    return models
-
-
-def random_tokens(batch, seqlen):
-    torch.manual_seed(2)
-    return torch.randint(1, VOCABULARY, (batch, seqlen))
-
-
-def logits_and_gradients(model, valid, **inputs):
-    """Logits, and the parameters' gradients of a loss over the valid tokens."""
-    model.zero_grad()
-    logits = model(use_cache=False, **inputs).logits
-    torch.manual_seed(3)
-    (logits * torch.randn_like(logits) * valid[..., None]).mean().backward()
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return logits[valid], gradients
-
-
-def assert_same_model(pair, valid, **inputs):
-    expected, expected_gradients = logits_and_gradients(pair[0], valid, **inputs)
-    actual, gradients = logits_and_gradients(pair[1], valid, **inputs)
-    assert_close(actual, expected)
-    assert gradients.keys() == expected_gradients.keys()
-    for name, gradient in gradients.items():
-        scale = float(expected_gradients[name].abs().max())
-        torch.testing.assert_close(
-            gradient, expected_gradients[name], rtol=0, atol=1e-4 * scale + 1e-9, msg=name
-        )
-
-
-def padding_mask(lengths, seqlen, side):
-    positions = torch.arange(seqlen)
-    lengths = torch.tensor(lengths)[:, None]
-    return (positions < lengths if side == "right" else positions >= seqlen - lengths).long()
-
-
-@pytest.fixture
-def attention_calls(monkeypatch):
-    """Names of this package's functions that a model called."""
-    from flash_attn.integrations import huggingface
-
-    calls = set()
-    for name in ("flash_attn_func", "flash_attn_varlen_func", "flash_attn_with_kvcache"):
-        function = getattr(huggingface, name)
-
-        def counted(*args, name=name, function=function, **kwargs):
-            calls.add(name)
-            return function(*args, **kwargs)
-
-        monkeypatch.setattr(huggingface, name, counted)
-    return calls
-
-
-def test_llama_without_padding(transformers, attention_calls):
-    tokens = random_tokens(3, 37)
-    valid = torch.ones_like(tokens, dtype=torch.bool)
-    assert_same_model(model_pair(transformers), valid, input_ids=tokens)
-    assert attention_calls == {"flash_attn_func"}
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("window", [None, 7])
-def test_padded_batch(transformers, attention_calls, side, window):
-    kind = "Llama" if window is None else "Mistral"
-    overrides = {} if window is None else {"sliding_window": window}
-    tokens = random_tokens(3, 37)
-    mask = padding_mask([37, 20, 1], 37, side)
-    pair = model_pair(transformers, kind, **overrides)
-    assert_same_model(pair, mask.bool(), input_ids=tokens, attention_mask=mask)
-    assert attention_calls == {"flash_attn_varlen_func"}
-
-
-@pytest.mark.parametrize("window", [None, 7])
-def test_mask_with_holes(transformers, window):
-    kind = "Llama" if window is None else "Mistral"
-    overrides = {} if window is None else {"sliding_window": window}
-    tokens = random_tokens(2, 30)
-    mask = torch.ones_like(tokens)
-    mask[0, 5:9] = 0
-    mask[1, 20] = 0
-    pair = model_pair(transformers, kind, **overrides)
-    assert_same_model(pair, mask.bool(), input_ids=tokens, attention_mask=mask)
-
-
-def packed_positions(*lengths):
-    return torch.cat([torch.arange(n) for n in lengths])[None]
-
-
-@pytest.mark.parametrize("window", [None, 5])
-def test_batch_packed_by_position_ids(transformers, attention_calls, window):
-    kind = "Llama" if window is None else "Mistral"
-    overrides = {} if window is None else {"sliding_window": window}
-    tokens = random_tokens(2, 30)
-    positions = torch.cat([packed_positions(11, 1, 18), packed_positions(4, 16, 10)])
-    valid = torch.ones_like(tokens, dtype=torch.bool)
-    pair = model_pair(transformers, kind, **overrides)
-    assert_same_model(pair, valid, input_ids=tokens, position_ids=positions)
-    assert attention_calls == {"flash_attn_varlen_func"}
-
-
-def test_packed_batch_equals_its_sequences_alone(transformers):
-    _, model = model_pair(transformers)
-    tokens = random_tokens(1, 30)
-    lengths = (11, 1, 18)
-    cu_seqlens = torch.tensor([0, 11, 12, 30], dtype=torch.int32)
-    packed = model(
-        input_ids=tokens,
-        position_ids=packed_positions(*lengths),
-        cu_seq_lens_q=cu_seqlens,
-        cu_seq_lens_k=cu_seqlens,
-        max_length_q=18,
-        max_length_k=18,
-        use_cache=False,
-    ).logits
-    alone = [model(input_ids=part, use_cache=False).logits for part in tokens.split(lengths, dim=1)]
-    assert_close(packed, torch.cat(alone, dim=1))
-
-
-def test_packed_by_cumulative_lengths_alone(transformers, attention_calls):
-    """Layers that are told cumulative lengths and no mask, as vision encoders are."""
-    from flash_attn.integrations.huggingface import attention_forward
-
-    torch.manual_seed(4)
-    q, k, v = (torch.randn(1, heads, 30, 16) for heads in (4, 2, 2))
-    cu_seqlens = torch.tensor([0, 11, 12, 30], dtype=torch.int32)
-    lengths = {"cu_seq_lens_q": cu_seqlens, "cu_seq_lens_k": cu_seqlens}
-    lengths |= {"max_length_q": 18, "max_length_k": torch.tensor(18)}
-    module = torch.nn.Module()
-    out, weights = attention_forward(module, q, k, v, None, is_causal=False, **lengths)
-    assert weights is None
-    assert attention_calls == {"flash_attn_varlen_func"}
-    for start, end in ((0, 11), (11, 12), (12, 30)):
-        parts = (x[:, :, start:end] for x in (q, k, v))
-        alone = F.scaled_dot_product_attention(*parts, enable_gqa=True)
-        assert_close(out[:, start:end], alone.transpose(1, 2))
-
-
-def test_softcap(transformers):
-    pair = model_pair(
-        transformers,
-        "Gemma2",
-        sliding_window=6,
-        attn_logit_softcapping=2.0,
-        query_pre_attn_scalar=16,
-    )
-    tokens = random_tokens(2, 25)
-    mask = padding_mask([25, 14], 25, "right")
-    assert_same_model(pair, mask.bool(), input_ids=tokens, attention_mask=mask)
-
-
-@pytest.mark.parametrize("padded", [False, True])
-def test_attention_sinks(transformers, padded):
-    pair = model_pair(
-        transformers, "GptOss", sliding_window=6, num_local_experts=2, num_experts_per_tok=1
-    )
-    sinks = [name for name, _ in pair[1].named_parameters() if name.endswith("sinks")]
-    assert len(sinks) == 2
-    tokens = random_tokens(2, 25)
-    mask = padding_mask([25, 14 if padded else 25], 25, "left")
-    assert_same_model(pair, mask.bool(), input_ids=tokens, attention_mask=mask)
-
-
-def test_bidirectional_encoder(transformers):
+def plain_inputs(*shape, dtype=torch.float32):
     torch.manual_seed(0)
-    pair = model_pair(
-        transformers, "Bert", "ForMaskedLM", num_key_value_heads=4, hidden_dropout_prob=0.0
-    )
-    tokens = random_tokens(3, 21)
-    mask = padding_mask([21, 13, 4], 21, "right")
-    assert_same_model(pair, mask.bool(), input_ids=tokens, attention_mask=mask)
+    return [torch.randn(*shape, dtype=dtype, requires_grad=True) for _ in range(3)]
 
 
-def test_relative_position_bias_and_cross_attention(transformers):
-    """T5: a learned bias, with gradient, on top of a causal mask and on top of padding."""
-    sizes = {"d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4}
-    pair = model_pair(
-        transformers, "T5", "ForConditionalGeneration", decoder_start_token_id=0, **sizes
-    )
-    tokens = random_tokens(2, 21)
-    decoder_tokens = random_tokens(2, 13)
-    inputs = {"input_ids": tokens, "attention_mask": padding_mask([21, 9], 21, "right")}
-    inputs["decoder_input_ids"] = decoder_tokens
-    bias = "decoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
-    assert bias in dict(pair[1].named_parameters())
-    assert_same_model(pair, torch.ones_like(decoder_tokens, dtype=torch.bool), **inputs)
-
-
-def test_under_torch_compile(transformers):
-    eager, model = model_pair(transformers)
-    tokens = random_tokens(2, 19)
-    mask = padding_mask([19, 8], 19, "left")
-    compiled = torch.compile(model, backend="aot_eager")
-    inputs = {"input_ids": tokens, "attention_mask": mask, "use_cache": False}
-    valid = mask.bool()
-    assert_close(compiled(**inputs).logits[valid], eager(**inputs).logits[valid])
-
-
-def test_bfloat16(transformers):
-    eager, model = model_pair(transformers)
-    tokens = random_tokens(2, 19)
-    mask = padding_mask([19, 8], 19, "left")
-    valid = mask.bool()
-    exact = eager(input_ids=tokens, attention_mask=mask).logits[valid]
-    errors = []
-    for half in (eager.bfloat16(), model.bfloat16()):
-        logits = half(input_ids=tokens, attention_mask=mask).logits[valid].float()
-        errors.append(float((logits - exact).detach().abs().max()))
-    assert errors[1] <= 2 * errors[0]
-
-
-def test_mask_given_in_four_dimensions(transformers):
-    pair = model_pair(transformers)
-    tokens = random_tokens(2, 19)
-    torch.manual_seed(5)
-    visible = (torch.rand(2, 1, 19, 19) > 0.4) | torch.eye(19, dtype=torch.bool)
-    additive = torch.zeros(2, 1, 19, 19).masked_fill(~visible, torch.finfo(torch.float32).min)
-    valid = torch.ones_like(tokens, dtype=torch.bool)
-    assert_same_model(pair, valid, input_ids=tokens, attention_mask=additive)
-    with torch.no_grad():
-        from_bool = pair[1](input_ids=tokens, attention_mask=visible).logits
-        assert_close(from_bool, pair[0](input_ids=tokens, attention_mask=additive).logits)
-
-
-def test_chunked_attention_becomes_a_bias(transformers, attention_calls):
-    from transformers.masking_utils import create_chunked_causal_mask
-
-    pair = model_pair(transformers)
-    tokens = random_tokens(2, 19)
-    masks = []
-    for model in pair:
-        model.config.attention_chunk_size = 5
-        embeddings = model.model.embed_tokens(tokens)
-        masks.append(create_chunked_causal_mask(model.config, embeddings, None, None))
-    assert_close(
-        pair[1](input_ids=tokens, attention_mask=masks[1]).logits,
-        pair[0](input_ids=tokens, attention_mask=masks[0]).logits,
-    )
-    assert attention_calls == {"flash_attn_func"}
-
-
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
-@pytest.mark.parametrize("kind", ["Llama", "Mistral", "GptOss"])
-@pytest.mark.parametrize("padded", [False, True])
-def test_generate(transformers, attention_calls, cache, kind, padded):
-    overrides = {
-        "Llama": {},
-        "Mistral": {"sliding_window": 7},
-        "GptOss": {"sliding_window": 7, "num_local_experts": 2, "num_experts_per_tok": 1},
-    }[kind]
-    tokens = random_tokens(3, 12)
-    mask = padding_mask([12, 5, 1] if padded else [12, 12, 12], 12, "left")
-    results = [
-        model.generate(
-            tokens,
-            attention_mask=mask,
-            max_new_tokens=16,
-            do_sample=False,
-            cache_implementation=cache,
-            return_dict_in_generate=True,
-            output_logits=True,
+def jagged_inputs():
+    return [
+        torch.nested.nested_tensor(
+            [torch.randn(5, 4, 16), torch.randn(7, 4, 16)], layout=torch.jagged, requires_grad=True
         )
-        for model in model_pair(transformers, kind, **overrides)
+        for _ in range(3)
     ]
-    assert torch.equal(results[0].sequences, results[1].sequences)
-    for actual, expected in zip(results[1].logits, results[0].logits):
-        assert_close(actual, expected)
-    assert "flash_attn_with_kvcache" in attention_calls
 
 
-def test_generate_continues_a_right_padded_prompt(transformers):
-    """Padding between the prompt and the new tokens hides keys in the middle of the cache."""
-    pair = model_pair(transformers)
-    tokens = random_tokens(2, 12)
-    mask = padding_mask([12, 7], 12, "right")
-    results = [
-        model.generate(tokens, attention_mask=mask, max_new_tokens=6, do_sample=False)
-        for model in pair
-    ]
-    assert torch.equal(*results)
+def bias_that_needs_a_gradient():
+    return torch.randn(1, 4, 9, 9, requires_grad=True)
 
 
-@pytest.mark.parametrize("cache", ["dynamic", "static"])
-def test_chunked_prefill(transformers, cache):
-    """Several queries after keys that are already cached."""
-    tokens = random_tokens(2, 20)
-    logits = []
-    for model in model_pair(transformers):
-        past = transformers.DynamicCache(config=model.config)
-        if cache == "static":
-            past = transformers.StaticCache(config=model.config, max_cache_len=32)
-        with torch.no_grad():
-            parts = [
-                model(part, past_key_values=past).logits for part in tokens.split([9, 7, 4], 1)
-            ]
-        logits.append(torch.cat(parts, dim=1))
-    assert_close(logits[1], logits[0])
+NOT_OURS = {  # inputs, arguments
+    "head dim 577": lambda: (plain_inputs(1, 2, 5, 577), {}),
+    "head dim 640": lambda: (plain_inputs(2, 2, 5, 640, dtype=torch.bfloat16), {"is_causal": True}),
+    "fp64": lambda: (plain_inputs(1, 4, 9, 16, dtype=torch.float64), {"is_causal": True}),
+    "three dims": lambda: (plain_inputs(4, 9, 16), {"is_causal": True}),
+    "two dims": lambda: (plain_inputs(9, 16), {}),
+    "empty batch": lambda: (plain_inputs(0, 4, 9, 16), {}),
+    "no keys": lambda: ([*plain_inputs(1, 4, 9, 16)[:1], *plain_inputs(1, 4, 0, 16)[:2]], {}),
+    "dropout": lambda: (plain_inputs(1, 4, 9, 16), {"dropout_p": 0.3}),
+    "mask with gradient": lambda: (
+        plain_inputs(1, 4, 9, 16),
+        {"attn_mask": bias_that_needs_a_gradient()},
+    ),
+}
 
 
-def test_register_returns_the_name_and_refuses_flash(transformers):
-    assert integrations.register("exact_attention") == "exact_attention"
-    assert integrations.register("another_name") == "another_name"
-    with pytest.raises(ValueError, match="'flash' in its name"):
-        integrations.register("flash_attn")
+@pytest.mark.parametrize("name", NOT_OURS)
+def test_sdpa_gives_the_rest_to_pytorch(name, sdpa_calls):
+    """What worked before works after, to the last bit."""
+    inputs, arguments = NOT_OURS[name]()
+    leaves = [*inputs, arguments["attn_mask"]] if "attn_mask" in arguments else inputs
+    results = []
+    for context in (torch.enable_grad(), sdpa.registered()):
+        with context:
+            torch.manual_seed(1)
+            out = F.scaled_dot_product_attention(*inputs, **arguments)
+            results.append((out, *torch.autograd.grad(out, leaves, torch.ones_like(out))))
+    assert all(torch.equal(a, e) for a, e in zip(*results))
+    assert sdpa_calls == []
 
 
-def test_dropout_is_applied_in_training_only(transformers):
-    _, model = model_pair(transformers, attention_dropout=0.5)
-    tokens = random_tokens(2, 19)
-    with torch.no_grad():
-        quiet = model(input_ids=tokens).logits
-        assert torch.equal(quiet, model(input_ids=tokens).logits)
-        model.train()
+def test_sdpa_of_jagged_tensors():
+    results = []
+    for context in (torch.no_grad(), sdpa.registered()):
         torch.manual_seed(0)
-        noisy = model(input_ids=tokens).logits
-        torch.manual_seed(0)
-        assert torch.equal(noisy, model(input_ids=tokens).logits)
-    assert not torch.allclose(noisy, quiet)
+        with context:
+            q, k, v = (x.transpose(1, 2) for x in jagged_inputs())
+            results.append(F.scaled_dot_product_attention(q, k, v).values())
+    assert_close(results[1], results[0])
 
 
-def test_integrations_import_without_transformers(monkeypatch):
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    monkeypatch.delitem(sys.modules, "flash_attn.integrations.huggingface", raising=False)
-    with pytest.raises(ImportError, match="transformers"):
-        integrations.register()
+@pytest.mark.parametrize("scale", [0.0, -0.5])
+def test_sdpa_scale_that_is_not_positive(scale):
+    """Causal as well, where PyTorch's own kernel makes NaN of minus infinity times the scale."""
+    q, k, v = (x.detach() for x in plain_inputs(1, 2, 9, 16))
+    scores = scale * q @ k.transpose(-1, -2)
+    causal = torch.ones(9, 9, dtype=torch.bool).tril()
+    expected = scores.masked_fill(~causal, -torch.inf).softmax(-1) @ v
+    with sdpa.registered():
+        assert_close(F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale), expected)
+
+
+def run_python(program):
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return run.stdout.split()
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.nn.attention, "list_flash_attention_impls"),
+    reason="this PyTorch has no registry of attention implementations",
+)
+def test_pytorchs_registry_knows_the_package_at_once():
+    """After ``import flash_attn`` alone, which imports no integration yet."""
+    program = """
+import sys
+import torch
+import flash_attn
+print("flash_attn" in torch.nn.attention.list_flash_attention_impls())
+print(any(name.startswith("flash_attn.integrations") for name in sys.modules))
+torch.nn.attention.activate_flash_attention_impl("flash_attn")
+print(sys.modules["flash_attn.integrations.sdpa"].is_registered())
+"""
+    assert run_python(program) == ["True", "False", "True"]
+
+
+# ------------------------------------------------------------------------------------------------
+# torch.nn.attention.varlen
+
+varlen = pytest.importorskip("torch.nn.attention.varlen")
+CU_SEQLENS = torch.tensor([0, 5, 5, 12], dtype=torch.int32)
+
+
+def packed_inputs(dtype=torch.float32):
+    torch.manual_seed(0)
+    shapes = (12, 4, 16), (12, 2, 16), (12, 2, 16)
+    return [torch.randn(shape).to(dtype).requires_grad_() for shape in shapes]
+
+
+def attend_each(q, k, v, window):
+    """Sequence after sequence by PyTorch's dense attention, in fp64."""
+    left, right = (float("inf") if w < 0 else w for w in window)
+    outs = []
+    for a, b in zip(CU_SEQLENS, CU_SEQLENS[1:]):
+        parts = [x[a:b].double().transpose(0, 1)[None] for x in (q, k, v)]
+        distance = torch.arange(b - a) - torch.arange(b - a)[:, None]
+        visible = (distance >= -left) & (distance <= right)
+        out = F.scaled_dot_product_attention(*parts, attn_mask=visible, enable_gqa=True)
+        outs.append(out[0].transpose(0, 1))
+    return torch.cat(outs)
+
+
+@pytest.mark.parametrize("window", [(-1, -1), (-1, 0), (3, 0), (2, 2)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_varlen_attn(window, dtype):
+    inputs = packed_inputs(dtype)
+    sequences = (CU_SEQLENS, CU_SEQLENS, 7, 7)
+    with sdpa.registered():
+        out = varlen.varlen_attn(*inputs, *sequences, window_size=window, enable_gqa=True)
+        dout = torch.randn_like(out)
+        gradients = torch.autograd.grad(out, inputs, dout)
+    doubles = [x.detach().double().requires_grad_() for x in inputs]
+    expected = attend_each(*doubles, window)
+    tolerance = 2e-5 if dtype == torch.float32 else 2e-2
+    assert out.dtype == dtype
+    assert_close(out.double(), expected, tolerance)
+    for a, e in zip(gradients, torch.autograd.grad(expected, doubles, dout.double())):
+        assert_close(a.double(), e, tolerance)
+
+
+def test_varlen_attn_compiled_and_with_lse():
+    inputs = packed_inputs()
+
+    def attend(q, k, v):
+        return varlen.varlen_attn(
+            q,
+            k,
+            v,
+            *(CU_SEQLENS, CU_SEQLENS, 7, 7),
+            enable_gqa=True,
+            scale=0.3,
+            return_aux=varlen.AuxRequest(lse=True),
+        )
+
+    with sdpa.registered():
+        out, lse = torch.compile(attend, backend="aot_eager", fullgraph=True)(*inputs)
+        expected, expected_lse = attend(*inputs)
+    assert torch.equal(out, expected)
+    assert torch.equal(lse, expected_lse)
+    scores = 0.3 * inputs[0][:5, 3].double() @ inputs[1][:5, 1].double().T
+    assert_close(lse[3, :5].double(), scores.logsumexp(-1))
+
+
+def test_varlen_attn_over_a_paged_cache():
+    if not hasattr(varlen, "varlen_attn_out"):
+        pytest.skip("this PyTorch's varlen_attn takes no pages")
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 4, 16), torch.randn(3, 256, 2, 16), torch.randn(3, 256, 2, 16)
+    block_table = torch.tensor([[2], [0]], dtype=torch.int32)
+    used = torch.tensor([9, 200], dtype=torch.int32)
+    sequences = (torch.tensor([0, 1, 2], dtype=torch.int32), None, 1, 200)
+    options = {"enable_gqa": True, "seqused_k": used, "block_table": block_table}
+    written = torch.empty_like(q)
+    with sdpa.registered():
+        out = varlen.varlen_attn(q, k, v, *sequences, **options)
+        varlen.varlen_attn_out(written, q, k, v, *sequences, **options)
+    assert torch.equal(out, written)
+    for row, (page, length) in enumerate(zip((2, 0), used)):
+        keys, values = (x[page, :length].transpose(0, 1)[None] for x in (k, v))
+        alone = F.scaled_dot_product_attention(q[row][None, :, None], keys, values, enable_gqa=True)
+        assert_close(out[row], alone[0, :, 0])
+
+
+def test_dense_operators_of_varlen():
+    """The operators take dense batches and dropout, too."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 9, 4, 16, requires_grad=True) for _ in range(3))
+    operator = torch.ops.aten._flash_attention_forward
+    arguments = (None, None, 9, 9, 0.4, True, False)
+    with sdpa.registered():
+        torch.manual_seed(1)
+        out = operator(q, k, v, *arguments)[0]
+        dout = torch.randn_like(out)
+        gradients = torch.autograd.grad(out, (q, k, v), dout)
+    torch.manual_seed(1)
+    expected = flash_attn.flash_attn_func(q, k, v, 0.4, causal=True)
+    assert torch.equal(out, expected)
+    for a, e in zip(gradients, torch.autograd.grad(expected, (q, k, v), dout)):
+        assert torch.equal(a, e)
+
+
+def test_varlen_attn_is_pytorchs_again_after_unregister():
+    with sdpa.registered():
+        pass
+    with pytest.raises(NotImplementedError):
+        varlen.varlen_attn(*packed_inputs(), CU_SEQLENS, CU_SEQLENS, 7, 7, enable_gqa=True)

@@ -87,7 +87,14 @@ RULES = (
 )
 LAYER_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers")
 DERIVED = ("out_features", "out_indices", "_out_features", "_out_indices", "stage_names")
-IF_NONE = {"vocab_size": VOCABULARY, "pad_token_id": 0, "num_experts_per_tok": 2}
+IF_NONE = {  # defaults that a pretrained configuration always sets
+    "head_dim": 16,
+    "num_experts_per_tok": 2,
+    "num_key_value_heads": 2,
+    "pad_token_id": 0,
+    "prediction_length": 3,
+    "vocab_size": VOCABULARY,
+}
 PLANS = {  # heads, key-value heads, head dim, other widths; None: as they are
     "smallest": (lambda v: 4, lambda v: 2, lambda v: 16, lambda v: min(v, 64)),
     "in proportion": (
@@ -218,11 +225,13 @@ def model_class(model_type: str) -> type:
     import transformers
     from transformers.models.auto import modeling_auto
 
+    config_class = transformers.CONFIG_MAPPING[model_type]
     for mapping in MAPPINGS:
         name = getattr(modeling_auto, mapping).get(model_type)
         name = name[0] if isinstance(name, (tuple, list)) else name
-        if name is not None and hasattr(transformers, name):
-            return getattr(transformers, name)
+        cls = getattr(transformers, name or "", None)
+        if cls is not None and issubclass(config_class, cls.config_class or object):
+            return cls
     raise NotRun("no model class in transformers' mappings")
 
 
@@ -276,15 +285,12 @@ def image(config: Any) -> torch.Tensor:
     return torch.randn(2, channels if isinstance(channels, int) else 3, height, width)
 
 
-def patches(config: Any) -> dict[str, torch.Tensor]:
-    """Two images as rows of patches with their grids, as Qwen2-VL's vision model takes them."""
+def patches(config: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two images as rows of patches, and their grids, as Qwen2-VL's vision model takes them."""
     channels = find(config, "in_channels", "in_chans", "num_channels", default=3)
     area = find(config, "patch_size", default=8) ** 2
     width = channels * area * find(config, "temporal_patch_size", default=1)
-    return {
-        "hidden_states": torch.randn(32, width),
-        "grid_thw": torch.tensor([[1, 4, 4], [1, 4, 4]]),
-    }
+    return torch.randn(32, width), torch.tensor([[1, 4, 4], [1, 4, 4]])
 
 
 def mel(config: Any) -> torch.Tensor:
@@ -305,11 +311,17 @@ def candidate_inputs(model: torch.nn.Module):
         inputs["input_ids"][:, POOLED] = ends if isinstance(ends, int) and ends > 59 else 59
     if "decoder_input_ids" in parameters and config.is_encoder_decoder:
         inputs["decoder_input_ids"] = torch.randint(5, 59, (2, 7))
-    if "grid_thw" in parameters:
-        yield patches(config)
+    for grid in {"grid_thw", "image_grid_thw"} & parameters.keys() if not inputs else ():
+        pixels, sizes = patches(config)
+        name = "hidden_states" if "hidden_states" in parameters else "pixel_values"
+        merged = {"merge_sizes": torch.tensor([1, 1])} if "merge_sizes" in parameters else {}
+        yield {name: pixels, grid: sizes, **merged}
     if main == "input_values":
         yield {"input_values": torch.randn(2, 4000), **inputs}
         yield {"input_values": mel(config).transpose(1, 2)[:, : find(config, "max_length")]}
+    if main == "input_features" and "input_features_mask" in parameters:
+        features = mel(config)
+        yield {"input_features": features, "input_features_mask": features[:, 0].bool()}
     if main == "input_features":
         yield {"input_features": mel(config), **inputs}
         yield {"input_features": mel(config).transpose(1, 2), **inputs}
@@ -317,6 +329,11 @@ def candidate_inputs(model: torch.nn.Module):
         yield inputs
     if "pixel_values" in parameters:
         yield {**inputs, "pixel_values": image(config)}
+        frames = find(config, "num_frames", default=2)
+        yield {**inputs, "pixel_values": image(config)[:, None].repeat(1, frames, 1, 1, 1)}
+    if "pixel_values_videos" in parameters:
+        frames = find(config, "num_frames", "frames_per_clip", default=2)
+        yield {**inputs, "pixel_values_videos": image(config)[:, None].repeat(1, frames, 1, 1, 1)}
     if "input_ids" in inputs and "input_features" in parameters:
         yield {**inputs, "input_features": mel(config)}
     if "input_ids" in inputs and hasattr(model, "logit_scale"):
@@ -472,6 +489,7 @@ def small_models(cls: type, config_class: type, reasons: list[str]):
             parameters = count_parameters(cls, config)
             if parameters > MAX_PARAMETERS:
                 raise NotRun(f"{parameters / 1e6:.0f} million parameters")
+            config.is_decoder = "CausalLM" in cls.__name__ or "LMHead" in cls.__name__
             model = build(cls, config, "eager")
         except Exception as error:
             reasons.append(reason_of(error))
