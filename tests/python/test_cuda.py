@@ -109,6 +109,15 @@ def test_out_of_the_caller_and_overlapping_views():
 
 
 @needs_emulator
+def test_batch_of_no_sequences():
+    q, k = torch.zeros(0, 3, 4, 64, dtype=FP16), torch.zeros(0, 5, 2, 64, dtype=FP16)
+    with flash_attn.emulator() as gpu:
+        out, lse, _ = flash_attn_func(q, k, k, return_attn_probs=True)
+        assert out.shape == q.shape and lse.shape == (0, 4, 3)
+        assert gpu.counters == {}  # nothing is launched
+
+
+@needs_emulator
 def test_context_holds_for_its_thread_and_ends():
     q, k, v = make_tensors(Case())
     on_cpu = flash_attn_func(q, k, v)
