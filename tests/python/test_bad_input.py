@@ -295,7 +295,7 @@ def test_extension_takes_no_generator(name):
         ("fwd", {"out": lambda t: t[:, :, :, :0]}, "out must have shape"),
         ("bwd", {"dq": torch.Tensor.double}, "dq must have the same dtype as q"),
         ("bwd", {"dout": torch.Tensor.double}, "query and dout must have the same dtype"),
-        ("bwd", {"softmax_lse": lambda t: t[0]}, "softmax_lse must have shape"),
+        ("bwd", {"softmax_lse": lambda t: t[..., None]}, "softmax_lse must have shape"),
         ("bwd", {"p_dropout": 0.5, "rng_state": None}, "rng_state must be given"),
         ("bwd", {"dk": lambda t: t.new_empty(*t.shape[:3], 9999)}, "dk must have shape"),
         ("varlen_fwd", {"num_splits": 1000}, "num_splits > 128 not supported"),

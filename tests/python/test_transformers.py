@@ -759,7 +759,12 @@ def test_compiled_padding_keeps_its_pattern(transformers):
 
 @pytest.mark.parametrize(
     ("kind", "strict", "padded"),
-    [("Llama", False, True), ("Llama", False, False), ("Mistral", False, False), ("Llama", True, True)],
+    [
+        ("Llama", False, True),
+        ("Llama", False, False),
+        ("Mistral", False, False),
+        ("Llama", True, True),
+    ],
 )
 def test_exported_with_dynamic_shapes(transformers, kind, strict, padded):
     eager_model, model, inputs, _ = compile_case(transformers, kind, padded)
