@@ -137,6 +137,18 @@ def _replace_everywhere(name: str, function: Callable) -> None:
             setattr(module, name, function)
 
 
+def _complete_imported_models() -> None:
+    """Give models that were imported before the function that they import if there is a flash-attn.
+
+    Falcon, GPT-J, GPT-Neo and Bark ask while they are imported.
+    """
+    from transformers.modeling_flash_attention_utils import _flash_attention_forward
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith("transformers.models.") and "is_flash_attn_available" in vars(module):
+            vars(module).setdefault("_flash_attention_forward", _flash_attention_forward)
+
+
 def _refuse_ignored_windows(model: Any) -> None:
     """Raise ValueError for GPT-Neo: transformers forgets the window in its flash layers."""
     if "local" in (getattr(model.config, "attention_layers", None) or ()):
@@ -167,3 +179,4 @@ def allow_flash_attention_2() -> None:
     _replace_everywhere("is_flash_attn_2_available", _is_flash_attn_2_available)
     _replace_everywhere("is_flash_attn_greater_or_equal", _is_flash_attn_greater_or_equal)
     _replace_method(PreTrainedModel, "_flash_attn_can_dispatch", make)
+    _complete_imported_models()

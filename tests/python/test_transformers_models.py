@@ -29,7 +29,7 @@ SAMPLE = (
     "t5",
     "whisper",
 )
-NO_CALLS = ("bloom", "falcon", "gpt_neo", "mpt")  # compute attention themselves
+NO_CALLS = ("bloom", "falcon", "git", "gpt_neo", "mpt")  # compute attention themselves
 
 
 def all_model_types() -> list[str]:
