@@ -35,9 +35,9 @@ struct KernelFile {
   uint32_t shared_bytes = 0;
   bool hopper = false;
   std::string modes = "eager late random";  // that find the fault
-  std::string faulty, repaired;   // PTX
-  std::vector<int> lines;         // of the faulty text, that the report must name
-  std::vector<int> either_lines;  // of which it must name one
+  std::string faulty, repaired;             // PTX
+  std::vector<int> lines;                   // of the faulty text, that the report must name
+  std::vector<int> either_lines;            // of which it must name one
 };
 
 KernelFile read_kernel_file(const std::string& path);

@@ -216,7 +216,8 @@ TEST(Control, CallsRecurseToDifferentDepths) {
   grid.expect([&](uint32_t i) { return factorials[i % 9]; });
 }
 
-// Lane 0 is let go from behind the loop; what the others do between the loop and there is done once.
+// Lane 0 is let go from behind the loop; what the others do between the loop and there is done
+// once.
 TEST(Control, LanesThatComeAfterOthersWereLetGo) {
   Grid grid;
   grid.block = 32;
