@@ -16,11 +16,12 @@ from typing import Callable, NamedTuple
 
 import torch
 from torch.autograd import forward_ad
+from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
 from flash_attn import _composition as composition
 from flash_attn import _dtensor, _ops
 from flash_attn import _kernels as kernels
-from flash_attn._buffers import new_gradient
+from flash_attn._buffers import maybe_contiguous, new_gradient
 from flash_attn._eager import is_plain, needs_no_dispatcher
 
 _transforms_active = torch._C._are_functorch_transforms_active
@@ -91,11 +92,15 @@ class _Saved(NamedTuple):
     sequences: tuple  # () or (cu_seqlens_q, cu_seqlens_k)
 
 
-def _saved(ctx) -> _Saved:
+def _saved(ctx, tensors) -> _Saved:
     if ctx.forward_only:
         raise RuntimeError("flash_attn has no backward with block_table, leftpad_k or seqused_k")
-    tensors = ctx.saved_tensors
     return _Saved(tensors[:6], *tensors[6:9], tensors[9:])
+
+
+def _primals(tensors) -> tuple:
+    """Return tensors without their tangents at this level of differentiation."""
+    return tuple(None if x is None else forward_ad.unpack_dual(x).primal for x in tensors)
 
 
 class _Wanted(NamedTuple):
@@ -134,7 +139,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout, dlse, _ds_dmask, _drng_state):
-        saved = _saved(ctx)
+        saved = _saved(ctx, ctx.saved_tensors)
         missing = len(ctx.needs_input_grad) - 7
         if dout is None and dlse is None:
             return (None,) * (7 + missing)
@@ -143,18 +148,20 @@ class _Attention(torch.autograd.Function):
         place = ctx.call.operators.alibi_slopes
         wanted = _Wanted(*ctx.needs_input_grad[2:7], ctx.needs_input_grad[7 + place])
         call = ctx.call._replace(wanted=wanted)
-        run = _Gradients.apply if torch.is_grad_enabled() else _gradients
+        is_derived = torch.is_grad_enabled() or forward_ad._current_level >= 0
+        run = _Gradients.apply if is_derived else _gradients
         *gradients, dslopes = run(call, dout, dlse, *saved.inputs, *saved[1:4], *saved.sequences)
         return None, None, *gradients, *(None,) * place, dslopes, *(None,) * (missing - place - 1)
 
     @staticmethod
     def jvp(ctx, *tangents):
-        saved = _saved(ctx)
-        settings = _settings(ctx.call, saved.rng_state, saved.sequences)
         place = 7 + ctx.call.operators.alibi_slopes
         tangents = (*tangents[2:7], tangents[place])
-        attention = partial(composition.attention, settings)
-        return *_push_forward(attention, saved.inputs, tangents), None, None
+        with _set_fwd_grad_enabled(True):  # torch leaves it off for the levels below, too
+            saved = _saved(ctx, _primals(ctx.saved_tensors))
+            settings = _settings(ctx.call, saved.rng_state, saved.sequences)
+            attention = partial(composition.attention, settings)
+            return *_push_forward(attention, saved.inputs, tangents), None, None
 
 
 class _FunctionalAttention(torch.autograd.Function):
@@ -204,15 +211,16 @@ class _Gradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *cotangents):
-        f, primals = _composed_gradients(ctx)
+        f, primals = _composed_gradients(ctx, ctx.saved_tensors)
         cotangents = [c for c, x in zip(cotangents, ctx.returned) if x]
         pulled = _pull_back(f, primals, cotangents)
         return None, *pulled, *(None,) * (len(ctx.needs_input_grad) - 1 - len(pulled))
 
     @staticmethod
     def jvp(ctx, _call, *tangents):
-        f, primals = _composed_gradients(ctx)
-        pushed = iter(_push_forward(f, primals, tangents[: len(primals)]))
+        with _set_fwd_grad_enabled(True):
+            f, primals = _composed_gradients(ctx, _primals(ctx.saved_tensors))
+            pushed = iter(_push_forward(f, primals, tangents[: len(primals)]))
         return tuple(next(pushed) if x else None for x in ctx.returned)
 
     @staticmethod
@@ -220,10 +228,10 @@ class _Gradients(torch.autograd.Function):
         return _map(partial(_Gradients.apply, call), info.batch_size, in_dims[1:], tensors)
 
 
-def _composed_gradients(ctx):
+def _composed_gradients(ctx, saved):
     """Return a function of (dout, dlse, *inputs) that composes what ``_gradients`` returned."""
-    primals, (_, _, rng_state) = ctx.saved_tensors[:8], ctx.saved_tensors[8:11]
-    settings = _settings(ctx.call, rng_state, ctx.saved_tensors[11:])
+    primals, (_, _, rng_state) = saved[:8], saved[8:11]
+    settings = _settings(ctx.call, rng_state, saved[11:])
 
     def gradients(dout, dlse, *inputs):
         pulled = _pull_back(partial(composition.attention, settings), inputs, (dout, dlse))
@@ -267,9 +275,10 @@ def _without_gaps(f, inputs):
 def _pull_back(f, inputs, cotangents):
     """Return f's vector-Jacobian product; inputs and cotangents may be None."""
     g, present = _without_gaps(f, inputs)
-    outputs, pull_back = torch.func.vjp(g, *present)
-    cotangents = (torch.zeros_like(y) if c is None else c for c, y in zip(cotangents, outputs))
-    pulled = iter(pull_back(tuple(cotangents)))
+    with _in_fp32(present[0]):
+        outputs, pull_back = torch.func.vjp(g, *present)
+        cotangents = (torch.zeros_like(y) if c is None else c for c, y in zip(cotangents, outputs))
+        pulled = iter(pull_back(tuple(cotangents)))
     return tuple(None if x is None else next(pulled) for x in inputs)
 
 
@@ -283,17 +292,26 @@ def _push_forward(f, inputs, tangents):
     tangents = [
         torch.zeros_like(x) if t is None else t for x, t in zip(inputs, tangents) if x is not None
     ]
-    with torch.no_grad():
-        zeros = tuple(torch.zeros_like(y) for y in g(*present))
-    _, push_forward = torch.func.vjp(lambda *c: torch.func.vjp(g, *present)[1](c), *zeros)
-    return push_forward(tuple(tangents))
+    with _in_fp32(present[0]):
+        with torch.no_grad():
+            zeros = tuple(torch.zeros_like(y) for y in g(*present))
+        _, push_forward = torch.func.vjp(lambda *c: torch.func.vjp(g, *present)[1](c), *zeros)
+        return push_forward(tuple(tangents))
+
+
+def _in_fp32(x: torch.Tensor):
+    """Context in which autocast does not round the composition's products to 16 bits."""
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def _map(f, batch_size: int, in_dims, args):
     """vmap's rule: call f for each of a batch of arguments, and stack the results."""
     results = []
     for i in range(batch_size):
-        results.append(f(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims))))
+        element = (
+            a if d is None else maybe_contiguous(a.select(d, i)) for a, d in zip(args, in_dims)
+        )
+        results.append(f(*element))
     outputs = tuple(None if x[0] is None else torch.stack(x) for x in zip(*results))
     return outputs, tuple(None if x is None else 0 for x in outputs)
 

@@ -113,10 +113,10 @@ def varlen_s_dmask(q: Tensor, cu_seqlens_q: Tensor, max_seqlen_q: int, max_seqle
 
     ceil128 rounds up to a multiple of 128.
     """
-    if not _has_dims(q, 3) or not _has_dims(cu_seqlens_q, 1) or min(max_seqlen_q, max_seqlen_k) < 0:
+    if not _has_dims(q, 3) or not _has_dims(cu_seqlens_q, 1):
         return torch.empty(0)
     batch = max(cu_seqlens_q.shape[0] - 1, 0)
-    rows, cols = round_multiple(max_seqlen_q, 128), round_multiple(max_seqlen_k, 128)
+    rows, cols = (round_multiple(torch.sym_max(n, 0), 128) for n in (max_seqlen_q, max_seqlen_k))
     return q.new_empty((batch, q.shape[1], rows, cols))
 
 

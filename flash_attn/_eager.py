@@ -63,5 +63,13 @@ def refuse_derivatives(name: str, *tensors) -> None:
             raise RuntimeError(f"{name} has no derivative; flash_attn_varlen_func has")
 
 
+def refuse_tangents(name: str, *tensors) -> None:
+    """Raise RuntimeError if forward mode would derive a tensor's function."""
+    if forward_ad._current_level >= 0:
+        for x in tensors:
+            if isinstance(x, Tensor) and _fw_tangent(x) is not None:
+                raise RuntimeError(f"{name} has no forward-mode derivative")
+
+
 def _fw_tangent(x: Tensor):
     return forward_ad.unpack_dual(x).tangent if forward_ad._current_level >= 0 else None

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from flash_attn import _autograd  # noqa: F401  (defines the operators and their gradients)
 from flash_attn._arguments import check_optional, check_tensors, flag, number, wrong_kind
+from flash_attn._eager import refuse_tangents
 
 _forward_op = torch.ops.flash_attn._flash_attn_forward.default
 _varlen_forward_op = torch.ops.flash_attn._flash_attn_varlen_forward.default
@@ -192,6 +193,7 @@ def _flash_attn_backward(
     ``dattn_bias``, fp32 of attn_bias's shape, may. softmax_d, fp32 (batch, nheads, seqlen_q rounded
     up to 128), is rowsum(dout * out) - dlse.
     """
+    refuse_tangents("_flash_attn_backward", dout, q, k, v, dlse, s_aux, attn_bias)
     check_tensors(dout=dout, q=q, k=k, v=v, out=out, softmax_lse=softmax_lse)
     check_optional(dq=dq, dk=dk, dv=dv)
     check_optional(alibi_slopes=alibi_slopes, rng_state=rng_state, dlse=dlse)
@@ -256,6 +258,7 @@ def _flash_attn_varlen_backward(
     softmax_d is fp32 (nheads, total_q + 128 * batch); sequence s starts at column ``cu_seqlens_q[s]
     + 128 * s``.
     """
+    refuse_tangents("_flash_attn_varlen_backward", dout, q, k, v, dlse, s_aux, attn_bias)
     check_tensors(dout=dout, q=q, k=k, v=v, out=out, softmax_lse=softmax_lse)
     check_tensors(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     check_optional(dq=dq, dk=dk, dv=dv)

@@ -14,6 +14,11 @@ from flash_attn import (
     flash_attn_varlen_func,
     flash_attn_with_kvcache,
 )
+from flash_attn.flash_attn_interface import (
+    _flash_attn_backward,
+    _flash_attn_forward,
+    _flash_attn_varlen_backward,
+)
 
 SEQLENS_Q, SEQLENS_K = (4, 0, 6), (5, 3, 7)
 FEATURES = {
@@ -189,8 +194,13 @@ def test_jacobians(kind, transform):
 @pytest.mark.parametrize("features", ["causal", "everything"])
 @pytest.mark.parametrize(
     "transform",
-    [hessian, lambda f: jacrev(jacrev(f)), lambda f: jacrev(jacfwd(f))],
-    ids=["hessian", "jacrev-jacrev", "jacrev-jacfwd"],
+    [
+        hessian,
+        lambda f: jacrev(jacrev(f)),
+        lambda f: jacrev(jacfwd(f)),
+        lambda f: jacfwd(jacfwd(f)),
+    ],
+    ids=["hessian", "jacrev-jacrev", "jacrev-jacfwd", "jacfwd-jacfwd"],
 )
 def test_second_derivatives_by_transforms(kind, features, transform):
     case = kind(features)
@@ -222,6 +232,37 @@ def test_double_backward(kind, features):
         return torch.autograd.grad(total, [*leaves, *cotangents])
 
     assert_same(second(case.run, case.inputs), second(case.exact, double(case.inputs)), 1e-4)
+
+
+@kinds
+@cases
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_tangents_of_gradients(kind, features, create_graph):
+    """The gradient of dual numbers is a dual number, whether or not it is recorded."""
+    case = kind(features)
+    with forward_ad.dual_level():
+        leaves = [x.requires_grad_() for x in case.inputs]
+        duals = [forward_ad.make_dual(x, t) for x, t in zip(leaves, case.tangents)]
+        gradients = torch.autograd.grad(loss(case.run)(*duals), duals, create_graph=create_graph)
+        actual = [forward_ad.unpack_dual(g).tangent for g in gradients]
+    every = tuple(range(5))
+    _, exact = jvp(
+        grad(loss(case.exact), every),
+        tuple(x.detach() for x in double(case.inputs)),
+        double(case.tangents),
+    )
+    assert_same(actual, exact, 1e-4)
+
+
+def test_autocast_leaves_derivatives_exact():
+    case = Dense("everything")
+    every = tuple(range(5))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        _, actual = jvp(case.run, case.inputs, case.tangents)
+        _, second = jvp(grad(loss(case.run), every), case.inputs, case.tangents)
+    exact = double(case.inputs), double(case.tangents)
+    assert_same(actual, jvp(case.exact, *exact)[1])
+    assert_same(second, jvp(grad(loss(case.exact), every), *exact)[1], 1e-4)
 
 
 def test_second_derivative_off_the_path():
@@ -326,6 +367,15 @@ def test_vmap(in_dims):
     assert torch.equal(actual, expected)
 
 
+def test_vmap_of_strided_slopes():
+    """The mapped dimension is the last, so each element's is not contiguous."""
+    q, k, v = (x[0] for x in (randn(1, 2, 5, 4, 6), randn(1, 2, 7, 2, 6), randn(1, 2, 7, 2, 6)))
+    slopes = randn(4, 3).abs()
+    actual = vmap(lambda s: flash_attn_func(q, k, v, alibi_slopes=s), -1)(slopes)
+    expected = [flash_attn_func(q, k, v, alibi_slopes=s) for s in slopes.t().contiguous()]
+    assert torch.equal(actual, torch.stack(expected))
+
+
 @kinds
 def test_vmap_of_gradients(kind):
     """As per-sample gradients are taken."""
@@ -379,6 +429,34 @@ def test_cache_has_no_derivative():
         cache_call(forward_ad.make_dual(q, q), cache)
     with forward_ad.dual_level():
         assert torch.equal(cache_call(q, cache), flash_attn_func(q, cache, cache))
+
+
+def test_backward_functions_refuse_tangents():
+    """They write their results in place, where torch would drop the tangents."""
+    q, k, v = (randn(1, 5, 2, 8, seed=i) for i in range(3))
+    score = (0.0, 0.3, False, -1, -1, 0.0, None)
+    out, lse, _, rng_state = _flash_attn_forward(q, k, v, *score, False)
+
+    def dense(q):
+        dq = torch.empty_like(q)
+        _flash_attn_backward(out, q, k, v, out, lse, dq, None, None, *score, False, rng_state)
+        return dq
+
+    def packed(q):
+        dq, cu = torch.empty_like(q[0]), int32(0, 5)
+        _flash_attn_varlen_backward(
+            *(out[0], q[0], k[0], v[0], out[0], lse[0], dq, None, None, cu, cu, 5, 5),
+            *(*score, False, rng_state),
+        )
+        return dq
+
+    for f in (dense, packed):
+        with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+            jvp(f, (q,), (q,))
+        with forward_ad.dual_level():
+            with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+                f(forward_ad.make_dual(q, q))
+            f(q)
 
 
 def test_pages_have_no_derivative():

@@ -97,3 +97,22 @@ def test_exported_length_is_not_fixed():
     exported = torch.export.export(Module(longest_as_number), (q, cu_seqlens)).module()
     other = torch.tensor([0, 9, 10], dtype=torch.int32)
     assert torch.equal(exported(q, other), longest_as_number(q, other))
+
+
+def test_compile_dropout_mask_of_computed_length():
+    """S_dmask's shape follows from a length that is known at run time alone."""
+
+    def f(q, cu_seqlens):
+        longest = (cu_seqlens[1:] - cu_seqlens[:-1]).max().item()
+        _, lse, s_dmask = flash_attn_varlen_func(
+            *(q, q, q, cu_seqlens, cu_seqlens, longest, longest, 0.3), return_attn_probs=True
+        )
+        return lse, s_dmask
+
+    q, cu_seqlens = packed_inputs()
+    with torch._dynamo.config.patch(SETTINGS):
+        compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+        for bounds in (cu_seqlens, torch.tensor([0, 1, 10], dtype=torch.int32)):
+            lse, s_dmask = compiled(q, bounds)
+            assert s_dmask.shape == (2, 2, 128, 128)
+            torch.testing.assert_close(lse, f(q, bounds)[0])

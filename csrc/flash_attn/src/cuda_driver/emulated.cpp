@@ -53,8 +53,8 @@ void set_option(const Device& device, const std::string& option) {
   const std::string name = option.substr(0, equals), value = option.substr(equals + 1);
   const auto set = reinterpret_cast<SetOption>(device.driver().symbol("gpuEmulatorSetOption"));
   require(set != nullptr, "the emulator ", device.driver().library(), " has no options");
-  require(set(device.ordinal(), name.c_str(), value.c_str()) == CUDA_SUCCESS,
-          "the emulator has no option ", name, "=", value, ": ",
+  const int result = set(device.ordinal(), name.c_str(), value.c_str());
+  require(result == CUDA_SUCCESS, "the emulator has no option ", name, "=", value, ": ",
           text_of(device, "gpuEmulatorLastReport"));
 }
 

@@ -142,6 +142,7 @@ FLASH_DEVICE void mha_fwd(const Flash_fwd_params& p, const FwdLaunch& launch) {
 
   typename W::Output rO = {};
   typename W::Rows rows;
+  clear_rows<C>(rows);
   const uint32_t warp_sQ = sQ + here.warp * C.rows_per_warp() * W::kRowBytes;
   const uint32_t lane_sQ = lane_address<C.head_dim>(warp_sQ, ptx::a_chunk(here.lane));
   for (int block = blocks.end - 1; block >= blocks.begin; --block) {
