@@ -76,7 +76,8 @@ def _save(ctx, inputs, results) -> None:
     ctx.save_for_backward(*saved, *sequences)
     if forward_ad._current_level >= 0:
         ctx.save_for_forward(*saved, *sequences)
-    ctx.call = _Call(operators, args[operators.num_sequence_tensors : place], None)
+    ctx.operators = operators
+    ctx.numbers = args[operators.num_sequence_tensors : place]
     ctx.forward_only = any(x is not None for x in args[_VARLEN_FORWARD_ONLY])
     ctx.mark_non_differentiable(s_dmask, rng_state)
     ctx.set_materialize_grads(False)
@@ -103,23 +104,13 @@ def _primals(tensors) -> tuple:
     return tuple(None if x is None else forward_ad.unpack_dual(x).primal for x in tensors)
 
 
-class _Wanted(NamedTuple):
-    """Which gradients are."""
-
-    q: bool
-    k: bool
-    v: bool
-    s_aux: bool
-    attn_bias: bool
-    alibi_slopes: bool
-
-
 class _Call(NamedTuple):
     """A call without its tensors."""
 
     operators: _Operators
     numbers: tuple
-    wanted: _Wanted
+    wants_attn_bias: bool = False  # its gradient
+    wants_alibi_slopes: bool = False
 
 
 class _Attention(torch.autograd.Function):
@@ -145,9 +136,9 @@ class _Attention(torch.autograd.Function):
             return (None,) * (7 + missing)
         if dout is None:
             dout = torch.zeros_like(saved.out)
-        place = ctx.call.operators.alibi_slopes
-        wanted = _Wanted(*ctx.needs_input_grad[2:7], ctx.needs_input_grad[7 + place])
-        call = ctx.call._replace(wanted=wanted)
+        place = ctx.operators.alibi_slopes
+        wants_slopes = ctx.needs_input_grad[7 + place]
+        call = _Call(ctx.operators, ctx.numbers, ctx.needs_input_grad[6], wants_slopes)
         is_derived = torch.is_grad_enabled() or forward_ad._current_level >= 0
         run = _Gradients.apply if is_derived else _gradients
         *gradients, dslopes = run(call, dout, dlse, *saved.inputs, *saved[1:4], *saved.sequences)
@@ -155,11 +146,13 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx, *tangents):
-        place = 7 + ctx.call.operators.alibi_slopes
+        place = 7 + ctx.operators.alibi_slopes
         tangents = (*tangents[2:7], tangents[place])
         with _set_fwd_grad_enabled(True):  # torch leaves it off for the levels below, too
             saved = _saved(ctx, _primals(ctx.saved_tensors))
-            settings = _settings(ctx.call, saved.rng_state, saved.sequences)
+            settings = _settings(
+                _Call(ctx.operators, ctx.numbers), saved.rng_state, saved.sequences
+            )
             attention = partial(composition.attention, settings)
             return *_push_forward(attention, saved.inputs, tangents), None, None
 
@@ -323,13 +316,13 @@ def _gradients(call, dout, dlse, q, k, v, s_aux, attn_bias, alibi_slopes, *saved
     composed.
     """
     out, softmax_lse, rng_state, *sequences = saved
-    operators, numbers, wanted = call
+    operators, numbers, wants_attn_bias, wants_alibi_slopes = call
     with torch.no_grad():
         dq, dk, dv = new_gradient(q), new_gradient(k), new_gradient(v)
         ds_aux = dattn_bias = dslopes = None
         if s_aux is not None:
             ds_aux = new_gradient(s_aux, torch.float32)
-        if wanted.attn_bias:
+        if wants_attn_bias:
             dattn_bias = new_gradient(attn_bias, torch.float32)
         run = operators.backward_kernel if needs_no_dispatcher(dout, q, v) else operators.backward
         run(
@@ -357,7 +350,7 @@ def _gradients(call, dout, dlse, q, k, v, s_aux, attn_bias, alibi_slopes, *saved
             ds_aux = ds_aux.to(s_aux.dtype)
         if dattn_bias is not None:
             dattn_bias = dattn_bias.to(attn_bias.dtype)
-        if wanted.alibi_slopes:
+        if wants_alibi_slopes:
             attention = partial(composition.attention, _settings(call, rng_state, sequences))
             inputs = (q, k, v, s_aux, attn_bias, alibi_slopes)
             dslopes = _pull_back(attention, inputs, (dout, dlse))[5]
@@ -383,16 +376,24 @@ def varlen_forward(q, k, v, *args, s_aux, attn_bias):
 
 
 def _call(operators, q, k, v, args, s_aux, attn_bias):
+    alibi_slopes = args[operators.alibi_slopes]
+    if not needs_no_dispatcher(q, k, v) or not _are_plain(s_aux, attn_bias, alibi_slopes):
+        return _dispatch(operators, q, k, v, args, s_aux, attn_bias)
+    if _needs_derivative(q, k, v, s_aux, attn_bias, alibi_slopes):
+        return _Attention.apply(operators, None, q, k, v, s_aux, attn_bias, *args)
+    return operators.forward_kernel(q, k, v, *args, s_aux=s_aux, attn_bias=attn_bias)
+
+
+def _are_plain(*tensors) -> bool:
+    return all(x is None or is_plain(x) for x in tensors)
+
+
+def _dispatch(operators, q, k, v, args, s_aux, attn_bias):
     if _dtensor.is_dtensor(q):
         return _on_shards(operators, q, k, v, args, s_aux, attn_bias)
     if _transforms_active():
         return _FunctionalAttention.apply(operators, None, q, k, v, s_aux, attn_bias, *args)
-    extensions = [x for x in (s_aux, attn_bias, args[operators.alibi_slopes]) if x is not None]
-    if not (needs_no_dispatcher(q, k, v) and all(map(is_plain, extensions))):
-        return operators.forward(q, k, v, *args, s_aux=s_aux, attn_bias=attn_bias)
-    if _needs_derivative(q, k, v, *extensions):
-        return _Attention.apply(operators, None, q, k, v, s_aux, attn_bias, *args)
-    return operators.forward_kernel(q, k, v, *args, s_aux=s_aux, attn_bias=attn_bias)
+    return operators.forward(q, k, v, *args, s_aux=s_aux, attn_bias=attn_bias)
 
 
 def _on_shards(operators, q, k, v, args, s_aux, attn_bias):
