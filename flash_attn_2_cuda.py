@@ -54,14 +54,22 @@ def fwd(
     ``out`` is written when given; ``generator`` must be None.
     """
     _reject_generator(generator)
+    p_dropout, softmax_scale, is_causal, window_size_left, window_size_right, softcap = (
+        score_numbers(
+            p_dropout, softmax_scale, is_causal, window_size_left, window_size_right, softcap
+        )
+    )
     return list(
         kernels.forward(
             q,
             k,
             v,
-            *score_numbers(
-                p_dropout, softmax_scale, is_causal, window_size_left, window_size_right, softcap
-            ),
+            p_dropout,
+            softmax_scale,
+            is_causal,
+            window_size_left,
+            window_size_right,
+            softcap,
             alibi_slopes,
             return_softmax,
             out=out,
@@ -99,6 +107,11 @@ def varlen_fwd(
     ``out`` is written when given; ``generator`` must be None.
     """
     _reject_generator(generator)
+    p_dropout, softmax_scale, is_causal, window_size_left, window_size_right, softcap = (
+        score_numbers(
+            p_dropout, softmax_scale, is_causal, window_size_left, window_size_right, softcap
+        )
+    )
     return list(
         kernels.varlen_forward(
             q,
@@ -108,9 +121,12 @@ def varlen_fwd(
             cu_seqlens_k,
             as_int("max_seqlen_q", max_seqlen_q),
             as_int("max_seqlen_k", max_seqlen_k),
-            *score_numbers(
-                p_dropout, softmax_scale, is_causal, window_size_left, window_size_right, softcap
-            ),
+            p_dropout,
+            softmax_scale,
+            is_causal,
+            window_size_left,
+            window_size_right,
+            softcap,
             alibi_slopes,
             return_softmax,
             block_table,
@@ -151,6 +167,11 @@ def bwd(
     forward's.
     """
     _reject_generator(generator)
+    p_dropout, softmax_scale, is_causal, window_size_left, window_size_right, softcap = (
+        score_numbers(
+            p_dropout, softmax_scale, is_causal, window_size_left, window_size_right, softcap
+        )
+    )
     dq, dk, dv = _gradient("q", q, dq), _gradient("k", k, dk), _gradient("v", v, dv)
     softmax_d = kernels.backward(
         dout,
@@ -162,9 +183,12 @@ def bwd(
         dq,
         dk,
         dv,
-        *score_numbers(
-            p_dropout, softmax_scale, is_causal, window_size_left, window_size_right, softcap
-        ),
+        p_dropout,
+        softmax_scale,
+        is_causal,
+        window_size_left,
+        window_size_right,
+        softcap,
         alibi_slopes,
         bool(deterministic),
         rng_state,
@@ -205,6 +229,11 @@ def varlen_bwd(
     forward's.
     """
     _reject_generator(generator)
+    p_dropout, softmax_scale, is_causal, window_size_left, window_size_right, softcap = (
+        score_numbers(
+            p_dropout, softmax_scale, is_causal, window_size_left, window_size_right, softcap
+        )
+    )
     dq, dk, dv = _gradient("q", q, dq), _gradient("k", k, dk), _gradient("v", v, dv)
     softmax_d = kernels.varlen_backward(
         dout,
@@ -220,9 +249,12 @@ def varlen_bwd(
         cu_seqlens_k,
         as_int("max_seqlen_q", max_seqlen_q),
         as_int("max_seqlen_k", max_seqlen_k),
-        *score_numbers(
-            p_dropout, softmax_scale, is_causal, window_size_left, window_size_right, softcap
-        ),
+        p_dropout,
+        softmax_scale,
+        is_causal,
+        window_size_left,
+        window_size_right,
+        softcap,
         alibi_slopes,
         bool(deterministic),
         rng_state,
@@ -258,7 +290,7 @@ def fwd_kvcache(
 
     ``out`` is written when given.
     """
-    score = score_numbers(
+    _, softmax_scale, is_causal, window_size_left, window_size_right, softcap = score_numbers(
         0.0, softmax_scale, is_causal, window_size_left, window_size_right, softcap
     )
     return list(
@@ -275,7 +307,11 @@ def fwd_kvcache(
             cache_leftpad,
             block_table,
             alibi_slopes,
-            *score[1:],
+            softmax_scale,
+            is_causal,
+            window_size_left,
+            window_size_right,
+            softcap,
             flag("is_rotary_interleaved", is_rotary_interleaved),
             as_int("num_splits", num_splits),
             out=out,

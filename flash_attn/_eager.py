@@ -21,8 +21,8 @@ _is_grad_enabled = torch.is_grad_enabled
 _transforms_active = torch._C._are_functorch_transforms_active
 _is_tracked = torch._C._functorch.is_gradtrackingtensor
 
-# Keys that this thread may add to those of its arguments without asking for anything here.
-_INERT_KEYS = (
+# Keys that this thread may add to those of its arguments: all but two ask for something here.
+_ACTIVE_KEYS = ~(
     torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect)
     | torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
 ).raw_repr()
@@ -37,7 +37,7 @@ def needs_no_dispatcher(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether the dispatcher would only call the kernel with these tensors, gradients apart."""
     return (
         not _is_compiling()
-        and not _included_keys().raw_repr() & ~_INERT_KEYS
+        and not _included_keys().raw_repr() & _ACTIVE_KEYS
         and not _function_modes()
         and not _profiler_enabled()
         and q.__class__ in _TENSOR_CLASSES

@@ -21,13 +21,15 @@ _varlen_forward_op = torch.ops.flash_attn._flash_attn_varlen_forward.default
 _backward_op = torch.ops.flash_attn._flash_attn_backward.default
 _varlen_backward_op = torch.ops.flash_attn._flash_attn_varlen_backward.default
 
+_INTEGERS = (int, torch.SymInt)
+
 
 def as_int(name: str, x: Any) -> int:
     """Return ``x``, an integer or a 0-dim tensor, as an int; raise TypeError if it is neither.
 
     What torch.compile and torch.export trace as a number stays one that they trace.
     """
-    if isinstance(x, (int, torch.SymInt)):
+    if isinstance(x, _INTEGERS):
         return x
     if isinstance(x, Tensor):
         item = x.item()

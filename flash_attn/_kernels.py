@@ -47,7 +47,8 @@ def attend(
     """Attention of a dense batch: (out, softmax_lse or None); s_dmask is written too."""
     if not are_plain((q, k, v), alibi_slopes, s_aux, attn_bias, out):
         return call_plain(attend, locals(), "q k v", written="out")
-    q, k, v = maybe_contiguous(q), maybe_contiguous(k), maybe_contiguous(v)
+    if not (q.is_contiguous() and k.is_contiguous() and v.is_contiguous()):
+        q, k, v = maybe_contiguous(q), maybe_contiguous(k), maybe_contiguous(v)
     if out is None:
         out = buffers.dense_out(q, v)
     written = out
@@ -136,7 +137,8 @@ def varlen_attend(
         out,
     ):
         return call_plain(varlen_attend, locals(), "q k v" + _SEQUENCES, written="out")
-    q, k, v = maybe_contiguous(q), maybe_contiguous(k), maybe_contiguous(v)
+    if not (q.is_contiguous() and k.is_contiguous() and v.is_contiguous()):
+        q, k, v = maybe_contiguous(q), maybe_contiguous(k), maybe_contiguous(v)
     if out is None:
         out = buffers.varlen_out(q, v)
     softmax_lse = buffers.varlen_lse(q) if needs_lse else None

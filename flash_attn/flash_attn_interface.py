@@ -119,6 +119,10 @@ def _score(q, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slop
     )
 
 
+def _has_unit_last_stride(cache: Tensor) -> bool:
+    return cache.is_contiguous() or cache.stride(-1) == 1
+
+
 def _unpack(name: str, packed: Tensor, parts: int) -> tuple[Tensor, ...]:
     """Split (..., parts, nheads, headdim) into its parts; they share one gradient tensor."""
     if not isinstance(packed, Tensor):
@@ -507,8 +511,8 @@ def flash_attn_with_kvcache(
     if not (isinstance(k_cache, Tensor) and isinstance(v_cache, Tensor)):
         check_tensors(k_cache=k_cache, v_cache=v_cache)
     refuse_derivatives("flash_attn_with_kvcache", q, k_cache, v_cache, k, v, s_aux)
-    assert maybe_contiguous(k_cache) is k_cache, "k_cache must have contiguous last dimension"
-    assert maybe_contiguous(v_cache) is v_cache, "v_cache must have contiguous last dimension"
+    assert _has_unit_last_stride(k_cache), "k_cache must have contiguous last dimension"
+    assert _has_unit_last_stride(v_cache), "v_cache must have contiguous last dimension"
     if cache_seqlens is not None and not isinstance(cache_seqlens, Tensor):
         check_tensors(q=q)
         length = as_int("cache_seqlens", cache_seqlens)
