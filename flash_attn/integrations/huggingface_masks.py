@@ -65,6 +65,17 @@ class _DenseMask:
         return self._mask
 
 
+def _of_dense(name: str) -> Callable:
+    """A tensor's method that reads memory, on the dense mask."""
+    method = getattr(Tensor, name)
+
+    @functools.wraps(method)
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        return method(self.dense(), *args, **kwargs)
+
+    return call
+
+
 class PatternMask(torch.Tensor):
     """A floating mask (batch, 1, seqlen_q, seqlen_k) without memory, known by its pattern.
 
@@ -76,6 +87,13 @@ class PatternMask(torch.Tensor):
     _dense: _DenseMask
 
     __torch_function__ = torch._C._disabled_torch_function_impl
+    __array__ = _of_dense("__array__")
+    __deepcopy__ = _of_dense("__deepcopy__")
+    __dlpack__ = _of_dense("__dlpack__")
+    __reduce_ex__ = _of_dense("__reduce_ex__")
+    data_ptr = _of_dense("data_ptr")
+    numpy = _of_dense("numpy")
+    tolist = _of_dense("tolist")
 
     @staticmethod
     def __new__(cls, pattern: MaskPattern, dense: _DenseMask, shape, dtype, device):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -459,6 +462,27 @@ def test_mask_is_that_of_eager_attention(transformers, kind, padding, skip, dtyp
     assert torch.equal(mask[:, 0, 2:, :4], expected[:, 0, 2:, :4])
     assert torch.equal(torch.cat([mask, scores], 1), torch.cat([expected, scores], 1))
     assert type(mask * 1) is torch.Tensor
+
+
+READERS = {
+    "list": lambda mask: torch.tensor(mask.tolist()),
+    "numpy": lambda mask: torch.from_numpy(mask.numpy()),
+    "array": lambda mask: torch.from_numpy(np.asarray(mask)),
+    "dlpack": torch.from_dlpack,
+    "deep copy": copy.deepcopy,
+    "pickle": lambda mask: pickle.loads(pickle.dumps(mask)),
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_mask_read_as_memory(transformers, reader):
+    from transformers.masking_utils import eager_mask
+
+    from flash_attn.integrations.huggingface import attention_mask
+
+    mask = attention_mask(2, 6, 6)
+    assert torch.equal(READERS[reader](mask), eager_mask(2, 6, 6))
+    assert mask.data_ptr() == mask.dense().data_ptr() != 0
 
 
 @pytest.mark.parametrize("q_offset", [4, torch.tensor(4)])
