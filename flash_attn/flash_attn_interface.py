@@ -173,6 +173,7 @@ def flash_attn_func(
         and not return_attn_probs
         and s_aux is None
         and attn_bias is None
+        and (alibi_slopes is None or needs_no_gradient(alibi_slopes, q, k))
         and needs_no_dispatcher(q, k, v)
         and needs_no_gradient(q, k, v)
     ):
@@ -327,6 +328,7 @@ def flash_attn_varlen_func(
         and not return_attn_probs
         and s_aux is None
         and attn_bias is None
+        and (alibi_slopes is None or needs_no_gradient(alibi_slopes, q, k))
         and needs_no_dispatcher(q, k, v)
         and needs_no_gradient(q, k, v)
     ):

@@ -317,6 +317,30 @@ def test_gradient_of_alibi_slopes(kind):
     assert_same(actual, gradient(case.exact, double(case.inputs), slopes.double()))
 
 
+def test_alibi_slopes_alone_require_a_gradient():
+    """Nothing else does, and no argument asks for the operator."""
+    q, k, v = randn(1, 5, 2, 8), randn(1, 7, 2, 8, seed=1), randn(1, 7, 2, 8, seed=2)
+    slopes = torch.tensor([0.5, 0.25])
+    cu_q, cu_k = int32(0, 5), int32(0, 7)
+
+    def dense(slopes):
+        return flash_attn_func(q, k, v, alibi_slopes=slopes)
+
+    def packed(slopes):
+        return flash_attn_varlen_func(q[0], k[0], v[0], cu_q, cu_k, 5, 7, alibi_slopes=slopes)
+
+    def exact(slopes):
+        return attention(*double((q, k, v)), alibi_slopes=slopes)[0]
+
+    def gradient(f, slopes):
+        slopes = slopes.requires_grad_()
+        return torch.autograd.grad(f(slopes).square().sum(), slopes)
+
+    wanted = gradient(exact, slopes.double())
+    for f in (dense, packed):
+        assert_same(gradient(f, slopes.clone()), wanted)
+
+
 def test_first_gradients_with_create_graph_are_the_kernel_s():
     case = Dense("everything")
     leaves = [x.requires_grad_() for x in case.inputs]

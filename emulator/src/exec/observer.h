@@ -42,9 +42,10 @@ struct Access {                  // of up to 32 lanes to one space
 };
 
 enum class SyncKind : uint8_t {
-  kBarrierArrive,    // id: barrier of the CTA; before it counts
+  kBarrierArrive,  // id: barrier of the CTA; mask: all lanes of the warp; before it counts. A warp
+                   // may arrive more than once before kBarrierComplete
   kBarrierComplete,  // id; all warps that arrived may go on
-  kBarrierLeave,     // id; this warp goes on
+  kBarrierLeave,     // id; the lanes of mask go on
   kWarpSync,         // mask: lanes that now see each other's writes
   kFence,            // membar, fence: order and scope; id 1: fence.mbarrier_init
   kProxyFence,       // fence.proxy.async and relatives (fence.proxy.tensormap: id 1)

@@ -38,6 +38,12 @@ struct WgmmaShape {
 void set_shape(Instruction& in, const WgmmaShape& shape);
 WgmmaShape shape_of(const Instruction& in);
 
+struct WgmmaAccumulators {  // of one warp's part
+  const Instruction* instruction = nullptr;
+  const Function* function = nullptr;
+  const std::byte* frame = nullptr;
+};
+
 struct WgmmaPart {  // of one warp
   Warp* warp = nullptr;
   std::byte* frame = nullptr;  // its registers
@@ -64,10 +70,10 @@ struct WgmmaOperation {
 
 struct Warpgroup {
   struct WarpState {
-    uint64_t issued = 0;  // operations
-    uint32_t groups = 0;  // commit_group executed
-    bool fenced = false;  // wgmma.fence since the last wait that retired an operation
-    const Instruction* retired = nullptr;  // the last one
+    uint64_t issued = 0;        // operations
+    uint32_t groups = 0;        // commit_group executed
+    bool fenced = false;        // wgmma.fence since the last wait that retired an operation
+    WgmmaAccumulators retired;  // of the last one
   };
   std::deque<WgmmaOperation> operations;  // that not all four warps have waited for
   uint64_t first = 0;                     // number of operations[0]

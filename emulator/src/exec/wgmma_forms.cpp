@@ -67,18 +67,31 @@ bool scale_d(const Warp& warp, const Instruction& in) {
   return lanes != 0;
 }
 
+WgmmaAccumulators accumulators_of(const WgmmaOperation& operation, uint32_t index) {
+  return {operation.instruction, operation.function, operation.parts[index].frame};
+}
+
+bool are_accumulators_of(const Warp& warp, const Instruction& in, const WgmmaAccumulators& other) {
+  if (other.function != warp.function || other.frame != warp.bases[0]) return false;
+  if (other.instruction->imm != in.imm) return false;
+  const Slot* lists = warp.function->lists.data();
+  const int count = shape_of(in).d_registers();
+  return std::equal(lists + in.list, lists + in.list + count, lists + other.instruction->list);
+}
+
 // Registers may have changed since the last wait, except where nothing but wgmma of the same
-// accumulators used them.
-void require_fence(const Warp& warp, const Instruction& in, const Warpgroup::WarpState& state) {
-  if (state.fenced) return;
-  const WgmmaShape shape = shape_of(in);
-  const Function& function = *warp.function;
-  const bool same_accumulators = state.retired && !shape.a_in_registers &&
-                                 state.retired->imm == in.imm &&
-                                 std::equal(function.lists.begin() + in.list,
-                                            function.lists.begin() + in.list + shape.d_registers(),
-                                            function.lists.begin() + state.retired->list);
-  if (same_accumulators || !reports(warp, ReportKind::kWgmmaFence)) return;
+// accumulators used them: the last one that was waited for, and those still in flight.
+void require_fence(const Warp& warp, const Instruction& in, const Warpgroup& group) {
+  const uint32_t index = warp.id % kWarpgroupWarps;
+  const Warpgroup::WarpState& state = group.warps[index];
+  if (state.fenced || !reports(warp, ReportKind::kWgmmaFence)) return;
+  const bool in_flight = std::any_of(
+      group.operations.begin(), group.operations.end(), [&](const WgmmaOperation& operation) {
+        const bool own = (operation.issued & ~operation.retired) >> index & 1;
+        return own && are_accumulators_of(warp, in, accumulators_of(operation, index));
+      });
+  const bool ordered = in_flight || are_accumulators_of(warp, in, state.retired);
+  if (ordered && !shape_of(in).a_in_registers) return;
   fail(warp, -1, ReportKind::kWgmmaFence,
        "wgmma.mma_async without a wgmma.fence after the last accesses to its registers.");
 }
@@ -142,7 +155,7 @@ Step run_mma_async(Warp& warp, const Instruction& in, uint32_t mask) {
   require_whole_warp(warp, mask);
   Warpgroup& group = warpgroup_of(warp);
   Warpgroup::WarpState& state = state_of(warp, group);
-  require_fence(warp, in, state);
+  require_fence(warp, in, group);
   const size_t index = state.issued - group.first;
   WgmmaOperation& operation = operation_of(warp, in, group);
   const bool eager = launch_of(warp).options->mode == Mode::kEager;
@@ -159,12 +172,12 @@ Step run_mma_async(Warp& warp, const Instruction& in, uint32_t mask) {
 }
 
 void retire(Warp& warp, Warpgroup::WarpState& state, WgmmaOperation& operation) {
-  const int index = warp.id % kWarpgroupWarps;
+  const uint32_t index = warp.id % kWarpgroupWarps;
   if (!operation.shown) show_operands(operation, true);
   operation.shown = true;
   operation.retired |= 1u << index;
   state.fenced = false;
-  state.retired = operation.instruction;
+  state.retired = accumulators_of(operation, index);
   if (Observer* observer = observer_of(warp)) observer->wgmma_completes(warp, operation);
   for (RegistersInFlight::Value* value : operation.parts[index].in_flight) {
     const bool was_written = value && !hopper(warp).in_flight.release(value);

@@ -345,10 +345,12 @@ TEST(Barriers, AlignedOnesOfLanesThatWereLetGo) {
     add.u32 %r11, %r63, %r11;
     xor.b32 %r12, %r11, 128;
     setp.eq.u32 %p0, %r4, 0;
+    setp.eq.u32 %p3, %r4, 1;
     @%p0 st.shared.b32 [%r63+1024], 0;
+    @%p0 st.shared.b32 [%r63+1028], 0;
     bar.sync 0;
     setp.ge.u32 %p1, %r4, 32;
-    @%p1 bra MEET;
+    @%p1 bra OTHER;
     @%p0 bra BEHIND;
     SPIN:
     ld.acquire.cta.shared.b32 %r13, [%r63+1024];
@@ -356,6 +358,12 @@ TEST(Barriers, AlignedOnesOfLanesThatWereLetGo) {
     @%p2 bra SPIN;
     BEHIND:
     @%p0 st.release.cta.shared.b32 [%r63+1024], 1;
+    @%p3 st.release.cta.shared.b32 [%r63+1028], 1;
+    bra MEET;
+    OTHER:
+    ld.acquire.cta.shared.b32 %r13, [%r63+1028];
+    setp.eq.u32 %p2, %r13, 0;
+    @%p2 bra OTHER;
     MEET:
     st.shared.b32 [%r11], %r4;
     bar.sync 1, 64;
