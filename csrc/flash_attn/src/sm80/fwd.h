@@ -9,7 +9,7 @@
 // What bounds it. A warp's block takes n d / 32 mma, d being the head dim, and a scheduler of an
 // A100 8 cycles for each. The other instructions must fit beside: an FFMA, MUFU, FMNMX and FADD for
 // each of a lane's n scores and half a pack, n d / 128 ldmatrix, d FMUL for the output.
-// docs/cuda.md has the sum for each mma: 4.6 to 5.4 instructions at d = 64, 3.8 at d = 128. 32
+// docs/cuda.md has the sum for each mma: 4.6 to 5.5 instructions at d = 64, 3.8 at d = 128. 32
 // queries a warp rather than 16 halve the ldmatrix and the traffic of shared memory, the next
 // bound.
 //
