@@ -17,8 +17,10 @@ inline size_t element_bytes(flash_attn_dtype dtype) {
   return dtype == FLASH_ATTN_INT64 ? 8 : dtype <= FLASH_ATTN_BFLOAT16 ? 2 : 4;
 }
 
-// A contiguous tensor that owns its memory; 8 guard elements follow it.
+// A contiguous tensor that owns its memory, kMargin bytes before and after it too: shifted into
+// that of another, a small view meets no third one.
 struct Buffer {
+  static constexpr size_t kMargin = 1 << 14;
   std::vector<unsigned char> bytes;
   flash_attn_tensor view;
 
@@ -33,8 +35,8 @@ struct Buffer {
       view.stride[i] = numel;
       numel *= view.shape[i];
     }
-    bytes.assign((numel + 8) * element_bytes(dtype), fill);
-    view.data = bytes.data();
+    bytes.assign(numel * element_bytes(dtype) + 2 * kMargin, fill);
+    view.data = bytes.data() + kMargin;
   }
 };
 
@@ -61,7 +63,7 @@ class Call {
   }
   flash_attn_tensor& operator[](const std::string& name) { return tensors_.at(name).view; }
   int32_t& int32(const std::string& name, int i) {
-    return reinterpret_cast<int32_t*>(tensors_.at(name).bytes.data())[i];
+    return reinterpret_cast<int32_t*>(tensors_.at(name).bytes.data() + Buffer::kMargin)[i];
   }
   bool outputs_untouched() const {
     for (const std::string& name : guarded_) {
