@@ -61,10 +61,11 @@ test: $(INSTALLED) ## C++ tests, then Python tests of the installed package
 bench: $(INSTALLED) ## time attention against PyTorch and the machine's limits (build/bench)
 	.venv/bin/python benchmarks/benchmark_attn.py --quick
 
-lint: $(RELEASE) ## formatting, ruff, and a build without compiler warnings
+lint: $(RELEASE) ## formatting, ruff, layers, and a build without compiler warnings
 	clang-format --dry-run --Werror $(CPP_FILES)
 	ruff format --check .
 	ruff check .
+	.venv/bin/python tools/check_includes.py
 
 format: $(VENV) ## format all C++ and Python files
 	clang-format -i $(CPP_FILES)

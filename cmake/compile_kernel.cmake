@@ -5,8 +5,9 @@ if(WERROR)
   list(APPEND FLAGS -Werror all-warnings)
 endif()
 execute_process(
-  COMMAND ${NVCC} ${FLAGS} -ccbin ${HOST} -I${SRC} -I${SRC}/../include -MD -MF ${OUT}/${NAME}.d -MT ${OUT}/${NAME}.fatbin
-          -o ${OUT}/${NAME}.fatbin ${OUT}/${NAME}.cu
+  COMMAND ${NVCC} ${FLAGS} -ccbin ${HOST} -I${CSRC} -I${CSRC}/base/include -I${CSRC}/flash_attn/include
+          -I${CSRC}/flash_attn/src -MD -MF ${OUT}/${NAME}.d -MT ${OUT}/${NAME}.fatbin
+          -o ${OUT}/${NAME}.fatbin ${OUT}/generated/${NAME}.cu
   RESULT_VARIABLE result OUTPUT_VARIABLE text ERROR_VARIABLE text)
 if(NOT result EQUAL 0)
   message(FATAL_ERROR "nvcc failed for ${NAME}:\n${text}")

@@ -235,7 +235,6 @@ flash::Flash_bwd_params AttentionProblem::params(AttentionOutputs& r) {
     p.cu_seqlens_q = cu_seqlens_q_.data();
     p.cu_seqlens_k = cu_seqlens_k_.data();
   }
-  p.num_splits = c.num_splits;
   set_operands(p, r);
   set_score(p, r);
   return p;
@@ -244,7 +243,7 @@ flash::Flash_bwd_params AttentionProblem::params(AttentionOutputs& r) {
 AttentionOutputs AttentionProblem::run(const flash::cpu::Kernels& kernels) {
   AttentionOutputs r = make_outputs(case_.dtype);
   const flash::Flash_bwd_params p = params(r);
-  kernels.mha_fwd(p);
+  kernels.mha_fwd({p, {}, case_.num_splits});
   kernels.mha_bwd(p);
   return r;
 }

@@ -7,9 +7,10 @@ namespace flash_test {
 namespace {
 
 std::vector<const flash::cpu::Kernels*> library_kernels() {
-  int count = 0;
-  const flash::cpu::Kernels* const* list = flash::cpu::available(&count);
-  return {list, list + count};
+  std::vector<const flash::cpu::Kernels*> kernels;
+  for (const flash::cpu::Isa isa : flash::cpu::available_isas())
+    kernels.push_back(&flash::cpu::kernels_of(isa));
+  return kernels;
 }
 
 bool runs(const char* isa) {
@@ -45,7 +46,8 @@ std::vector<const TileProbe*> find_tile_probes() {
 
 // FLASH_ATTENTION_CPU_ISA in the environment leaves its instruction set alone.
 std::vector<const flash::cpu::Kernels*> find_kernels() {
-  if (std::getenv("FLASH_ATTENTION_CPU_ISA")) return {&flash::cpu::current()};
+  if (std::getenv("FLASH_ATTENTION_CPU_ISA"))
+    return {&flash::cpu::kernels_of(flash::cpu::current_isa())};
   std::vector<const flash::cpu::Kernels*> kernels = library_kernels();
 #if defined(FLASH_ATTN_HAVE_AVX2)
   if (runs("avx2"))

@@ -8,8 +8,8 @@
 #include <numeric>
 #include <vector>
 
+#include "api/check.h"
 #include "api_calls.h"
-#include "common/api_check.h"
 
 namespace flash_test {
 namespace {

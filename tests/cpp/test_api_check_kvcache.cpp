@@ -1,7 +1,7 @@
 // The KV cache: every broken argument is turned down with its sentence, and neither outputs nor
 // cache are written.
+#include "api/check.h"
 #include "api_calls.h"
-#include "common/api_check.h"
 
 namespace flash_test {
 namespace {

@@ -3,8 +3,8 @@
 #include <random>
 #include <set>
 
+#include "api/check.h"
 #include "api_calls.h"
-#include "common/api_check.h"
 
 namespace flash_test {
 namespace {

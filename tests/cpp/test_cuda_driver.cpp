@@ -2,9 +2,9 @@
 #if defined(FLASH_ATTN_HAVE_CUDA)
 #include <cstdlib>
 
+#include "api/select_kernel.h"
 #include "api_calls.h"
-#include "common/select_kernel.h"
-#include "cuda_driver/emulated.h"
+#include "base/cuda_driver/emulated.h"
 
 namespace flash_test {
 namespace {
@@ -159,12 +159,21 @@ TEST(SelectKernel, CudaBackendNamesEverythingItLacks) {
   };
   using flash::Dtype;
   using flash::Operation;
-  EXPECT_EQ(sentence({Operation::kMhaFwd, FLASH_ATTN_CUDA, Dtype::kBFloat16, 128}), "served");
-  EXPECT_EQ(sentence({Operation::kMhaFwd, FLASH_ATTN_CUDA, Dtype::kFloat32, 192,
+  const flash::Target ampere{.device_type = FLASH_ATTN_CUDA, .compute_capability = 80};
+  const flash::Target hopper{.device_type = FLASH_ATTN_CUDA, .compute_capability = 90};
+  const flash::Target turing{.device_type = FLASH_ATTN_CUDA, .compute_capability = 75};
+  EXPECT_EQ(sentence({Operation::kMhaFwd, ampere, Dtype::kBFloat16, 128, 64}), "served");
+  EXPECT_EQ(sentence({Operation::kMhaFwd, hopper, Dtype::kFloat16, 64, 128}), "served");
+  EXPECT_EQ(sentence({Operation::kMhaFwd, turing, Dtype::kFloat32, 64, 64}),
+            "CUDA kernels need compute capability 8.0 or newer: this device has 7.5");
+  EXPECT_EQ(sentence({Operation::kMhaFwd, ampere, Dtype::kFloat32, 192, 192,
                       flash::kDropout | flash::kSoftcap}),
             "the CUDA backend lacks dropout, softcap, fp32, head dimension 192 (at most 128) (in "
             "mha_fwd); CPU tensors have it");
-  EXPECT_EQ(sentence({Operation::kMhaBwd, FLASH_ATTN_CUDA, Dtype::kFloat16, 64, flash::kSink}),
+  EXPECT_EQ(sentence({Operation::kMhaFwd, ampere, Dtype::kFloat8E4M3, 64, 256}),
+            "the CUDA backend lacks fp8, head dimension of v 256 (at most 128) (in mha_fwd); CPU "
+            "tensors have it");
+  EXPECT_EQ(sentence({Operation::kMhaBwd, ampere, Dtype::kFloat16, 64, 64, flash::kSink}),
             "the CUDA backend lacks the backward pass, attention sinks (s_aux) (in mha_bwd); CPU "
             "tensors have it");
 }

@@ -53,7 +53,7 @@ TEST(Kernels, DmaskHoldsProbabilitiesAndSigns) {
       p.s_dmask = actual.data();
       p.seqlen_q_rounded = kRounded;
       p.seqlen_k_rounded = 3 * kRounded;
-      kernels->mha_fwd(p);
+      kernels->mha_fwd({p, {}});
       expect_close("s_dmask", actual, expected, tolerance(c.dtype));
       int wrong_signs = 0;
       actual.for_each([&](const PoisonTensor::Index& i) {

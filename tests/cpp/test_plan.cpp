@@ -32,7 +32,6 @@ struct Batch {
     p.d = p.d_v = 64;
     p.window_left = left;
     p.window_right = right;
-    p.num_splits = num_splits;
     p.seqlen_q = *std::max_element(seqlens_q.begin(), seqlens_q.end());
     p.seqlen_k = *std::max_element(seqlens_k.begin(), seqlens_k.end());
     cu_seqlens_q = cu_seqlens_k = {0};
@@ -42,6 +41,7 @@ struct Batch {
     p.cu_seqlens_k = cu_seqlens_k.data();
     return p;
   }
+  flash::Flash_fwd_params fwd_params() { return {params(), {}, num_splits}; }
   int group() const { return h / h_k; }
   int rows(int b) const { return seqlens_q[b] * group(); }
   bool sees(int b, int row, int key) const {
@@ -147,7 +147,7 @@ TEST(PlanFwd, ComputesEveryVisibleScoreOnce) {
     const flash::cpu::FwdTile& tile = n % 2 ? kTile : kStreamTile;
     Batch batch = random_batch(rng, n % 4 ? 120 : 6);
     const int threads = kThreads[n / 2 % std::size(kThreads)];
-    const flash::Flash_bwd_params p = batch.params();
+    const flash::Flash_fwd_params p = batch.fwd_params();
     const flash::cpu::FwdPlan plan = plan_fwd(p, tile, threads);
     check_coverage(plan, batch);
     check_rows(plan, batch, tile);
@@ -166,7 +166,7 @@ TEST(PlanFwd, SplitsDoNotDependOnThreads) {
     const flash::cpu::FwdTile& tile = n % 2 ? kTile : kStreamTile;
     Batch batch = random_batch(rng, n / 2 % 2 ? 8 : 100);
     batch.seqlens_k[0] = 4000;
-    const flash::Flash_bwd_params p = batch.params();
+    const flash::Flash_fwd_params p = batch.fwd_params();
     const int last = static_cast<int>(batch.seqlens_q.size()) - 1;
     const flash::cpu::FwdPlan one = plan_fwd(p, tile, 1);
     for (int threads : kThreads) {
@@ -180,7 +180,7 @@ TEST(PlanFwd, SplitsDoNotDependOnThreads) {
 
 TEST(PlanFwd, StreamedHeadsShareATaskUntilThreadsWait) {
   Batch batch{{1, 1}, {5000, 5000}, 24, 6, -1, 0, 0, {}, {}};
-  const flash::Flash_bwd_params p = batch.params();
+  const flash::Flash_fwd_params p = batch.fwd_params();
   EXPECT_EQ(plan_fwd(p, kStreamTile, 1).tasks.front().heads, 3);
   EXPECT_EQ(plan_fwd(p, kStreamTile, 192).tasks.front().heads, 1);
 }
@@ -188,7 +188,7 @@ TEST(PlanFwd, StreamedHeadsShareATaskUntilThreadsWait) {
 // A window leaves the same parts to a long sequence as to a short one.
 TEST(PlanFwd, StreamedPartsCoverTheWindowAlone) {
   Batch batch{{1}, {100000}, 4, 4, 999, 0, 0, {}, {}};
-  const flash::cpu::FwdPlan plan = plan_fwd(batch.params(), kStreamTile, 1);
+  const flash::cpu::FwdPlan plan = plan_fwd(batch.fwd_params(), kStreamTile, 1);
   for (const FwdTask& t : plan.tasks) {
     EXPECT_EQ(t.num_splits, 2);
     EXPECT_GE(t.key_begin, 99000);
@@ -214,7 +214,7 @@ TEST(PlanFwd, NumberOfSplits) {
   };
   for (const auto& c : cases) {
     Batch batch{{c.seqlen_q, 100}, {c.seqlen_k, 9999}, 1, 1, -1, -1, c.wish, {}, {}};
-    const flash::Flash_bwd_params p = batch.params();
+    const flash::Flash_fwd_params p = batch.fwd_params();
     EXPECT_EQ(num_splits(p, sequence(p, 0), kTile), c.expected)
         << c.seqlen_q << " x " << c.seqlen_k << " wish " << c.wish;
   }

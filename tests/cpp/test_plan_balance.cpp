@@ -94,7 +94,7 @@ struct Balance {
 };
 
 Balance forward_balance(const Problem& problem, int threads) {
-  const flash::cpu::FwdPlan plan = flash::cpu::plan_fwd(problem.params, kTile, threads);
+  const flash::cpu::FwdPlan plan = flash::cpu::plan_fwd({problem.params, {}}, kTile, threads);
   Threads pool(threads);
   double total = 0, longest = 0;
   for (const FwdTask& t : plan.tasks) {

@@ -1,12 +1,12 @@
 // What the checks make of valid calls, and which kernel serves them.
-#include "common/select_kernel.h"
+#include "api/select_kernel.h"
 
 #include <algorithm>
 #include <cmath>
 #include <sstream>
 
+#include "api/check.h"
 #include "api_calls.h"
-#include "common/api_check.h"
 
 namespace flash_test {
 namespace {
@@ -201,8 +201,8 @@ TEST(SelectKernel, FollowsTheInstructionSetInUse) {
   for (std::string isa; isas >> isa;) {
     ASSERT_EQ(flash_attn_set_cpu_isa(isa.c_str()), FLASH_ATTN_OK);
     EXPECT_EQ(flash_attn_cpu_isa(), isa);
-    const flash::Kernel& kernel = flash::select_kernel(
-        {flash::Operation::kMhaBwd, FLASH_ATTN_CPU, flash::Dtype::kFloat16, 576});
+    const flash::Kernel& kernel =
+        flash::select_kernel({flash::Operation::kMhaBwd, {}, flash::Dtype::kFloat16, 576, 576});
     EXPECT_EQ(kernel.isa, isa);
   }
   EXPECT_EQ(flash_attn_set_cpu_isa("sse9"), FLASH_ATTN_INVALID_ARGUMENT);

@@ -9,10 +9,10 @@
 #include <utility>
 #include <vector>
 
+#include "base/ptx/fragments.h"
 #include "common/block_range.h"
 #include "common/softmax.h"
 #include "common/tile_scheduler.h"
-#include "ptx/fragments.h"
 #include "sm80/pipeline.h"
 #include "sm80/smem.h"
 #include "sm80/tile_table.h"

@@ -8,16 +8,16 @@ import functools
 import random
 
 import torch
+from backends import BF16, CPU, FP16, FP32
 from reference import (
     assert_attention_close,
     attention,
     attention_and_gradients,
     gradient_slack,
 )
+from torch.utils._pytree import tree_map
 
 from flash_attn import flash_attn_func
-
-FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +38,9 @@ class Case:
     bias: str = ""  # the dimensions of attn_bias that are not broadcast, of "bhqk"; "1": all are
     bias_dtype: str = "q"
     dlse: bool = False
+    layout: str = (
+        "bshd"  # order in memory; "packed": q, k, v interleaved in one tensor, if they fit
+    )
     seed: int = 0
 
     def __str__(self):
@@ -74,17 +77,18 @@ CHOICES = {
     "bias": ["", "", "", "bhqk", "qk", "bk", "hk", "bqk"],
     "bias_dtype": ["q", "fp32"],
     "dlse": [False, True],
+    "layout": ["bshd", "bshd", "bhsd", "sbhd", "packed"],
 }  # fmt: skip
 SWEEP_FACTOR = 3  # of thousands of cases, where a few ratios of largest errors are far out
 MAX_COST = 1.5e8  # of batch * heads * seqlen_q * seqlen_k * (d + dv)
 
 
-def sampled_cases(count, seed):
-    """``count`` random points of the product of CHOICES, in which every choice of a field comes up
-    equally often."""
+def sampled_cases(count, seed, backend=CPU):
+    """``count`` random points of the product of CHOICES, as far as ``backend`` has them, in which
+    every choice of a field comes up equally often."""
     rng = random.Random(seed)
     columns = {}
-    for name, values in CHOICES.items():
+    for name, values in {**CHOICES, **backend.choices}.items():
         column = (values * (count // len(values) + 1))[:count]
         rng.shuffle(column)
         columns[name] = column
@@ -99,6 +103,18 @@ def sampled_cases(count, seed):
     return cases
 
 
+def in_layout(layout, tensors):
+    """q, k, v of shapes "bshd", equal to those given, in memory as ``Case.layout`` tells."""
+    if layout != "packed":
+        order = ["bshd".index(c) for c in layout]
+        back = [layout.index(c) for c in "bshd"]
+        return {n: x.permute(order).contiguous().permute(back) for n, x in tensors.items()}
+    if len({(x.shape[1], x.shape[3]) for x in tensors.values()}) > 1:
+        return tensors
+    heads = [x.shape[2] for x in tensors.values()]
+    return dict(zip(tensors, torch.cat(list(tensors.values()), 2).split(heads, 2)))
+
+
 def make_tensors(case):
     """``(tensors, options, dout, dlse)`` of a case, as ``attention_and_gradients`` takes them."""
     gen = torch.Generator().manual_seed(case.seed)
@@ -107,11 +123,14 @@ def make_tensors(case):
     def normal(*shape, dtype=case.dtype):
         return torch.randn(shape, generator=gen).to(dtype)
 
-    tensors = {
-        "q": normal(case.batch, sq, h, d),
-        "k": normal(case.batch, sk, hk, d),
-        "v": normal(case.batch, sk, hk, dv),
-    }
+    tensors = in_layout(
+        case.layout,
+        {
+            "q": normal(case.batch, sq, h, d),
+            "k": normal(case.batch, sk, hk, d),
+            "v": normal(case.batch, sk, hk, dv),
+        },
+    )
     options = {
         "softmax_scale": case.softmax_scale,
         "causal": case.causal,
@@ -133,6 +152,16 @@ def make_tensors(case):
     return tensors, options, dout, dlse
 
 
+def cuda_case(**fields):
+    """A case that the CUDA kernels have, of a size that the emulated GPU runs in a moment."""
+    return Case(**{"dtype": BF16, "seqlens": (128, 192), "heads": (2, 1), **fields})
+
+
+def qkv(case):
+    """q, k, v of a case that has no further tensors."""
+    return tuple(make_tensors(case)[0][name] for name in "qkv")
+
+
 @functools.lru_cache(maxsize=4)
 def expected(case):
     """``(exact, plain)``: the reference in fp64, and in the case's dtype. The library computes the
@@ -144,6 +173,12 @@ def expected(case):
     if case.dtype != FP32:
         plain["lse"] = attention(**{n: t.float() for n, t in tensors.items()}, **options)[1]
     return exact, plain
+
+
+def flash_forward(tensors, options, **more):
+    """The library's ``{"out", "lse"}``."""
+    out, lse, _ = flash_attn_func(**tensors, **options, **more, return_attn_probs=True)
+    return {"out": out.detach(), "lse": lse.detach()}
 
 
 def flash_forward_backward(tensors, options, dout, dlse=None, **more):
@@ -170,12 +205,32 @@ def assert_results_close(actual, exact, plain, slack=None, factor=2):
     assert not failures, "\n".join(failures)
 
 
-def check(case, factor=2, lse_slack=0.0):
-    """Runs a case through the library and compares every result with the reference's."""
-    problem = make_tensors(case)
-    actual = flash_forward_backward(*problem)
+def run(case, backend):
+    """What ``backend`` makes of a case: out, lse and, if it has a backward, the gradients."""
+    problem = tree_map(backend.here, make_tensors(case))
+    with backend.calls(case.seed):
+        if backend.has_backward:
+            results = flash_forward_backward(*problem)
+        else:
+            results = flash_forward(*problem[:2])
+    return {name: x.cpu() for name, x in results.items()}
+
+
+def largest_lse(lse):
+    """The largest finite LSE, at least 1."""
+    finite = lse[lse.isfinite()].abs()
+    return max(1.0, finite.max().item() if finite.numel() else 0.0)
+
+
+def check(case, factor=2, lse_slack=0.0, backend=CPU):
+    """Runs a case on a backend and compares every result with the reference's."""
+    tensors, options, dout, _ = make_tensors(case)
+    actual = run(case, backend)
     assert actual["out"].dtype == case.dtype
     assert actual["lse"].dtype == FP32
-    exact, plain = expected(case)
-    slack = {"lse": lse_slack, **gradient_slack(*problem[:3], exact["out"])}
+    exact, plain = ({name: r[name] for name in actual} for r in expected(case))
+    lse_slack += backend.lse_slack * largest_lse(exact["lse"])
+    slack = {"lse": lse_slack}
+    if backend.has_backward:
+        slack |= gradient_slack(tensors, options, dout, exact["out"])
     assert_results_close(actual, exact, plain, slack, factor)

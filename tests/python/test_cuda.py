@@ -1,4 +1,4 @@
-"""The CUDA kernels, on the emulated GPU, against the CPU backend; and what they say they lack."""
+"""The CUDA kernels, on the emulated GPU, against the reference; and what they say they lack."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import threading
 
 import pytest
 import torch
-from attention_cases import BF16, FP16
-from cuda_cases import Case, check, make_tensors, needs_emulator, needs_kernels, sampled_cases
+from attention_cases import BF16, FP16, check, cuda_case, qkv, sampled_cases
+from backends import EMULATOR, needs_emulator, needs_kernels
 from reference import attention
 
 import flash_attn
@@ -19,16 +19,16 @@ from flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_with_
 
 
 @needs_emulator
-@pytest.mark.parametrize("case", sampled_cases(60, seed=1), ids=str)
+@pytest.mark.parametrize("case", sampled_cases(60, seed=1, backend=EMULATOR), ids=str)
 def test_feature_product(case):
-    check(case)
+    check(case, backend=EMULATOR)
 
 
 @needs_emulator
 @pytest.mark.slow
-@pytest.mark.parametrize("case", sampled_cases(600, seed=2), ids=str)
+@pytest.mark.parametrize("case", sampled_cases(600, seed=2, backend=EMULATOR), ids=str)
 def test_feature_product_at_length(case):
-    check(case)
+    check(case, backend=EMULATOR)
 
 
 @needs_emulator
@@ -36,7 +36,7 @@ def test_feature_product_at_length(case):
 @pytest.mark.parametrize("seed", [1, 2])
 def test_schedules_agree_bitwise(mode, seed):
     """The order of warps and the time of copies change nothing."""
-    q, k, v = make_tensors(Case(seqlens=(200, 260), heads=(2, 1), dims=(128, 128)))
+    q, k, v = qkv(cuda_case(seqlens=(200, 260), heads=(2, 1), dims=(128, 128)))
     results = []
     for options in ({}, {"mode": mode, "seed": seed}):
         with flash_attn.emulator(**options):
@@ -48,7 +48,7 @@ def test_schedules_agree_bitwise(mode, seed):
 
 @needs_emulator
 def test_out_is_the_same_without_softmax_lse():
-    q, k, v = make_tensors(Case(seqlens=(70, 70), heads=(2, 1)))
+    q, k, v = qkv(cuda_case(seqlens=(70, 70), heads=(2, 1)))
     with flash_attn.emulator():
         together = flash_attn_func(q, k, v, causal=True, return_attn_probs=True)[0]
         assert torch.equal(flash_attn_func(q, k, v, causal=True), together)
@@ -58,7 +58,7 @@ def test_out_is_the_same_without_softmax_lse():
 @pytest.mark.parametrize("dtype", [FP16, BF16])
 @pytest.mark.parametrize("scale", [8.0, -8.0])
 def test_large_scores(dtype, scale):
-    check(Case(dtype=dtype, softmax_scale=scale))
+    check(cuda_case(dtype=dtype, softmax_scale=scale), backend=EMULATOR)
 
 
 @needs_emulator
@@ -67,7 +67,7 @@ def test_large_scores(dtype, scale):
 @pytest.mark.parametrize(("dtype", "exponents"), [(FP16, (4, 12, 16, 22)), (BF16, (4, 12, 22, 60))])
 def test_scores_far_from_0(dtype, exponents, sign, causal):
     """They weigh by their distances, which are multiples of what fp32 holds of them."""
-    *_, v = make_tensors(Case(dtype=dtype, seqlens=(150, 300), heads=(1, 1)))
+    *_, v = qkv(cuda_case(dtype=dtype, seqlens=(150, 300), heads=(1, 1)))
     for exponent in exponents:
         step = 2.0 ** max(exponent - 22, -3)
         q = torch.zeros(1, 150, 1, 64)
@@ -86,7 +86,7 @@ def test_scores_far_from_0(dtype, exponents, sign, causal):
 @needs_emulator
 @pytest.mark.parametrize("causal", [False, True])
 def test_nan_reaches_the_rows_that_see_it(causal):
-    q, k, v = make_tensors(Case(dtype=FP16, heads=(1, 1), seqlens=(70, 70)))
+    q, k, v = qkv(cuda_case(dtype=FP16, heads=(1, 1), seqlens=(70, 70)))
     k[0, 40] = float("nan")
     with flash_attn.emulator():
         out, lse, _ = flash_attn_func(q, k, v, causal=causal, return_attn_probs=True)
@@ -119,7 +119,7 @@ def test_batch_of_no_sequences():
 
 @needs_emulator
 def test_context_holds_for_its_thread_and_ends():
-    q, k, v = make_tensors(Case())
+    q, k, v = qkv(cuda_case())
     on_cpu = flash_attn_func(q, k, v)
     seen = {}
     with flash_attn.emulator() as gpu:
@@ -156,7 +156,7 @@ def test_whole_process_by_environment():
 
 
 def _lacking(name):
-    q, k, v = make_tensors(Case())
+    q, k, v = qkv(cuda_case())
     lengths = torch.tensor([0, 128], dtype=torch.int32)
     calls = {
         "dropout": lambda: flash_attn_func(q, k, v, dropout_p=0.5),
@@ -206,7 +206,7 @@ def test_what_is_missing_is_named(feature):
 def test_unknown_options_raise(options):
     with pytest.raises(RuntimeError, match="the emulator"), flash_attn.emulator(**options):
         pass
-    assert flash_attn_func(*make_tensors(Case()), softcap=2.0).isfinite().all()
+    assert flash_attn_func(*qkv(cuda_case()), softcap=2.0).isfinite().all()
 
 
 @needs_emulator
@@ -214,7 +214,7 @@ def test_unknown_options_raise(options):
     "checks", ["all-race", "all,-proxy_fence,-init_fence", "none+race", "memory"]
 )
 def test_kinds_of_reports_are_switched(checks):
-    q, k, v = make_tensors(Case())
+    q, k, v = qkv(cuda_case())
     with flash_attn.emulator(checks=checks):
         out = flash_attn_func(q, k, v)
     with flash_attn.emulator():

@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 
 import pytest
-from attention_cases import BF16, FP16
-from cuda_cases import Case, make_tensors, needs_emulator
+from attention_cases import BF16, FP16, cuda_case, qkv
+from backends import needs_emulator
 from reference import visible
 
 import flash_attn
@@ -27,8 +27,8 @@ def keys_of_a_block(headdim, mask):
 
 def counters(case, **options):
     """What one launch did."""
-    with flash_attn.emulator(checks="none", mode=case.mode) as gpu:
-        flash_attn_func(*make_tensors(case), **options, return_attn_probs=True)
+    with flash_attn.emulator(checks="none") as gpu:
+        flash_attn_func(*qkv(case), **options, return_attn_probs=True)
     (kernel,) = gpu.counters.values()
     return kernel
 
@@ -42,7 +42,7 @@ def mma_count(kernel):
 @pytest.mark.parametrize("dtype", [FP16, BF16])
 def test_memory_is_accessed_without_waste(dtype, headdim, mask):
     """No shared-memory bank conflicts; no sector of global memory is moved in vain."""
-    case = Case(dtype=dtype, seqlens=(200, 328), heads=(2, 1), dims=(headdim, headdim))
+    case = cuda_case(dtype=dtype, seqlens=(200, 328), heads=(2, 1), dims=(headdim, headdim))
     kernel = counters(case, **MASKS[mask])
     assert kernel["shared"]["wavefronts"] == kernel["shared"]["ideal_wavefronts"] > 0
     assert kernel["global"]["sectors"] == kernel["global"]["ideal_sectors"] > 0
@@ -53,7 +53,7 @@ def test_memory_is_accessed_without_waste(dtype, headdim, mask):
 @pytest.mark.parametrize("seqlens", [(200, 328), (328, 200), (33, 500)])
 def test_no_mma_without_a_visible_score(headdim, mask, seqlens):
     """As many as the blocks of 32 queries and one block of keys that hold a visible score need."""
-    case = Case(seqlens=seqlens, heads=(2, 1), dims=(headdim, headdim))
+    case = cuda_case(seqlens=seqlens, heads=(2, 1), dims=(headdim, headdim))
     kernel = counters(case, **MASKS[mask])
     seen = visible(*seqlens, **MASKS[mask])
     size = keys_of_a_block(headdim, mask)
@@ -73,7 +73,9 @@ def test_instructions_for_each_mma(dtype, headdim, mask):
     """Of the loop alone: the difference between two lengths of keys, whose blocks need no mask."""
 
     def totals(seqlen_k):
-        case = Case(dtype=dtype, seqlens=(128, seqlen_k), heads=(1, 1), dims=(headdim, headdim))
+        case = cuda_case(
+            dtype=dtype, seqlens=(128, seqlen_k), heads=(1, 1), dims=(headdim, headdim)
+        )
         kernel = counters(case, **MASKS[mask])
         return mma_count(kernel), kernel["warp_instructions"] - kernel["classes"]["move"]
 

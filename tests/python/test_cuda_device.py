@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from attention_cases import BF16
-from cuda_cases import Case, check, make_tensors, needs_kernels, on_gpu, sampled_cases
+from attention_cases import check, cuda_case, qkv, sampled_cases
+from backends import GPU, needs_kernels
 
 from flash_attn import flash_attn_func
 
@@ -15,19 +15,19 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("case", sampled_cases(150, seed=3), ids=str)
+@pytest.mark.parametrize("case", sampled_cases(150, seed=3, backend=GPU), ids=str)
 def test_feature_product(case):
-    check(case, on_gpu)
+    check(case, backend=GPU)
 
 
 @pytest.mark.parametrize("dims", [(64, 64), (128, 128)])
 @pytest.mark.parametrize("causal", [False, True])
 def test_long_sequences(dims, causal):
-    check(Case(seqlens=(1500, 2000), heads=(8, 2), dims=dims, causal=causal), on_gpu)
+    check(cuda_case(seqlens=(1500, 2000), heads=(8, 2), dims=dims, causal=causal), backend=GPU)
 
 
 def _tensors():
-    return [x.cuda() for x in make_tensors(Case(dtype=BF16, seqlens=(700, 700), heads=(4, 4)))]
+    return [x.cuda() for x in qkv(cuda_case(seqlens=(700, 700), heads=(4, 4)))]
 
 
 def test_results_are_bitwise_reproducible():

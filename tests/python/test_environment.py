@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from cuda_cases import HAVE_KERNELS, needs_emulator
+from backends import HAVE_KERNELS, needs_emulator
 
 from flash_attn import _library
 

@@ -2,7 +2,7 @@
 // mask.
 #pragma once
 
-#include "common/host_device.h"
+#include "base/host_device.h"
 #include "common/mask.h"
 
 namespace flash {

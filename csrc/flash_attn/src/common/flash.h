@@ -1,17 +1,18 @@
-// Checked arguments, as kernels take them. Filled by api_check.cpp and by nothing else; strides are
-// in elements.
+// Checked arguments, as kernels take them. Filled by the checks in api/ and by nothing else;
+// strides are in elements.
+//
+// They come in parts. A kernel takes those that it uses: a base class of the whole, copied into the
+// parameters of a CUDA kernel (which hold at most 4 KB), or referred to on the CPU.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
-#include "common/host_device.h"
+#include "base/dtype.h"
+#include "base/target.h"
 #include "flash_attn/flash_attn.h"
 
 namespace flash {
-
-enum class Dtype : int { kFloat16, kBFloat16, kFloat32 };
-FLASH_INLINE int dtype_bytes(Dtype t) { return t == Dtype::kFloat32 ? 4 : 2; }
 
 // A [batch, row, head, dim] operand with unit stride in dim. In varlen calls batch_stride is 0 and
 // rows count from the start of the whole packed tensor.
@@ -28,27 +29,38 @@ struct Bias {
   int64_t b = 1, h = 1, rows = 1, cols = 1;  // its own extents: 1 where broadcast
 };
 
-struct Qkv_params {
+struct Operands {
   Operand q;  // [b, sq, h, d]
   Operand k;  // [b, sk, hk, d], or pages [num_pages, page_size, hk, d]: batch_stride is then the
               // page stride
   Operand v;  // as k with dv
-  Dtype dtype = Dtype::kFloat32;
-  flash_attn_device_type device_type = FLASH_ATTN_CPU;
-  int device_id = 0;
-  int64_t b = 0, h = 0, h_k = 0;
-  int64_t d = 0, d_v = 0;
-  int64_t seqlen_q = 0, seqlen_k = 0;  // dense: exact; varlen: the largest over the batch
-  int64_t total_q = 0, total_k = 0;    // varlen: rows of q and k; dense: b * seqlen
-};
-
-struct Flash_fwd_params : Qkv_params {
   Operand o;  // [b, sq, h, dv]
   // Element (b, h, i) at b * lse_batch_stride + h * lse_head_stride + i (i: packed row); null: not
   // wanted.
   float* softmax_lse = nullptr;
   int64_t lse_batch_stride = 0, lse_head_stride = 0;
+  Dtype dtype = Dtype::kFloat32;  // of q, k, v, o
+  int64_t b = 0, h = 0, h_k = 0;
+  int64_t d = 0, d_v = 0;
+};
 
+// Where each sequence lies. Dense: cu_seqlens_* are null.
+struct SequenceGeometry {
+  int64_t seqlen_q = 0, seqlen_k = 0;  // dense: exact; varlen: the largest over the batch
+  int64_t total_q = 0, total_k = 0;    // varlen: rows of q and k; dense: b * seqlen
+  int64_t seqlen_knew = 0;  // rows appended to each sequence's keys; seqused_k counts those before
+  const int32_t* cu_seqlens_q = nullptr;  // [b + 1]
+  const int32_t* cu_seqlens_k = nullptr;  // [b + 1]; with block_table only its differences are used
+  const int32_t* seqused_k = nullptr;     // [b]: number of keys, overrides the lengths above
+  const int32_t* leftpad_k = nullptr;     // [b]
+  const int32_t* cache_batch_idx = nullptr;  // [b]
+  const int32_t* block_table = nullptr;      // [b, *]
+  int64_t block_table_batch_stride = 0;
+  int64_t page_size = 0;
+};
+
+// From products of q and k to the weights of v.
+struct ScoreParams {
   float scale_softmax = 1.f;
   float softcap = 0.f;                          // 0: off
   int64_t window_left = -1, window_right = -1;  // -1: no limit; causal is already window_right = 0
@@ -58,37 +70,25 @@ struct Flash_fwd_params : Qkv_params {
   Dtype s_aux_dtype = Dtype::kFloat32;
   int64_t s_aux_stride = 1;
   Bias bias;  // ptr == nullptr: none
+};
 
+struct DropoutParams {
   float p_dropout = 0.f;  // probability to drop
   uint64_t seed = 0, offset = 0;
   void* s_dmask = nullptr;  // [b, h, sq_rounded, sk_rounded], dtype of q, contiguous
   int64_t seqlen_q_rounded = 0, seqlen_k_rounded = 0;
+};
 
-  // Sequence geometry. Dense: cu_seqlens_* are null.
-  const int32_t* cu_seqlens_q = nullptr;  // [b + 1]
-  const int32_t* cu_seqlens_k = nullptr;  // [b + 1]; with block_table only its differences are used
-  const int32_t* seqused_k = nullptr;     // [b]: number of keys, overrides the lengths above
-  const int32_t* leftpad_k = nullptr;     // [b]
-  const int32_t* cache_batch_idx = nullptr;  // [b]
-  const int32_t* block_table = nullptr;      // [b, *]
-  int64_t block_table_batch_stride = 0;
-  int64_t page_size = 0;
-
-  // Appending to a KV cache (mha_fwd_kvcache). seqused_k then counts the keys before the append.
+// What is appended to a KV cache before attention (mha_fwd_kvcache): seqlen_knew rows.
+struct AppendParams {
   Operand knew, vnew;  // [b, seqlen_knew, hk, d | dv]; ptr == nullptr: nothing to append
-  int64_t seqlen_knew = 0;
   const void *rotary_cos = nullptr, *rotary_sin = nullptr;  // [*, rotary_dim / 2], dtype of q
   int64_t rotary_cos_row_stride = 0, rotary_sin_row_stride = 0;
   int64_t rotary_dim = 0;
   bool is_rotary_interleaved = false;
-
-  int64_t num_splits = 0;  // 0: by the sequence's own length
-  void* workspace = nullptr;
-  size_t workspace_bytes = 0;
-  void* stream = nullptr;
 };
 
-struct Flash_bwd_params : Flash_fwd_params {
+struct GradientParams {
   Operand dout;                 // as o
   Operand dq, dk, dv;           // as q, k, v
   const float* dlse = nullptr;  // strides below
@@ -100,6 +100,18 @@ struct Flash_bwd_params : Flash_fwd_params {
   Bias dbias;                        // fp32; ptr == nullptr: not wanted
 };
 
+// What forward and backward share.
+struct Attention_params : Operands, SequenceGeometry, ScoreParams, DropoutParams {
+  Target target;
+  Workspace workspace;
+};
+
+struct Flash_fwd_params : Attention_params, AppendParams {
+  int64_t num_splits = 0;  // 0: by the sequence's own length
+};
+
+struct Flash_bwd_params : Attention_params, GradientParams {};
+
 struct Combine_params {
   const float *out_partial = nullptr, *lse_partial = nullptr;
   int64_t out_partial_stride[4] = {};  // splits, b, s, h
@@ -109,7 +121,7 @@ struct Combine_params {
   Dtype out_dtype = Dtype::kFloat32;
   float* lse = nullptr;
   int64_t lse_stride[3] = {};  // b, s, h
-  void* stream = nullptr;
+  Target target;
 };
 
 }  // namespace flash

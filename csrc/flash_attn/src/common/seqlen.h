@@ -1,8 +1,8 @@
 // Where one sequence of a batch lies: dense, packed ("varlen") or in a (paged) cache.
 #pragma once
 
+#include "base/host_device.h"
 #include "common/flash.h"
-#include "common/host_device.h"
 #include "common/mask.h"
 
 namespace flash {
@@ -21,7 +21,7 @@ struct Sequence {
   const int32_t* pages;  // its row of block_table, or nullptr
 };
 
-FLASH_INLINE Sequence sequence(const Flash_fwd_params& p, int batch) {
+FLASH_INLINE Sequence sequence(const SequenceGeometry& p, int batch) {
   Sequence s{};
   s.batch = batch;
   s.seqlen_q = static_cast<int>(p.cu_seqlens_q ? p.cu_seqlens_q[batch + 1] - p.cu_seqlens_q[batch]
@@ -34,14 +34,13 @@ FLASH_INLINE Sequence sequence(const Flash_fwd_params& p, int batch) {
                                              : p.seqlen_k);
   if (p.seqused_k) s.cached = p.seqused_k[batch];
   s.leftpad = p.leftpad_k ? p.leftpad_k[batch] : 0;
-  const int64_t appended = p.knew.ptr ? p.seqlen_knew : 0;
-  s.seqlen_k = static_cast<int>(s.cached + appended - s.leftpad);
+  s.seqlen_k = static_cast<int>(s.cached + p.seqlen_knew - s.leftpad);
   if (s.seqlen_k < 0) s.seqlen_k = 0;
   s.pages = p.block_table ? p.block_table + batch * p.block_table_batch_stride : nullptr;
   return s;
 }
 
-FLASH_INLINE Mask mask_of(const Flash_fwd_params& p, const Sequence& s) {
+FLASH_INLINE Mask mask_of(const ScoreParams& p, const Sequence& s) {
   return {s.seqlen_q, s.seqlen_k, p.window_left, p.window_right};
 }
 
@@ -53,7 +52,7 @@ FLASH_INLINE char* operand_row(const Operand& x, Dtype t, int64_t batch, int64_t
 
 // Row `index` of the cache (0 = the first row before left padding) of a sequence, for key-value
 // head `head`.
-FLASH_INLINE char* cache_row(const Flash_fwd_params& p, const Operand& x, const Sequence& s,
+FLASH_INLINE char* cache_row(const Attention_params& p, const Operand& x, const Sequence& s,
                              int64_t index, int64_t head) {
   if (s.pages)
     return operand_row(x, p.dtype, s.pages[index / p.page_size], index % p.page_size, head);

@@ -8,7 +8,7 @@
 
 #include <cstdint>
 
-#include "common/host_device.h"
+#include "base/host_device.h"
 
 namespace flash {
 

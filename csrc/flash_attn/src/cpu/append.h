@@ -1,10 +1,10 @@
 // Rotary embedding (RoFormer, arXiv:2104.09864) and appending new keys and values to a KV cache.
 #pragma once
 
+#include "base/cpu/parallel.h"
+#include "base/cpu/rows.h"
+#include "base/cpu/scratch.h"
 #include "common/seqlen.h"
-#include "cpu/parallel.h"
-#include "cpu/rows.h"
-#include "cpu/scratch.h"
 
 namespace flash::cpu::FLASH_ATTN_ISA {
 

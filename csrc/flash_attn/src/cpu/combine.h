@@ -1,9 +1,9 @@
 // Merging attention over disjoint sets of keys by their log-sum-exp.
 #pragma once
 
-#include "cpu/parallel.h"
-#include "cpu/rows.h"
-#include "cpu/scratch.h"
+#include "base/cpu/parallel.h"
+#include "base/cpu/rows.h"
+#include "base/cpu/scratch.h"
 
 namespace flash::cpu::FLASH_ATTN_ISA {
 

@@ -12,9 +12,9 @@
 // https://pytorch.org/blog/flash-decoding), merged by merge_row in the order of the keys.
 #pragma once
 
+#include "base/cpu/scratch.h"
 #include "cpu/plan.h"
 #include "cpu/row_state.h"
-#include "cpu/scratch.h"
 #include "cpu/tile_stream.h"
 
 namespace flash::cpu::FLASH_ATTN_ISA {

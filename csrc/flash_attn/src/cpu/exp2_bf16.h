@@ -1,7 +1,7 @@
 // exp2 for weights that are rounded to bf16.
 #pragma once
 
-#include "cpu/vec_math.h"
+#include "base/cpu/vec_math.h"
 
 namespace flash::cpu::FLASH_ATTN_ISA {
 

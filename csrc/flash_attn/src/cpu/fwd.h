@@ -15,8 +15,8 @@
 // depends on its own position only: neither on the task it falls into nor on the number of threads.
 #pragma once
 
+#include "base/cpu/parallel.h"
 #include "cpu/decode.h"
-#include "cpu/parallel.h"
 
 namespace flash::cpu::FLASH_ATTN_ISA {
 

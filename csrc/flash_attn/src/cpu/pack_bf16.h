@@ -7,8 +7,8 @@
 // two for fp16 (exact), three for fp32 (exact but for the last bit).
 #pragma once
 
-#include "cpu/rows.h"
-#include "cpu/scratch.h"
+#include "base/cpu/rows.h"
+#include "base/cpu/scratch.h"
 
 namespace flash::cpu::FLASH_ATTN_ISA {
 

@@ -17,7 +17,7 @@ constexpr double kFlopsPerByte = 5;  // that take as long as reading it: 50 GFLO
 
 int ceil_div(int64_t a, int64_t b) { return static_cast<int>((a + b - 1) / b); }
 
-int rows_of(const Flash_fwd_params& p, const Sequence& seq) {
+int rows_of(const Attention_params& p, const Sequence& seq) {
   return seq.seqlen_q * static_cast<int>(p.h / p.h_k);
 }
 
@@ -26,13 +26,13 @@ bool is_streamed(const Flash_fwd_params& p, const Sequence& seq, const FwdTile& 
 }
 
 // Keys that any query of a sequence sees.
-KeyRange seen_keys(const Flash_fwd_params& p, const Sequence& seq) {
+KeyRange seen_keys(const Attention_params& p, const Sequence& seq) {
   return mask_of(p, seq).keys(0, seq.seqlen_q - 1);
 }
 
 // Scores that rows [task.row_begin, task.row_end) see: exact where their number changes evenly from
 // the first row to the last.
-double seen_scores(const Flash_fwd_params& p, const Sequence& seq, const FwdTask& task) {
+double seen_scores(const Attention_params& p, const Sequence& seq, const FwdTask& task) {
   const int group = static_cast<int>(p.h / p.h_k);
   const Mask mask = mask_of(p, seq);
   const auto seen = [&](int row) {

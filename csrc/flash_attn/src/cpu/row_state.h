@@ -47,7 +47,7 @@ FLASH_INLINE float flash_step(float* s, int begin, int end, RowState& state) {
 
 // Adds the sink of `head`, a key without value; returns the factor that what was summed before must
 // be scaled by.
-inline float add_sink(const Flash_fwd_params& p, int head, RowState& state) {
+inline float add_sink(const ScoreParams& p, int head, RowState& state) {
   const float sink = sink_logit(p, head);
   const float new_max = sink > state.max ? sink : state.max;
   const float reference = RowState{new_max, 0.f}.anchor();

@@ -30,7 +30,7 @@ struct Row {
 // Row properties that do not change over the keys.
 class RowMap {
  public:
-  RowMap(const Flash_fwd_params& params, const Sequence& seq, int head_k)
+  RowMap(const Attention_params& params, const Sequence& seq, int head_k)
       : p_(params),
         seq_(seq),
         mask_(mask_of(params, seq)),
@@ -100,7 +100,7 @@ class RowMap {
   int diagonal(const Row& x) const { return x.query + seq_.seqlen_k - seq_.seqlen_q; }
 
  private:
-  const Flash_fwd_params& p_;
+  const Attention_params& p_;
   const Sequence& seq_;
   Mask mask_;
   int head_k_, group_;
@@ -128,7 +128,7 @@ FLASH_INLINE void fill_invisible(float* s, const TileColumns& t, KeyRange seen, 
   for (int j = seen.end; j < t.end; ++j) s[j] = value;
 }
 
-inline void read_bias(float* dst, const Flash_fwd_params& p, const Row& row, int first_key,
+inline void read_bias(float* dst, const ScoreParams& p, const Row& row, int first_key,
                       KeyRange seen) {
   const Bias& bias = p.bias;
   if (bias.col_stride == 1) {
@@ -143,7 +143,7 @@ inline void read_bias(float* dst, const Flash_fwd_params& p, const Row& row, int
 
 // Softcap, ALiBi and bias of one row, in place; buffer holds a tile's columns. With softcap,
 // cap_slope (if given) receives the softcap's derivative.
-inline void modify_scores(const Flash_fwd_params& p, const RowMap& map, const Row& row, float* s,
+inline void modify_scores(const Attention_params& p, const RowMap& map, const Row& row, float* s,
                           const TileColumns& t, float* buffer, float* cap_slope) {
   if (p.softcap > 0.f) {
     const float inverse = 1.f / p.softcap;
@@ -167,7 +167,7 @@ inline void modify_scores(const Flash_fwd_params& p, const RowMap& map, const Ro
   }
 }
 
-inline bool has_score_modifiers(const Flash_fwd_params& p) {
+inline bool has_score_modifiers(const ScoreParams& p) {
   return p.softcap > 0.f || p.alibi_slopes || p.bias.ptr;
 }
 
@@ -182,7 +182,7 @@ FLASH_INLINE VecI kept(const Dropout& dropout, const uint8_t* bytes, int j) {
   return load_bytes(bytes + j) <= static_cast<int32_t>(dropout.keep_threshold);
 }
 
-FLASH_INLINE float sink_logit(const Flash_fwd_params& p, int head) {
+FLASH_INLINE float sink_logit(const ScoreParams& p, int head) {
   return load_scalar(p.s_aux, p.s_aux_dtype, head * p.s_aux_stride);
 }
 

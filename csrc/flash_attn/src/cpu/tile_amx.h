@@ -7,7 +7,7 @@
 
 #include <cstdint>
 
-#include "common/host_device.h"
+#include "base/host_device.h"
 
 namespace flash::cpu::FLASH_ATTN_ISA {
 

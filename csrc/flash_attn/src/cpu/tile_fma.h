@@ -10,7 +10,7 @@
 //   % kTileN C  row-major [m][n], fp32
 #pragma once
 
-#include "cpu/rows.h"
+#include "base/cpu/rows.h"
 
 namespace flash::cpu::FLASH_ATTN_ISA {
 

@@ -2,7 +2,7 @@
 // operations, so that the loops over tiles run and are tested on any machine.
 #pragma once
 
-#include "cpu/simd.h"
+#include "base/cpu/simd.h"
 
 namespace flash::cpu::FLASH_ATTN_ISA {
 

@@ -10,7 +10,7 @@
 // in that order (to_part_order).
 #pragma once
 
-#include "common/static_for.h"
+#include "base/static_for.h"
 #include "cpu/tile_fma.h"
 
 namespace flash::cpu::FLASH_ATTN_ISA {
@@ -28,7 +28,7 @@ template <Dtype T>
 struct Unit {
   static constexpr int kParts = T == Dtype::kBFloat16 ? 2 : 1;
   static constexpr int kElements = kParts * kWidth;
-  static constexpr int kElementBytes = T == Dtype::kFloat32 ? 4 : 2;
+  static constexpr int kElementBytes = dtype_bytes(T);
   static constexpr int kBytes = kElements * kElementBytes;
 };
 

@@ -47,7 +47,7 @@ FLASH_DEVICE void store_o(const typename WarpTile<C>::Output& rO, uint32_t sO, c
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const ptx::Element first = ptx::accumulator_element(lane, 2 * half);
-      const uint32_t row = sO + first.col * 2 + Smem::offset(first.row, 0);
+      const uint32_t row = sO + first.col * kElementBytes + Smem::offset(first.row, 0);
 #pragma unroll
       for (int n = 0; n < W::kO; ++n)
         ptx::store_shared((row ^ (n * kChunkBytes)) + m * 16 * W::kRowBytes,

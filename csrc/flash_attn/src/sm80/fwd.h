@@ -17,11 +17,11 @@
 // other CTAs of the head and of its GQA group have left them (common/tile_scheduler.h).
 #pragma once
 
+#include "base/ptx/special_registers.h"
 #include "common/block_range.h"
 #include "common/flash.h"
 #include "common/seqlen.h"
 #include "common/tile_scheduler.h"
-#include "ptx/special_registers.h"
 #include "sm80/epilogue.h"
 #include "sm80/fwd_params.h"
 #include "sm80/load.h"
@@ -56,7 +56,7 @@ struct Place {
   int cta_row, warp_row;  // their first queries
   int warp, lane;
 
-  FLASH_DEVICE Place(const Flash_fwd_params& p, const FwdLaunch& launch) {
+  FLASH_DEVICE Place(const FwdParams& p, const FwdLaunch& launch) {
     const Tile_coordinates tile = launch.scheduler.tile(ptx::read_ctaid_x());
     const int thread = ptx::read_tid_x();
     batch = tile.batch_head / launch.heads;
@@ -74,7 +74,7 @@ struct Place {
 // Writes out and softmax_lse. Finds its place anew: during the loop over keys every register
 // counts.
 template <FwdConfig C>
-FLASH_DEVICE void epilogue(const Flash_fwd_params& p, const FwdLaunch& launch, uint32_t sO,
+FLASH_DEVICE void epilogue(const FwdParams& p, const FwdLaunch& launch, uint32_t sO,
                            typename WarpTile<C>::Output& rO, typename WarpTile<C>::Rows& rows) {
   const Place<C> here(p, launch);
   const int valid_rows = min(C.rows_per_warp(), here.seq.seqlen_q - here.warp_row);
@@ -84,11 +84,11 @@ FLASH_DEVICE void epilogue(const Flash_fwd_params& p, const FwdLaunch& launch, u
   normalise_o<C>(rO, rows, lse, valid_rows, launch.scale);
   char* gO = operand_row(p.o, C.dtype, here.batch, here.seq.q_row + here.warp_row, here.head);
   store_o<C>(rO, sO + here.warp * C.rows_per_warp() * WarpTile<C>::kRowBytes, gO,
-             p.o.row_stride * 2, valid_rows, static_cast<int>(p.d_v));
+             p.o.row_stride * kElementBytes, valid_rows, static_cast<int>(p.d_v));
 }
 
 template <FwdConfig C>
-FLASH_DEVICE void mha_fwd(const Flash_fwd_params& p, const FwdLaunch& launch) {
+FLASH_DEVICE void mha_fwd(const FwdParams& p, const FwdLaunch& launch) {
   constexpr Tile kTile = C.tile();
   using W = WarpTile<C>;
   using Plan = SmemPlan<C>;

@@ -1,9 +1,9 @@
-// Every kernel of this backend, from kernels.inc, for the host.
+// Every kernel of this backend, from generate_kernels.py, for the host.
 #pragma once
 
 #include <span>
 
-#include "cuda_driver/device.h"
+#include "base/cuda_driver/device.h"
 #include "sm80/tile_table.h"
 
 namespace flash::sm80 {

@@ -3,9 +3,9 @@
 
 #include <cstdint>
 
+#include "base/ptx/cp_async.h"
+#include "base/static_for.h"
 #include "common/flash.h"
-#include "common/static_for.h"
-#include "ptx/cp_async.h"
 #include "sm80/smem.h"
 
 namespace flash::sm80 {
@@ -18,7 +18,7 @@ class TileLoader {
   // The matrix has `rows` rows of `head_dim` elements, a multiple of 8, `row_stride` elements
   // apart.
   FLASH_DEVICE TileLoader(const void* matrix, int64_t row_stride, int rows, int head_dim)
-      : row_bytes_(row_stride * 2) {
+      : row_bytes_(row_stride * kElementBytes) {
     const int row = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
     offset_ = SmemTile<C.head_dim>::offset(row, chunk);
     rows_ = chunk * kChunkElements < head_dim ? rows - row : 0;

@@ -7,7 +7,7 @@
 // blocks ahead.
 #pragma once
 
-#include "common/host_device.h"
+#include "base/host_device.h"
 
 namespace flash::sm80 {
 

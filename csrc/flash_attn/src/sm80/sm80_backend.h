@@ -7,8 +7,8 @@ namespace flash::sm80 {
 
 inline constexpr int kMinComputeCapability = 80;
 
-// Dense forward on a CUDA device, or on the emulated one where p.device_type is the CPU. fp16,
-// bf16; head dims at most kMaxHeadDim (tile_table.h). Throws ApiError.
+// Dense forward, enqueued on p.target. fp16, bf16; head dims at most kMaxHeadDim (tile_table.h).
+// Throws ApiError.
 void mha_fwd(const Flash_fwd_params& p);
 
 }  // namespace flash::sm80

@@ -8,18 +8,19 @@
 
 #include <cstdint>
 
-#include "common/host_device.h"
+#include "base/host_device.h"
 #include "sm80/tile_table.h"
 
 namespace flash::sm80 {
 
 inline constexpr int kChunkBytes = 16;
-inline constexpr int kChunkElements = 8;
+inline constexpr int kElementBytes = 2;  // fp16, bf16
+inline constexpr int kChunkElements = kChunkBytes / kElementBytes;
 
 template <int kHeadDim>
 struct SmemTile {
   static constexpr int kChunks = kHeadDim / kChunkElements;
-  static constexpr int kRowBytes = kHeadDim * 2;
+  static constexpr int kRowBytes = kHeadDim * kElementBytes;
 
   // Byte offset of a chunk. The three lowest bits of the chunk are XORed alone, so the chunk 2 k
   // further on (within the row, counted from an even chunk 0) lies at offset ^ (k * 32).

@@ -5,13 +5,13 @@
 
 #include <cstdint>
 
+#include "base/ptx/fragments.h"
+#include "base/ptx/math.h"
+#include "base/ptx/mma.h"
+#include "base/ptx/shared_memory.h"
+#include "base/static_for.h"
 #include "common/mask.h"
 #include "common/softmax.h"
-#include "common/static_for.h"
-#include "ptx/fragments.h"
-#include "ptx/math.h"
-#include "ptx/mma.h"
-#include "ptx/shared_memory.h"
 #include "sm80/smem.h"
 
 namespace flash::sm80 {

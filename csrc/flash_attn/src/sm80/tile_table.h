@@ -55,6 +55,7 @@ struct FwdConfig {
 
   consteval Tile tile() const { return tile_of(head_dim, mask); }
   consteval int threads() const { return 32 * tile().warps; }
+  consteval int ctas_per_sm() const { return tile().ctas_per_sm; }
   consteval int rows_per_warp() const { return tile().m / tile().warps; }
   consteval int row_tiles() const { return rows_per_warp() / 16; }  // m16 tiles of a warp
 };

@@ -1,0 +1,151 @@
+"""The CUDA kernels of this library: the one list that the build, C++, tools and tests read.
+
+    python csrc/flash_attn/generate_kernels.py         # print the kernels' names
+    python csrc/flash_attn/generate_kernels.py OUT     # write their sources into OUT/generated
+
+That folder then holds NAME.cu, a translation unit for each kernel; BACKEND_KIND.inc, the table that
+C++ makes of the list; embedded_kernels.S, which gives NAME_fatbin the bytes of OUT/NAME.fatbin; and
+kernels.cmake, the names and their flags for nvcc. Files that would not change are left alone.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+# What values of an axis are called in C++; numbers are called by themselves.
+CPP = {
+    "fp16": "Dtype::kFloat16",
+    "bf16": "Dtype::kBFloat16",
+    "none": "MaskClass::kNone",
+    "causal_local": "MaskClass::kCausalLocal",
+}
+
+# Machine code for each architecture that is named, PTX for newer ones.
+ARCHITECTURES = {
+    "sm80": ("arch=compute_80,code=sm_80", "arch=compute_80,code=compute_80"),
+}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Kernels that differ in their config alone: one for each combination of the axes' values."""
+
+    backend: str  # a key of ARCHITECTURES, a namespace and a folder of the sources
+    name: str
+    config: str  # the C++ type whose members are the axes, in this order
+    axes: dict[str, tuple]
+    parameters: tuple[str, ...]  # C++ types of the entry's parameters
+    entry: str  # the device function, a template of the config
+
+    def kernels(self) -> list[Kernel]:
+        """Return them in the order of the axes, the last changing fastest."""
+        return [Kernel(self, values) for values in itertools.product(*self.axes.values())]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    kind: Kind
+    values: tuple
+
+    @property
+    def name(self) -> str:
+        """flash_KIND_BACKEND and the values; a number comes after the initial of its axis."""
+        parts = [
+            f"{axis.split('_')[-1][0]}{value}" if isinstance(value, int) else value
+            for axis, value in zip(self.kind.axes, self.values)
+        ]
+        return "_".join(["flash", self.kind.name, self.kind.backend, *parts])
+
+    @property
+    def config(self) -> str:
+        members = ", ".join(CPP.get(value, str(value)) for value in self.values)
+        return f"{self.kind.config}{{{members}}}"
+
+    def source(self) -> str:
+        kind = self.kind
+        names = [f"argument{i}" for i in range(len(kind.parameters))]
+        parameters = ",\n    ".join(
+            f"const __grid_constant__ {type_} {name}" for type_, name in zip(kind.parameters, names)
+        )
+        return f"""// Made by generate_kernels.py.
+#include "{kind.backend}/{kind.name}.h"
+
+namespace flash::{kind.backend} {{
+
+inline constexpr {self.config.replace(kind.config, kind.config + " kConfig", 1)};
+
+extern "C" __global__ void __launch_bounds__(kConfig.threads(), kConfig.ctas_per_sm()) {self.name}(
+    {parameters}) {{
+  {kind.entry}<kConfig>({", ".join(names)});
+}}
+
+}}  // namespace flash::{kind.backend}
+"""
+
+
+KINDS = [
+    Kind(
+        backend="sm80",
+        name="fwd",
+        config="FwdConfig",
+        axes={"dtype": ("fp16", "bf16"), "head_dim": (64, 128), "mask": ("none", "causal_local")},
+        parameters=("FwdParams", "FwdLaunch"),
+        entry="mha_fwd",
+    ),
+]
+
+KERNELS = [kernel for kind in KINDS for kernel in kind.kernels()]
+
+
+def table(kind: Kind) -> str:
+    lines = (f"FLASH_KERNEL({kernel.name}, {kernel.config})\n" for kernel in kind.kernels())
+    return "// Made by generate_kernels.py.\n" + "".join(lines)
+
+
+def embedding(fatbins: Path) -> str:
+    """Return the assembler source: each fatbin under its kernel's name, hidden from others."""
+    text = '  .section .nv_fatbin, "a"\n'
+    for kernel in KERNELS:
+        symbol = f"{kernel.name}_fatbin"
+        text += f"  .global {symbol}\n  .hidden {symbol}\n  .balign 64\n{symbol}:\n"
+        text += f'  .incbin "{fatbins / kernel.name}.fatbin"\n'
+    return text + '  .section .note.GNU-stack, "", @progbits\n'
+
+
+def cmake_list() -> str:
+    text = f"set(FLASH_ATTN_KERNELS {' '.join(kernel.name for kernel in KERNELS)})\n"
+    for kernel in KERNELS:
+        flags = " ".join(f"-gencode {code}" for code in ARCHITECTURES[kernel.kind.backend])
+        text += f"set(FLASH_ATTN_FLAGS_OF_{kernel.name} {flags})\n"
+    return text
+
+
+def files(out: Path) -> dict[str, str]:
+    """Return what is written into ``out / "generated"``, by file name."""
+    sources = {f"{kernel.name}.cu": kernel.source() for kernel in KERNELS}
+    tables = {f"{kind.backend}_{kind.name}.inc": table(kind) for kind in KINDS}
+    return {
+        **sources,
+        **tables,
+        "embedded_kernels.S": embedding(out),
+        "kernels.cmake": cmake_list(),
+    }
+
+
+def write(out: Path) -> None:
+    folder = out / "generated"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files(out).items():
+        path = folder / name
+        if not path.exists() or path.read_text() != text:
+            path.write_text(text)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 2:
+        write(Path(sys.argv[1]).resolve())
+    else:
+        print("\n".join(kernel.name for kernel in KERNELS))

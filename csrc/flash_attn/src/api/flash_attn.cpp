@@ -1,0 +1,223 @@
+// The C interface: check, choose a kernel, run it. No exception passes.
+#include "flash_attn/flash_attn.h"
+
+#include <cstdio>
+#include <new>
+#include <string>
+
+#include "api/check.h"
+#include "api/select_kernel.h"
+#include "api/target.h"
+#include "api/tensors.h"
+#include "base/cpu/isa.h"
+#include "base/cpu/scratch.h"
+
+namespace flash {
+namespace {
+
+// Reports of the emulated GPU are long.
+thread_local char last_error[8192] = "";
+
+flash_attn_status keep_error(flash_attn_status status, const char* sentence) {
+  std::snprintf(last_error, sizeof(last_error), "%s", sentence);
+  return status;
+}
+
+template <typename Body>
+flash_attn_status guarded(const Body& body) noexcept {
+  try {
+    body();
+    return FLASH_ATTN_OK;
+  } catch (const ApiError& error) {
+    return keep_error(error.status(), error.what());
+  } catch (const std::bad_alloc&) {
+    return keep_error(FLASH_ATTN_OUT_OF_MEMORY, "flash_attn ran out of memory");
+  } catch (const std::exception& error) {
+    return keep_error(FLASH_ATTN_INTERNAL_ERROR, error.what());
+  } catch (...) {
+    return keep_error(FLASH_ATTN_INTERNAL_ERROR, "unknown error inside flash_attn");
+  }
+}
+
+template <typename Pointer>
+void require_pointer(const Pointer* pointer, const char* name) {
+  require(pointer != nullptr, name, " must not be NULL");
+}
+
+// The tensor whose device is the call's.
+const flash_attn_tensor& leader(const flash_attn_combine_args& args) { return *args.out; }
+template <typename Args>
+const flash_attn_tensor& leader(const Args& args) {
+  return *args.q;
+}
+
+size_t workspace_bytes(const Kernel& kernel, const Flash_fwd_params& p) {
+  return kernel.fwd_workspace_bytes == nullptr ? 0 : kernel.fwd_workspace_bytes(p);
+}
+size_t workspace_bytes(const Kernel& kernel, const Flash_bwd_params& p) {
+  return kernel.bwd_workspace_bytes == nullptr ? 0 : kernel.bwd_workspace_bytes(p);
+}
+
+void run(const Kernel& kernel, const Flash_fwd_params& p) { kernel.mha_fwd(p); }
+void run(const Kernel& kernel, const Flash_bwd_params& p) { kernel.mha_bwd(p); }
+void run(const Kernel& kernel, const Combine_params& p) { kernel.combine(p); }
+
+// The checked arguments of a call with their target, and the kernel that serves them.
+template <typename Params>
+struct Chosen {
+  Params params;
+  const Kernel& kernel;
+};
+
+template <typename Args, typename Params>
+Chosen<Params> choose(Operation operation, const Args* args, Params (*check)(const Args&)) {
+  require_pointer(args, "args");
+  Params p = check(*args);
+  p.target = target_of(leader(*args), args->stream);
+  const Kernel& kernel = select_kernel(request_of(operation, p));
+  return {p, kernel};
+}
+
+// The caller's workspace, as much of it as the kernel has asked for.
+template <typename Args>
+Workspace workspace_of(const Args& args, size_t needed) {
+  if (needed == 0) return {};
+  require(args.workspace != nullptr && args.workspace_bytes >= needed, "workspace must have ",
+          needed, " bytes, got ", args.workspace == nullptr ? 0 : args.workspace_bytes);
+  return {args.workspace, needed};
+}
+
+// One call: check, choose, run.
+template <typename Args, typename Params>
+flash_attn_status call(Operation operation, const Args* args, Params (*check)(const Args&)) {
+  return guarded([&] {
+    auto [p, kernel] = choose(operation, args, check);
+    Workspace workspace;
+    if constexpr (requires { args->workspace; }) {
+      workspace = p.workspace = workspace_of(*args, workspace_bytes(kernel, p));
+    }
+    if (!p.target.is_emulated) return run(kernel, p);
+    run_emulated(p.target, written_by(*args), read_by(*args), workspace, [&] { run(kernel, p); });
+  });
+}
+
+template <typename Args, typename Params>
+flash_attn_status workspace_size(Operation operation, const Args* args, size_t* bytes,
+                                 Params (*check)(const Args&)) {
+  return guarded([&] {
+    require_pointer(bytes, "bytes");
+    const auto [p, kernel] = choose(operation, args, check);
+    *bytes = workspace_bytes(kernel, p);
+  });
+}
+
+std::string join_isas() {
+  std::string names;
+  for (const cpu::Isa isa : cpu::available_isas()) {
+    names += names.empty() ? "" : " ";
+    names += cpu::isa_name(isa);
+  }
+  return names;
+}
+
+const std::string& isa_names() {
+  static const std::string names = join_isas();
+  return names;
+}
+
+}  // namespace
+}  // namespace flash
+
+using flash::guarded;
+using flash::Operation;
+
+extern "C" {
+
+flash_attn_status flash_attn_mha_fwd(const flash_attn_fwd_args* args) {
+  return flash::call(Operation::kMhaFwd, args, flash::check_mha_fwd);
+}
+
+flash_attn_status flash_attn_mha_varlen_fwd(const flash_attn_fwd_args* args) {
+  return flash::call(Operation::kMhaVarlenFwd, args, flash::check_mha_varlen_fwd);
+}
+
+flash_attn_status flash_attn_mha_bwd(const flash_attn_bwd_args* args) {
+  return flash::call(Operation::kMhaBwd, args, flash::check_mha_bwd);
+}
+
+flash_attn_status flash_attn_mha_varlen_bwd(const flash_attn_bwd_args* args) {
+  return flash::call(Operation::kMhaVarlenBwd, args, flash::check_mha_varlen_bwd);
+}
+
+flash_attn_status flash_attn_mha_fwd_kvcache(const flash_attn_kvcache_args* args) {
+  return flash::call(Operation::kMhaFwdKvcache, args, flash::check_mha_fwd_kvcache);
+}
+
+flash_attn_status flash_attn_combine(const flash_attn_combine_args* args) {
+  return flash::call(Operation::kCombine, args, flash::check_combine);
+}
+
+flash_attn_status flash_attn_mha_fwd_workspace_size(const flash_attn_fwd_args* args,
+                                                    size_t* bytes) {
+  return flash::workspace_size(Operation::kMhaFwd, args, bytes, flash::check_mha_fwd);
+}
+
+flash_attn_status flash_attn_mha_varlen_fwd_workspace_size(const flash_attn_fwd_args* args,
+                                                           size_t* bytes) {
+  return flash::workspace_size(Operation::kMhaVarlenFwd, args, bytes, flash::check_mha_varlen_fwd);
+}
+
+flash_attn_status flash_attn_mha_bwd_workspace_size(const flash_attn_bwd_args* args,
+                                                    size_t* bytes) {
+  return flash::workspace_size(Operation::kMhaBwd, args, bytes, flash::check_mha_bwd);
+}
+
+flash_attn_status flash_attn_mha_varlen_bwd_workspace_size(const flash_attn_bwd_args* args,
+                                                           size_t* bytes) {
+  return flash::workspace_size(Operation::kMhaVarlenBwd, args, bytes, flash::check_mha_varlen_bwd);
+}
+
+flash_attn_status flash_attn_mha_fwd_kvcache_workspace_size(const flash_attn_kvcache_args* args,
+                                                            size_t* bytes) {
+  return flash::workspace_size(Operation::kMhaFwdKvcache, args, bytes,
+                               flash::check_mha_fwd_kvcache);
+}
+
+const char* flash_attn_last_error(void) { return flash::last_error; }
+
+const char* flash_attn_version(void) { return FLASH_ATTN_VERSION; }
+
+const char* flash_attn_cpu_isas(void) { return flash::isa_names().c_str(); }
+
+const char* flash_attn_cpu_isa(void) {
+  const char* name = nullptr;
+  guarded([&] { name = flash::cpu::isa_name(flash::cpu::current_isa()); });
+  return name;
+}
+
+flash_attn_status flash_attn_set_cpu_isa(const char* name) {
+  return guarded([=] {
+    flash::require(flash::cpu::set_current_isa(name), "CPU instruction set \"",
+                   name == nullptr ? "" : name,
+                   "\" is not available; this machine has: ", flash::isa_names());
+  });
+}
+
+flash_attn_status flash_attn_use_emulator(const char* description, const char* library) {
+  return guarded([=] { flash::use_emulator(description, library); });
+}
+
+const char* flash_attn_emulator_counters(void) {
+  thread_local std::string counters;
+  const auto read = [&] { counters = flash::emulator_counters(); };
+  return guarded(read) == FLASH_ATTN_OK ? counters.c_str() : nullptr;
+}
+
+int flash_attn_cpu_threads(void) { return flash::cpu::num_threads(); }
+
+const char* flash_attn_kernels(void) {
+  static const std::string table = flash::support_table();
+  return table.c_str();
+}
+
+}  // extern "C"

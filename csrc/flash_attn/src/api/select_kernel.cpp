@@ -1,0 +1,291 @@
+#include "api/select_kernel.h"
+
+#include <algorithm>
+#include <sstream>
+#include <vector>
+
+#include "api/target.h"
+#include "cpu/cpu_backend.h"
+#if defined(FLASH_ATTN_HAVE_CUDA)
+#include "sm80/sm80_backend.h"
+#include "sm80/tile_table.h"
+#endif
+
+namespace flash {
+namespace {
+
+constexpr Operation kOperations[] = {Operation::kMhaFwd,        Operation::kMhaVarlenFwd,
+                                     Operation::kMhaBwd,        Operation::kMhaVarlenBwd,
+                                     Operation::kMhaFwdKvcache, Operation::kCombine};
+constexpr Dtype kDtypes[] = {Dtype::kFloat16, Dtype::kBFloat16, Dtype::kFloat32};
+
+const char* name(Operation operation) {
+  switch (operation) {
+    case Operation::kMhaFwd:
+      return "mha_fwd";
+    case Operation::kMhaVarlenFwd:
+      return "mha_varlen_fwd";
+    case Operation::kMhaBwd:
+      return "mha_bwd";
+    case Operation::kMhaVarlenBwd:
+      return "mha_varlen_bwd";
+    case Operation::kMhaFwdKvcache:
+      return "mha_fwd_kvcache";
+    case Operation::kCombine:
+      return "combine";
+  }
+  return "";
+}
+
+// What attention asks for, alone and with an append.
+struct Asked {
+  const Attention_params& attention;
+  const AppendParams& append;
+  int64_t num_splits;
+};
+
+constexpr struct {
+  Feature feature;
+  const char* words;
+  bool (*is_asked)(const Asked&);
+} kFeatures[] = {
+    {kDropout, "dropout", [](const Asked& a) { return a.attention.p_dropout > 0.f; }},
+    {kSoftcap, "softcap", [](const Asked& a) { return a.attention.softcap > 0.f; }},
+    {kAlibi, "ALiBi slopes", [](const Asked& a) { return a.attention.alibi_slopes != nullptr; }},
+    {kSink, "attention sinks (s_aux)", [](const Asked& a) { return a.attention.s_aux != nullptr; }},
+    {kBias, "attention bias", [](const Asked& a) { return a.attention.bias.ptr != nullptr; }},
+    {kUsedKeys, "numbers of used keys (seqused_k, cache_seqlens)",
+     [](const Asked& a) { return a.attention.seqused_k != nullptr; }},
+    {kLeftPadding, "left padding (leftpad_k)",
+     [](const Asked& a) { return a.attention.leftpad_k != nullptr; }},
+    {kCacheIndices, "cache_batch_idx",
+     [](const Asked& a) { return a.attention.cache_batch_idx != nullptr; }},
+    {kPagedKeys, "paged keys (block_table)",
+     [](const Asked& a) { return a.attention.block_table != nullptr; }},
+    {kAppend, "appending to the cache",
+     [](const Asked& a) { return a.append.knew.ptr != nullptr; }},
+    {kRotary, "rotary embedding", [](const Asked& a) { return a.append.rotary_dim > 0; }},
+    {kSplits, "num_splits", [](const Asked& a) { return a.num_splits > 1; }},
+};
+
+uint32_t features_of(const Asked& asked) {
+  uint32_t features = 0;
+  for (const auto& row : kFeatures)
+    if (row.is_asked(asked)) features |= row.feature;
+  return features;
+}
+
+uint32_t bit(Dtype dtype) { return 1u << static_cast<int>(dtype); }
+
+// CPU kernels take every dtype, head dim and feature; one set for each instruction set that this
+// CPU runs.
+void add_cpu_kernels(std::vector<Kernel>& kernels) {
+  for (const cpu::Isa isa : cpu::available_isas()) {
+    const cpu::Kernels& set = cpu::kernels_of(isa);
+    for (Operation operation : kOperations) {
+      kernels.push_back(
+          {.operation = operation,
+           .device_type = FLASH_ATTN_CPU,
+           .backend = "cpu",
+           .isa = set.isa,
+           .dtypes = bit(Dtype::kFloat16) | bit(Dtype::kBFloat16) | bit(Dtype::kFloat32),
+           .max_d = FLASH_ATTN_MAX_HEAD_DIM,
+           .max_d_v = FLASH_ATTN_MAX_HEAD_DIM,
+           .features = kAllFeatures,
+           .mha_fwd = set.mha_fwd,
+           .mha_bwd = set.mha_bwd,
+           .combine = set.combine});
+    }
+  }
+}
+
+void add_cuda_kernels([[maybe_unused]] std::vector<Kernel>& kernels) {
+#if defined(FLASH_ATTN_HAVE_CUDA)
+  kernels.push_back({.operation = Operation::kMhaFwd,
+                     .device_type = FLASH_ATTN_CUDA,
+                     .backend = "cuda",
+                     .isa = "sm80",
+                     .min_capability = sm80::kMinComputeCapability,
+                     .dtypes = bit(Dtype::kFloat16) | bit(Dtype::kBFloat16),
+                     .max_d = sm80::kMaxHeadDim,
+                     .max_d_v = sm80::kMaxHeadDim,
+                     .features = 0,
+                     .mha_fwd = sm80::mha_fwd});
+#endif
+}
+
+std::vector<Kernel> make_kernels() {
+  std::vector<Kernel> kernels;
+  add_cpu_kernels(kernels);
+  add_cuda_kernels(kernels);
+  return kernels;
+}
+
+const std::vector<Kernel>& all_kernels() {
+  static const std::vector<Kernel> kernels = make_kernels();
+  return kernels;
+}
+
+bool runs_on(const Kernel& kernel, int capability) {
+  return kernel.min_capability <= capability && capability <= kernel.max_capability;
+}
+
+bool serves(const Kernel& kernel, const KernelRequest& request) {
+  return kernel.operation == request.operation &&
+         kernel.device_type == request.target.device_type &&
+         runs_on(kernel, request.target.compute_capability) &&
+         (kernel.dtypes & bit(request.dtype)) != 0 && request.d <= kernel.max_d &&
+         request.d_v <= kernel.max_d_v && (request.features & ~kernel.features) == 0;
+}
+
+// Of the CPU's kernels those of the instruction set in use.
+bool is_in_use(const Kernel& kernel) {
+  return kernel.device_type != FLASH_ATTN_CPU ||
+         kernel.isa == cpu::kernels_of(cpu::current_isa()).isa;
+}
+
+const char* words_for(Operation operation) {
+  switch (operation) {
+    case Operation::kMhaFwd:
+      return "the dense forward";
+    case Operation::kMhaVarlenFwd:
+      return "packed sequences (varlen)";
+    case Operation::kMhaBwd:
+      return "the backward pass";
+    case Operation::kMhaVarlenBwd:
+      return "packed sequences (varlen), the backward pass";
+    case Operation::kMhaFwdKvcache:
+      return "attention with a KV cache";
+    case Operation::kCombine:
+      return "combining partial results";
+  }
+  return "";
+}
+
+template <typename... Parts>
+std::string text(const Parts&... parts) {
+  std::ostringstream stream;
+  (stream << ... << parts);
+  return stream.str();
+}
+
+std::string capability_text(int capability) { return text(capability / 10, ".", capability % 10); }
+
+// The devices of a kernel, where the request's is none of them.
+std::string capabilities_of(const Kernel& kernel) {
+  const std::string first = capability_text(kernel.min_capability);
+  if (kernel.max_capability == kernel.min_capability) return text("compute capability ", first);
+  if (kernel.max_capability == std::numeric_limits<int>::max())
+    return text("compute capability ", first, " or newer");
+  return text("compute capability ", first, " to ", capability_text(kernel.max_capability));
+}
+
+// Everything about `request` that `kernel` lacks, in words. A null kernel has no feature.
+std::vector<std::string> missing(const Kernel* kernel, const KernelRequest& request) {
+  std::vector<std::string> words;
+  const uint32_t features = kernel == nullptr ? 0 : kernel->features;
+  if (kernel == nullptr) words.emplace_back(words_for(request.operation));
+  for (const auto& row : kFeatures)
+    if ((request.features & ~features & row.feature) != 0) words.emplace_back(row.words);
+  if (kernel == nullptr) return words;
+  if ((kernel->dtypes & bit(request.dtype)) == 0) words.emplace_back(dtype_name(request.dtype));
+  const auto check_dim = [&](const char* name, int64_t dim, int64_t limit) {
+    if (dim > limit) words.push_back(text(name, " ", dim, " (at most ", limit, ")"));
+  };
+  check_dim("head dimension", request.d, kernel->max_d);
+  if (request.d_v != request.d) check_dim("head dimension of v", request.d_v, kernel->max_d_v);
+  return words;
+}
+
+// The kernel of the request's operation that lacks least; null if the backend has none.
+const Kernel* best_candidate(const KernelRequest& request) {
+  const Kernel* best = nullptr;
+  size_t least = 0;
+  for (const Kernel& kernel : all_kernels()) {
+    if (kernel.device_type != request.target.device_type || kernel.operation != request.operation ||
+        !runs_on(kernel, request.target.compute_capability))
+      continue;
+    const size_t count = missing(&kernel, request).size();
+    if (best == nullptr || count < least) {
+      best = &kernel;
+      least = count;
+    }
+  }
+  return best;
+}
+
+std::string join(const std::vector<std::string>& words) {
+  std::ostringstream list;
+  for (const std::string& word : words) list << (&word == words.data() ? "" : ", ") << word;
+  return list.str();
+}
+
+// Kernels for the request's device are there, but none for its compute capability: "" if not so.
+std::string wrong_capability(const KernelRequest& request) {
+  std::string devices;
+  for (const Kernel& kernel : all_kernels()) {
+    if (kernel.device_type != request.target.device_type) continue;
+    if (runs_on(kernel, request.target.compute_capability)) return "";
+    devices = capabilities_of(kernel);
+  }
+  return devices;
+}
+
+[[noreturn]] void fail_unsupported(const KernelRequest& request) {
+  const bool is_cuda = request.target.device_type == FLASH_ATTN_CUDA;
+  const auto& kernels = all_kernels();
+  const bool backend_exists = std::any_of(
+      kernels.begin(), kernels.end(),
+      [&](const Kernel& kernel) { return kernel.device_type == request.target.device_type; });
+  std::ostringstream sentence;
+  if (!backend_exists) {
+    sentence << kNoCudaKernels << ": " << name(request.operation) << " takes CPU tensors only";
+  } else if (const std::string devices = wrong_capability(request); !devices.empty()) {
+    sentence << "CUDA kernels need " << devices << ": this device has "
+             << capability_text(request.target.compute_capability);
+  } else {
+    sentence << "the " << (is_cuda ? "CUDA" : "CPU") << " backend lacks "
+             << join(missing(best_candidate(request), request)) << " (in "
+             << name(request.operation) << ")";
+    if (is_cuda) sentence << "; CPU tensors have it";
+  }
+  throw ApiError(FLASH_ATTN_UNSUPPORTED, sentence.str());
+}
+
+}  // namespace
+
+KernelRequest request_of(Operation operation, const Flash_fwd_params& p) {
+  return {operation, p.target, p.dtype, p.d, p.d_v, features_of({p, p, p.num_splits})};
+}
+
+KernelRequest request_of(Operation operation, const Flash_bwd_params& p) {
+  return {operation, p.target, p.dtype, p.d, p.d_v, features_of({p, {}, 0})};
+}
+
+KernelRequest request_of(Operation operation, const Combine_params& p) {
+  return {operation, p.target, p.out_dtype, p.d_v, p.d_v};
+}
+
+const Kernel& select_kernel(const KernelRequest& request) {
+  for (const Kernel& kernel : all_kernels()) {
+    if (serves(kernel, request) && is_in_use(kernel)) return kernel;
+  }
+  fail_unsupported(request);
+}
+
+std::string support_table() {
+  std::ostringstream table;
+  for (const Kernel& kernel : all_kernels()) {
+    table << kernel.backend << " " << kernel.isa << " " << name(kernel.operation) << " ";
+    const char* separator = "";
+    for (Dtype dtype : kDtypes) {
+      if ((kernel.dtypes & bit(dtype)) == 0) continue;
+      table << separator << dtype_name(dtype);
+      separator = ",";
+    }
+    table << " 1-" << std::max(kernel.max_d, kernel.max_d_v) << "\n";
+  }
+  return table.str();
+}
+
+}  // namespace flash

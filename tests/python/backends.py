@@ -1,0 +1,86 @@
+"""The backends that cases run on: the CPU, CUDA kernels on the emulated GPU, CUDA kernels on a
+GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+
+import pytest
+import torch
+
+import flash_attn
+from flash_attn import _library
+
+FP32, FP16, BF16 = torch.float32, torch.float16, torch.bfloat16
+
+HAVE_KERNELS = "cuda sm80" in str(_library.lib.kernels())
+HAVE_EMULATOR = (_library.library_path().parent / "libgpu_emulator.so").is_file()
+needs_kernels = pytest.mark.skipif(not HAVE_KERNELS, reason="built without nvcc")
+needs_emulator = pytest.mark.skipif(
+    not (HAVE_KERNELS and HAVE_EMULATOR), reason="built without nvcc or the emulated GPU"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+    """Where a case runs, and what it can be there."""
+
+    name: str
+    choices: dict = dataclasses.field(
+        default_factory=dict
+    )  # of a case's fields, instead of CHOICES
+    has_backward: bool = True
+    lse_slack: float = 0.0  # of the exponent function, relative to the largest LSE
+
+    def __str__(self):
+        return self.name
+
+    def calls(self, seed=0):
+        """A context whose calls of this thread run here; ``seed`` varies how."""
+        return contextlib.nullcontext()
+
+    def here(self, x):
+        """A tensor, or what is none, on the device that takes calls."""
+        return x
+
+
+class EmulatedBackend(Backend):
+    def calls(self, seed=0):
+        return flash_attn.emulator(mode=("eager", "late", "random")[seed % 3], seed=seed)
+
+
+class GpuBackend(Backend):
+    def here(self, x):
+        return x.cuda() if isinstance(x, torch.Tensor) else x
+
+
+# What the CUDA kernels have, at sizes that the emulated GPU runs in a moment.
+CUDA = {
+    "choices": {
+        "dtype": [FP16, BF16],
+        "batch": [1, 1, 2],
+        "seqlens": [
+            (1, 1), (1, 70), (17, 64), (64, 17), (65, 129), (128, 128), (129, 257), (200, 30),
+            (31, 200), (130, 0), (257, 190), (128, 65), (150, 150),
+        ],
+        "heads": [(1, 1), (2, 1), (4, 2), (3, 1)],
+        "dims": [
+            (64, 64), (128, 128), (64, 64), (128, 128), (96, 96), (32, 32), (40, 72), (128, 64),
+            (8, 120), (33, 50), (1, 1),
+        ],
+        "window_size": [(-1, -1), (-1, -1), (-1, -1), (0, 0), (16, 0), (-1, 7), (50, 30), (70, -1)],
+        "softcap": [0.0],
+        "softmax_scale": [None, None, None, 0.3, -0.4, 0.0],
+        "alibi": [""],
+        "sinks": [None],
+        "bias": [""],
+        "dlse": [False],
+    },
+    "has_backward": False,
+    "lse_slack": 2e-6,
+}  # fmt: skip
+
+CPU = Backend("cpu")  # on the instruction set in use: the fixture `isa`
+EMULATOR = EmulatedBackend("emulator", **CUDA)
+GPU = GpuBackend("gpu", **CUDA)
