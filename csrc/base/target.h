@@ -13,6 +13,7 @@ class Device;
 struct Target {
   // Whose kernels serve the call: those of CUDA for CPU tensors that go to the emulated GPU.
   flash_attn_device_type device_type = FLASH_ATTN_CPU;
+  int device_id = 0;
   int compute_capability = 0;      // 80, 90, ...; 0 on the CPU
   cuda::Device* device = nullptr;  // nullptr on the CPU
   void* stream = nullptr;          // a CUstream; ignored on the CPU

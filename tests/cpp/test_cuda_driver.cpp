@@ -115,6 +115,7 @@ TEST(CudaDriver, UnalignedRowsAreTurnedDown) {
 }
 
 TEST(CudaDriver, EmptyBatchesOfQueriesLaunchNothing) {
+  ASSERT_EQ(CudaForward().run(), FLASH_ATTN_OK) << flash_attn_last_error();
   CudaForward c;
   c.call["q"].shape[1] = c.call["out"].shape[1] = c.call["softmax_lse"].shape[2] = 0;
   reset();
@@ -165,7 +166,7 @@ TEST(SelectKernel, CudaBackendNamesEverythingItLacks) {
   EXPECT_EQ(sentence({Operation::kMhaFwd, ampere, Dtype::kBFloat16, 128, 64}), "served");
   EXPECT_EQ(sentence({Operation::kMhaFwd, hopper, Dtype::kFloat16, 64, 128}), "served");
   EXPECT_EQ(sentence({Operation::kMhaFwd, turing, Dtype::kFloat32, 64, 64}),
-            "CUDA kernels need compute capability 8.0 or newer: this device has 7.5");
+            "CUDA kernels need compute capability 8.0 or newer: device 0 has 7.5");
   EXPECT_EQ(sentence({Operation::kMhaFwd, ampere, Dtype::kFloat32, 192, 192,
                       flash::kDropout | flash::kSoftcap}),
             "the CUDA backend lacks dropout, softcap, fp32, head dimension 192 (at most 128) (in "

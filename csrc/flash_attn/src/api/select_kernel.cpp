@@ -241,8 +241,8 @@ std::string wrong_capability(const KernelRequest& request) {
   if (!backend_exists) {
     sentence << kNoCudaKernels << ": " << name(request.operation) << " takes CPU tensors only";
   } else if (const std::string devices = wrong_capability(request); !devices.empty()) {
-    sentence << "CUDA kernels need " << devices << ": this device has "
-             << capability_text(request.target.compute_capability);
+    sentence << "CUDA kernels need " << devices << ": device " << request.target.device_id
+             << " has " << capability_text(request.target.compute_capability);
   } else {
     sentence << "the " << (is_cuda ? "CUDA" : "CPU") << " backend lacks "
              << join(missing(best_candidate(request), request)) << " (in "

@@ -16,6 +16,7 @@ namespace {
 
 Target cuda_target(cuda::Device& device, void* stream, bool is_emulated) {
   return {.device_type = FLASH_ATTN_CUDA,
+          .device_id = device.ordinal(),
           .compute_capability = device.compute_capability(),
           .device = &device,
           .stream = stream,
