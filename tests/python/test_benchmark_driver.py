@@ -254,7 +254,9 @@ def test_budget_leaves_out_what_would_take_too_long(benchmark_modules):
     assert not budget.suffices(longer, ("sdpa",))
 
 
-def test_grid_and_what_is_made_of_it(tmp_path, benchmark_modules, monkeypatch, capsys):
+def test_grid_writes_table_pictures_summary_and_roofline(
+    tmp_path, benchmark_modules, monkeypatch, capsys
+):
     pytest.importorskip("matplotlib")
     import benchmark_attn
     import report
