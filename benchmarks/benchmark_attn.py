@@ -19,14 +19,16 @@ import sys
 import time
 from pathlib import Path
 
-import grids
 import machine
-import rivals
 import torch
-from cases import DTYPES, OPS, Case
-from grids import GRIDS
-from measure import Budget, Measurement, format_rows, measure
-from table import write_csv
+from cases import grids
+from cases.case import DTYPES, OPS, Case
+from cases.grids import GRIDS
+from measuring.measure import Budget, Measurement, format_rows, measure
+from measuring.table import machine_of, read_csv, write_csv
+from peers.versions import versions
+from reports.figures import save_benchmark
+from reports.grid_figures import save_grid
 
 from flash_attn import _library
 
@@ -115,14 +117,12 @@ def run_cases(options: argparse.Namespace) -> list[dict]:
     return rows
 
 
-def draw(rows: list[dict], summary: str, options: argparse.Namespace) -> list[Path]:
-    """The pictures; without matplotlib none."""
-    from figures import save_benchmark
-    from grid_figures import save_grid
-
-    if options.grid:
-        return save_grid(rows, summary, options.out)
-    path = save_benchmark(rows, summary, options.out / "attention.png")
+def draw(table: Path, is_grid: bool) -> list[Path]:
+    """The pictures of attention.csv; without matplotlib none."""
+    rows = read_csv(table)
+    if is_grid:
+        return save_grid(rows, table.parent)
+    path = save_benchmark(rows, machine_of(rows[0]), table.with_suffix(".png")) if rows else None
     return [path] if path else []
 
 
@@ -135,15 +135,15 @@ def main(argv: list[str] | None = None) -> int:
         _library.set_cpu_isa(options.isa)
     options.out = options.out or DEFAULT_OUT / (machine.slug() if options.grid else "")
     options.out.mkdir(parents=True, exist_ok=True)
-    used = rivals.versions(options.peers or (grids.RIVALS if options.grid else ()))
-    summary = machine.summary() + (f"; {used}" if used else "")
-    print(summary)
+    used = versions(options.peers or (grids.RIVALS if options.grid else ()))
+    print(machine.summary() + (f"; {used}" if used else ""))
     print("median ms, GFLOP/s (causal: half), (speed relative to sdpa)")
     started = time.perf_counter()
     rows = run_cases(options)
     print(f"{time.perf_counter() - started:.0f} s")
-    write_csv(options.out / "attention.csv", rows)
-    for path in [options.out / "attention.csv", *draw(rows, summary, options)]:
+    table = options.out / "attention.csv"
+    write_csv(table, rows)
+    for path in [table, *draw(table, bool(options.grid))]:
         print(f"wrote {os.path.relpath(path)}")
     wrong = [r for r in rows if r["peer"] == "flash_attn" and float(r["error_ratio"] or 0) > 1]
     wrong += [r for r in rows if r["peer"] == "sdpa" and float(r["difference"] or 0) > 1]

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from reports import cuda_figure
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flash_attn import flash_attn_func
@@ -149,59 +150,25 @@ def measure(
     ]
 
 
-def draw(rows: list[dict], path: Path) -> None:
-    """A picture for each head dim and mask, a line a peer."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("matplotlib is missing: no picture")
-        return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    groups = sorted({(r["dtype"], r["headdim"], r["causal"]) for r in rows})
-    figure, axes = plt.subplots(1, len(groups), figsize=(4 * len(groups), 3.6), squeeze=False)
-    for axis, group in zip(axes[0], groups):
-        for peer in PEERS:
-            points = [
-                (r["seqlen"], r["tflops"])
-                for r in rows
-                if (r["dtype"], r["headdim"], r["causal"]) == group and r["peer"] == peer
-            ]
-            if points:
-                axis.plot(*zip(*points), marker="o", label=peer)
-        axis.set_xscale("log", base=2)
-        axis.set_ylim(bottom=0)
-        axis.set_title(f"{group[0]} d={group[1]} {'causal' if group[2] else 'full'}")
-        axis.set_xlabel("sequence length")
-        axis.set_ylabel("TFLOP/s, forward")
-        axis.grid(alpha=0.25)
-    axes[0][0].legend()
-    figure.suptitle(rows[0]["device"])
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
-    print(f"wrote {path}")
-
-
 def main(argv=None) -> int:
     """Measure, print, write."""
     options = parse_arguments(argv)
     options.out.mkdir(parents=True, exist_ok=True)
     timer = Timer(options.device)
-    rows = []
-    with (options.out / "cuda.csv").open("w", newline="") as file:
+    table = options.out / "cuda.csv"
+    with table.open("w", newline="") as file:
         writer = csv.DictWriter(file, (*COLUMNS, *RESULTS))
         writer.writeheader()
         for case in itertools.product(
             options.dtype, options.headdim, options.causal, options.seqlen
         ):
-            rows += (case_rows := measure(timer, options, *case))
-            writer.writerows(case_rows)
+            rows = measure(timer, options, *case)
+            writer.writerows(rows)
             file.flush()  # a run that is cut off leaves what it has measured
-            cells = [f"{r['peer']} {r['median_ms']:.3f} ms {r['tflops']:.1f}" for r in case_rows]
+            cells = [f"{r['peer']} {r['median_ms']:.3f} ms {r['tflops']:.1f}" for r in rows]
             print(*case, "|", " | ".join(cells), flush=True)
-    if rows:
-        draw(rows, options.out / "cuda.png")
+    if (picture := cuda_figure.save(table)) is not None:
+        print(f"wrote {picture}")
     return 0
 
 

@@ -15,13 +15,10 @@ import time
 from pathlib import Path
 
 import machine
-import matplotlib
 import torch
+from reports import emulator_figure
 
 import flash_attn
-
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt
 
 CHECKS = ("memory", "all")  # bounds and alignment are always checked
 
@@ -52,21 +49,6 @@ def measure(seqlen: int, headdim: int, causal: bool, samples: int) -> list[dict]
     ]
 
 
-def draw(rows: list[dict], path: Path) -> None:
-    """Bars by shape and level of checking."""
-    shapes = list(dict.fromkeys((r["seqlen"], r["headdim"], r["causal"]) for r in rows))
-    figure, axes = plt.subplots(figsize=(8, 4), layout="constrained")
-    for i, checks in enumerate(CHECKS):
-        heights = [r["million_a_second"] for r in rows if r["checks"] == checks]
-        axes.bar([x + 0.4 * (i - 0.5) for x in range(len(shapes))], heights, 0.38, label=checks)
-    names = [f"S = {s}, d = {d}{', causal' if c else ''}" for s, d, c in shapes]
-    axes.set_xticks(range(len(shapes)), names)
-    axes.set_ylabel("million warp instructions / s, one thread")
-    axes.set_title(f"Emulated GPU, forward kernel\n{machine.cpu_model()}", fontsize=10)
-    axes.legend(title="checks")
-    figure.savefig(path, dpi=120)
-
-
 def main(argv: list[str] | None = None) -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(
@@ -82,11 +64,12 @@ def main(argv: list[str] | None = None) -> None:
             print(", ".join(f"{name} {value}" for name, value in row.items()), flush=True)
             rows.append(row)
     options.out.mkdir(parents=True, exist_ok=True)
-    with (options.out / "emulator.csv").open("w", newline="") as file:
+    table = options.out / "emulator.csv"
+    with table.open("w", newline="") as file:
         writer = csv.DictWriter(file, [*rows[0], "cpu"])
         writer.writeheader()
         writer.writerows({**row, "cpu": machine.cpu_model()} for row in rows)
-    draw(rows, options.out / "emulator.png")
+    emulator_figure.save(table)
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ from pathlib import Path
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
-from figures import draw_lines, finish, pyplot  # noqa: E402
 from machine import summary as machine_summary  # noqa: E402, F401  for train_text.py
+from reports.figures import draw_lines, finish, pyplot  # noqa: E402
 
 SEQLENS = (512, 1024, 2048, 4096, 8192, 16384)
 SHAPE = ["--nheads", "2", "--headdim", "64", "--causal", "1", "--dtype", "float32"]
@@ -38,7 +38,7 @@ def _read(path: Path) -> list[dict]:
 def measure(out: Path) -> list[dict]:
     """Rows {op, peer, seqlen, value}: op fwd and fwd_bwd in milliseconds, memory in MiB."""
     _run("benchmark_attn.py", "--op", "fwd", "fwd_bwd", "--case-seconds", "1.5", "--out", str(out))
-    _run("memory.py", "--peers", *PEERS, "--out", str(out))
+    _run("benchmark_memory.py", "--peers", *PEERS, "--out", str(out))
     columns = [(row, row["op"], "median_ms") for row in _read(out / "attention.csv")]
     columns += [(row, "memory", "extra_mib") for row in _read(out / "memory.csv")]
     return [

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds, tests, sanitizes and benchmarks the CUDA kernels on a machine with an NVIDIA GPU, in less than nine minutes and
+# Builds, tests, sanitizes and benchmarks the CUDA kernels on a machine with an NVIDIA GPU, in less than ten minutes and
 # without a network. Leaves in OUTDIR: summary.md, cuda.csv, cuda.png, kernels.csv, ncu.csv and a log of each step.
 #
 #   FLASH_ATTN_WHEELS=DIR tools/gpu_report.sh OUTDIR
@@ -39,7 +39,7 @@ step() {
   return 1
 }
 
-# The limits add up to less than nine minutes.
+# The limits add up to less than ten minutes.
 export FLASH_ATTN_LIBRARY_DIR=$out/build/lib PYTHONPATH=$PWD
 install=("$python" -m pip install --no-index)
 [[ -n ${FLASH_ATTN_WHEELS:-} ]] && install+=(--find-links "$FLASH_ATTN_WHEELS")
@@ -50,6 +50,11 @@ step configure 30 cmake -S . -B "$out/build" -G Ninja -DCMAKE_BUILD_TYPE=Release
   -DFLASH_ATTN_TESTS=OFF -DPython_EXECUTABLE="$python" || exit 1
 step build 150 cmake --build "$out/build" || exit 1
 cp "$out/build/cuda/kernels.csv" "$out/"
+if command -v nvdisasm >/dev/null; then
+  step pipes 20 "$python" tools/kernel_table.py "$out/build/cuda/kernels.csv" --print pipes
+else
+  note "pipes: skipped, no nvdisasm"
+fi
 step test 70 "$python" -m pytest -p no:cacheprovider -q tests/python/test_cuda_device.py
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck synccheck initcheck; do
@@ -70,7 +75,9 @@ fence='```'
 {
   printf '\n## Kernels\n\n%s\n' "$fence"
   cat "$out/kernels.csv"
-  printf '%s\n\n## Forward: milliseconds, TFLOP/s\n\n%s\n' "$fence" "$fence"
+  printf '%s\n\n' "$fence"
+  [[ -f $out/pipes.log ]] && cat "$out/pipes.log"
+  printf '\n## Forward: milliseconds, TFLOP/s\n\n%s\n' "$fence"
   grep ' | ' "$out/benchmark.log"
   printf '%s\n\n%d steps failed; %d s in all.\n' "$fence" "$failures" "$SECONDS"
 } >>"$out/summary.md"

@@ -1,20 +1,26 @@
-"""The two tables of docs/cuda.md.
+"""The tables of docs/cuda.md.
 
-One is what ptxas told the build of the CUDA kernels, one what they do on the emulated GPU.
+`kernels`: what ptxas told the build of the CUDA kernels. `pipes`: what the inner loop of their
+machine code asks of an SM. `counters`: what they do on the emulated GPU.
 
     python tools/kernel_table.py build/release/cuda/kernels.csv            # rewrite docs/cuda.md
-    python tools/kernel_table.py build/release/cuda/kernels.csv --print
+    python tools/kernel_table.py build/release/cuda/kernels.csv --print pipes
 
-The package must be importable and have the emulated GPU beside it.
+The fatbins lie beside kernels.csv. `pipes` needs nvdisasm. The package must be importable, for
+`counters` with the emulated GPU beside it.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import sass
+import sm_pipes
 import torch
 
 import flash_attn
@@ -47,6 +53,48 @@ def resources(path: Path) -> str:
             kib = round(int(row["bytes"]) / 1024)
             rows.append([f"`{row['kernel']}`", row["registers"], row["stack"], spilled, kib])
     return markdown(["kernel", "registers", "stack, bytes", "spilled, bytes", "fatbin, KiB"], rows)
+
+
+def cells(trip: sm_pipes.Trip) -> list[str]:
+    """Return a trip's instructions, with the cycles that they keep a pipe busy, and its bounds."""
+    cycles = trip.cycles("8.0")
+    counts = [f"{trip.counts[column]}" for column in sm_pipes.COLUMNS]
+    busy = [f" ({cycles[column]})" if column in cycles else "" for column in sm_pipes.COLUMNS]
+    bounds = [sm_pipes.bound(trip.cycles(capability)) for capability in sm_pipes.RATES]
+    return [*map("".join, zip(counts, busy)), str(cycles["issue"]), *bounds]
+
+
+def alike(rows: list[list[str]]) -> list[list[str]]:
+    """Return ``rows``, which begin with a kernel's name, with one for all dtypes if they agree."""
+    groups: dict[tuple, list[str]] = {}
+    for kernel, *rest in rows:
+        name = re.sub(f"_({'|'.join(DTYPES)})_", "_*_", kernel)
+        groups.setdefault((name, *rest), []).append(kernel)
+    return [
+        [kernel, *rest]
+        for (name, *rest), kernels in groups.items()
+        for kernel in ([name] if len(kernels) == len(DTYPES) else kernels)
+    ]
+
+
+def functions(path: Path) -> Iterator[sass.Function]:
+    """Yield the machine code of the kernels of a build's kernels.csv."""
+    with path.open() as file:
+        for row in csv.DictReader(file):
+            fatbin = path.with_name(f"{row['kernel']}.fatbin").read_bytes()
+            for cubin in sass.cubins(fatbin):
+                yield from sass.disassemble(cubin)
+
+
+def machine_code(path: Path) -> str:
+    """Return the table of what a build's kernels ask of the pipes."""
+    rows = [
+        [f"`{function.name}`", block, *cells(trip)]
+        for function in functions(path)
+        for block, trip in sm_pipes.trips(function)
+    ]
+    bounds = [f"bound, {capability}" for capability in sm_pipes.RATES]
+    return markdown(["kernel", "block", *sm_pipes.COLUMNS, "issued", *bounds], alike(rows))
 
 
 def launch(dtype: str, headdim: int, causal: bool, seqlen_k: int) -> dict:
@@ -96,13 +144,28 @@ def counters() -> str:
     return markdown(header, rows)
 
 
+TABLES = {
+    "kernels": resources,
+    "pipes": machine_code,
+    "counters": lambda path: counters(),
+}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("csv", type=Path, help="kernels.csv of a build")
-    parser.add_argument("--print", action="store_true", help="to the terminal, not into the file")
+    parser.add_argument(
+        "--print",
+        nargs="*",
+        choices=TABLES,
+        help="these, or all, to the terminal, not into the file",
+    )
     options = parser.parse_args()
-    tables = {"kernels": resources(options.csv), "counters": counters()}
-    if options.print:
+    try:
+        tables = {name: TABLES[name](options.csv) for name in options.print or TABLES}
+    except sass.NoDisassembler as error:
+        parser.exit(1, f"{parser.prog}: {error}\n")
+    if options.print is not None:
         print("\n".join(tables.values()), end="")
         return 0
     text = DOCUMENT.read_text()

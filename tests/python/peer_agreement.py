@@ -19,10 +19,10 @@ def differences(name: str, dtype: str, causal: bool) -> tuple[float, float] | st
     A sentence where the peer cannot run the case.
     """
     sys.path.insert(0, str(ROOT / "benchmarks"))
-    from cases import Case, make_inputs
-    from errors import Unsupported
-    from measure import _difference
-    from peers import PEERS
+    from cases.case import Case, make_inputs
+    from measuring.measure import _difference
+    from peers.registry import PEERS
+    from peers.unsupported import Unsupported
 
     torch.set_num_threads(1)
     case = Case("fwd", dtype, 2, 48, 48, 4, 4, 32, 32, causal)

@@ -48,6 +48,13 @@ def read_rows(path):
         return list(csv.DictReader(file))
 
 
+def write_rows(path, rows):
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def test_driver_measures_every_operation_and_checks_it(tmp_path):
     arguments = [*SHAPE, "--nheads-k", "2", "--batch", "2", "--case-seconds", "0.05", "--refcheck"]
     dtypes = ["--dtype", "float32", "bfloat16"]
@@ -88,7 +95,7 @@ def test_memory_of_plain_attention_is_seen(tmp_path):
     """Plain attention keeps several (1024, 1024) fp32 matrices for each of 4 heads."""
     peers = ["--peers", "flash_attn", "plain", "--dtype", "float32"]
     shape = ["--seqlen", "1024", "--nheads", "4", "--headdim", "16"]
-    finished = run_script("benchmarks/memory.py", *shape, *peers, "--out", str(tmp_path))
+    finished = run_script("benchmarks/benchmark_memory.py", *shape, *peers, "--out", str(tmp_path))
     assert finished.returncode == 0, finished.stderr
     extra = {row["peer"]: float(row["extra_mib"]) for row in read_rows(tmp_path / "memory.csv")}
     assert extra["plain"] > 2 * 16
@@ -97,9 +104,9 @@ def test_memory_of_plain_attention_is_seen(tmp_path):
 
 @pytest.mark.parametrize("op", ["fwd", "bwd", "varlen"])
 def test_refcheck_finds_a_wrong_result(benchmark_modules, op):
-    from cases import Case, make_inputs
-    from peers import PEERS
-    from refcheck import RefCheck
+    from cases.case import Case, make_inputs
+    from measuring.refcheck import RefCheck
+    from peers.registry import PEERS
 
     case = Case(op, "float32", 2, 33, 33, 4, 2, 16, 24, causal=True)
     inputs = make_inputs(case)
@@ -114,7 +121,7 @@ def test_refcheck_finds_a_wrong_result(benchmark_modules, op):
 
 
 def test_operations_are_counted(benchmark_modules):
-    from cases import Case
+    from cases.case import Case
 
     def flops(op, causal):
         return Case(op, "float32", 2, 10, 10, 3, 3, 8, 4, causal).flops()
@@ -133,7 +140,7 @@ def test_operations_are_counted(benchmark_modules):
 
 
 def test_bytes_are_counted(benchmark_modules):
-    from cases import Case
+    from cases.case import Case
 
     fwd = Case("fwd", "bfloat16", 2, 10, 10, 4, 2, 8, 8, False).work()
     assert fwd.bytes == 2 * (2 * 10) * (4 * 16 + 2 * 16)  # q and out, k and v
@@ -144,9 +151,9 @@ def test_bytes_are_counted(benchmark_modules):
 
 @pytest.mark.parametrize("page_size", [0, 1, 4, 16])
 def test_decode_from_pages_is_right(benchmark_modules, page_size):
-    from cases import Case, make_inputs
-    from peers import PEERS
-    from refcheck import RefCheck
+    from cases.case import Case, make_inputs
+    from measuring.refcheck import RefCheck
+    from peers.registry import PEERS
 
     case = Case("decode", "float32", 3, 1, 32, 4, 2, 16, 16, False, page_size=page_size)
     inputs = make_inputs(case)
@@ -173,10 +180,10 @@ def test_others_compute_the_same(other_process, name, dtype, causal):
 
 
 def test_limits_are_work_over_time(benchmark_modules):
-    from cases import Case, make_inputs
-    from errors import Unsupported
-    from limits import LIMITS
-    from timing import seconds
+    from cases.case import Case, make_inputs
+    from measuring.timing import seconds
+    from peers.limits import LIMITS
+    from peers.unsupported import Unsupported
 
     case = Case("decode", "float32", 1, 1, 4096, 4, 4, 64, 64, False)
     inputs = make_inputs(case)
@@ -195,11 +202,11 @@ def test_limits_are_work_over_time(benchmark_modules):
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="x86 instructions")
 def test_limits_of_other_cpus_compile(benchmark_modules, tmp_path):
     """This machine may have neither the instructions nor a test of them."""
-    import native
+    from native import build
 
     source = BENCHMARKS / "native" / "limits.cpp"
-    build = native.command(source, tmp_path / "limits.so", "-march=sapphirerapids", "-Werror")
-    finished = subprocess.run(build, capture_output=True, text=True)
+    command = build.command(source, tmp_path / "limits.so", "-march=sapphirerapids", "-Werror")
+    finished = subprocess.run(command, capture_output=True, text=True)
     assert finished.returncode == 0, finished.stderr
 
 
@@ -215,8 +222,8 @@ def test_tile_instructions_are_written_in_one_place():
 
 
 def test_a_wrong_peer_is_left_out(benchmark_modules, monkeypatch):
-    import measure
-    from cases import Case
+    from cases.case import Case
+    from measuring import measure
 
     def wrong(case, inputs):
         return lambda: (torch.zeros_like(inputs.q),)
@@ -230,8 +237,8 @@ def test_a_wrong_peer_is_left_out(benchmark_modules, monkeypatch):
 
 
 def test_budget_leaves_out_what_would_take_too_long(benchmark_modules):
-    from cases import Case
-    from measure import Budget
+    from cases.case import Case
+    from measuring.measure import Budget
 
     case = Case("fwd", "float32", 1, 16, 16, 2, 2, 8, 8, False)
     longer = dataclasses.replace(case, seqlen_q=1600, seqlen_k=1600)
@@ -247,12 +254,13 @@ def test_budget_leaves_out_what_would_take_too_long(benchmark_modules):
     assert not budget.suffices(longer, ("sdpa",))
 
 
-def test_grid_writes_table_pictures_summary_and_roofline(tmp_path, benchmark_modules, monkeypatch):
+def test_grid_writes_table_pictures_summary_and_roofline(
+    tmp_path, benchmark_modules, monkeypatch, capsys
+):
     pytest.importorskip("matplotlib")
     import benchmark_attn
-    import grids
-    import roofline
-    import summary
+    import report
+    from cases import grids
 
     def tiny():
         cases = [grids.case(op, "float32", 1, 64, 2, 2, 16, True) for op in grids.PASSES]
@@ -265,19 +273,30 @@ def test_grid_writes_table_pictures_summary_and_roofline(tmp_path, benchmark_mod
     peers = ["flash_attn", "no_window", "sdpa", "fma_peak", "exp_peak", "read"]
     options = ["--quick", "--case-seconds", "0.02", "--peers", *peers, "--out", str(tmp_path)]
     assert benchmark_attn.main(options) == 0
-    table = tmp_path / "attention.csv"
-    assert {"ratios.png", "others.png"} <= {path.name for path in tmp_path.iterdir()}
-    assert roofline.main([str(table), "--out", str(tmp_path)]) == 0
-    page = (tmp_path / "roofline.md").read_text()
-    assert "decode, bfloat16" in page
-    assert (tmp_path / f"roofline-{tmp_path.name}.png").is_file()
-    text = summary.summarize(summary.read_csv(table))
+    drawn = {"ratios.png", "others.png"}
+    assert drawn <= {path.name for path in tmp_path.iterdir()}
+    for name in drawn:
+        (tmp_path / name).unlink()
+    emulated = {"seqlen": 256, "headdim": 64, "causal": True, "million_a_second": 1.5}
+    rows = [{**emulated, "checks": checks, "cpu": "a CPU"} for checks in ("memory", "all")]
+    write_rows(tmp_path / "emulator.csv", rows)
+    on_gpu = {"device": "a GPU", "dtype": "bf16", "headdim": 64, "causal": 1, "tflops": 9.5}
+    rows = [{**on_gpu, "peer": "flash_attn", "seqlen": seqlen} for seqlen in (512, 1024)]
+    write_rows(tmp_path / "cuda.csv", rows)
+    assert report.main(["pictures", str(tmp_path)]) == 0
+    drawn |= {"roofline.png", "emulator.png", "cuda.png"}
+    assert drawn <= {path.name for path in tmp_path.iterdir()}
+    assert report.main(["roofline", str(tmp_path), "--page", str(tmp_path / "page.md")]) == 0
+    assert "decode, bfloat16" in (tmp_path / "page.md").read_text()
+    capsys.readouterr()
+    assert report.main(["summary", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
     assert "faster than without the window" in text
     assert "of a plain read" in text
 
 
 def test_bounds_of_a_kernel(benchmark_modules):
-    from roofline import Limits, bound_of
+    from reports.roofline import Limits, bound_of
 
     row = {"dtype": "float32", "gflops": 50.0, "gexps": 1.0, "gbytes": 2.0, "median_ms": 10.0}
     vector = Limits(fma=100.0, dot=0.0, amx=0.0, exps=5.0, read=20.0)
@@ -294,7 +313,7 @@ def test_bounds_of_a_kernel(benchmark_modules):
 
 
 def test_real_lengths(benchmark_modules):
-    import text_lengths
+    from cases import text_lengths
 
     documents, paragraphs = text_lengths.documents(), text_lengths.paragraphs()
     assert 12288 < sum(documents) <= 16384

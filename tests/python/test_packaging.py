@@ -9,6 +9,7 @@ from scripts import ROOT
 
 PYPROJECT = ROOT / "pyproject.toml"
 NVCC = {"nvidia-cuda-nvcc", "nvidia-cuda-crt", "nvidia-nvvm", "nvidia-cuda-runtime"}
+OF_TESTS = {"nvidia-cuda-nvdisasm"}
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,8 @@ def test_pip_and_make_take_the_same_nvcc(pyproject):
     (override,) = pyproject["tool"]["scikit-build"]["overrides"]
     of_pip = pins(override["build"]["requires"])  # pip resolves them on their own
     of_make = pins((ROOT / "tools" / "constraints-dev.txt").read_text().splitlines())
-    assert of_pip == of_make
+    assert of_make.keys() - of_pip.keys() == OF_TESTS
+    assert of_pip.items() <= of_make.items()
     assert of_pip.keys() >= NVCC
     assert pins(pyproject["build-system"]["requires"]).items() <= of_pip.items()
 

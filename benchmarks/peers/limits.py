@@ -11,10 +11,11 @@ import ctypes
 import functools
 from typing import Callable
 
-import native
 import torch
-from cases import Case, Inputs, Work
-from errors import Unsupported
+from cases.case import Case, Inputs, Work
+from native import build
+
+from peers.unsupported import Unsupported
 
 _ITERATIONS = {
     "fma": 1_000_000,
@@ -27,8 +28,8 @@ _ITERATIONS = {
 @functools.cache
 def _library() -> ctypes.CDLL:
     try:
-        library = native.load("limits")
-    except native.BuildError as error:
+        library = build.load("limits")
+    except build.BuildError as error:
         raise Unsupported(f"limits.cpp does not compile: {error}") from error
     for name in _ITERATIONS:
         getattr(library, f"limits_{name}").argtypes = (ctypes.c_int, ctypes.c_int64)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 
-import text_lengths
-from cases import DTYPES, Case
+from cases import text_lengths
+from cases.case import DTYPES, Case
 
 PASSES = ("fwd", "bwd")
 RIVALS = ("onednn", "openvino", "ggml")

@@ -18,7 +18,7 @@ _EVERY = 7  # one file in so many, so that neighbours come from different packag
 
 @functools.cache
 def _texts() -> list[bytes]:
-    examples = str(Path(__file__).resolve().parents[1] / "examples")
+    examples = str(Path(__file__).resolve().parents[2] / "examples")
     if examples not in sys.path:
         sys.path.append(examples)
     from corpus import source_files

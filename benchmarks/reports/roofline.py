@@ -1,6 +1,4 @@
-"""What bounds each kernel and how near it comes: makes docs/roofline.md from attention.csv.
-
-    python benchmarks/roofline.py benchmarks/results/*/attention.csv
+"""What bounds each kernel and how near it comes: docs/roofline.md, and a picture.
 
 A kernel's bound is the time that the machine needs at least for the kernel's products, exponentials
 and bytes, by the limits measured in turns with the kernel. The page says how they are combined.
@@ -8,16 +6,15 @@ and bytes, by the limits measured in turns with the kernel. The page says how th
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
-from figures import finish, pyplot
-from table import by_case, read_csv
+from measuring.table import by_case, machine_of
 
-DOCS = Path(__file__).resolve().parents[1] / "docs"
+from reports.figures import finish, pyplot
+
 # AMX multiplies bf16 alone: an fp16 number is two of them, an fp32 number three, and this many
 # products of parts make one product of full accuracy.
 _AMX_PRODUCTS = {"bfloat16": 1, "float16": 3, "float32": 6}
@@ -25,7 +22,7 @@ _LONGEST = 8192  # of the dense kernels on the page: longer ones are not measure
 _INTRODUCTION = """\
 # Roofline: what bounds each kernel
 
-Made by `python benchmarks/roofline.py benchmarks/results/*/attention.csv`; do not edit.
+Made by `python benchmarks/report.py roofline`; do not edit.
 
 A call needs at least the longest of three times. The rates are measured on the same machine, in
 turns with the kernel and on as many threads ([limits.cpp](../benchmarks/native/limits.cpp)):
@@ -153,7 +150,7 @@ def chosen(cases: list[dict[str, dict]]) -> list[dict[str, dict]]:
     return list(longest.values())
 
 
-def section(rows: list[dict], picture: str | None) -> str:
+def section(rows: list[dict]) -> str:
     """The page's part about one machine: its limits, and a line a kernel."""
     cases = [case for case in by_case(rows) if "flash_attn" in case]
     first, whole = rows[0], limits_of({}, rows)
@@ -165,8 +162,6 @@ def section(rows: list[dict], picture: str | None) -> str:
     if whole.amx:
         lines.append(f"| AMX, bf16, random data | {whole.amx:.0f} GFLOP/s |")
     lines += [f"| 2^x | {whole.exps:.1f} G/s |", f"| read | {whole.read:.1f} GB/s |", ""]
-    if picture:
-        lines += [f"![roofline]({picture})", ""]
     lines.append(
         "| kernel | ms | GFLOP/s | GB/s | products | exp | bytes | bounded by | of the bound |"
     )
@@ -223,31 +218,10 @@ def save_picture(rows: list[dict], path: Path) -> Path | None:
     axis.yaxis.set_major_formatter("{x:.0f}")
     axis.yaxis.set_minor_formatter("")
     axis.grid(alpha=0.25)
-    first = rows[0]
-    machine = f"{first['cpu']}, {first['isa']}, {first['threads']} threads, {first['date']}"
-    finish(plt, figure, machine, path)
+    finish(plt, figure, machine_of(rows[0]), path)
     return path
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Write the page and a picture a machine."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("tables", nargs="+", type=Path, help="attention.csv of each machine")
-    parser.add_argument("--out", type=Path, default=DOCS, help="directory of the page")
-    options = parser.parse_args(argv)
-    parts = [_INTRODUCTION]
-    for table in options.tables:
-        rows = read_csv(table)
-        name = f"roofline-{table.resolve().parent.name}.png"
-        picture = save_picture(rows, options.out / name)
-        parts.append(section(rows, name if picture else None))
-    page = options.out / "roofline.md"
-    page.write_text("\n".join(parts) + "\n")
-    print(f"wrote {page}")
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+def page(machines: list[list[dict]]) -> str:
+    """The text of docs/roofline.md, of the rows of each machine."""
+    return "\n".join([_INTRODUCTION, *map(section, machines)]) + "\n"

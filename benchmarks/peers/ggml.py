@@ -8,9 +8,10 @@ import importlib.metadata
 from types import ModuleType
 
 import torch
-from cases import Case, Inputs
-from errors import Unsupported
+from cases.case import Case, Inputs
 from torch import Tensor
+
+from peers.unsupported import Unsupported
 
 INSTALL = "pip install ggml-python (compiles ggml, two minutes)"
 _ROWS_FIRST = (3, 1, 2, 0)  # ggml's dimensions, fastest first, of a (batch, seqlen, nheads, d) one

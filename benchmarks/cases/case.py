@@ -25,9 +25,11 @@ class Work:
 class Case:
     """One measurement. seqlen_q is 1 for decode; for varlen both are the longest sequence's.
 
-    window: of a causal case, how many keys before its own position a query sees; 0: all.
-    page_size: of a decode case's cache; 0: not paged. ragged: lengths of a varlen batch, if they
-    are not the even ones of ``lengths()``; lengths_of names where they come from.
+    Attributes:
+        window: of a causal case, how many keys before its own position a query sees; 0: all.
+        page_size: of a decode case's cache; 0: not paged.
+        lengths_of: where the lengths of a varlen batch come from.
+        ragged: these lengths, if they are not the even ones of ``lengths()``.
     """
 
     op: str

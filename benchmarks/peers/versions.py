@@ -5,15 +5,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterable
 
-import rival_ggml
-import rival_onednn
-import rival_openvino
-from errors import Unsupported
+from peers import ggml, onednn, openvino
+from peers.unsupported import Unsupported
 
 _MODULES = {
-    "onednn": ("oneDNN", rival_onednn),
-    "openvino": ("OpenVINO", rival_openvino),
-    "ggml": ("ggml-python", rival_ggml),
+    "onednn": ("oneDNN", onednn),
+    "openvino": ("OpenVINO", openvino),
+    "ggml": ("ggml-python", ggml),
 }
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 
 import torch
-from cases import Case, Inputs
-from errors import Unsupported
+from cases.case import Case, Inputs
 from torch import Tensor
+
+from peers.unsupported import Unsupported
 
 INSTALL = "pip install openvino"
 

@@ -12,15 +12,15 @@ from typing import Callable
 
 import torch
 import torch.nn.functional as F
-from cases import Case, Inputs
-from errors import Unsupported
-from rival_ggml import ggml
-from rival_onednn import onednn
-from rival_openvino import openvino
+from cases.case import Case, Inputs
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
+from peers.ggml import ggml
+from peers.onednn import onednn
+from peers.openvino import openvino
+from peers.unsupported import Unsupported
 
 Run = Callable[[], tuple[Tensor, ...]]
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -1,7 +1,7 @@
 """Peak memory of forward and backward beyond what was there before, measured in a fresh process.
 
-    python benchmarks/memory.py                      # (1, 32768, 8, 64) in bf16
-    python benchmarks/memory.py --seqlen 512 2048 8192 --dtype float32 --peers flash_attn sdpa plain
+    python benchmarks/benchmark_memory.py            # (1, 32768, 8, 64) in bf16
+    python benchmarks/benchmark_memory.py --seqlen 512 2048 --dtype float32 --peers flash_attn plain
 
 The tensors that must exist afterwards are out, softmax_lse, dq, dk and dv: "ratio" relates the peak
 to them. "ratio with dout" counts dout, which exists before the backward and is made before the
@@ -70,8 +70,8 @@ def peak_extra_bytes(run) -> int:
 
 def measure(case, peer: str) -> dict:
     """A row of the table for one peer and case."""
-    from cases import make_inputs
-    from peers import PEERS
+    from cases.case import make_inputs
+    from peers.registry import PEERS
 
     inputs = make_inputs(case)
     run = PEERS[peer](case, inputs)
@@ -98,8 +98,8 @@ def measure(case, peer: str) -> dict:
 
 def _warm_up(peer: str, dtype: str) -> None:
     """Load code and start threads, which cost memory once and not per call."""
-    from cases import Case, make_inputs
-    from peers import PEERS
+    from cases.case import Case, make_inputs
+    from peers.registry import PEERS
 
     small = Case("fwd_bwd", dtype, 1, 64, 64, 8, 8, 16, 16, True)
     PEERS[peer](small, make_inputs(small))()
@@ -107,7 +107,7 @@ def _warm_up(peer: str, dtype: str) -> None:
 
 def run_here(options: argparse.Namespace) -> None:
     """Measure all peers and lengths in this process, one CSV row a line on standard output."""
-    from cases import Case
+    from cases.case import Case
 
     # Freed blocks go back to the system at once, so that one measurement leaves the next nothing to
     # reuse.

@@ -1,20 +1,17 @@
 """The few figures that a grid comes down to, as Markdown.
 
-    python benchmarks/summary.py benchmarks/results/*/attention.csv
-
 Ratios are of medians in the same run: above 1, this package is faster. The means are geometric,
 over S >= 512 of the dense cases with as many KV heads as query heads, full and causal.
 """
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
 from statistics import geometric_mean, median
 
-from figures import LABELS
-from roofline import bound_of, limits_of
-from table import by_case, read_csv
+from measuring.table import by_case
+
+from reports.figures import LABELS
+from reports.roofline import bound_of, limits_of
 
 _SHORTEST = 512
 _OTHERS = ("sdpa_flash", "sdpa_math", "onednn", "openvino", "ggml")
@@ -141,18 +138,3 @@ def summarize(rows: list[dict]) -> str:
     parts.append("\n".join(bullets))
     parts.append("\n".join(slower_lines(cases)))
     return "\n\n".join(part for part in parts if part)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Print the summary of each table."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("tables", nargs="+", type=Path, help="attention.csv of each machine")
-    for table in parser.parse_args(argv).tables:
-        print(summarize(read_csv(table)) + "\n")
-    return 0
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import machine
 
-_ROOT = Path(__file__).resolve().parents[1]
+_ROOT = Path(__file__).resolve().parents[2]
 _SOURCES = _ROOT / "benchmarks" / "native"
 _LIBRARY_SOURCES = _ROOT / "csrc" / "flash_attn" / "src"
 _BUILT = _ROOT / "build" / "bench" / "native"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from cases import Case, Inputs
+from cases.case import Case, Inputs
 from torch import Tensor
 
 _ROWS = 256  # of queries at a time

@@ -1,6 +1,6 @@
 """What a program pays before its first result: importing the package, and the first calls.
 
-    python benchmarks/startup.py
+    python benchmarks/benchmark_startup.py
 
 Each sample is a fresh process. Printed are the median and the least of "import torch", of "import
 flash_attn" after it, and of the first forward and the first backward, with that call's later

@@ -6,7 +6,7 @@ import csv
 from pathlib import Path
 
 import machine
-import rivals
+from peers.versions import versions
 
 CASE_COLUMNS = (
     "op",
@@ -42,7 +42,7 @@ _NUMBERS = frozenset(RESULT_COLUMNS[1:]) - {"samples"}
 def write_csv(path: Path, rows: list[dict]) -> None:
     """Write all rows with the machine's columns."""
     with path.open("w", newline="") as file:
-        used = rivals.versions({row["peer"] for row in rows})
+        used = versions({row["peer"] for row in rows})
         columns = machine.describe() | {"rivals": used}
         writer = csv.DictWriter(file, (*CASE_COLUMNS, *RESULT_COLUMNS, *columns))
         writer.writeheader()
@@ -59,6 +59,15 @@ def read_csv(path: Path) -> list[dict]:
     """The rows as they were before writing; an empty number stays an empty text."""
     with path.open(newline="") as file:
         return [{c: _parse(c, text) for c, text in row.items()} for row in csv.DictReader(file)]
+
+
+def machine_of(row: dict) -> str:
+    """A line about the machine that a row of a file was measured on."""
+    text = (
+        f"{row['cpu']}, {row['cores']} cores, {row['threads']} threads; flash_attn "
+        f"{row['flash_attn']} on {row['isa']}; torch {row['torch']} on {row['torch_isa']}"
+    )
+    return "; ".join(part for part in (text, row["rivals"], row["date"]) if part)
 
 
 def case_key(row: dict) -> tuple:

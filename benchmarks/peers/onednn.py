@@ -8,10 +8,11 @@ import os
 import sysconfig
 from pathlib import Path
 
-import native
 import torch
-from cases import Case, Inputs
-from errors import Unsupported
+from cases.case import Case, Inputs
+from native import build
+
+from peers.unsupported import Unsupported
 
 INSTALL = "pip install onednn-devel (headers and library), and a C++ compiler"
 _DTYPES = {"float32": 0, "bfloat16": 1, "float16": 2}
@@ -44,8 +45,8 @@ def _library() -> ctypes.CDLL:
     flags = (f"-L{directory}", "-ldnnl", f"-Wl,-rpath,{directory}", "-Wl,--allow-shlib-undefined")
     try:
         _load_runtime(directory)
-        library = native.load("onednn_sdpa", f"-I{prefix / 'include'}", *flags)
-    except (native.BuildError, OSError) as error:
+        library = build.load("onednn_sdpa", f"-I{prefix / 'include'}", *flags)
+    except (build.BuildError, OSError) as error:
         raise Unsupported(f"its library cannot be used: {error}") from error
     library.onednn_version.restype = ctypes.c_char_p
     library.onednn_sdpa_create.restype = ctypes.c_void_p

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from figures import COLOURS, LABELS, draw_lines, finish, pyplot
-from table import by_case
+from measuring.table import by_case, machine_of
+
+from reports.figures import COLOURS, LABELS, draw_lines, finish, pyplot
 
 _SPEED_HEADDIM = 128
 _COLOUR_RANGE = 2.0  # of the log2 of a ratio: from a quarter to four times torch's speed
@@ -101,8 +102,11 @@ def save_others(rows: list[dict], machine: str, path: Path) -> Path | None:
     return path
 
 
-def save_grid(rows: list[dict], machine: str, directory: Path) -> list[Path]:
-    """All pictures that the rows allow."""
+def save_grid(rows: list[dict], directory: Path) -> list[Path]:
+    """All pictures that the rows of an attention.csv allow."""
+    if not rows:
+        return []
+    machine = machine_of(rows[0])
     paths = (
         save_speed(rows, machine, directory / "speed.png"),
         save_ratios(rows, machine, directory / "ratios.png"),

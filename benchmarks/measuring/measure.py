@@ -7,13 +7,14 @@ import time
 from dataclasses import dataclass, field, replace
 
 import torch
-from cases import Case, Inputs, Work, make_inputs
-from errors import Unsupported
-from limits import LIMITS
-from peers import HOLDS_SCORES, PEERS, Run
-from refcheck import RefCheck
-from table import CASE_COLUMNS
-from timing import median, seconds, take_turns
+from cases.case import Case, Inputs, Work, make_inputs
+from peers.limits import LIMITS
+from peers.registry import HOLDS_SCORES, PEERS, Run
+from peers.unsupported import Unsupported
+
+from measuring.refcheck import RefCheck
+from measuring.table import CASE_COLUMNS
+from measuring.timing import median, seconds, take_turns
 
 # Largest difference from this package's result, relative to the largest value: enough for what
 # implementations round in between (ggml adds up fp16 values in fp16), too little for a wrong mask.

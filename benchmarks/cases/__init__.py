@@ -1,0 +1,1 @@
+"""What is measured: a case and its tensors, and the grids of cases."""

@@ -1,0 +1,1 @@
+"""How it is measured: turns, times, errors, and the table of results."""

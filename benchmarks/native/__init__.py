@@ -1,0 +1,1 @@
+"""The peers' C++ helpers and what compiles them."""

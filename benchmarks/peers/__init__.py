@@ -1,0 +1,1 @@
+"""Who is measured: this package, PyTorch, other libraries and the machine's limits."""

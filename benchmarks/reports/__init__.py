@@ -1,0 +1,1 @@
+"""What is made of results: pictures, the roofline page, a summary."""
