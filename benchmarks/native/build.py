@@ -15,11 +15,11 @@ import machine
 
 _ROOT = Path(__file__).resolve().parents[2]
 _SOURCES = _ROOT / "benchmarks" / "native"
-_LIBRARY_SOURCES = _ROOT / "csrc" / "flash_attn" / "src"
+_LIBRARY_SOURCES = (_ROOT / "csrc", _ROOT / "csrc" / "flash_attn" / "src")
 _BUILT = _ROOT / "build" / "bench" / "native"
 _FLAGS = (
     *("-std=c++20", "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"),
-    f"-I{_LIBRARY_SOURCES}",
+    *(f"-I{folder}" for folder in _LIBRARY_SOURCES),
     # Sums may be reordered. Not -ffast-math: linked with it, a library flushes the subnormal
     # numbers of the thread that loads it.
     *("-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno"),
@@ -34,7 +34,8 @@ class BuildError(RuntimeError):
 def _text_with_headers(source: Path) -> str:
     """The file and the headers that it includes of the library."""
     text = source.read_text()
-    headers = [_LIBRARY_SOURCES / name for name in re.findall(r'^#include "(.+)"', text, re.M)]
+    names = re.findall(r'^#include "(.+)"', text, re.M)
+    headers = [folder / name for name in names for folder in _LIBRARY_SOURCES]
     return "".join([text, *(_text_with_headers(header) for header in headers if header.is_file())])
 
 
