@@ -1,4 +1,4 @@
-"""``python -m flash_attn``: what a bug report needs."""
+"""``python -m flash_attn``: what a bug report needs; with ``--kernels``, every kernel."""
 
 from __future__ import annotations
 
@@ -83,10 +83,26 @@ def _instruction_sets() -> str:
     )
 
 
-def report() -> str:
-    """Return the versions, the machine and the kernels in use, one item a line."""
+def kernels(whole: bool) -> str:
+    """Return the list of kernels: a line for each backend, or all of it."""
+    table = str(_library.lib.kernels()).strip()
+    if whole:
+        return "backend, instruction set, operation, dtypes, head dims\n  " + table.replace(
+            "\n", "\n  "
+        )
+    backends = {}
+    for line in table.splitlines():
+        backend, _isa, operation, dtypes, head_dims = line.split()
+        backends.setdefault((backend, dtypes, head_dims), {})[operation] = None
+    return "".join(
+        f"\n  {backend}: {', '.join(operations)} ({dtypes}; head dims {head_dims})"
+        for (backend, dtypes, head_dims), operations in backends.items()
+    )
+
+
+def report(whole: bool = False) -> str:
+    """Return the versions, the machine and the kernels, one item a line; ``whole``: each kernel."""
     lib = _library.lib
-    kernels = str(lib.kernels()).strip().replace("\n", "\n  ")
     items = {
         "flash_attn": f"{flash_attn.__version__} in {Path(flash_attn.__file__).parent}",
         "library": f"{lib.version()} in {_library.library_path()}",
@@ -100,10 +116,10 @@ def report() -> str:
         "OpenMP": _openmp(),
         "GPUs": _gpus(),
         "emulated GPU": _emulator(),
-        "kernels": f"backend, instruction set, operation, dtypes, head dims\n  {kernels}",
+        "kernels": kernels(whole),
     }
     return "\n".join(f"{name}: {value}" for name, value in items.items())
 
 
 if __name__ == "__main__":
-    print(report())
+    print(report(whole="--kernels" in sys.argv[1:]))

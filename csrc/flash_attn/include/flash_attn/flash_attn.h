@@ -167,10 +167,10 @@ FLASH_ATTN_API flash_attn_status flash_attn_mha_fwd_kvcache(const flash_attn_kvc
 FLASH_ATTN_API flash_attn_status
 flash_attn_mha_fwd_kvcache_workspace_size(const flash_attn_kvcache_args* args, size_t* bytes);
 
-/* ------------------------------------------------------------------------------------------------
- * combine Merges attention over disjoint sets of keys: lse = log(sum_s exp(lse_s)), out = sum_s
- * exp(lse_s - lse) out_s. A part with lse = -inf (or +inf, the forward's mark) is empty; if all
- * are, out = 0 and lse = -inf. */
+/* --------------------------------------------------------------------------- combine */
+/* Merges attention over disjoint sets of keys: lse = log(sum_s exp(lse_s)),
+ * out = sum_s exp(lse_s - lse) out_s. A part with lse = -inf (or +inf, the forward's mark) is
+ * empty; if all are, out = 0 and lse = -inf. */
 typedef struct flash_attn_combine_args {
   const flash_attn_tensor* out_partial; /* fp32 [splits, b, s, h, dv], last stride 1 */
   const flash_attn_tensor* lse_partial; /* fp32 [splits, b, s, h] */
@@ -181,8 +181,7 @@ typedef struct flash_attn_combine_args {
 
 FLASH_ATTN_API flash_attn_status flash_attn_combine(const flash_attn_combine_args* args);
 
-/* ------------------------------------------------------------------------------------------------
- * about */
+/* --------------------------------------------------------------------------- about */
 /* The sentence of this thread's last failed call; "" before any. Valid until this thread's next
  * call. */
 FLASH_ATTN_API const char* flash_attn_last_error(void);
@@ -201,10 +200,9 @@ flash_attn_set_cpu_isa(const char* name); /* for the process; NULL: the default 
 FLASH_ATTN_API int flash_attn_cpu_threads(void);
 /* Sends the CPU tensors of this thread's calls to the CUDA kernels on an emulated GPU:
  * `description` is an architecture and options, "sm_80" or "sm_80,mode=late,seed=3"
- * (emulator/README.md); NULL or
- * "": back to the CPU backend. `library`: the emulator's shared library; NULL: libgpu_emulator.so
- * beside this one. The environment variable FLASH_ATTENTION_EMULATOR holds a description for the
- * whole process. */
+ * (emulator/README.md); NULL or "": back to the CPU backend. `library`: the emulator's shared
+ * library; NULL: libgpu_emulator.so beside this one. The environment variable
+ * FLASH_ATTENTION_EMULATOR holds a description for the whole process. */
 FLASH_ATTN_API flash_attn_status flash_attn_use_emulator(const char* description,
                                                          const char* library);
 /* Counters of the emulated launches since the last flash_attn_use_emulator: JSON, an object for

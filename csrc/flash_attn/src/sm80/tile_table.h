@@ -24,10 +24,34 @@ struct Tile {
 // for scores and 64 for the output; under a mask blocks of 64 keys, which waste less along the
 // diagonal. d = 128: 64 and 128 accumulators, and 80 KiB of shared memory a CTA.
 inline constexpr Tile kTiles[] = {
-    {64, MaskClass::kNone, 128, 128, 4, 3, 2},
-    {64, MaskClass::kCausalLocal, 128, 64, 4, 3, 2},
-    {128, MaskClass::kNone, 128, 64, 4, 3, 2},
-    {128, MaskClass::kCausalLocal, 128, 64, 4, 3, 2},
+    {.head_dim = 64,
+     .mask = MaskClass::kNone,
+     .m = 128,
+     .n = 128,
+     .warps = 4,
+     .stages = 3,
+     .ctas_per_sm = 2},
+    {.head_dim = 64,
+     .mask = MaskClass::kCausalLocal,
+     .m = 128,
+     .n = 64,
+     .warps = 4,
+     .stages = 3,
+     .ctas_per_sm = 2},
+    {.head_dim = 128,
+     .mask = MaskClass::kNone,
+     .m = 128,
+     .n = 64,
+     .warps = 4,
+     .stages = 3,
+     .ctas_per_sm = 2},
+    {.head_dim = 128,
+     .mask = MaskClass::kCausalLocal,
+     .m = 128,
+     .n = 64,
+     .warps = 4,
+     .stages = 3,
+     .ctas_per_sm = 2},
 };
 inline constexpr int kMaxHeadDim = 128;
 
