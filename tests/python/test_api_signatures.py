@@ -169,7 +169,13 @@ def test_report(monkeypatch):
     assert items["library"].startswith(str(_library.lib.version()))
     assert items["torch"].startswith(torch.__version__)
     assert items["instruction sets"].endswith(f"in use: {_library.cpu_isa()}")
-    assert any(line.startswith("  cpu ") for line in lines)
+    (cpu,) = (line for line in lines if line.startswith("  cpu: "))
+    assert cpu == (
+        "  cpu: mha_fwd, mha_varlen_fwd, mha_bwd, mha_varlen_bwd, mha_fwd_kvcache, combine "
+        "(fp16,bf16,fp32; head dims 1-576)"
+    )
+    every = str(_library.lib.kernels()).splitlines()
+    assert all(f"  {line}" in report.report(whole=True).splitlines() for line in every)
     assert "libgomp" in items["OpenMP"]
 
     two = ["/usr/lib/libgomp.so.1", "/opt/torch/lib/libgomp-0123abcd.so.1"]
