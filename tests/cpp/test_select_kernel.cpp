@@ -6,6 +6,7 @@
 #include <sstream>
 
 #include "api/check.h"
+#include "api/run.h"
 #include "api_calls.h"
 
 namespace flash_test {
@@ -224,6 +225,34 @@ TEST(Calls, ValidOnesSucceed) {
   EXPECT_EQ(flash_attn_mha_fwd_kvcache(&pages.args), FLASH_ATTN_OK) << flash_attn_last_error();
   CombineCall combine = make_combine();
   EXPECT_EQ(flash_attn_combine(&combine.args), FLASH_ATTN_OK) << flash_attn_last_error();
+}
+
+flash::Workspace seen;
+
+TEST(Calls, KernelsGetTheWorkspaceThatTheyAskFor) {
+  const flash::Kernel kernel{
+      .operation = flash::Operation::kMhaFwd,
+      .device_type = FLASH_ATTN_CPU,
+      .backend = "test",
+      .isa = "test",
+      .dtypes = 0,
+      .max_d = 0,
+      .max_d_v = 0,
+      .features = 0,
+      .mha_fwd = [](const flash::Flash_fwd_params& p) { seen = p.workspace; },
+      .fwd_workspace_bytes = [](const flash::Flash_fwd_params& p) { return size_t(100 * p.b); }};
+  FwdCall c = make_fwd();
+  flash::Flash_fwd_params p = check_mha_fwd(c.args);
+  char memory[100 * kBatch + 1];
+  c.args.workspace = memory;
+  c.args.workspace_bytes = sizeof(memory);
+  flash::run(kernel, c.args, p);
+  EXPECT_EQ(seen.ptr, memory);
+  EXPECT_EQ(seen.bytes, size_t(100 * kBatch));
+  c.args.workspace_bytes = 100 * kBatch - 1;
+  EXPECT_THROW(flash::run(kernel, c.args, p), flash::ApiError);
+  c.args.workspace = nullptr;
+  EXPECT_THROW(flash::run(kernel, c.args, p), flash::ApiError);
 }
 
 TEST(Calls, WorkspaceSizesAreKnownWithoutRunning) {

@@ -6,9 +6,7 @@
 #include <string>
 
 #include "api/check.h"
-#include "api/select_kernel.h"
-#include "api/target.h"
-#include "api/tensors.h"
+#include "api/run.h"
 #include "base/cpu/isa.h"
 #include "base/cpu/scratch.h"
 
@@ -51,17 +49,6 @@ const flash_attn_tensor& leader(const Args& args) {
   return *args.q;
 }
 
-size_t workspace_bytes(const Kernel& kernel, const Flash_fwd_params& p) {
-  return kernel.fwd_workspace_bytes == nullptr ? 0 : kernel.fwd_workspace_bytes(p);
-}
-size_t workspace_bytes(const Kernel& kernel, const Flash_bwd_params& p) {
-  return kernel.bwd_workspace_bytes == nullptr ? 0 : kernel.bwd_workspace_bytes(p);
-}
-
-void run(const Kernel& kernel, const Flash_fwd_params& p) { kernel.mha_fwd(p); }
-void run(const Kernel& kernel, const Flash_bwd_params& p) { kernel.mha_bwd(p); }
-void run(const Kernel& kernel, const Combine_params& p) { kernel.combine(p); }
-
 // The checked arguments of a call with their target, and the kernel that serves them.
 template <typename Params>
 struct Chosen {
@@ -78,26 +65,12 @@ Chosen<Params> choose(Operation operation, const Args* args, Params (*check)(con
   return {p, kernel};
 }
 
-// The caller's workspace, as much of it as the kernel has asked for.
-template <typename Args>
-Workspace workspace_of(const Args& args, size_t needed) {
-  if (needed == 0) return {};
-  require(args.workspace != nullptr && args.workspace_bytes >= needed, "workspace must have ",
-          needed, " bytes, got ", args.workspace == nullptr ? 0 : args.workspace_bytes);
-  return {args.workspace, needed};
-}
-
 // One call: check, choose, run.
 template <typename Args, typename Params>
 flash_attn_status call(Operation operation, const Args* args, Params (*check)(const Args&)) {
   return guarded([&] {
     auto [p, kernel] = choose(operation, args, check);
-    Workspace workspace;
-    if constexpr (requires { args->workspace; }) {
-      workspace = p.workspace = workspace_of(*args, workspace_bytes(kernel, p));
-    }
-    if (!p.target.is_emulated) return run(kernel, p);
-    run_emulated(p.target, written_by(*args), read_by(*args), workspace, [&] { run(kernel, p); });
+    run(kernel, *args, p);
   });
 }
 
