@@ -7,7 +7,7 @@ anything.
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import Callable, NamedTuple, Optional
 
 import torch
 from torch import Tensor
@@ -108,7 +108,7 @@ def varlen_lse(q: Tensor) -> Tensor:
     return q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
 
 
-def varlen_s_dmask(q: Tensor, cu_seqlens_q: Tensor, max_seqlen_q: int, max_seqlen_k: int) -> Tensor:
+def varlen_s_dmask(q: Tensor, k: Tensor, cu_seqlens_q, cu_seqlens_k, *max_seqlens) -> Tensor:
     """Return an uninitialised S_dmask, (b, nheads, ceil128(max_seqlen_q), ceil128(max_seqlen_k)).
 
     ceil128 rounds up to a multiple of 128.
@@ -116,11 +116,11 @@ def varlen_s_dmask(q: Tensor, cu_seqlens_q: Tensor, max_seqlen_q: int, max_seqle
     if not _has_dims(q, 3) or not _has_dims(cu_seqlens_q, 1):
         return torch.empty(0)
     batch = max(cu_seqlens_q.shape[0] - 1, 0)
-    rows, cols = (round_multiple(torch.sym_max(n, 0), 128) for n in (max_seqlen_q, max_seqlen_k))
+    rows, cols = (round_multiple(torch.sym_max(n, 0), 128) for n in max_seqlens)
     return q.new_empty((batch, q.shape[1], rows, cols))
 
 
-def varlen_softmax_d(q: Tensor, cu_seqlens_q: Tensor) -> Tensor:
+def varlen_softmax_d(q: Tensor, cu_seqlens_q: Tensor, *sequences) -> Tensor:
     """Return an uninitialised softmax_d, fp32 (nheads, total_q + 128 * batch)."""
     if not _has_dims(q, 3) or not _has_dims(cu_seqlens_q, 1):
         return torch.empty(0)
@@ -131,3 +131,19 @@ def varlen_softmax_d(q: Tensor, cu_seqlens_q: Tensor) -> Tensor:
 def new_gradient(x: Tensor, dtype: Optional[torch.dtype] = None) -> Tensor:
     """Return an uninitialised contiguous tensor with the shape, device and dtype of ``x``."""
     return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+class Layout(NamedTuple):
+    """How a batch lies in memory: what makes the buffers of its results.
+
+    ``sequences``: nothing, or cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k.
+    """
+
+    out: Callable[..., Tensor]  # (q, v)
+    lse: Callable[..., Tensor]  # (q)
+    s_dmask: Callable[..., Tensor]  # (q, k, *sequences)
+    softmax_d: Callable[..., Tensor]  # (q, *sequences)
+
+
+DENSE = Layout(dense_out, dense_lse, dense_s_dmask, dense_softmax_d)
+PACKED = Layout(varlen_out, varlen_lse, varlen_s_dmask, varlen_softmax_d)

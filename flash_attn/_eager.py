@@ -19,6 +19,7 @@ _function_modes = torch._C._len_torch_function_stack
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
 _transforms_active = torch._C._are_functorch_transforms_active
+_any_requires_grad = torch._C._any_requires_grad
 _is_tracked = torch._C._functorch.is_gradtrackingtensor
 
 # Keys that this thread may add to those of its arguments: all but two ask for something here.
@@ -28,30 +29,54 @@ _ACTIVE_KEYS = ~(
 ).raw_repr()
 
 
-def is_plain(x: Tensor) -> bool:
-    """Whether ``x`` is a tensor of no subclass."""
-    return x.__class__ in _TENSOR_CLASSES
+def run(operator, args, wants_all: bool = True):
+    """Run an operator the shortest way: here alone is decided whether the dispatcher is needed.
+
+    Args:
+        operator: an ``Operator``.
+        args: all its arguments, in order; tensors may still be something else.
+        wants_all: False: of the results all but the first may be None.
+
+    Returns:
+        what the operator returns.
+
+    Raises:
+        TypeError: an argument that should be a tensor is not one.
+    """
+    if not _needs_no_dispatcher() or not _are_plain(operator, args):
+        operator.check(args)
+        return operator.dispatch(args)
+    if operator.differentiable and needs_derivative(operator, args):
+        return operator.record(args)
+    return operator.kernel(args, wants_all)
 
 
-def needs_no_dispatcher(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether the dispatcher would only call the kernel with these tensors, gradients apart."""
+def _needs_no_dispatcher() -> bool:
+    """Whether the dispatcher would only call the kernel with plain tensors, gradients apart."""
     return (
         not _is_compiling()
         and not _included_keys().raw_repr() & _ACTIVE_KEYS
         and not _function_modes()
         and not _profiler_enabled()
-        and q.__class__ in _TENSOR_CLASSES
-        and k.__class__ in _TENSOR_CLASSES
-        and v.__class__ in _TENSOR_CLASSES
-        and (q.is_cpu or q.is_cuda)
     )
 
 
-def needs_no_gradient(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether none of these tensors asks for a derivative here, in reverse or forward mode."""
-    return forward_ad._current_level < 0 and not (
-        _is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    )
+def _are_plain(operator, args) -> bool:
+    """Whether all tensors are of no subclass and, where they must be, given."""
+    for place in operator.required:
+        if args[place].__class__ not in _TENSOR_CLASSES:
+            return False
+    for place in operator.optional:
+        if args[place] is not None and args[place].__class__ not in _TENSOR_CLASSES:
+            return False
+    return args[0].is_cpu or args[0].is_cuda
+
+
+def needs_derivative(operator, args) -> bool:
+    """Whether a gradient is wanted, or the derivative in forward mode may be."""
+    if forward_ad._current_level >= 0:
+        return True
+    return _is_grad_enabled() and _any_requires_grad(*operator.differentiable_of(args))
 
 
 def refuse_derivatives(name: str, *tensors) -> None:
