@@ -32,20 +32,25 @@ _OPERATOR_NAMES = {
 
 def _arguments(operator, given: dict) -> tuple:
     """Return the operator's arguments of those that an entry point was given, by their names."""
+    named = {_OPERATOR_NAMES.get(name, name): x for name, x in given.items()}
+    return operator.converted(operator.named(named))
+
+
+def _reject_generator(given: dict) -> None:
     if given.get("generator") is not None:
         raise RuntimeError(
             "flash-attn: the RNG `generator` argument is no longer supported and must be None; "
             "dropout draws from torch's default generator, which torch.manual_seed seeds."
         )
-    named = {_OPERATOR_NAMES.get(name, name): x for name, x in given.items()}
-    return operator.converted(operator.named(named))
 
 
 def _attend(operator, given: dict) -> list:
+    _reject_generator(given)
     return list(operator.kernel(_arguments(operator, given), out=given["out"]))
 
 
 def _differentiate(operator, given: dict) -> list:
+    _reject_generator(given)
     gradients = [_gradient(name, given[name], given["d" + name]) for name in ("q", "k", "v")]
     given = {**given, **dict(zip(("dq", "dk", "dv"), gradients))}
     return [*gradients, operator.kernel(_arguments(operator, given))]

@@ -46,7 +46,9 @@ def number(name: str, x: Any) -> float:
 
 def flag(name: str, x: Any) -> bool:
     """Return ``x``, a bool of Python, numpy or torch, a number or None, as a bool."""
-    if x.__class__ is not bool and x is not None and not hasattr(x, "__bool__"):
+    if x.__class__ is bool:
+        return x
+    if x is not None and not hasattr(x, "__bool__"):
         raise wrong_kind(name, x, "a bool")
     return bool(x)
 
@@ -69,7 +71,7 @@ def as_int(name: str, x: Any) -> int:
 
 def four_dims(attn_bias: Any) -> Any:
     """Return ``attn_bias``, if it is a tensor, with leading dimensions of size 1 up to four."""
-    if not isinstance(attn_bias, Tensor) or attn_bias.dim() >= 4:
+    if attn_bias is None or not isinstance(attn_bias, Tensor) or attn_bias.dim() >= 4:
         return attn_bias
     return attn_bias[(None,) * (4 - attn_bias.dim())]
 

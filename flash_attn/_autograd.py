@@ -11,8 +11,8 @@ Each derivative has two faces: ``_Attention`` for autograd alone, without the co
 
 from __future__ import annotations
 
-import operator as operators
 from functools import partial
+from operator import itemgetter
 from typing import NamedTuple
 
 import torch
@@ -30,7 +30,10 @@ from flash_attn._schema import Operator
 _transforms_active = torch._C._are_functorch_transforms_active
 
 _INPUTS = ("q", "k", "v", "s_aux", "attn_bias", "alibi_slopes")
-_RESULTS = ("out", "softmax_lse", "rng_state")
+# What a backward operator takes besides the forward's numbers and inputs, in the order in which
+# ``_gradients`` has it.
+_SAVED = ("out", "softmax_lse", "rng_state")
+_OWN = ("deterministic", "dout", "dlse", "dq", "dk", "dv", "ds_aux", "dattn_bias")
 _SEQUENCES = ("cu_seqlens_q", "cu_seqlens_k")
 
 
@@ -38,7 +41,7 @@ class _Call(NamedTuple):
     """A call of a forward operator without its tensors."""
 
     operator: Operator
-    numbers: dict  # by name
+    numbers: tuple  # in the order of the operator's
     wants_attn_bias: bool = False  # its gradient
     wants_alibi_slopes: bool = False
 
@@ -51,12 +54,6 @@ class _Saved(NamedTuple):
     softmax_lse: torch.Tensor
     rng_state: torch.Tensor
     sequences: tuple  # () or (cu_seqlens_q, cu_seqlens_k)
-
-    def named(self) -> dict:
-        """Return them by their names."""
-        inputs, *results, sequences = self
-        values = (*inputs, *results, *sequences)
-        return dict(zip(_INPUTS + _RESULTS + _SEQUENCES, values))
 
 
 def _save(ctx, inputs, results) -> None:
@@ -71,12 +68,6 @@ def _save(ctx, inputs, results) -> None:
     ctx.forward_only = any(args[place] is not None for place in operator.forward_only)
     ctx.mark_non_differentiable(s_dmask, rng_state)
     ctx.set_materialize_grads(False)
-
-
-def _call(ctx, *wanted: bool) -> _Call:
-    """Return the call that was saved in ctx."""
-    names = (ctx.operator.names[place] for place in ctx.operator.numbers)
-    return _Call(ctx.operator, dict(zip(names, ctx.numbers)), *wanted)
 
 
 def _saved(ctx, tensors) -> _Saved:
@@ -111,8 +102,9 @@ class _Attention(torch.autograd.Function):
             return tuple(gradients)
         if dout is None:
             dout = torch.zeros_like(saved.out)
-        places = [2 + place for place in ctx.operator.differentiable]
-        call = _call(ctx, *(ctx.needs_input_grad[place] for place in places[4:]))
+        places = ctx.operator.inputs_of_apply
+        wanted = (ctx.needs_input_grad[place] for place in places[4:])
+        call = _Call(ctx.operator, ctx.numbers, *wanted)
         is_derived = torch.is_grad_enabled() or forward_ad._current_level >= 0
         derive = _Gradients.apply if is_derived else _gradients
         found = derive(call, dout, dlse, *saved.inputs, *saved[1:4], *saved.sequences)
@@ -125,7 +117,8 @@ class _Attention(torch.autograd.Function):
         tangents = ctx.operator.inputs_of(tangents[2:])
         with _set_fwd_grad_enabled(True):  # torch leaves it off for the levels below, too
             saved = _saved(ctx, _primals(ctx.saved_tensors))
-            settings = _settings(_call(ctx), saved.rng_state, saved.sequences)
+            call = _Call(ctx.operator, ctx.numbers)
+            settings = _settings(call, saved.rng_state, saved.sequences)
             attention = partial(composition.attention, settings)
             return *_push_forward(attention, saved.inputs, tangents), None, None
 
@@ -144,7 +137,7 @@ class _FunctionalAttention(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, operator, keyset, *args):
-        if args[operator.place["dropout_p"]] > 0.0 and info.randomness != "different":
+        if args[operator.dropout_p] > 0.0 and info.randomness != "different":
             raise RuntimeError(
                 "vmap of attention with dropout needs vmap(..., randomness='different'): every "
                 "call draws a mask of its own"
@@ -205,9 +198,9 @@ def _composed_gradients(ctx, saved):
 
 
 def _settings(call: _Call, rng_state, sequences) -> composition.Settings:
-    return composition.Settings(
-        call.numbers, tuple(map(_unwrapped, sequences)), _unwrapped(rng_state)
-    )
+    names = (call.operator.names[place] for place in call.operator.numbers)
+    numbers = dict(zip(names, call.numbers))
+    return composition.Settings(numbers, tuple(map(_unwrapped, sequences)), _unwrapped(rng_state))
 
 
 def _unwrapped(x: torch.Tensor) -> torch.Tensor:
@@ -277,28 +270,27 @@ def _gradients(call, dout, dlse, *tensors):
     Those of s_aux, attn_bias and alibi_slopes are None where they are not wanted; the last is
     composed.
     """
-    saved = _Saved(tensors[:6], *tensors[6:9], tensors[9:])
-    q, k, v, s_aux, attn_bias, _ = saved.inputs
+    q, k, v, s_aux, attn_bias, _ = tensors[:6]
     with torch.no_grad():
         dq, dk, dv = new_gradient(q), new_gradient(k), new_gradient(v)
         ds_aux = None if s_aux is None else new_gradient(s_aux, torch.float32)
         dattn_bias = new_gradient(attn_bias, torch.float32) if call.wants_attn_bias else None
-        given = {**call.numbers, **saved.named(), "dout": dout, "dlse": dlse}
-        given.update(dq=dq, dk=dk, dv=dv, ds_aux=ds_aux, dattn_bias=dattn_bias)
-        given["deterministic"] = True
-        backward = call.operator.backward
-        run(backward, backward.named(given))
+        own = (True, dout, dlse, dq, dk, dv, ds_aux, dattn_bias)
+        operator = call.operator
+        run(operator.backward, operator.backward_args_of((*call.numbers, *own, *tensors)))
         if ds_aux is not None:
             ds_aux = ds_aux.to(s_aux.dtype)
         if dattn_bias is not None:
             dattn_bias = dattn_bias.to(attn_bias.dtype)
-        dslopes = _gradient_of_slopes(call, saved, dout, dlse) if call.wants_alibi_slopes else None
+        dslopes = None
+        if call.wants_alibi_slopes:
+            dslopes = _gradient_of_slopes(call, dout, dlse, *tensors)
     return dq, dk, dv, ds_aux, dattn_bias, dslopes
 
 
-def _gradient_of_slopes(call: _Call, saved: _Saved, dout, dlse):
-    settings = _settings(call, saved.rng_state, saved.sequences)
-    return _pull_back(partial(composition.attention, settings), saved.inputs, (dout, dlse))[5]
+def _gradient_of_slopes(call: _Call, dout, dlse, *tensors):
+    settings = _settings(call, tensors[8], tensors[9:])
+    return _pull_back(partial(composition.attention, settings), tensors[:6], (dout, dlse))[5]
 
 
 def _record(operator: Operator, args):
@@ -329,7 +321,11 @@ def _derive(operator: Operator, backward: Operator) -> None:
     """Give a forward operator its derivatives."""
     operator.backward = backward
     operator.inputs_of = operator.getter(" ".join(_INPUTS))
-    operator.numbers_of = operators.itemgetter(*operator.numbers)
+    operator.inputs_of_apply = tuple(2 + place for place in operator.differentiable)
+    operator.numbers_of = itemgetter(*operator.numbers)
+    numbers = [operator.names[place] for place in operator.numbers]
+    given = [*numbers, *_OWN, *_INPUTS, *_SAVED, *_SEQUENCES]
+    operator.backward_args_of = itemgetter(*map(given.index, backward.names))
     tensors = {operator.names[place] for place in operator.tensors}
     operator.forward_only = operator.places(" ".join(tensors - set(backward.names)))
     operator.record = partial(_record, operator)

@@ -52,13 +52,9 @@ def new_rng_state(dropout_p: float) -> Tensor:
     return torch.zeros(2, dtype=torch.int64, device="cpu")
 
 
-def _has_dims(x: Optional[Tensor], ndim: int) -> bool:
-    return x is not None and x.dim() == ndim
-
-
 def dense_out(q: Tensor, v: Tensor) -> Tensor:
     """Return an uninitialised out, (batch, seqlen_q, nheads, headdim_v)."""
-    if not _has_dims(q, 4) or not _has_dims(v, 4):
+    if q.dim() != 4 or v.dim() != 4:
         return torch.empty(0)
     if q.shape[3] == v.shape[3] and q.is_contiguous():
         return torch.empty_like(q)  # the quickest
@@ -67,7 +63,7 @@ def dense_out(q: Tensor, v: Tensor) -> Tensor:
 
 def dense_lse(q: Tensor) -> Tensor:
     """Return an uninitialised softmax_lse, fp32 (batch, nheads, seqlen_q)."""
-    if not _has_dims(q, 4):
+    if q.dim() != 4:
         return torch.empty(0)
     batch, seqlen_q, nheads, _ = q.shape
     if q.is_cpu and q.__class__ is Tensor:
@@ -77,7 +73,7 @@ def dense_lse(q: Tensor) -> Tensor:
 
 def dense_s_dmask(q: Tensor, k: Tensor) -> Tensor:
     """Return an uninitialised S_dmask, (batch, nheads, ceil128(seqlen_q), ceil128(seqlen_k))."""
-    if not _has_dims(q, 4) or not _has_dims(k, 4):
+    if q.dim() != 4 or k.dim() != 4:
         return torch.empty(0)
     batch, seqlen_q, nheads, _ = q.shape
     rows, cols = round_multiple(seqlen_q, 128), round_multiple(k.shape[1], 128)
@@ -86,7 +82,7 @@ def dense_s_dmask(q: Tensor, k: Tensor) -> Tensor:
 
 def dense_softmax_d(q: Tensor) -> Tensor:
     """Return an uninitialised softmax_d, fp32 (batch, nheads, ceil128(seqlen_q))."""
-    if not _has_dims(q, 4):
+    if q.dim() != 4:
         return torch.empty(0)
     batch, seqlen_q, nheads, _ = q.shape
     return q.new_empty((batch, nheads, round_multiple(seqlen_q, 128)), dtype=torch.float32)
@@ -94,7 +90,7 @@ def dense_softmax_d(q: Tensor) -> Tensor:
 
 def varlen_out(q: Tensor, v: Tensor) -> Tensor:
     """Return an uninitialised out, (total_q, nheads, headdim_v); v may be paged."""
-    if not _has_dims(q, 3) or v is None or v.dim() == 0:
+    if q.dim() != 3 or v.dim() == 0:
         return torch.empty(0)
     if q.shape[2] == v.shape[-1] and q.is_contiguous():
         return torch.empty_like(q)  # the quickest
@@ -103,7 +99,7 @@ def varlen_out(q: Tensor, v: Tensor) -> Tensor:
 
 def varlen_lse(q: Tensor) -> Tensor:
     """Return an uninitialised softmax_lse, fp32 (nheads, total_q)."""
-    if not _has_dims(q, 3):
+    if q.dim() != 3:
         return torch.empty(0)
     return q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
 
@@ -113,7 +109,7 @@ def varlen_s_dmask(q: Tensor, k: Tensor, cu_seqlens_q, cu_seqlens_k, *max_seqlen
 
     ceil128 rounds up to a multiple of 128.
     """
-    if not _has_dims(q, 3) or not _has_dims(cu_seqlens_q, 1):
+    if q.dim() != 3 or cu_seqlens_q.dim() != 1:
         return torch.empty(0)
     batch = max(cu_seqlens_q.shape[0] - 1, 0)
     rows, cols = (round_multiple(torch.sym_max(n, 0), 128) for n in max_seqlens)
@@ -122,7 +118,7 @@ def varlen_s_dmask(q: Tensor, k: Tensor, cu_seqlens_q, cu_seqlens_k, *max_seqlen
 
 def varlen_softmax_d(q: Tensor, cu_seqlens_q: Tensor, *sequences) -> Tensor:
     """Return an uninitialised softmax_d, fp32 (nheads, total_q + 128 * batch)."""
-    if not _has_dims(q, 3) or not _has_dims(cu_seqlens_q, 1):
+    if q.dim() != 3 or cu_seqlens_q.dim() != 1:
         return torch.empty(0)
     columns = q.shape[0] + 128 * max(cu_seqlens_q.shape[0] - 1, 0)
     return q.new_empty((q.shape[1], columns), dtype=torch.float32)

@@ -19,7 +19,6 @@ _function_modes = torch._C._len_torch_function_stack
 _is_compiling = torch.compiler.is_compiling
 _is_grad_enabled = torch.is_grad_enabled
 _transforms_active = torch._C._are_functorch_transforms_active
-_any_requires_grad = torch._C._any_requires_grad
 _is_tracked = torch._C._functorch.is_gradtrackingtensor
 
 # Keys that this thread may add to those of its arguments: all but two ask for something here.
@@ -43,22 +42,18 @@ def run(operator, args, wants_all: bool = True):
     Raises:
         TypeError: an argument that should be a tensor is not one.
     """
-    if not _needs_no_dispatcher() or not _are_plain(operator, args):
+    if (
+        _is_compiling()
+        or _included_keys().raw_repr() & _ACTIVE_KEYS
+        or _function_modes()
+        or _profiler_enabled()
+        or not _are_plain(operator, args)
+    ):
         operator.check(args)
         return operator.dispatch(args)
     if operator.differentiable and needs_derivative(operator, args):
         return operator.record(args)
     return operator.kernel(args, wants_all)
-
-
-def _needs_no_dispatcher() -> bool:
-    """Whether the dispatcher would only call the kernel with plain tensors, gradients apart."""
-    return (
-        not _is_compiling()
-        and not _included_keys().raw_repr() & _ACTIVE_KEYS
-        and not _function_modes()
-        and not _profiler_enabled()
-    )
 
 
 def _are_plain(operator, args) -> bool:
@@ -76,7 +71,11 @@ def needs_derivative(operator, args) -> bool:
     """Whether a gradient is wanted, or the derivative in forward mode may be."""
     if forward_ad._current_level >= 0:
         return True
-    return _is_grad_enabled() and _any_requires_grad(*operator.differentiable_of(args))
+    if _is_grad_enabled():
+        for place in operator.differentiable:
+            if args[place] is not None and args[place].requires_grad:
+                return True
+    return False
 
 
 def refuse_derivatives(name: str, *tensors) -> None:

@@ -39,17 +39,22 @@ _LIBRARY_NAMES = {
 }
 
 
-def _readable(operator: Operator, args) -> list:
-    """Return a call's arguments as the library reads them: copies where it cannot."""
-    args = list(args)
+def _readable(operator: Operator, args):
+    """Return a call's arguments as the library reads them: with copies where it cannot."""
+    for place in operator.tensors:
+        x = args[place]
+        if x is not None and (x.is_neg() or not x.is_contiguous()):
+            return _with_copies(operator, list(args))
+    return args
+
+
+def _with_copies(operator: Operator, args: list) -> list:
     for place in operator.tensors:
         x = args[place]
         if x is not None and x.is_neg():
             args[place] = without_negation(operator.names[place], x, place in operator.written)
     for place in operator.copied:
-        x = args[place]
-        if x is not None and not x.is_contiguous():
-            args[place] = maybe_contiguous(x)
+        args[place] = maybe_contiguous(args[place])
     return args
 
 
@@ -73,13 +78,14 @@ def _attend(operator: Operator, args, wants_all: bool = True, out=None, rng_stat
         _check_out(out)
     written = out
     if q.is_cuda or emulator_in_use():
-        *args[:3], written = map(buffers.for_cuda, (q, k, v, out))
+        *inputs, written = map(buffers.for_cuda, (q, k, v, out))
+        args = (*inputs, *args[3:])
     softmax_lse = operator.layout.lse(q) if wants_all else None
-    dropout_p = args[operator.place["dropout_p"]]
+    dropout_p = args[operator.dropout_p]
     if rng_state is None and (wants_all or dropout_p > 0.0):
         rng_state = buffers.new_rng_state(dropout_p)
     s_dmask = None
-    if args[operator.place["return_softmax"]]:
+    if args[operator.return_softmax]:
         s_dmask = operator.layout.s_dmask(q, k, *args[operator.sequences])
     operator.function(*args, written, softmax_lse, s_dmask, rng_state)
     if written is not out:
@@ -96,6 +102,7 @@ def _differentiate(operator: Operator, args, wants_all: bool = True):
     softmax_d = operator.layout.softmax_d(args[place["q"]], *args[operator.sequences])
     for name in ("q", "k", "v"):
         if args[place["d" + name]] is None:
+            args = list(args)
             args[place["d" + name]] = buffers.new_gradient(args[place[name]])
     operator.function(*args, softmax_d)
     return softmax_d
@@ -118,11 +125,10 @@ def _attend_cache(operator: Operator, args, wants_all: bool = True, out=None):
     else:
         _check_out(out)
     softmax_lse = buffers.dense_lse(q) if wants_all else None
-    written = [args[place] for place in operator.written]
-    versioned = [cache for cache in written if not cache.is_inference()]
     operator.function(*args, out, softmax_lse)
-    for cache in versioned:
-        torch.autograd.graph.increment_version(cache)
+    for place in operator.written:
+        if not args[place].is_inference():
+            torch.autograd.graph.increment_version(args[place])
     return out, softmax_lse
 
 

@@ -30,7 +30,7 @@ from flash_attn._schema import Operator
 def _fake_attend(operator: Operator, args):
     q, k, v = args[:3]
     s_dmask = q.new_empty(0)
-    if args[operator.place["return_softmax"]]:
+    if args[operator.return_softmax]:
         s_dmask = operator.layout.s_dmask(q, k, *args[operator.sequences])
     rng_state = torch.empty(2, dtype=torch.int64, device="cpu")
     return operator.layout.out(q, v), operator.layout.lse(q), s_dmask, rng_state

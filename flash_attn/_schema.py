@@ -40,6 +40,7 @@ class Operator:
         differentiable: places of those with a gradient.
         sequences: slice of cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k; may be empty.
         layout: of the batch, dense or packed.
+        dropout_p, return_softmax: places of these, if it has them.
 
     Attributes that the modules above set:
         kernel: ``kernel(args, wants_all=True)`` computes the results (``_kernels.py``).
@@ -56,11 +57,11 @@ class Operator:
         self.place = {name: i for i, name in enumerate(self.names)}
         self.written = self.places(written)
         self.differentiable = self.places(differentiable)
-        self.differentiable_of = self.getter(differentiable) if differentiable else None
         self.schema = self._schema(results)
         self._find_tensors()
         self._find_numbers()
         self._find_tails()
+        self.dropout_p, self.return_softmax = map(self.place.get, ("dropout_p", "return_softmax"))
         self.kernel = self.overload = self.record = self.backward = None
         self.dispatch = self.through_dispatcher
 

@@ -77,6 +77,8 @@ __all__ = [
 
 USE_TRITON_ROCM = False
 
+_NO_PART_OF_KEYS = (None, None, False, 0)  # leftpad_k, seqused_k, zero_tensors, num_splits
+
 _wrapped_flash_attn_forward = torch.ops.flash_attn._flash_attn_forward
 _wrapped_flash_attn_varlen_forward = torch.ops.flash_attn._flash_attn_varlen_forward
 _wrapped_flash_attn_backward = torch.ops.flash_attn._flash_attn_backward
@@ -108,8 +110,8 @@ def _score(q, dropout_p, softmax_scale, causal, window_size, softcap) -> tuple:
         float(dropout_p) if type(dropout_p) is float else number("dropout_p", dropout_p),
         _default_scale(q) if softmax_scale is None else number("softmax_scale", softmax_scale),
         bool(causal) if type(causal) is bool else flag("causal", causal),
-        as_int("window_size[0]", left),
-        as_int("window_size[1]", right),
+        left if type(left) is int else as_int("window_size[0]", left),
+        right if type(right) is int else as_int("window_size[1]", right),
         float(softcap) if type(softcap) is float else number("softcap", softcap),
     )
 
@@ -165,7 +167,7 @@ def flash_attn_func(
     score = _score(q, dropout_p, softmax_scale, causal, window_size, softcap)
     return_s_dmask = flag("return_attn_probs", return_attn_probs) and score[0] > 0.0
     args = (q, k, v, *score, alibi_slopes, return_s_dmask, s_aux, four_dims(attn_bias))
-    out, softmax_lse, s_dmask, _ = run(FORWARD, args, wants_all=return_attn_probs)
+    out, softmax_lse, s_dmask, _ = run(FORWARD, args, return_attn_probs)
     return (out, softmax_lse, s_dmask) if return_attn_probs else out
 
 
@@ -272,12 +274,11 @@ def flash_attn_varlen_func(
     max_seqlens = as_int("max_seqlen_q", max_seqlen_q), as_int("max_seqlen_k", max_seqlen_k)
     score = _score(q, dropout_p, softmax_scale, causal, window_size, softcap)
     return_s_dmask = flag("return_attn_probs", return_attn_probs) and score[0] > 0.0
-    args = (q, k, v, cu_seqlens_q, cu_seqlens_k, *max_seqlens, *score, alibi_slopes)
-    rest = VARLEN_FORWARD.complete(
-        (*args, return_s_dmask, block_table),
-        {"s_aux": s_aux, "attn_bias": four_dims(attn_bias)},
-    )
-    out, softmax_lse, s_dmask, _ = run(VARLEN_FORWARD, rest, wants_all=return_attn_probs)
+    sequences = (cu_seqlens_q, cu_seqlens_k, *max_seqlens)
+    keys = (block_table, *_NO_PART_OF_KEYS)
+    extensions = (s_aux, four_dims(attn_bias))
+    args = (q, k, v, *sequences, *score, alibi_slopes, return_s_dmask, *keys, *extensions)
+    out, softmax_lse, s_dmask, _ = run(VARLEN_FORWARD, args, return_attn_probs)
     return (out, softmax_lse, s_dmask) if return_attn_probs else out
 
 
