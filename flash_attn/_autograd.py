@@ -307,14 +307,14 @@ def _dispatch(operator: Operator, args):
     return operator.through_dispatcher(args)
 
 
-def _autograd_kernel(operator: Operator, keyset, *args, **kwargs):
-    args = operator.complete(args, kwargs)
+def _autograd_kernel(operator: Operator, keyset, *given, **by_name):
+    args = operator.complete(given, by_name)
     if _dtensor.is_dtensor(args[0]) or _transforms_active():
         return _dispatch(operator, args)
     keyset = keyset & torch._C._after_autograd_keyset
-    if needs_derivative(operator, args):
+    if needs_derivative(torch._C._any_requires_grad(*operator.inputs_of(args))):
         return _Attention.apply(operator, keyset, *args)
-    return operator.redispatch(keyset, args)
+    return operator.overload.redispatch(keyset, *given, **by_name)
 
 
 def _derive(operator: Operator, backward: Operator) -> None:

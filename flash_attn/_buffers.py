@@ -54,11 +54,12 @@ def new_rng_state(dropout_p: float) -> Tensor:
 
 def dense_out(q: Tensor, v: Tensor) -> Tensor:
     """Return an uninitialised out, (batch, seqlen_q, nheads, headdim_v)."""
-    if q.dim() != 4 or v.dim() != 4:
+    shape, shape_v = q.shape, v.shape
+    if len(shape) != 4 or len(shape_v) != 4:
         return torch.empty(0)
-    if q.shape[3] == v.shape[3] and q.is_contiguous():
+    if shape[3] == shape_v[3] and q.is_contiguous():
         return torch.empty_like(q)  # the quickest
-    return q.new_empty((*q.shape[:3], v.shape[3]))
+    return q.new_empty((*shape[:3], shape_v[3]))
 
 
 def dense_lse(q: Tensor) -> Tensor:
@@ -90,11 +91,12 @@ def dense_softmax_d(q: Tensor) -> Tensor:
 
 def varlen_out(q: Tensor, v: Tensor) -> Tensor:
     """Return an uninitialised out, (total_q, nheads, headdim_v); v may be paged."""
-    if q.dim() != 3 or v.dim() == 0:
+    shape, shape_v = q.shape, v.shape
+    if len(shape) != 3 or not shape_v:
         return torch.empty(0)
-    if q.shape[2] == v.shape[-1] and q.is_contiguous():
+    if shape[2] == shape_v[-1] and q.is_contiguous():
         return torch.empty_like(q)  # the quickest
-    return q.new_empty((q.shape[0], q.shape[1], v.shape[-1]))
+    return q.new_empty((*shape[:2], shape_v[-1]))
 
 
 def varlen_lse(q: Tensor) -> Tensor:

@@ -8,6 +8,8 @@ these may go straight to the implementation, with the same result.
 
 from __future__ import annotations
 
+from typing import Optional
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -47,35 +49,38 @@ def run(operator, args, wants_all: bool = True):
         or _included_keys().raw_repr() & _ACTIVE_KEYS
         or _function_modes()
         or _profiler_enabled()
-        or not _are_plain(operator, args)
+        or (requires_grad := _plain_requires_grad(operator, args)) is None
     ):
         operator.check(args)
         return operator.dispatch(args)
-    if operator.differentiable and needs_derivative(operator, args):
-        return operator.record(args)
+    if (requires_grad or forward_ad._current_level >= 0) and operator.differentiable:
+        if needs_derivative(requires_grad):
+            return operator.record(args)
     return operator.kernel(args, wants_all)
 
 
-def _are_plain(operator, args) -> bool:
-    """Whether all tensors are of no subclass and, where they must be, given."""
+def _plain_requires_grad(operator, args) -> Optional[bool]:
+    """Return whether a tensor requires a gradient, or None.
+
+    None: a tensor that must be given is not, or one is of a subclass, or on another device.
+    """
+    requires_grad = False
     for place in operator.required:
         if args[place].__class__ not in _TENSOR_CLASSES:
-            return False
+            return None
+        if args[place].requires_grad:
+            requires_grad = True
     for place in operator.optional:
-        if args[place] is not None and args[place].__class__ not in _TENSOR_CLASSES:
-            return False
-    return args[0].is_cpu or args[0].is_cuda
+        if args[place] is not None:
+            if args[place].__class__ not in _TENSOR_CLASSES:
+                return None
+            requires_grad = requires_grad or args[place].requires_grad
+    return requires_grad if args[0].is_cpu or args[0].is_cuda else None
 
 
-def needs_derivative(operator, args) -> bool:
+def needs_derivative(requires_grad: bool) -> bool:
     """Whether a gradient is wanted, or the derivative in forward mode may be."""
-    if forward_ad._current_level >= 0:
-        return True
-    if _is_grad_enabled():
-        for place in operator.differentiable:
-            if args[place] is not None and args[place].requires_grad:
-                return True
-    return False
+    return forward_ad._current_level >= 0 or (requires_grad and _is_grad_enabled())
 
 
 def refuse_derivatives(name: str, *tensors) -> None:

@@ -41,9 +41,12 @@ _LIBRARY_NAMES = {
 
 def _readable(operator: Operator, args):
     """Return a call's arguments as the library reads them: with copies where it cannot."""
-    for place in operator.tensors:
+    for place in operator.copied:
         x = args[place]
         if x is not None and (x.is_neg() or not x.is_contiguous()):
+            return _with_copies(operator, list(args))
+    for place in operator.others:
+        if args[place] is not None and args[place].is_neg():
             return _with_copies(operator, list(args))
     return args
 
@@ -140,6 +143,7 @@ def _implement(operator: Operator, kernel: Callable, function: str, results: str
     names = [_LIBRARY_NAMES.get(name, name) for name in operator.names]
     operator.function = bind(function, " ".join(names) + " " + results)
     operator.copied = operator.places(copied)
+    operator.others = tuple(place for place in operator.tensors if place not in operator.copied)
     operator.kernel = partial(kernel, operator)
 
 

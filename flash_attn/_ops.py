@@ -7,6 +7,7 @@ A package that declares an operator of these names by ``torch.library.custom_op`
 from __future__ import annotations
 
 import sys
+from functools import partial
 from typing import Callable
 
 import torch
@@ -60,6 +61,12 @@ def _swap(old, new) -> None:
                 setattr(module, name, new)
 
 
+def _with_all_arguments(operator: Operator, function: Callable) -> Callable:
+    """Return a function of a call as the dispatcher makes it, by ``function(args)``."""
+    complete = operator.complete
+    return lambda *args, **kwargs: function(complete(args, kwargs))
+
+
 class _Registration(torch.library.Library):
     """The library of one operator, under its own name or another."""
 
@@ -71,17 +78,11 @@ class _Registration(torch.library.Library):
         # Implementations read negative views; torch's own way gives up on those written to.
         self.impl(name, torch.library.fallthrough_kernel, "Negative")
         for device in ("CPU", "CUDA"):
-            self.impl(name, self._run_kernel, device)
+            self.impl(name, _with_all_arguments(operator, operator.kernel), device)
         # torch.library.register_fake would give it to an earlier custom_op of this name.
-        self._register_fake(name, self._run_fake)
+        self._register_fake(name, _with_all_arguments(operator, partial(fake, operator)))
         self.packet = getattr(torch.ops.flash_attn, name)
         operator.overload = self.packet.default
-
-    def _run_kernel(self, *args, **kwargs):
-        return self.operator.kernel(self.operator.complete(args, kwargs))
-
-    def _run_fake(self, *args, **kwargs):
-        return self.fake(self.operator, self.operator.complete(args, kwargs))
 
     def set_autograd(self, kernel) -> None:
         """Register the kernel that derives gradients."""

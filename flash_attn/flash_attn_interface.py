@@ -99,20 +99,20 @@ def _get_block_size_n(device, head_dim, is_dropout, is_causal):
 
 
 def _default_scale(q: Tensor) -> float:
-    headdim = q.shape[-1] if isinstance(q, Tensor) and q.dim() else 0
-    return headdim**-0.5 if headdim else 1.0
+    shape = q.shape if isinstance(q, Tensor) else ()
+    return shape[-1] ** -0.5 if shape and shape[-1] else 1.0
 
 
 def _score(q, dropout_p, softmax_scale, causal, window_size, softcap) -> tuple:
     """Return the operators' arguments from dropout_p to softcap."""
     left, right = window_size
     return (
-        float(dropout_p) if type(dropout_p) is float else number("dropout_p", dropout_p),
+        float(dropout_p) if dropout_p.__class__ is float else number("dropout_p", dropout_p),
         _default_scale(q) if softmax_scale is None else number("softmax_scale", softmax_scale),
-        bool(causal) if type(causal) is bool else flag("causal", causal),
-        left if type(left) is int else as_int("window_size[0]", left),
-        right if type(right) is int else as_int("window_size[1]", right),
-        float(softcap) if type(softcap) is float else number("softcap", softcap),
+        bool(causal) if causal.__class__ is bool else flag("causal", causal),
+        as_int("window_size[0]", left),
+        as_int("window_size[1]", right),
+        float(softcap) if softcap.__class__ is float else number("softcap", softcap),
     )
 
 
@@ -274,10 +274,16 @@ def flash_attn_varlen_func(
     max_seqlens = as_int("max_seqlen_q", max_seqlen_q), as_int("max_seqlen_k", max_seqlen_k)
     score = _score(q, dropout_p, softmax_scale, causal, window_size, softcap)
     return_s_dmask = flag("return_attn_probs", return_attn_probs) and score[0] > 0.0
-    sequences = (cu_seqlens_q, cu_seqlens_k, *max_seqlens)
-    keys = (block_table, *_NO_PART_OF_KEYS)
-    extensions = (s_aux, four_dims(attn_bias))
-    args = (q, k, v, *sequences, *score, alibi_slopes, return_s_dmask, *keys, *extensions)
+    args = (
+        *(q, k, v, cu_seqlens_q, cu_seqlens_k, *max_seqlens),
+        *score,
+        alibi_slopes,
+        return_s_dmask,
+        block_table,
+        *_NO_PART_OF_KEYS,
+        s_aux,
+        four_dims(attn_bias),
+    )
     out, softmax_lse, s_dmask, _ = run(VARLEN_FORWARD, args, return_attn_probs)
     return (out, softmax_lse, s_dmask) if return_attn_probs else out
 

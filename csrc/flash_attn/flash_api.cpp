@@ -93,7 +93,6 @@ class Value {
                                                     std::numeric_limits<int32_t>::max()));
   }
   operator const flash_attn_tensor*() const {  // NOLINT(google-explicit-*)
-    if (given_ == nullptr) return nullptr;
     describe(as<TensorView>("a tensor or None"), *tensor_);
     return tensor_;
   }
@@ -114,6 +113,7 @@ class Value {
 template <class Args>
 struct Argument {
   std::string_view name;
+  bool is_tensor;
   void (*set)(Args&, const Value&);
 };
 
@@ -144,7 +144,8 @@ void call(Run<Args> run, const std::vector<const Argument<Args>*>& order, Packed
   std::array<flash_attn_tensor, kArguments<Args>.size()> tensors;
   Args args{};
   for (int i = 0; i < count; ++i) {
-    if (order[i] == nullptr) continue;
+    const bool is_absent = order[i] == nullptr || (order[i]->is_tensor && given[i] == nullptr);
+    if (is_absent) continue;
     flash_attn_tensor& tensor = tensors[order[i] - kArguments<Args>.data()];
     order[i]->set(args, {order[i]->name, given[i], &tensor});
   }

@@ -2,9 +2,9 @@
 
     python generate_arguments.py flash_attn.h arguments.inc
 
-For each ``typedef struct NAME_args`` of the header: a list of rows {name, function that sets the
-member}. A struct in a struct adds its members. What is no argument of a caller in Python, pointers
-to void and sizes of memory, is left out.
+For each ``typedef struct NAME_args`` of the header: a list of rows {name, whether it is a tensor,
+function that sets the member}. A struct in a struct adds its members. What is no argument of a
+caller in Python, pointers to void and sizes of memory, is left out.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ _MEMBER = re.compile(r"\s*(?:const )?(\w+)\s*(\*?.+)", re.DOTALL)
 _NOT_FROM_PYTHON = ("void", "size_t")
 
 
-def members(structs: dict[str, str], name: str, prefix: str = "") -> Iterator[str]:
-    """Yield the members of a struct, those of a struct in it as ``outer.inner``."""
+def members(structs: dict[str, str], name: str, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield type and name of a struct's members, those of a struct in it as ``outer.inner``."""
     for declaration in structs[name].split(";")[:-1]:
         kind, declarators = _MEMBER.fullmatch(declaration).groups()
         for declarator in declarators.split(","):
@@ -29,16 +29,18 @@ def members(structs: dict[str, str], name: str, prefix: str = "") -> Iterator[st
             if kind in structs:
                 yield from members(structs, kind, member + ".")
             elif kind not in _NOT_FROM_PYTHON:
-                yield member
+                yield kind, member
 
 
 def rows(structs: dict[str, str], name: str) -> Iterator[str]:
     """Yield the C++ list of a struct's arguments, a line each."""
     yield "template <>"
     yield f"inline constexpr auto kArguments<{name}> = std::to_array<Argument<{name}>>({{"
-    for member in members(structs, name):
+    for kind, member in members(structs, name):
         own_name = member.rpartition(".")[2]
-        yield f'    {{"{own_name}", []({name}& args, const Value& x) {{ args.{member} = x; }}}},'
+        is_tensor = str(kind == "flash_attn_tensor").lower()
+        setter = f"[]({name}& args, const Value& x) {{ args.{member} = x; }}"
+        yield f'    {{"{own_name}", {is_tensor}, {setter}}},'
     yield "});"
 
 
