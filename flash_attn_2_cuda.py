@@ -10,18 +10,50 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from flash_attn import _buffers as buffers
-from flash_attn import _kernels as kernels
-from flash_attn._arguments import flag, wrong_kind
-from flash_attn._functions import as_int, score_numbers
+from flash_attn import _autograd  # noqa: F401  (completes the operators)
+from flash_attn._arguments import wrong_kind
+from flash_attn._buffers import new_gradient
+from flash_attn._functions import (
+    BACKWARD,
+    FORWARD,
+    KVCACHE,
+    KVCACHE_APPEND,
+    VARLEN_BACKWARD,
+    VARLEN_FORWARD,
+)
+
+# The operators' names of arguments that have another one here.
+_OPERATOR_NAMES = {
+    "p_dropout": "dropout_p",
+    "is_causal": "causal",
+    "is_rotary_interleaved": "rotary_interleaved",
+}
 
 
-def _reject_generator(generator) -> None:
-    if generator is not None:
+def _arguments(operator, given: dict) -> tuple:
+    """Return the operator's arguments of those that an entry point was given, by their names."""
+    named = {_OPERATOR_NAMES.get(name, name): x for name, x in given.items()}
+    return operator.converted(operator.named(named))
+
+
+def _reject_generator(given: dict) -> None:
+    if given.get("generator") is not None:
         raise RuntimeError(
             "flash-attn: the RNG `generator` argument is no longer supported and must be None; "
             "dropout draws from torch's default generator, which torch.manual_seed seeds."
         )
+
+
+def _attend(operator, given: dict) -> list:
+    _reject_generator(given)
+    return list(operator.kernel(_arguments(operator, given), out=given["out"]))
+
+
+def _differentiate(operator, given: dict) -> list:
+    _reject_generator(given)
+    gradients = [_gradient(name, given[name], given["d" + name]) for name in ("q", "k", "v")]
+    given = {**given, **dict(zip(("dq", "dk", "dv"), gradients))}
+    return [*gradients, operator.kernel(_arguments(operator, given))]
 
 
 def _gradient(name, x, grad):
@@ -30,7 +62,7 @@ def _gradient(name, x, grad):
         return grad
     if not isinstance(x, Tensor):
         raise wrong_kind(name, x)
-    return buffers.new_gradient(x)
+    return new_gradient(x)
 
 
 def fwd(
@@ -53,28 +85,7 @@ def fwd(
 
     ``out`` is written when given; ``generator`` must be None.
     """
-    _reject_generator(generator)
-    p_dropout, softmax_scale, is_causal, window_size_left, window_size_right, softcap = (
-        score_numbers(
-            p_dropout, softmax_scale, is_causal, window_size_left, window_size_right, softcap
-        )
-    )
-    return list(
-        kernels.forward(
-            q,
-            k,
-            v,
-            p_dropout,
-            softmax_scale,
-            is_causal,
-            window_size_left,
-            window_size_right,
-            softcap,
-            alibi_slopes,
-            return_softmax,
-            out=out,
-        )
-    )
+    return _attend(FORWARD, locals())
 
 
 def varlen_fwd(
@@ -106,37 +117,7 @@ def varlen_fwd(
 
     ``out`` is written when given; ``generator`` must be None.
     """
-    _reject_generator(generator)
-    p_dropout, softmax_scale, is_causal, window_size_left, window_size_right, softcap = (
-        score_numbers(
-            p_dropout, softmax_scale, is_causal, window_size_left, window_size_right, softcap
-        )
-    )
-    return list(
-        kernels.varlen_forward(
-            q,
-            k,
-            v,
-            cu_seqlens_q,
-            cu_seqlens_k,
-            as_int("max_seqlen_q", max_seqlen_q),
-            as_int("max_seqlen_k", max_seqlen_k),
-            p_dropout,
-            softmax_scale,
-            is_causal,
-            window_size_left,
-            window_size_right,
-            softcap,
-            alibi_slopes,
-            return_softmax,
-            block_table,
-            leftpad_k,
-            seqused_k,
-            bool(zero_tensors),
-            as_int("num_splits", num_splits),
-            out=out,
-        )
-    )
+    return _attend(VARLEN_FORWARD, locals())
 
 
 def bwd(
@@ -166,34 +147,7 @@ def bwd(
     ``dq``, ``dk``, ``dv`` are written when given; ``generator`` must be None; ``rng_state`` is the
     forward's.
     """
-    _reject_generator(generator)
-    p_dropout, softmax_scale, is_causal, window_size_left, window_size_right, softcap = (
-        score_numbers(
-            p_dropout, softmax_scale, is_causal, window_size_left, window_size_right, softcap
-        )
-    )
-    dq, dk, dv = _gradient("q", q, dq), _gradient("k", k, dk), _gradient("v", v, dv)
-    softmax_d = kernels.backward(
-        dout,
-        q,
-        k,
-        v,
-        out,
-        softmax_lse,
-        dq,
-        dk,
-        dv,
-        p_dropout,
-        softmax_scale,
-        is_causal,
-        window_size_left,
-        window_size_right,
-        softcap,
-        alibi_slopes,
-        bool(deterministic),
-        rng_state,
-    )
-    return [dq, dk, dv, softmax_d]
+    return _differentiate(BACKWARD, locals())
 
 
 def varlen_bwd(
@@ -228,39 +182,7 @@ def varlen_bwd(
     ``dq``, ``dk``, ``dv`` are written when given; ``generator`` must be None; ``rng_state`` is the
     forward's.
     """
-    _reject_generator(generator)
-    p_dropout, softmax_scale, is_causal, window_size_left, window_size_right, softcap = (
-        score_numbers(
-            p_dropout, softmax_scale, is_causal, window_size_left, window_size_right, softcap
-        )
-    )
-    dq, dk, dv = _gradient("q", q, dq), _gradient("k", k, dk), _gradient("v", v, dv)
-    softmax_d = kernels.varlen_backward(
-        dout,
-        q,
-        k,
-        v,
-        out,
-        softmax_lse,
-        dq,
-        dk,
-        dv,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        as_int("max_seqlen_q", max_seqlen_q),
-        as_int("max_seqlen_k", max_seqlen_k),
-        p_dropout,
-        softmax_scale,
-        is_causal,
-        window_size_left,
-        window_size_right,
-        softcap,
-        alibi_slopes,
-        bool(deterministic),
-        rng_state,
-        bool(zero_tensors),
-    )
-    return [dq, dk, dv, softmax_d]
+    return _differentiate(VARLEN_BACKWARD, locals())
 
 
 def fwd_kvcache(
@@ -290,30 +212,5 @@ def fwd_kvcache(
 
     ``out`` is written when given.
     """
-    _, softmax_scale, is_causal, window_size_left, window_size_right, softcap = score_numbers(
-        0.0, softmax_scale, is_causal, window_size_left, window_size_right, softcap
-    )
-    return list(
-        kernels.kvcache_attend(
-            q,
-            k_cache,
-            v_cache,
-            k,
-            v,
-            cache_seqlens,
-            rotary_cos,
-            rotary_sin,
-            cache_batch_idx,
-            cache_leftpad,
-            block_table,
-            alibi_slopes,
-            softmax_scale,
-            is_causal,
-            window_size_left,
-            window_size_right,
-            softcap,
-            flag("is_rotary_interleaved", is_rotary_interleaved),
-            as_int("num_splits", num_splits),
-            out=out,
-        )
-    )
+    is_appending = k is not None or v is not None
+    return _attend(KVCACHE_APPEND if is_appending else KVCACHE, locals())

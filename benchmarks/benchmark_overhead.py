@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
-from flash_attn._library import lib
+from flash_attn._functions import FORWARD
 
 
 def make_calls():
@@ -31,8 +31,9 @@ def make_calls():
     operator = torch.ops.flash_attn._flash_attn_forward.default
 
     def bare():
-        none = (None, None, None, None, None)
-        lib.mha_fwd(q, k, v, out, softmax_lse, *none, 0.0, 0.35, False, -1, -1, 0.0)
+        results = (out, softmax_lse, None, None)
+        numbers = (0.0, 0.35, False, -1, -1, 0.0)
+        FORWARD.function(q, k, v, *numbers, None, False, None, None, *results)
 
     def forward_backward(function):
         return torch.autograd.grad(function(q_grad, k_grad, v_grad), (q_grad, k_grad, v_grad), dout)

@@ -6,9 +6,13 @@ of a conjugate) has the sign of its elements in a bit of its own, which DLPack d
 
 from __future__ import annotations
 
-from typing import Any, Callable
+from operator import index
+from typing import Any
 
+import torch
 from torch import Tensor
+
+_INTEGERS = (int, torch.SymInt)
 
 
 def wrong_kind(name: str, x: Any, expected: str = "a torch.Tensor") -> TypeError:
@@ -42,50 +46,38 @@ def number(name: str, x: Any) -> float:
 
 def flag(name: str, x: Any) -> bool:
     """Return ``x``, a bool of Python, numpy or torch, a number or None, as a bool."""
-    if x.__class__ is not bool and x is not None and not hasattr(x, "__bool__"):
+    if x.__class__ is bool:
+        return x
+    if x is not None and not hasattr(x, "__bool__"):
         raise wrong_kind(name, x, "a bool")
     return bool(x)
 
 
-# ------------------------------------------------------------------------------------------------
-# Tensors on their way to the library
+def as_int(name: str, x: Any) -> int:
+    """Return ``x``, an integer or a 0-dim tensor, as an int; raise TypeError if it is neither.
 
-_NAMES = """
-q k v out dout dq dk dv softmax_lse dlse s_dmask rng_state alibi_slopes s_aux ds_aux attn_bias
-dattn_bias cu_seqlens_q cu_seqlens_k seqused_k leftpad_k block_table k_cache v_cache cache_seqlens
-rotary_cos rotary_sin cache_batch_idx cache_leftpad
-"""
-_TENSORS = frozenset(_NAMES.split())
-
-
-def are_plain(required: tuple, *optional) -> bool:
-    """Whether all are tensors, or None among ``optional``, and hold their elements as they are."""
-    try:
-        for x in required:
-            if x.is_neg():
-                return False
-        for x in optional:
-            if x is not None and x.is_neg():
-                return False
-    except AttributeError:
-        return False
-    return True
-
-
-def call_plain(function: Callable, arguments: dict, required: str, written: str = ""):
-    """Return ``function(**arguments)`` with copies of the negative views among the arguments.
-
-    ``required``: the names of tensors that must not be None; ``written``: those of tensors that the
-    function writes to. Raises TypeError for what is not a tensor, RuntimeError for a negative view
-    that would be written to.
+    What torch.compile and torch.export trace as a number stays one that they trace.
     """
-    plain = dict(arguments)
-    for name in _TENSORS.intersection(arguments):
-        x = arguments[name]
-        if x is None and name not in required.split():
-            continue
-        check_tensors(**{name: x})
-        if x.is_neg() and name in written.split():
-            raise RuntimeError(f"{name} must not be a negative view (is_neg()): it is written to")
-        plain[name] = x.resolve_neg()
-    return function(**plain)
+    if isinstance(x, _INTEGERS):
+        return x
+    if isinstance(x, Tensor):
+        item = x.item()
+        return int(item) if isinstance(item, float) else item
+    try:
+        return index(x)
+    except TypeError:
+        raise wrong_kind(name, x, "an int or a torch.Tensor") from None
+
+
+def four_dims(attn_bias: Any) -> Any:
+    """Return ``attn_bias``, if it is a tensor, with leading dimensions of size 1 up to four."""
+    if attn_bias is None or not isinstance(attn_bias, Tensor) or attn_bias.dim() >= 4:
+        return attn_bias
+    return attn_bias[(None,) * (4 - attn_bias.dim())]
+
+
+def without_negation(name: str, x: Tensor, is_written: bool) -> Tensor:
+    """Return a copy of ``x``, a negative view, as its elements are; raise if it is written to."""
+    if is_written:
+        raise RuntimeError(f"{name} must not be a negative view (is_neg()): it is written to")
+    return x.resolve_neg()

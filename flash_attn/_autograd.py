@@ -12,85 +12,62 @@ Each derivative has two faces: ``_Attention`` for autograd alone, without the co
 from __future__ import annotations
 
 from functools import partial
-from typing import Callable, NamedTuple
+from operator import itemgetter
+from typing import NamedTuple
 
 import torch
 from torch.autograd import forward_ad
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
 from flash_attn import _composition as composition
-from flash_attn import _dtensor, _ops
-from flash_attn import _kernels as kernels
+from flash_attn import _dtensor
 from flash_attn._buffers import maybe_contiguous, new_gradient
-from flash_attn._eager import is_plain, needs_no_dispatcher
+from flash_attn._eager import needs_derivative, run
+from flash_attn._functions import BACKWARD, FORWARD, VARLEN_BACKWARD, VARLEN_FORWARD
+from flash_attn._ops import registered
+from flash_attn._schema import Operator
 
 _transforms_active = torch._C._are_functorch_transforms_active
 
-
-class _Operators(NamedTuple):
-    """A forward operator and its backward.
-
-    The arguments after q, k, v begin alike in both: tensors of the sequences, numbers,
-    alibi_slopes.
-    """
-
-    forward: torch._ops.OpOverload
-    backward: torch._ops.OpOverload
-    forward_kernel: Callable
-    backward_kernel: Callable
-    num_sequence_tensors: int
-    alibi_slopes: int  # its place
+_INPUTS = ("q", "k", "v", "s_aux", "attn_bias", "alibi_slopes")
+# What a backward operator takes besides the forward's numbers and inputs, in the order in which
+# ``_gradients`` has it.
+_SAVED = ("out", "softmax_lse", "rng_state")
+_OWN = ("deterministic", "dout", "dlse", "dq", "dk", "dv", "ds_aux", "dattn_bias")
+_SEQUENCES = ("cu_seqlens_q", "cu_seqlens_k")
 
 
-_DENSE = _Operators(
-    torch.ops.flash_attn._flash_attn_forward.default,
-    torch.ops.flash_attn._flash_attn_backward.default,
-    kernels.forward,
-    kernels.backward,
-    num_sequence_tensors=0,
-    alibi_slopes=6,
-)
-_VARLEN = _Operators(
-    torch.ops.flash_attn._flash_attn_varlen_forward.default,
-    torch.ops.flash_attn._flash_attn_varlen_backward.default,
-    kernels.varlen_forward,
-    kernels.varlen_backward,
-    num_sequence_tensors=2,
-    alibi_slopes=10,
-)
-# Of the varlen operator's arguments after q, k, v: how many have no default, and the defaults of
-# the others. The dispatcher leaves out trailing arguments that equal their default.
-_VARLEN_REQUIRED = 7
-_VARLEN_DEFAULTS = (-1, -1, 0.0, None, False, None, None, None, False, 0)
-_VARLEN_FORWARD_ONLY = slice(12, 15)  # block_table, leftpad_k, seqused_k
-_NUM_INPUTS = 5  # q, k, v, s_aux, attn_bias; alibi_slopes comes among the arguments
+class _Call(NamedTuple):
+    """A call of a forward operator without its tensors."""
 
-
-def _save(ctx, inputs, results) -> None:
-    """Keep in ctx what the derivatives need."""
-    operators, _, q, k, v, s_aux, attn_bias, *args = inputs
-    out, softmax_lse, s_dmask, rng_state = results
-    place = operators.alibi_slopes
-    saved = (q, k, v, s_aux, attn_bias, args[place], out, softmax_lse, rng_state)
-    sequences = args[: operators.num_sequence_tensors]
-    ctx.save_for_backward(*saved, *sequences)
-    if forward_ad._current_level >= 0:
-        ctx.save_for_forward(*saved, *sequences)
-    ctx.operators = operators
-    ctx.numbers = args[operators.num_sequence_tensors : place]
-    ctx.forward_only = any(x is not None for x in args[_VARLEN_FORWARD_ONLY])
-    ctx.mark_non_differentiable(s_dmask, rng_state)
-    ctx.set_materialize_grads(False)
+    operator: Operator
+    numbers: tuple  # in the order of the operator's
+    wants_attn_bias: bool = False  # its gradient
+    wants_alibi_slopes: bool = False
 
 
 class _Saved(NamedTuple):
-    """What ``_save`` kept."""
+    """The tensors of a call that its derivatives need."""
 
     inputs: tuple  # q, k, v, s_aux, attn_bias, alibi_slopes
     out: torch.Tensor
     softmax_lse: torch.Tensor
     rng_state: torch.Tensor
     sequences: tuple  # () or (cu_seqlens_q, cu_seqlens_k)
+
+
+def _save(ctx, inputs, results) -> None:
+    """Keep in ctx what the derivatives need."""
+    operator, _, *args = inputs
+    out, softmax_lse, s_dmask, rng_state = results
+    saved = (*operator.inputs_of(args), out, softmax_lse, rng_state, *args[operator.sequences][:2])
+    ctx.save_for_backward(*saved)
+    if forward_ad._current_level >= 0:
+        ctx.save_for_forward(*saved)
+    ctx.operator, ctx.numbers = operator, operator.numbers_of(args)
+    ctx.forward_only = any(args[place] is not None for place in operator.forward_only)
+    ctx.mark_non_differentiable(s_dmask, rng_state)
+    ctx.set_materialize_grads(False)
 
 
 def _saved(ctx, tensors) -> _Saved:
@@ -104,55 +81,44 @@ def _primals(tensors) -> tuple:
     return tuple(None if x is None else forward_ad.unpack_dual(x).primal for x in tensors)
 
 
-class _Call(NamedTuple):
-    """A call without its tensors."""
-
-    operators: _Operators
-    numbers: tuple
-    wants_attn_bias: bool = False  # its gradient
-    wants_alibi_slopes: bool = False
-
-
 class _Attention(torch.autograd.Function):
-    """A forward operator's result with the gradient of its backward operator."""
+    """A forward operator's results with the gradient of its backward operator."""
 
     @staticmethod
-    def forward(ctx, operators, keyset, q, k, v, s_aux, attn_bias, *args):
+    def forward(ctx, operator, keyset, *args):
         if keyset is None:  # without the dispatcher
-            results = operators.forward_kernel(q, k, v, *args, s_aux=s_aux, attn_bias=attn_bias)
+            results = operator.kernel(args)
         else:
             with torch._C._AutoDispatchBelowAutograd():
-                results = operators.forward.redispatch(
-                    keyset, q, k, v, *args, s_aux=s_aux, attn_bias=attn_bias
-                )
-        _save(ctx, (operators, keyset, q, k, v, s_aux, attn_bias, *args), results)
+                results = operator.redispatch(keyset, args)
+        _save(ctx, (operator, keyset, *args), results)
         return results
 
     @staticmethod
     def backward(ctx, dout, dlse, _ds_dmask, _drng_state):
         saved = _saved(ctx, ctx.saved_tensors)
-        missing = len(ctx.needs_input_grad) - 7
+        gradients = [None] * len(ctx.needs_input_grad)
         if dout is None and dlse is None:
-            return (None,) * (7 + missing)
+            return tuple(gradients)
         if dout is None:
             dout = torch.zeros_like(saved.out)
-        place = ctx.operators.alibi_slopes
-        wants_slopes = ctx.needs_input_grad[7 + place]
-        call = _Call(ctx.operators, ctx.numbers, ctx.needs_input_grad[6], wants_slopes)
+        places = ctx.operator.inputs_of_apply
+        wanted = (ctx.needs_input_grad[place] for place in places[4:])
+        call = _Call(ctx.operator, ctx.numbers, *wanted)
         is_derived = torch.is_grad_enabled() or forward_ad._current_level >= 0
-        run = _Gradients.apply if is_derived else _gradients
-        *gradients, dslopes = run(call, dout, dlse, *saved.inputs, *saved[1:4], *saved.sequences)
-        return None, None, *gradients, *(None,) * place, dslopes, *(None,) * (missing - place - 1)
+        derive = _Gradients.apply if is_derived else _gradients
+        found = derive(call, dout, dlse, *saved.inputs, *saved[1:4], *saved.sequences)
+        for place, gradient in zip(places, found):
+            gradients[place] = gradient
+        return tuple(gradients)
 
     @staticmethod
     def jvp(ctx, *tangents):
-        place = 7 + ctx.operators.alibi_slopes
-        tangents = (*tangents[2:7], tangents[place])
+        tangents = ctx.operator.inputs_of(tangents[2:])
         with _set_fwd_grad_enabled(True):  # torch leaves it off for the levels below, too
             saved = _saved(ctx, _primals(ctx.saved_tensors))
-            settings = _settings(
-                _Call(ctx.operators, ctx.numbers), saved.rng_state, saved.sequences
-            )
+            call = _Call(ctx.operator, ctx.numbers)
+            settings = _settings(call, saved.rng_state, saved.sequences)
             attention = partial(composition.attention, settings)
             return *_push_forward(attention, saved.inputs, tangents), None, None
 
@@ -161,25 +127,23 @@ class _FunctionalAttention(torch.autograd.Function):
     """The same for tensors that torch.func's transforms have wrapped."""
 
     @staticmethod
-    def forward(operators, keyset, q, k, v, s_aux, attn_bias, *args):
+    def forward(operator, keyset, *args):
         with torch._C._AutoDispatchBelowAutograd():
-            return operators.forward(q, k, v, *args, s_aux=s_aux, attn_bias=attn_bias)
+            return operator.through_dispatcher(args)
 
     setup_context = staticmethod(_save)
     backward = staticmethod(_Attention.backward)
     jvp = staticmethod(_Attention.jvp)
 
     @staticmethod
-    def vmap(info, in_dims, operators, keyset, *inputs):
-        args = inputs[_NUM_INPUTS:]
-        dropout_p = args[operators.alibi_slopes - 6]
-        if dropout_p > 0.0 and info.randomness != "different":
+    def vmap(info, in_dims, operator, keyset, *args):
+        if args[operator.dropout_p] > 0.0 and info.randomness != "different":
             raise RuntimeError(
                 "vmap of attention with dropout needs vmap(..., randomness='different'): every "
                 "call draws a mask of its own"
             )
-        run = partial(_FunctionalAttention.apply, operators, None)
-        return _map(run, info.batch_size, in_dims[2:], inputs)
+        apply = partial(_FunctionalAttention.apply, operator, None)
+        return _map(apply, info.batch_size, in_dims[2:], args)
 
 
 class _Gradients(torch.autograd.Function):
@@ -234,18 +198,9 @@ def _composed_gradients(ctx, saved):
 
 
 def _settings(call: _Call, rng_state, sequences) -> composition.Settings:
-    *max_seqlens, p, scale, causal, left, right, softcap = call.numbers
-    return composition.Settings(
-        tuple(map(_unwrapped, sequences)),
-        tuple(max_seqlens),
-        p,
-        scale,
-        causal,
-        left,
-        right,
-        softcap,
-        _unwrapped(rng_state),
-    )
+    names = (call.operator.names[place] for place in call.operator.numbers)
+    numbers = dict(zip(names, call.numbers))
+    return composition.Settings(numbers, tuple(map(_unwrapped, sequences)), _unwrapped(rng_state))
 
 
 def _unwrapped(x: torch.Tensor) -> torch.Tensor:
@@ -309,118 +264,74 @@ def _map(f, batch_size: int, in_dims, args):
     return outputs, tuple(None if x is None else 0 for x in outputs)
 
 
-def _gradients(call, dout, dlse, q, k, v, s_aux, attn_bias, alibi_slopes, *saved):
+def _gradients(call, dout, dlse, *tensors):
     """Return what the kernel makes of the gradients of q, k, v, s_aux, attn_bias, alibi_slopes.
 
     Those of s_aux, attn_bias and alibi_slopes are None where they are not wanted; the last is
     composed.
     """
-    out, softmax_lse, rng_state, *sequences = saved
-    operators, numbers, wants_attn_bias, wants_alibi_slopes = call
+    q, k, v, s_aux, attn_bias, _ = tensors[:6]
     with torch.no_grad():
         dq, dk, dv = new_gradient(q), new_gradient(k), new_gradient(v)
-        ds_aux = dattn_bias = dslopes = None
-        if s_aux is not None:
-            ds_aux = new_gradient(s_aux, torch.float32)
-        if wants_attn_bias:
-            dattn_bias = new_gradient(attn_bias, torch.float32)
-        run = operators.backward_kernel if needs_no_dispatcher(dout, q, v) else operators.backward
-        run(
-            dout,
-            q,
-            k,
-            v,
-            out,
-            softmax_lse,
-            dq,
-            dk,
-            dv,
-            *sequences,
-            *numbers,
-            alibi_slopes,
-            True,
-            rng_state,
-            dlse=dlse,
-            s_aux=s_aux,
-            ds_aux=ds_aux,
-            attn_bias=attn_bias,
-            dattn_bias=dattn_bias,
-        )
+        ds_aux = None if s_aux is None else new_gradient(s_aux, torch.float32)
+        dattn_bias = new_gradient(attn_bias, torch.float32) if call.wants_attn_bias else None
+        own = (True, dout, dlse, dq, dk, dv, ds_aux, dattn_bias)
+        operator = call.operator
+        run(operator.backward, operator.backward_args_of((*call.numbers, *own, *tensors)))
         if ds_aux is not None:
             ds_aux = ds_aux.to(s_aux.dtype)
         if dattn_bias is not None:
             dattn_bias = dattn_bias.to(attn_bias.dtype)
-        if wants_alibi_slopes:
-            attention = partial(composition.attention, _settings(call, rng_state, sequences))
-            inputs = (q, k, v, s_aux, attn_bias, alibi_slopes)
-            dslopes = _pull_back(attention, inputs, (dout, dlse))[5]
+        dslopes = None
+        if call.wants_alibi_slopes:
+            dslopes = _gradient_of_slopes(call, dout, dlse, *tensors)
     return dq, dk, dv, ds_aux, dattn_bias, dslopes
 
 
-def _needs_derivative(*tensors) -> bool:
-    """Whether a gradient is wanted, or the derivative in forward mode may be."""
-    if forward_ad._current_level >= 0:
-        return True
-    return torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)
+def _gradient_of_slopes(call: _Call, dout, dlse, *tensors):
+    settings = _settings(call, tensors[8], tensors[9:])
+    return _pull_back(partial(composition.attention, settings), tensors[:6], (dout, dlse))[5]
 
 
-def forward(q, k, v, *args, s_aux, attn_bias):
-    """Call the operator of a dense batch, or do without the dispatcher."""
-    return _call(_DENSE, q, k, v, args, s_aux, attn_bias)
+def _record(operator: Operator, args):
+    """Run the kernel so that derivatives can follow."""
+    return _Attention.apply(operator, None, *args)
 
 
-def varlen_forward(q, k, v, *args, s_aux, attn_bias):
-    """Call the operator of a packed batch, or do without the dispatcher."""
-    args += _VARLEN_DEFAULTS[len(args) - _VARLEN_REQUIRED :]
-    return _call(_VARLEN, q, k, v, args, s_aux, attn_bias)
-
-
-def _call(operators, q, k, v, args, s_aux, attn_bias):
-    alibi_slopes = args[operators.alibi_slopes]
-    if not needs_no_dispatcher(q, k, v) or not _are_plain(s_aux, attn_bias, alibi_slopes):
-        return _dispatch(operators, q, k, v, args, s_aux, attn_bias)
-    if _needs_derivative(q, k, v, s_aux, attn_bias, alibi_slopes):
-        return _Attention.apply(operators, None, q, k, v, s_aux, attn_bias, *args)
-    return operators.forward_kernel(q, k, v, *args, s_aux=s_aux, attn_bias=attn_bias)
-
-
-def _are_plain(*tensors) -> bool:
-    return all(x is None or is_plain(x) for x in tensors)
-
-
-def _dispatch(operators, q, k, v, args, s_aux, attn_bias):
-    if _dtensor.is_dtensor(q):
-        return _on_shards(operators, q, k, v, args, s_aux, attn_bias)
+def _dispatch(operator: Operator, args):
+    """Run the operator for tensors that are not plain, or where torch watches."""
+    if _dtensor.is_dtensor(args[0]):
+        return _dtensor.on_shards(run, operator, args)
     if _transforms_active():
-        return _FunctionalAttention.apply(operators, None, q, k, v, s_aux, attn_bias, *args)
-    return operators.forward(q, k, v, *args, s_aux=s_aux, attn_bias=attn_bias)
+        return _FunctionalAttention.apply(operator, None, *args)
+    return operator.through_dispatcher(args)
 
 
-def _on_shards(operators, q, k, v, args, s_aux, attn_bias):
-    if operators is _DENSE:
-        return _dtensor.dense(forward, q, k, v, args, s_aux, attn_bias)
-    return _dtensor.packed(varlen_forward, q, k, v, args, s_aux, attn_bias)
-
-
-def _autograd_kernel(operators, keyset, q, k, v, args, s_aux, attn_bias):
-    if _dtensor.is_dtensor(q):
-        return _on_shards(operators, q, k, v, args, s_aux, attn_bias)
-    if _transforms_active():
-        return _FunctionalAttention.apply(operators, None, q, k, v, s_aux, attn_bias, *args)
+def _autograd_kernel(operator: Operator, keyset, *given, **by_name):
+    args = operator.complete(given, by_name)
+    if _dtensor.is_dtensor(args[0]) or _transforms_active():
+        return _dispatch(operator, args)
     keyset = keyset & torch._C._after_autograd_keyset
-    if _needs_derivative(q, k, v, s_aux, attn_bias, args[operators.alibi_slopes]):
-        return _Attention.apply(operators, keyset, q, k, v, s_aux, attn_bias, *args)
-    return operators.forward.redispatch(keyset, q, k, v, *args, s_aux=s_aux, attn_bias=attn_bias)
+    if needs_derivative(torch._C._any_requires_grad(*operator.inputs_of(args))):
+        return _Attention.apply(operator, keyset, *args)
+    return operator.overload.redispatch(keyset, *given, **by_name)
 
 
-def _forward(keyset, q, k, v, *args, s_aux=None, attn_bias=None):
-    return _autograd_kernel(_DENSE, keyset, q, k, v, args, s_aux, attn_bias)
+def _derive(operator: Operator, backward: Operator) -> None:
+    """Give a forward operator its derivatives."""
+    operator.backward = backward
+    operator.inputs_of = operator.getter(" ".join(_INPUTS))
+    operator.inputs_of_apply = tuple(2 + place for place in operator.differentiable)
+    operator.numbers_of = itemgetter(*operator.numbers)
+    numbers = [operator.names[place] for place in operator.numbers]
+    given = [*numbers, *_OWN, *_INPUTS, *_SAVED, *_SEQUENCES]
+    operator.backward_args_of = itemgetter(*map(given.index, backward.names))
+    tensors = {operator.names[place] for place in operator.tensors}
+    operator.forward_only = operator.places(" ".join(tensors - set(backward.names)))
+    operator.record = partial(_record, operator)
+    operator.dispatch = partial(_dispatch, operator)
+    registered[operator.name].set_autograd(partial(_autograd_kernel, operator))
 
 
-def _varlen_forward(keyset, q, k, v, *args, s_aux=None, attn_bias=None):
-    args += _VARLEN_DEFAULTS[len(args) - _VARLEN_REQUIRED :]
-    return _autograd_kernel(_VARLEN, keyset, q, k, v, args, s_aux, attn_bias)
-
-
-_ops.operators["_flash_attn_forward"].set_autograd(_forward)
-_ops.operators["_flash_attn_varlen_forward"].set_autograd(_varlen_forward)
+_derive(FORWARD, BACKWARD)
+_derive(VARLEN_FORWARD, VARLEN_BACKWARD)

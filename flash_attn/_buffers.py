@@ -7,7 +7,7 @@ anything.
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import Callable, NamedTuple, Optional
 
 import torch
 from torch import Tensor
@@ -52,22 +52,19 @@ def new_rng_state(dropout_p: float) -> Tensor:
     return torch.zeros(2, dtype=torch.int64, device="cpu")
 
 
-def _has_dims(x: Optional[Tensor], ndim: int) -> bool:
-    return x is not None and x.dim() == ndim
-
-
 def dense_out(q: Tensor, v: Tensor) -> Tensor:
     """Return an uninitialised out, (batch, seqlen_q, nheads, headdim_v)."""
-    if not _has_dims(q, 4) or not _has_dims(v, 4):
+    shape, shape_v = q.shape, v.shape
+    if len(shape) != 4 or len(shape_v) != 4:
         return torch.empty(0)
-    if q.shape[3] == v.shape[3] and q.is_contiguous():
+    if shape[3] == shape_v[3] and q.is_contiguous():
         return torch.empty_like(q)  # the quickest
-    return q.new_empty((*q.shape[:3], v.shape[3]))
+    return q.new_empty((*shape[:3], shape_v[3]))
 
 
 def dense_lse(q: Tensor) -> Tensor:
     """Return an uninitialised softmax_lse, fp32 (batch, nheads, seqlen_q)."""
-    if not _has_dims(q, 4):
+    if q.dim() != 4:
         return torch.empty(0)
     batch, seqlen_q, nheads, _ = q.shape
     if q.is_cpu and q.__class__ is Tensor:
@@ -77,7 +74,7 @@ def dense_lse(q: Tensor) -> Tensor:
 
 def dense_s_dmask(q: Tensor, k: Tensor) -> Tensor:
     """Return an uninitialised S_dmask, (batch, nheads, ceil128(seqlen_q), ceil128(seqlen_k))."""
-    if not _has_dims(q, 4) or not _has_dims(k, 4):
+    if q.dim() != 4 or k.dim() != 4:
         return torch.empty(0)
     batch, seqlen_q, nheads, _ = q.shape
     rows, cols = round_multiple(seqlen_q, 128), round_multiple(k.shape[1], 128)
@@ -86,7 +83,7 @@ def dense_s_dmask(q: Tensor, k: Tensor) -> Tensor:
 
 def dense_softmax_d(q: Tensor) -> Tensor:
     """Return an uninitialised softmax_d, fp32 (batch, nheads, ceil128(seqlen_q))."""
-    if not _has_dims(q, 4):
+    if q.dim() != 4:
         return torch.empty(0)
     batch, seqlen_q, nheads, _ = q.shape
     return q.new_empty((batch, nheads, round_multiple(seqlen_q, 128)), dtype=torch.float32)
@@ -94,35 +91,36 @@ def dense_softmax_d(q: Tensor) -> Tensor:
 
 def varlen_out(q: Tensor, v: Tensor) -> Tensor:
     """Return an uninitialised out, (total_q, nheads, headdim_v); v may be paged."""
-    if not _has_dims(q, 3) or v is None or v.dim() == 0:
+    shape, shape_v = q.shape, v.shape
+    if len(shape) != 3 or not shape_v:
         return torch.empty(0)
-    if q.shape[2] == v.shape[-1] and q.is_contiguous():
+    if shape[2] == shape_v[-1] and q.is_contiguous():
         return torch.empty_like(q)  # the quickest
-    return q.new_empty((q.shape[0], q.shape[1], v.shape[-1]))
+    return q.new_empty((*shape[:2], shape_v[-1]))
 
 
 def varlen_lse(q: Tensor) -> Tensor:
     """Return an uninitialised softmax_lse, fp32 (nheads, total_q)."""
-    if not _has_dims(q, 3):
+    if q.dim() != 3:
         return torch.empty(0)
     return q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
 
 
-def varlen_s_dmask(q: Tensor, cu_seqlens_q: Tensor, max_seqlen_q: int, max_seqlen_k: int) -> Tensor:
+def varlen_s_dmask(q: Tensor, k: Tensor, cu_seqlens_q, cu_seqlens_k, *max_seqlens) -> Tensor:
     """Return an uninitialised S_dmask, (b, nheads, ceil128(max_seqlen_q), ceil128(max_seqlen_k)).
 
     ceil128 rounds up to a multiple of 128.
     """
-    if not _has_dims(q, 3) or not _has_dims(cu_seqlens_q, 1):
+    if q.dim() != 3 or cu_seqlens_q.dim() != 1:
         return torch.empty(0)
     batch = max(cu_seqlens_q.shape[0] - 1, 0)
-    rows, cols = (round_multiple(torch.sym_max(n, 0), 128) for n in (max_seqlen_q, max_seqlen_k))
+    rows, cols = (round_multiple(torch.sym_max(n, 0), 128) for n in max_seqlens)
     return q.new_empty((batch, q.shape[1], rows, cols))
 
 
-def varlen_softmax_d(q: Tensor, cu_seqlens_q: Tensor) -> Tensor:
+def varlen_softmax_d(q: Tensor, cu_seqlens_q: Tensor, *sequences) -> Tensor:
     """Return an uninitialised softmax_d, fp32 (nheads, total_q + 128 * batch)."""
-    if not _has_dims(q, 3) or not _has_dims(cu_seqlens_q, 1):
+    if q.dim() != 3 or cu_seqlens_q.dim() != 1:
         return torch.empty(0)
     columns = q.shape[0] + 128 * max(cu_seqlens_q.shape[0] - 1, 0)
     return q.new_empty((q.shape[1], columns), dtype=torch.float32)
@@ -131,3 +129,19 @@ def varlen_softmax_d(q: Tensor, cu_seqlens_q: Tensor) -> Tensor:
 def new_gradient(x: Tensor, dtype: Optional[torch.dtype] = None) -> Tensor:
     """Return an uninitialised contiguous tensor with the shape, device and dtype of ``x``."""
     return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+class Layout(NamedTuple):
+    """How a batch lies in memory: what makes the buffers of its results.
+
+    ``sequences``: nothing, or cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k.
+    """
+
+    out: Callable[..., Tensor]  # (q, v)
+    lse: Callable[..., Tensor]  # (q)
+    s_dmask: Callable[..., Tensor]  # (q, k, *sequences)
+    softmax_d: Callable[..., Tensor]  # (q, *sequences)
+
+
+DENSE = Layout(dense_out, dense_lse, dense_s_dmask, dense_softmax_d)
+PACKED = Layout(varlen_out, varlen_lse, varlen_s_dmask, varlen_softmax_d)

@@ -7,26 +7,26 @@ it by torch, in fp32 and with memory for all scores. The kernels compute everyth
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, Optional
+from typing import Optional
 
 import torch
 from torch import Tensor
 
-from flash_attn import _kernels as kernels
+from flash_attn._functions import FORWARD, VARLEN_FORWARD
+from flash_attn._schema import Operator
 
 
-class Settings(NamedTuple):
-    """What an attention call is besides its differentiable tensors."""
+class Settings:
+    """What an attention call is besides its differentiable tensors.
 
-    cu_seqlens: tuple  # () or (cu_seqlens_q, cu_seqlens_k)
-    max_seqlens: tuple  # likewise
-    dropout_p: float
-    softmax_scale: float
-    causal: bool
-    window_size_left: int
-    window_size_right: int
-    softcap: float
-    rng_state: Optional[Tensor]
+    Attributes:
+        cu_seqlens: () or (cu_seqlens_q, cu_seqlens_k).
+        rng_state: int64 [2].
+        dropout_p, softmax_scale and so on: the operator's numbers by their names.
+    """
+
+    def __init__(self, numbers: dict, cu_seqlens: tuple, rng_state: Optional[Tensor]):
+        vars(self).update(numbers, cu_seqlens=cu_seqlens, rng_state=rng_state)
 
 
 def attention(settings: Settings, q, k, v, s_aux=None, attn_bias=None, alibi_slopes=None):
@@ -135,24 +135,16 @@ def _visible(settings: Settings, distance: Tensor) -> Tensor:
 def _kept(settings: Settings, q, k) -> Tensor:
     """Return what dropout keeps, bool (batch, nheads, rows, keys); S_dmask's signs tell."""
     nheads = q.shape[-2]
-    numbers = settings[2:8]
     with torch.no_grad(), torch._C._DisableFuncTorch():
         if settings.cu_seqlens:
             zeros = [torch.zeros(x.shape[0], nheads, 1) for x in (q, k)]
-            max_seqlens = settings.max_seqlens
-            shape = (len(settings.cu_seqlens[0]) - 1, nheads)
-            s_dmask = torch.empty(*shape, *(-(-n // 128) * 128 for n in max_seqlens))
-            args = (*settings.cu_seqlens, *max_seqlens, *numbers, None)
-            kernels.varlen_attend(
-                zeros[0], zeros[1], zeros[1], *args, s_dmask=s_dmask, rng_state=settings.rng_state
-            )
-        else:
-            zeros = [torch.zeros(*x.shape[:2], nheads, 1) for x in (q, k)]
-            rounded = (-(-x.shape[1] // 128) * 128 for x in (q, k))
-            s_dmask = torch.empty(q.shape[0], nheads, *rounded)
-            kernels.attend(
-                zeros[0], zeros[1], zeros[1], *numbers, None,
-                s_dmask=s_dmask, rng_state=settings.rng_state,
-            )  # fmt: skip
-            s_dmask = s_dmask[..., : q.shape[1], : k.shape[1]]
-    return ~torch.signbit(s_dmask)
+            return ~torch.signbit(_s_dmask_of(VARLEN_FORWARD, settings, *zeros))
+        zeros = [torch.zeros(*x.shape[:2], nheads, 1) for x in (q, k)]
+        s_dmask = _s_dmask_of(FORWARD, settings, *zeros)
+        return ~torch.signbit(s_dmask[..., : q.shape[1], : k.shape[1]])
+
+
+def _s_dmask_of(operator: Operator, settings: Settings, q, k) -> Tensor:
+    given = {**vars(settings), "q": q, "k": k, "v": k, "return_softmax": True}
+    given.update(zip(("cu_seqlens_q", "cu_seqlens_k"), settings.cu_seqlens))
+    return operator.kernel(operator.named(given), rng_state=settings.rng_state)[2]

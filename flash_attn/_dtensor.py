@@ -86,49 +86,32 @@ def _of_slopes(slopes):
     return (0, 1) if slopes is not None and slopes.dim() == 2 else (None, 0)
 
 
-def dense(f, q, k, v, args, s_aux, attn_bias):
-    """Call f, the forward of a dense batch, on this rank's shards."""
-    *numbers, alibi_slopes, return_softmax = args
-    _refuse_dropout(numbers[0])
-    sharding = _Sharding(q, k, 0, 2)
-    local = (sharding.local(n, x, 0, 2) for n, x in zip("qkv", (q, k, v)))
-    slopes = sharding.local("alibi_slopes", alibi_slopes, *_of_slopes(alibi_slopes))
-    out, lse, s_dmask, rng_state = f(
-        *local,
-        *numbers,
-        slopes,
-        return_softmax,
-        s_aux=sharding.local("s_aux", s_aux, None, 0),
-        attn_bias=sharding.local("attn_bias", attn_bias, *_of_bias(attn_bias)),
-    )
-    batch, seqlen_q, nheads, _ = q.shape
+def on_shards(run, operator, args):
+    """Call ``run``, which runs a forward operator, on this rank's shards of its arguments."""
+    given = dict(zip(operator.names, args))
+    _refuse_dropout(given["dropout_p"])
+    is_packed = "cu_seqlens_q" in given
+    q, k, v = args[:3]
+    sharding = _Sharding(q, k, None if is_packed else 0, q.dim() - 2)
+    dims = {
+        **{name: (0, given[name].dim() - 2) for name in "qkv"},
+        "alibi_slopes": _of_slopes(given["alibi_slopes"]),
+        "s_aux": (None, 0),
+        "attn_bias": _of_bias(given["attn_bias"]),
+    }
+    for name, x in given.items():
+        if name not in dims:
+            given[name] = sharding.whole(x)
+            continue
+        batch, heads = dims[name]
+        given[name] = sharding.local(name, x, None if is_packed else batch, heads)
+    out, lse, s_dmask, rng_state = run(operator, tuple(given.values()))
+    batch = None if is_packed else 0
+    out_shape, nheads = (*q.shape[:-1], v.shape[-1]), q.shape[-2]
+    lse_shape = (nheads, q.shape[0]) if is_packed else (q.shape[0], nheads, q.shape[1])
     return (
-        sharding.result(out, (batch, seqlen_q, nheads, v.shape[-1]), 0, 2),
-        sharding.result(lse, (batch, nheads, seqlen_q), 0, 1),
-        s_dmask,
-        rng_state,
-    )
-
-
-def packed(f, q, k, v, args, s_aux, attn_bias):
-    """Call f, the forward of a packed batch, on this rank's heads."""
-    _refuse_dropout(args[4])
-    sharding = _Sharding(q, k, None, 1)
-    local = (sharding.local(n, x, None, x.dim() - 2) for n, x in zip("qkv", (q, k, v)))
-    args = list(args)
-    slopes = args[10]
-    args = [sharding.whole(x) for x in args]
-    args[10] = sharding.local("alibi_slopes", slopes, None, _of_slopes(slopes)[1])
-    out, lse, s_dmask, rng_state = f(
-        *local,
-        *args,
-        s_aux=sharding.local("s_aux", s_aux, None, 0),
-        attn_bias=sharding.local("attn_bias", attn_bias, None, _of_bias(attn_bias)[1]),
-    )
-    total_q, nheads, _ = q.shape
-    return (
-        sharding.result(out, (total_q, nheads, v.shape[-1]), None, 1),
-        sharding.result(lse, (nheads, total_q), None, 0),
+        sharding.result(out, out_shape, batch, q.dim() - 2),
+        sharding.result(lse, lse_shape, batch, 0 if is_packed else 1),
         s_dmask,
         rng_state,
     )

@@ -8,6 +8,8 @@ these may go straight to the implementation, with the same result.
 
 from __future__ import annotations
 
+from typing import Optional
+
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
@@ -28,30 +30,57 @@ _ACTIVE_KEYS = ~(
 ).raw_repr()
 
 
-def is_plain(x: Tensor) -> bool:
-    """Whether ``x`` is a tensor of no subclass."""
-    return x.__class__ in _TENSOR_CLASSES
+def run(operator, args, wants_all: bool = True):
+    """Run an operator the shortest way: here alone is decided whether the dispatcher is needed.
+
+    Args:
+        operator: an ``Operator``.
+        args: all its arguments, in order; tensors may still be something else.
+        wants_all: False: of the results all but the first may be None.
+
+    Returns:
+        what the operator returns.
+
+    Raises:
+        TypeError: an argument that should be a tensor is not one.
+    """
+    if (
+        _is_compiling()
+        or _included_keys().raw_repr() & _ACTIVE_KEYS
+        or _function_modes()
+        or _profiler_enabled()
+        or (requires_grad := _plain_requires_grad(operator, args)) is None
+    ):
+        operator.check(args)
+        return operator.dispatch(args)
+    if (requires_grad or forward_ad._current_level >= 0) and operator.differentiable:
+        if needs_derivative(requires_grad):
+            return operator.record(args)
+    return operator.kernel(args, wants_all)
 
 
-def needs_no_dispatcher(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether the dispatcher would only call the kernel with these tensors, gradients apart."""
-    return (
-        not _is_compiling()
-        and not _included_keys().raw_repr() & _ACTIVE_KEYS
-        and not _function_modes()
-        and not _profiler_enabled()
-        and q.__class__ in _TENSOR_CLASSES
-        and k.__class__ in _TENSOR_CLASSES
-        and v.__class__ in _TENSOR_CLASSES
-        and (q.is_cpu or q.is_cuda)
-    )
+def _plain_requires_grad(operator, args) -> Optional[bool]:
+    """Return whether a tensor requires a gradient, or None.
+
+    None: a tensor that must be given is not, or one is of a subclass, or on another device.
+    """
+    requires_grad = False
+    for place in operator.required:
+        if args[place].__class__ not in _TENSOR_CLASSES:
+            return None
+        if args[place].requires_grad:
+            requires_grad = True
+    for place in operator.optional:
+        if args[place] is not None:
+            if args[place].__class__ not in _TENSOR_CLASSES:
+                return None
+            requires_grad = requires_grad or args[place].requires_grad
+    return requires_grad if args[0].is_cpu or args[0].is_cuda else None
 
 
-def needs_no_gradient(q: Tensor, k: Tensor, v: Tensor) -> bool:
-    """Whether none of these tensors asks for a derivative here, in reverse or forward mode."""
-    return forward_ad._current_level < 0 and not (
-        _is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
-    )
+def needs_derivative(requires_grad: bool) -> bool:
+    """Whether a gradient is wanted, or the derivative in forward mode may be."""
+    return forward_ad._current_level >= 0 or (requires_grad and _is_grad_enabled())
 
 
 def refuse_derivatives(name: str, *tensors) -> None:

@@ -1,72 +1,34 @@
-"""The four operators as functions, with the parameters that callers of FlashAttention-2 know.
+"""The operators, each declared once: as a function with the parameters that callers know.
 
-window_size comes as two numbers and softmax_scale as a number; extensions are keyword-only.
-Everything else is as in ``flash_attn_interface.py``.
+The functions of the four operators that FlashAttention-2 has take its parameters, too: window_size
+comes as two numbers and softmax_scale as a number; extensions are keyword-only. Everything else is
+as in ``flash_attn_interface.py``. ``declare`` makes the operator's schema of the signature, and the
+function's body: it converts the arguments and calls the operator.
+
+- ``_flash_attn_forward``, ``_flash_attn_varlen_forward``: (out, softmax_lse, S_dmask, rng_state);
+  differentiable in q, k, v, s_aux, attn_bias and alibi_slopes through both out and softmax_lse
+  (``_autograd.py``).
+- ``_flash_attn_backward``, ``_flash_attn_varlen_backward``: write dq, dk, dv (and ds_aux,
+  dattn_bias), return softmax_d.
+- ``_flash_attn_kvcache_forward``, ``_flash_attn_kvcache_append_forward``: (out, softmax_lse); the
+  second first appends k and v to the cache in place. Without gradient.
 """
 
 from __future__ import annotations
 
-from operator import index
-from typing import Any, Optional
+from typing import Optional
 
-import torch
 from torch import Tensor
 
-from flash_attn import _autograd  # noqa: F401  (defines the operators and their gradients)
-from flash_attn._arguments import check_optional, check_tensors, flag, number, wrong_kind
-from flash_attn._eager import refuse_tangents
+from flash_attn._schema import Operator, declare
 
-_forward_op = torch.ops.flash_attn._flash_attn_forward.default
-_varlen_forward_op = torch.ops.flash_attn._flash_attn_varlen_forward.default
-_backward_op = torch.ops.flash_attn._flash_attn_backward.default
-_varlen_backward_op = torch.ops.flash_attn._flash_attn_varlen_backward.default
-
-_INTEGERS = (int, torch.SymInt)
+_RESULTS = "(Tensor out, Tensor softmax_lse, Tensor S_dmask, Tensor rng_state)"
+_CACHE_RESULTS = "(Tensor out, Tensor softmax_lse)"
+_INPUTS = "q k v s_aux attn_bias alibi_slopes"
+_GRADIENTS = "dq dk dv ds_aux dattn_bias"
 
 
-def as_int(name: str, x: Any) -> int:
-    """Return ``x``, an integer or a 0-dim tensor, as an int; raise TypeError if it is neither.
-
-    What torch.compile and torch.export trace as a number stays one that they trace.
-    """
-    if isinstance(x, _INTEGERS):
-        return x
-    if isinstance(x, Tensor):
-        item = x.item()
-        return int(item) if isinstance(item, float) else item
-    try:
-        return index(x)
-    except TypeError:
-        raise wrong_kind(name, x, "an int or a torch.Tensor") from None
-
-
-def score_numbers(
-    dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap
-) -> tuple:
-    """Return the numbers of the operators' arguments, in their order."""
-    if (
-        dropout_p.__class__ is softmax_scale.__class__ is softcap.__class__ is float
-        and causal.__class__ is bool
-        and window_size_left.__class__ is window_size_right.__class__ is int
-    ):
-        return dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap
-    return (
-        number("dropout_p", dropout_p),
-        number("softmax_scale", softmax_scale),
-        flag("causal", causal),
-        as_int("window_size_left", window_size_left),
-        as_int("window_size_right", window_size_right),
-        number("softcap", softcap),
-    )
-
-
-def four_dims(attn_bias: Optional[Tensor]) -> Optional[Tensor]:
-    """Return ``attn_bias`` with leading dimensions of size 1 up to four."""
-    if attn_bias is None or attn_bias.dim() >= 4:
-        return attn_bias
-    return attn_bias[(None,) * (4 - attn_bias.dim())]
-
-
+@declare(_RESULTS, differentiable=_INPUTS)
 def _flash_attn_forward(
     q: Tensor,
     k: Tensor,
@@ -88,22 +50,9 @@ def _flash_attn_forward(
     ``return_softmax`` needs dropout_p > 0 and makes S_dmask non-empty. ``rng_state`` is int64 [2]
     on the CPU.
     """
-    check_tensors(q=q, k=k, v=v)
-    check_optional(alibi_slopes=alibi_slopes, s_aux=s_aux, attn_bias=attn_bias)
-    return _forward_op(
-        q,
-        k,
-        v,
-        *score_numbers(
-            dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap
-        ),
-        alibi_slopes,
-        flag("return_softmax", return_softmax),
-        s_aux=s_aux,
-        attn_bias=four_dims(attn_bias),
-    )
 
 
+@declare(_RESULTS, differentiable=_INPUTS)
 def _flash_attn_varlen_forward(
     q: Tensor,
     k: Tensor,
@@ -137,32 +86,9 @@ def _flash_attn_varlen_forward(
     ``num_splits``: 0 is a heuristic, n splits the keys n times. There is no backward with
     ``block_table``, ``leftpad_k`` or ``seqused_k``.
     """
-    check_tensors(q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
-    check_optional(alibi_slopes=alibi_slopes, s_aux=s_aux, attn_bias=attn_bias)
-    check_optional(block_table=block_table, leftpad_k=leftpad_k, seqused_k=seqused_k)
-    return _varlen_forward_op(
-        q,
-        k,
-        v,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        as_int("max_seqlen_q", max_seqlen_q),
-        as_int("max_seqlen_k", max_seqlen_k),
-        *score_numbers(
-            dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap
-        ),
-        alibi_slopes,
-        flag("return_softmax", return_softmax),
-        block_table,
-        leftpad_k,
-        seqused_k,
-        flag("zero_tensors", zero_tensors),
-        as_int("num_splits", num_splits),
-        s_aux=s_aux,
-        attn_bias=four_dims(attn_bias),
-    )
 
 
+@declare("Tensor", written=_GRADIENTS)
 def _flash_attn_backward(
     dout: Tensor,
     q: Tensor,
@@ -195,35 +121,9 @@ def _flash_attn_backward(
     ``dattn_bias``, fp32 of attn_bias's shape, may. softmax_d, fp32 (batch, nheads, seqlen_q rounded
     up to 128), is rowsum(dout * out) - dlse.
     """
-    refuse_tangents("_flash_attn_backward", dout, q, k, v, dlse, s_aux, attn_bias)
-    check_tensors(dout=dout, q=q, k=k, v=v, out=out, softmax_lse=softmax_lse)
-    check_optional(dq=dq, dk=dk, dv=dv)
-    check_optional(alibi_slopes=alibi_slopes, rng_state=rng_state, dlse=dlse)
-    check_optional(s_aux=s_aux, ds_aux=ds_aux, attn_bias=attn_bias, dattn_bias=dattn_bias)
-    return _backward_op(
-        dout,
-        q,
-        k,
-        v,
-        out,
-        softmax_lse,
-        dq,
-        dk,
-        dv,
-        *score_numbers(
-            dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap
-        ),
-        alibi_slopes,
-        flag("deterministic", deterministic),
-        rng_state,
-        dlse=dlse,
-        s_aux=s_aux,
-        ds_aux=ds_aux,
-        attn_bias=four_dims(attn_bias),
-        dattn_bias=four_dims(dattn_bias),
-    )
 
 
+@declare("Tensor", written=_GRADIENTS)
 def _flash_attn_varlen_backward(
     dout: Tensor,
     q: Tensor,
@@ -260,36 +160,65 @@ def _flash_attn_varlen_backward(
     softmax_d is fp32 (nheads, total_q + 128 * batch); sequence s starts at column ``cu_seqlens_q[s]
     + 128 * s``.
     """
-    refuse_tangents("_flash_attn_varlen_backward", dout, q, k, v, dlse, s_aux, attn_bias)
-    check_tensors(dout=dout, q=q, k=k, v=v, out=out, softmax_lse=softmax_lse)
-    check_tensors(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
-    check_optional(dq=dq, dk=dk, dv=dv)
-    check_optional(alibi_slopes=alibi_slopes, rng_state=rng_state, dlse=dlse)
-    check_optional(s_aux=s_aux, ds_aux=ds_aux, attn_bias=attn_bias, dattn_bias=dattn_bias)
-    return _varlen_backward_op(
-        dout,
-        q,
-        k,
-        v,
-        out,
-        softmax_lse,
-        dq,
-        dk,
-        dv,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        as_int("max_seqlen_q", max_seqlen_q),
-        as_int("max_seqlen_k", max_seqlen_k),
-        *score_numbers(
-            dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap
-        ),
-        alibi_slopes,
-        flag("deterministic", deterministic),
-        rng_state,
-        flag("zero_tensors", zero_tensors),
-        dlse=dlse,
-        s_aux=s_aux,
-        ds_aux=ds_aux,
-        attn_bias=four_dims(attn_bias),
-        dattn_bias=four_dims(dattn_bias),
-    )
+
+
+@declare(_CACHE_RESULTS)
+def _flash_attn_kvcache_forward(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_seqlens: Optional[Tensor],
+    rotary_cos: Optional[Tensor],
+    rotary_sin: Optional[Tensor],
+    cache_batch_idx: Optional[Tensor],
+    cache_leftpad: Optional[Tensor],
+    block_table: Optional[Tensor],
+    alibi_slopes: Optional[Tensor],
+    softmax_scale: float,
+    causal: bool,
+    window_size_left: int,
+    window_size_right: int,
+    softcap: float,
+    rotary_interleaved: bool,
+    num_splits: int,
+    *,
+    s_aux: Optional[Tensor] = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention over a cache that stays as it is: (out, softmax_lse)."""
+
+
+@declare(_CACHE_RESULTS, written="k_cache v_cache")
+def _flash_attn_kvcache_append_forward(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Optional[Tensor],
+    v: Optional[Tensor],
+    cache_seqlens: Optional[Tensor],
+    rotary_cos: Optional[Tensor],
+    rotary_sin: Optional[Tensor],
+    cache_batch_idx: Optional[Tensor],
+    cache_leftpad: Optional[Tensor],
+    block_table: Optional[Tensor],
+    alibi_slopes: Optional[Tensor],
+    softmax_scale: float,
+    causal: bool,
+    window_size_left: int,
+    window_size_right: int,
+    softcap: float,
+    rotary_interleaved: bool,
+    num_splits: int,
+    *,
+    s_aux: Optional[Tensor] = None,
+) -> tuple[Tensor, Tensor]:
+    """Append k and v to the cache in place and attend over it: (out, softmax_lse)."""
+
+
+FORWARD: Operator = _flash_attn_forward.operator
+VARLEN_FORWARD: Operator = _flash_attn_varlen_forward.operator
+BACKWARD: Operator = _flash_attn_backward.operator
+VARLEN_BACKWARD: Operator = _flash_attn_varlen_backward.operator
+KVCACHE: Operator = _flash_attn_kvcache_forward.operator
+KVCACHE_APPEND: Operator = _flash_attn_kvcache_append_forward.operator
+
+OPERATORS = (FORWARD, VARLEN_FORWARD, BACKWARD, VARLEN_BACKWARD, KVCACHE, KVCACHE_APPEND)

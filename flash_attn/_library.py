@@ -1,9 +1,6 @@
 """The compiled library: the one place where it is found and loaded.
 
-``lib`` holds its functions as attributes (``lib.mha_fwd`` and so on). Their arguments are those of
-the C header ``flash_attn/flash_attn.h``, tensors as anything that speaks DLPack, absent ones as
-None. They raise RuntimeError with the library's sentence, MemoryError when memory runs out, and
-TypeError or OverflowError for an argument that is not of the expected kind.
+``bind`` makes its functions callable; ``lib`` holds those that take no tensors as attributes.
 """
 
 from __future__ import annotations
@@ -13,21 +10,15 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Callable
 
 import torch  # before the library, so that both share torch's OpenMP threads
 
 _FILE_NAME = "libflash_attn_ffi.so"
 _NO_EXTENSION = "TVM_FFI_DISABLE_TORCH_C_DLPACK"  # read by tvm_ffi when it is imported
-# Long calls let other Python threads run; the short ones would only lose time by it.
-_LONG_CALLS = (
-    "mha_fwd",
-    "mha_varlen_fwd",
-    "mha_bwd",
-    "mha_varlen_bwd",
-    "mha_fwd_kvcache",
-    "combine",
-)
-_SHORT_CALLS = (
+_FUNCTIONS = (
+    "arguments",
+    "bind",
     "version",
     "kernels",
     "cpu_isas",
@@ -77,15 +68,37 @@ def _import_tvm_ffi() -> ModuleType:
 
 def _load() -> SimpleNamespace:
     module = _import_tvm_ffi().load_module(library_path())
-    functions = SimpleNamespace()
-    for name in _LONG_CALLS + _SHORT_CALLS:
-        function = module.get_function(name)
-        function.release_gil = name in _LONG_CALLS
-        setattr(functions, name, function)
-    return functions
+    functions = {name: module.get_function(name) for name in _FUNCTIONS}
+    for function in functions.values():
+        function.release_gil = False  # they are short
+    return SimpleNamespace(**functions)
 
 
 lib = _load()
+
+
+def bind(function: str, names: str) -> Callable[..., None]:
+    """Return a function of the C interface that takes the named arguments by position.
+
+    Args:
+        function: "mha_fwd", "mha_varlen_fwd", "mha_bwd", "mha_varlen_bwd", "mha_fwd_kvcache" or
+            "combine".
+        names: of members of its struct in ``flash_attn/flash_attn.h``, separated by spaces; "_" for
+            an argument that the library does without. What is not named is absent.
+
+    Tensors are anything that speaks DLPack, absent ones None. Other Python threads run during a
+    call. It raises RuntimeError with the library's sentence, MemoryError when memory runs out, and
+    TypeError or OverflowError for an argument that is not of the expected kind. ``bind`` raises
+    ValueError for a name that there is not.
+    """
+    bound = lib.bind(function, names)
+    bound.release_gil = True
+    return bound
+
+
+def arguments(function: str) -> list[str]:
+    """Return the names of the arguments of a function of the C interface."""
+    return str(lib.arguments(function)).split()
 
 
 def cpu_isas() -> list[str]:

@@ -1,14 +1,4 @@
-"""The torch operators of this package: schemas, fake kernels, registration.
-
-``torch.ops.flash_attn``:
-
-- ``_flash_attn_forward``, ``_flash_attn_varlen_forward``: (out, softmax_lse, S_dmask, rng_state);
-  differentiable in q, k, v, s_aux and attn_bias through both out and softmax_lse
-  (``_autograd.py``).
-- ``_flash_attn_backward``, ``_flash_attn_varlen_backward``: write dq, dk, dv (and ds_aux,
-  dattn_bias), return softmax_d.
-- ``_flash_attn_kvcache_forward``, ``_flash_attn_kvcache_append_forward``: (out, softmax_lse); the
-  second first appends k and v to the cache in place. Without gradient.
+"""The torch operators of this package: fake kernels and registration in ``torch.ops.flash_attn``.
 
 A package that declares an operator of these names by ``torch.library.custom_op`` replaces it in
 ``torch.ops``; the functions of this package go on with their own.
@@ -17,102 +7,42 @@ A package that declares an operator of these names by ``torch.library.custom_op`
 from __future__ import annotations
 
 import sys
+from functools import partial
+from typing import Callable
 
 import torch
 
 from flash_attn import _buffers as buffers
-from flash_attn import _kernels as kernels
-
-_FORWARD = """(Tensor q, Tensor k, Tensor v, float dropout_p, float softmax_scale, bool causal,
-    SymInt window_size_left, SymInt window_size_right, float softcap, Tensor? alibi_slopes,
-    bool return_softmax, *, Tensor? s_aux=None, Tensor? attn_bias=None
-    ) -> (Tensor out, Tensor softmax_lse, Tensor S_dmask, Tensor rng_state)"""
-
-_VARLEN_FORWARD = """(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k,
-    SymInt max_seqlen_q, SymInt max_seqlen_k, float dropout_p, float softmax_scale, bool causal,
-    SymInt window_size_left=-1, SymInt window_size_right=-1, float softcap=0.0,
-    Tensor? alibi_slopes=None, bool return_softmax=False, Tensor? block_table=None,
-    Tensor? leftpad_k=None, Tensor? seqused_k=None, bool zero_tensors=False, SymInt num_splits=0,
-    *, Tensor? s_aux=None, Tensor? attn_bias=None
-    ) -> (Tensor out, Tensor softmax_lse, Tensor S_dmask, Tensor rng_state)"""
-
-_BACKWARD = """(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse,
-    Tensor(a!)? dq, Tensor(b!)? dk, Tensor(c!)? dv, float dropout_p, float softmax_scale,
-    bool causal, SymInt window_size_left, SymInt window_size_right, float softcap,
-    Tensor? alibi_slopes, bool deterministic, Tensor? rng_state=None, *, Tensor? dlse=None,
-    Tensor? s_aux=None, Tensor(d!)? ds_aux=None, Tensor? attn_bias=None,
-    Tensor(e!)? dattn_bias=None) -> Tensor"""
-
-_VARLEN_BACKWARD = """(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor softmax_lse,
-    Tensor(a!)? dq, Tensor(b!)? dk, Tensor(c!)? dv, Tensor cu_seqlens_q, Tensor cu_seqlens_k,
-    SymInt max_seqlen_q, SymInt max_seqlen_k, float dropout_p, float softmax_scale, bool causal,
-    SymInt window_size_left, SymInt window_size_right, float softcap, Tensor? alibi_slopes,
-    bool deterministic, Tensor? rng_state=None, bool zero_tensors=False, *, Tensor? dlse=None,
-    Tensor? s_aux=None, Tensor(d!)? ds_aux=None, Tensor? attn_bias=None,
-    Tensor(e!)? dattn_bias=None) -> Tensor"""
-
-_KVCACHE_TAIL = """Tensor? cache_seqlens, Tensor? rotary_cos, Tensor? rotary_sin,
-    Tensor? cache_batch_idx, Tensor? cache_leftpad, Tensor? block_table, Tensor? alibi_slopes,
-    float softmax_scale, bool causal, SymInt window_size_left, SymInt window_size_right,
-    float softcap, bool rotary_interleaved, SymInt num_splits, *, Tensor? s_aux=None
-    ) -> (Tensor out, Tensor softmax_lse)"""
-_KVCACHE = "(Tensor q, Tensor k_cache, Tensor v_cache, " + _KVCACHE_TAIL
-_KVCACHE_APPEND = (
-    "(Tensor q, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor? k, Tensor? v, " + _KVCACHE_TAIL
+from flash_attn import _kernels  # noqa: F401  (gives the operators their kernels)
+from flash_attn._functions import (
+    BACKWARD,
+    FORWARD,
+    KVCACHE,
+    KVCACHE_APPEND,
+    VARLEN_BACKWARD,
+    VARLEN_FORWARD,
 )
-
+from flash_attn._schema import Operator
 
 # ------------------------------------------------------------------------------------------------
 # Fake kernels: shapes and dtypes alone, for torch.compile and torch.export.
 
 
-def _fake_forward(q, k, v, *args, s_aux=None, attn_bias=None):
-    return_softmax = args[7]
-    s_dmask = buffers.dense_s_dmask(q, k) if return_softmax else q.new_empty(0)
-    return buffers.dense_out(q, v), buffers.dense_lse(q), s_dmask, _fake_rng_state()
-
-
-def _fake_varlen_forward(
-    q,
-    k,
-    v,
-    cu_seqlens_q,
-    cu_seqlens_k,
-    max_seqlen_q,
-    max_seqlen_k,
-    dropout_p,
-    softmax_scale,
-    causal,
-    window_size_left=-1,
-    window_size_right=-1,
-    softcap=0.0,
-    alibi_slopes=None,
-    return_softmax=False,
-    *args,
-    s_aux=None,
-    attn_bias=None,
-):
+def _fake_attend(operator: Operator, args):
+    q, k, v = args[:3]
     s_dmask = q.new_empty(0)
-    if return_softmax:
-        s_dmask = buffers.varlen_s_dmask(q, cu_seqlens_q, max_seqlen_q, max_seqlen_k)
-    return buffers.varlen_out(q, v), buffers.varlen_lse(q), s_dmask, _fake_rng_state()
+    if args[operator.return_softmax]:
+        s_dmask = operator.layout.s_dmask(q, k, *args[operator.sequences])
+    rng_state = torch.empty(2, dtype=torch.int64, device="cpu")
+    return operator.layout.out(q, v), operator.layout.lse(q), s_dmask, rng_state
 
 
-def _fake_rng_state():
-    return torch.empty(2, dtype=torch.int64, device="cpu")
+def _fake_differentiate(operator: Operator, args):
+    return operator.layout.softmax_d(args[operator.place["q"]], *args[operator.sequences])
 
 
-def _fake_backward(dout, q, *args, **kwargs):
-    return buffers.dense_softmax_d(q)
-
-
-def _fake_varlen_backward(
-    dout, q, k, v, out, softmax_lse, dq, dk, dv, cu_seqlens_q, *args, **kwargs
-):
-    return buffers.varlen_softmax_d(q, cu_seqlens_q)
-
-
-def _fake_kvcache_forward(q, k_cache, v_cache, *args, **kwargs):
+def _fake_attend_cache(operator: Operator, args):
+    q, _, v_cache = args[:3]
     return buffers.dense_out(q, v_cache), buffers.dense_lse(q)
 
 
@@ -123,34 +53,36 @@ _library = torch.library.Library("flash_attn", "FRAGMENT")
 
 
 def _swap(old, new) -> None:
-    """Put an operator in another's place wherever this package holds it."""
-
-    def swapped(value):
-        if isinstance(value, tuple) and hasattr(value, "_fields"):
-            return value._replace(**{k: swapped(v) for k, v in value._asdict().items()})
-        return new if value is old else value
-
+    """Put an operator in another's place wherever a module of this package names it."""
     modules = [m for name, m in list(sys.modules.items()) if name.startswith("flash_attn.")]
     for module in modules:
         for name, value in list(vars(module).items()):
-            if swapped(value) is not value:
-                setattr(module, name, swapped(value))
+            if value is old:
+                setattr(module, name, new)
 
 
-class _Operator(torch.library.Library):
-    """The library of one operator."""
+def _with_all_arguments(operator: Operator, function: Callable) -> Callable:
+    """Return a function of a call as the dispatcher makes it, by ``function(args)``."""
+    complete = operator.complete
+    return lambda *args, **kwargs: function(complete(args, kwargs))
 
-    def __init__(self, name: str, *definition):
+
+class _Registration(torch.library.Library):
+    """The library of one operator, under its own name or another."""
+
+    def __init__(self, name: str, operator: Operator, fake: Callable, tags: tuple):
         super().__init__("flash_attn", "FRAGMENT")
-        self.name, self.definition, self.autograd = name, definition, None
-        schema, implementation, fake, tags = definition
-        self.define(name + schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
+        self.name, self.operator, self.fake, self.tags = name, operator, fake, tags
+        self.autograd = None
+        self.define(name + operator.schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
         # Implementations read negative views; torch's own way gives up on those written to.
         self.impl(name, torch.library.fallthrough_kernel, "Negative")
         for device in ("CPU", "CUDA"):
-            self.impl(name, implementation, device)
+            self.impl(name, _with_all_arguments(operator, operator.kernel), device)
         # torch.library.register_fake would give it to an earlier custom_op of this name.
-        self._register_fake(name, fake)
+        self._register_fake(name, _with_all_arguments(operator, partial(fake, operator)))
+        self.packet = getattr(torch.ops.flash_attn, name)
+        operator.overload = self.packet.default
 
     def set_autograd(self, kernel) -> None:
         """Register the kernel that derives gradients."""
@@ -159,52 +91,35 @@ class _Operator(torch.library.Library):
 
     def _destroy(self) -> None:
         """Give the name away and go on under another: ``torch.library.custom_op`` calls this."""
-        old = getattr(torch.ops.flash_attn, self.name)
         # An operator with any kernel stays known: other packages may hold it, too.
         _library.impl(self.name, torch.library.fallthrough_kernel, "PrivateUse3")
         super()._destroy()
-        heir = operators[self.name] = _Operator("_own" + self.name, *self.definition)
+        heir = _Registration("_own" + self.name, self.operator, self.fake, self.tags)
+        registered[self.operator.name] = heir
         if self.autograd is not None:
             heir.set_autograd(self.autograd)
-        new = getattr(torch.ops.flash_attn, heir.name)
-        _swap(old.default, new.default)
-        _swap(old, new)
+        _swap(self.packet, heir.packet)
 
 
-operators: dict[str, _Operator] = {}
+registered: dict[str, _Registration] = {}
 
 
-def _define(name: str, schema: str, implementation, fake, tags=()) -> None:
+def _register(operator: Operator, fake: Callable, tags: tuple = ()) -> None:
     declared = getattr(torch._library.custom_ops, "OPDEF_TO_LIB", {})
-    earlier = declared.pop(f"flash_attn::{name}", None)
+    earlier = declared.pop(f"flash_attn::{operator.name}", None)
     if earlier is not None:
         earlier._destroy()
-    declared[f"flash_attn::{name}"] = operators[name] = _Operator(
-        name, schema, implementation, fake, tags
-    )
+    registration = _Registration(operator.name, operator, fake, tags)
+    declared[f"flash_attn::{operator.name}"] = registered[operator.name] = registration
 
 
 # Dropout draws from a generator: two equal calls must not be merged, nor one call be run twice.
 _RANDOM = (torch.Tag.nondeterministic_seeded,)
 
-_define("_flash_attn_forward", _FORWARD, kernels.forward, _fake_forward, _RANDOM)
-_define(
-    "_flash_attn_varlen_forward",
-    _VARLEN_FORWARD,
-    kernels.varlen_forward,
-    _fake_varlen_forward,
-    _RANDOM,
-)
-_define("_flash_attn_backward", _BACKWARD, kernels.backward, _fake_backward)
-_define(
-    "_flash_attn_varlen_backward", _VARLEN_BACKWARD, kernels.varlen_backward, _fake_varlen_backward
-)
-_define("_flash_attn_kvcache_forward", _KVCACHE, kernels.kvcache_forward, _fake_kvcache_forward)
-_define(
-    "_flash_attn_kvcache_append_forward",
-    _KVCACHE_APPEND,
-    kernels.kvcache_append_forward,
-    _fake_kvcache_forward,
-)
-for _name in ("_flash_attn_kvcache_forward", "_flash_attn_kvcache_append_forward"):
-    operators[_name].set_autograd(torch.library.fallthrough_kernel)
+for _operator in (FORWARD, VARLEN_FORWARD):
+    _register(_operator, _fake_attend, _RANDOM)
+for _operator in (BACKWARD, VARLEN_BACKWARD):
+    _register(_operator, _fake_differentiate)
+for _operator in (KVCACHE, KVCACHE_APPEND):
+    _register(_operator, _fake_attend_cache)
+    registered[_operator.name].set_autograd(torch.library.fallthrough_kernel)

@@ -47,19 +47,20 @@ import torch
 from torch import Tensor
 
 import flash_attn_2_cuda as flash_attn_gpu
-from flash_attn._arguments import check_optional, check_tensors, flag, number, wrong_kind
-from flash_attn._autograd import forward, varlen_forward
+from flash_attn import _autograd  # noqa: F401  (registers the operators and their gradients)
+from flash_attn._arguments import as_int, check_tensors, flag, four_dims, number, wrong_kind
 from flash_attn._buffers import maybe_contiguous, round_multiple
-from flash_attn._eager import needs_no_dispatcher, needs_no_gradient, refuse_derivatives
-from flash_attn._functions import (  # noqa: F401  (other packages import them from here)
+from flash_attn._eager import refuse_derivatives, run
+from flash_attn._functions import (  # noqa: F401  (other packages import some from here)
+    FORWARD,
+    KVCACHE,
+    KVCACHE_APPEND,
+    VARLEN_FORWARD,
     _flash_attn_backward,
     _flash_attn_forward,
     _flash_attn_varlen_backward,
     _flash_attn_varlen_forward,
-    as_int,
-    four_dims,
 )
-from flash_attn._kernels import attend, kvcache_attend, varlen_attend
 
 __all__ = [
     "flash_attn_func",
@@ -76,13 +77,12 @@ __all__ = [
 
 USE_TRITON_ROCM = False
 
+_NO_PART_OF_KEYS = (None, None, False, 0)  # leftpad_k, seqused_k, zero_tensors, num_splits
+
 _wrapped_flash_attn_forward = torch.ops.flash_attn._flash_attn_forward
 _wrapped_flash_attn_varlen_forward = torch.ops.flash_attn._flash_attn_varlen_forward
 _wrapped_flash_attn_backward = torch.ops.flash_attn._flash_attn_backward
 _wrapped_flash_attn_varlen_backward = torch.ops.flash_attn._flash_attn_varlen_backward
-
-_kvcache_op = torch.ops.flash_attn._flash_attn_kvcache_forward.default
-_kvcache_append_op = torch.ops.flash_attn._flash_attn_kvcache_append_forward.default
 
 
 def _get_block_size_n(device, head_dim, is_dropout, is_causal):
@@ -99,23 +99,20 @@ def _get_block_size_n(device, head_dim, is_dropout, is_causal):
 
 
 def _default_scale(q: Tensor) -> float:
-    headdim = q.shape[-1] if isinstance(q, Tensor) and q.dim() else 0
-    return headdim**-0.5 if headdim else 1.0
+    shape = q.shape if isinstance(q, Tensor) else ()
+    return shape[-1] ** -0.5 if shape and shape[-1] else 1.0
 
 
-def _score(q, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes) -> tuple:
-    """Return the operators' arguments from dropout_p to alibi_slopes."""
+def _score(q, dropout_p, softmax_scale, causal, window_size, softcap) -> tuple:
+    """Return the operators' arguments from dropout_p to softcap."""
     left, right = window_size
-    if alibi_slopes is not None:
-        check_optional(alibi_slopes=alibi_slopes)
     return (
-        float(dropout_p) if type(dropout_p) is float else number("dropout_p", dropout_p),
+        float(dropout_p) if dropout_p.__class__ is float else number("dropout_p", dropout_p),
         _default_scale(q) if softmax_scale is None else number("softmax_scale", softmax_scale),
-        bool(causal) if type(causal) is bool else flag("causal", causal),
+        bool(causal) if causal.__class__ is bool else flag("causal", causal),
         as_int("window_size[0]", left),
         as_int("window_size[1]", right),
-        float(softcap) if type(softcap) is float else number("softcap", softcap),
-        alibi_slopes,
+        float(softcap) if softcap.__class__ is float else number("softcap", softcap),
     )
 
 
@@ -167,28 +164,10 @@ def flash_attn_func(
         RuntimeError: an argument is invalid; the message names it.
         MemoryError: memory ran out.
     """
-    score = _score(q, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
-    if (
-        score[0] == 0.0
-        and not return_attn_probs
-        and s_aux is None
-        and attn_bias is None
-        and (alibi_slopes is None or needs_no_gradient(alibi_slopes, q, k))
-        and needs_no_dispatcher(q, k, v)
-        and needs_no_gradient(q, k, v)
-    ):
-        return attend(q, k, v, *score, needs_lse=False)[0]
-    check_tensors(q=q, k=k, v=v)
-    check_optional(s_aux=s_aux, attn_bias=attn_bias)
-    out, softmax_lse, s_dmask, _ = forward(
-        q,
-        k,
-        v,
-        *score,
-        flag("return_attn_probs", return_attn_probs) and score[0] > 0.0,
-        s_aux=s_aux,
-        attn_bias=four_dims(attn_bias),
-    )
+    score = _score(q, dropout_p, softmax_scale, causal, window_size, softcap)
+    return_s_dmask = flag("return_attn_probs", return_attn_probs) and score[0] > 0.0
+    args = (q, k, v, *score, alibi_slopes, return_s_dmask, s_aux, four_dims(attn_bias))
+    out, softmax_lse, s_dmask, _ = run(FORWARD, args, return_attn_probs)
     return (out, softmax_lse, s_dmask) if return_attn_probs else out
 
 
@@ -216,21 +195,9 @@ def flash_attn_kvpacked_func(
     Other arguments, results and errors are those of flash_attn_func.
     """
     k, v = _unpack("kv", kv, 2)
-    return flash_attn_func(
-        q,
-        k,
-        v,
-        dropout_p,
-        softmax_scale,
-        causal,
-        window_size,
-        softcap,
-        alibi_slopes,
-        deterministic,
-        return_attn_probs,
-        s_aux=s_aux,
-        attn_bias=attn_bias,
-    )
+    score = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
+    extensions = {"s_aux": s_aux, "attn_bias": attn_bias}
+    return flash_attn_func(q, k, v, *score, return_attn_probs, **extensions)
 
 
 def flash_attn_qkvpacked_func(
@@ -255,21 +222,9 @@ def flash_attn_qkvpacked_func(
     Other arguments, results and errors are those of flash_attn_func.
     """
     q, k, v = _unpack("qkv", qkv, 3)
-    return flash_attn_func(
-        q,
-        k,
-        v,
-        dropout_p,
-        softmax_scale,
-        causal,
-        window_size,
-        softcap,
-        alibi_slopes,
-        deterministic,
-        return_attn_probs,
-        s_aux=s_aux,
-        attn_bias=attn_bias,
-    )
+    score = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
+    extensions = {"s_aux": s_aux, "attn_bias": attn_bias}
+    return flash_attn_func(q, k, v, *score, return_attn_probs, **extensions)
 
 
 def flash_attn_varlen_func(
@@ -316,36 +271,20 @@ def flash_attn_varlen_func(
         RuntimeError: an argument is invalid; the message names it.
         MemoryError: memory ran out.
     """
-    sequences = (
-        cu_seqlens_q,
-        cu_seqlens_k,
-        as_int("max_seqlen_q", max_seqlen_q),
-        as_int("max_seqlen_k", max_seqlen_k),
-    )
-    score = _score(q, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
-    if (
-        score[0] == 0.0
-        and not return_attn_probs
-        and s_aux is None
-        and attn_bias is None
-        and (alibi_slopes is None or needs_no_gradient(alibi_slopes, q, k))
-        and needs_no_dispatcher(q, k, v)
-        and needs_no_gradient(q, k, v)
-    ):
-        return varlen_attend(q, k, v, *sequences, *score, block_table, needs_lse=False)[0]
-    check_tensors(q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
-    check_optional(block_table=block_table, s_aux=s_aux, attn_bias=attn_bias)
-    out, softmax_lse, s_dmask, _ = varlen_forward(
-        q,
-        k,
-        v,
-        *sequences,
+    max_seqlens = as_int("max_seqlen_q", max_seqlen_q), as_int("max_seqlen_k", max_seqlen_k)
+    score = _score(q, dropout_p, softmax_scale, causal, window_size, softcap)
+    return_s_dmask = flag("return_attn_probs", return_attn_probs) and score[0] > 0.0
+    args = (
+        *(q, k, v, cu_seqlens_q, cu_seqlens_k, *max_seqlens),
         *score,
-        flag("return_attn_probs", return_attn_probs) and score[0] > 0.0,
+        alibi_slopes,
+        return_s_dmask,
         block_table,
-        s_aux=s_aux,
-        attn_bias=four_dims(attn_bias),
+        *_NO_PART_OF_KEYS,
+        s_aux,
+        four_dims(attn_bias),
     )
+    out, softmax_lse, s_dmask, _ = run(VARLEN_FORWARD, args, return_attn_probs)
     return (out, softmax_lse, s_dmask) if return_attn_probs else out
 
 
@@ -377,25 +316,10 @@ def flash_attn_varlen_kvpacked_func(
     Other arguments, results and errors are those of flash_attn_varlen_func.
     """
     k, v = _unpack("kv", kv, 2)
-    return flash_attn_varlen_func(
-        q,
-        k,
-        v,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        dropout_p,
-        softmax_scale,
-        causal,
-        window_size,
-        softcap,
-        alibi_slopes,
-        deterministic,
-        return_attn_probs,
-        s_aux=s_aux,
-        attn_bias=attn_bias,
-    )
+    sequences = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    score = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
+    extensions = {"s_aux": s_aux, "attn_bias": attn_bias}
+    return flash_attn_varlen_func(q, k, v, *sequences, *score, return_attn_probs, **extensions)
 
 
 def flash_attn_varlen_qkvpacked_func(
@@ -426,25 +350,10 @@ def flash_attn_varlen_qkvpacked_func(
     q, k, v = _unpack("qkv", qkv, 3)
     check_tensors(cu_seqlens=cu_seqlens)
     max_seqlen = as_int("max_seqlen", max_seqlen)
-    return flash_attn_varlen_func(
-        q,
-        k,
-        v,
-        cu_seqlens,
-        cu_seqlens,
-        max_seqlen,
-        max_seqlen,
-        dropout_p,
-        softmax_scale,
-        causal,
-        window_size,
-        softcap,
-        alibi_slopes,
-        deterministic,
-        return_attn_probs,
-        s_aux=s_aux,
-        attn_bias=attn_bias,
-    )
+    sequences = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+    score = (dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic)
+    extensions = {"s_aux": s_aux, "attn_bias": attn_bias}
+    return flash_attn_varlen_func(q, k, v, *sequences, *score, return_attn_probs, **extensions)
 
 
 def flash_attn_with_kvcache(
@@ -519,32 +428,21 @@ def flash_attn_with_kvcache(
         check_tensors(q=q)
         length = as_int("cache_seqlens", cache_seqlens)
         cache_seqlens = torch.full(q.shape[:1], length, dtype=torch.int32, device=k_cache.device)
-    score = _score(q, 0.0, softmax_scale, causal, window_size, softcap, alibi_slopes)
-    settings = (
-        cache_seqlens,
-        rotary_cos,
-        rotary_sin,
-        cache_batch_idx,
-        cache_leftpad,
-        block_table,
+    _, *score = _score(q, 0.0, softmax_scale, causal, window_size, softcap)
+    return_softmax_lse = flag("return_softmax_lse", return_softmax_lse)
+    is_appending = k is not None or v is not None
+    args = (
+        *((q, k_cache, v_cache, k, v) if is_appending else (q, k_cache, v_cache)),
+        *(cache_seqlens, rotary_cos, rotary_sin, cache_batch_idx, cache_leftpad, block_table),
         alibi_slopes,
-        *score[1:6],
+        *score,
         flag("rotary_interleaved", rotary_interleaved),
         as_int("num_splits", num_splits),
+        s_aux,
     )
-    return_softmax_lse = flag("return_softmax_lse", return_softmax_lse)
-    if needs_no_dispatcher(q, k_cache, v_cache):
-        results = kvcache_attend(
-            q, k_cache, v_cache, k, v, *settings, s_aux, needs_lse=return_softmax_lse
-        )
-        return results if return_softmax_lse else results[0]
-    check_tensors(q=q)
-    check_optional(k=k, v=v, rotary_cos=rotary_cos, rotary_sin=rotary_sin, block_table=block_table)
-    check_optional(cache_batch_idx=cache_batch_idx, cache_leftpad=cache_leftpad, s_aux=s_aux)
-    if k is None and v is None:
-        out, softmax_lse = _kvcache_op(q, k_cache, v_cache, *settings, s_aux=s_aux)
-    else:
-        out, softmax_lse = _kvcache_append_op(q, k_cache, v_cache, k, v, *settings, s_aux=s_aux)
+    out, softmax_lse = run(
+        KVCACHE_APPEND if is_appending else KVCACHE, args, wants_all=return_softmax_lse
+    )
     return (out, softmax_lse) if return_softmax_lse else out
 
 

@@ -6,19 +6,26 @@
 #include <tvm/ffi/tvm_ffi.h>
 
 #include <algorithm>
+#include <array>
+#include <cstddef>
 #include <cstdint>
 #include <limits>
-#include <optional>
+#include <sstream>
 #include <string>
+#include <string_view>
+#include <vector>
 
 #include "flash_attn/flash_attn.h"
 
 namespace {
 
+using tvm::ffi::Any;
+using tvm::ffi::AnyView;
+using tvm::ffi::Function;
 using tvm::ffi::Optional;
+using tvm::ffi::PackedArgs;
 using tvm::ffi::String;
 using tvm::ffi::TensorView;
-using MaybeTensor = Optional<TensorView>;
 
 flash_attn_dtype to_dtype(DLDataType dtype) {
   if (dtype.lanes != 1) return FLASH_ATTN_OTHER_DTYPE;
@@ -37,41 +44,29 @@ flash_attn_device_type to_device_type(DLDeviceType type) {
   return type == kDLCUDA ? FLASH_ATTN_CUDA : static_cast<flash_attn_device_type>(0);
 }
 
-// A tensor argument of the C interface; converts to a null pointer where Python passed None.
-class Tensor {
- public:
-  explicit Tensor(const TensorView& view) { set(view); }
-  explicit Tensor(const MaybeTensor& view) {
-    if (view.has_value()) set(*view);
+// Describes a view as the library knows it; what lies beyond its ndim stays as it was.
+void describe(const TensorView& view, flash_attn_tensor& tensor) {
+  tensor.data = static_cast<char*>(view.data_ptr()) + view.byte_offset();
+  tensor.dtype = to_dtype(view.dtype());
+  tensor.device_type = to_device_type(view.device().device_type);
+  tensor.device_id = view.device().device_id;
+  tensor.ndim = view.ndim();
+  // The library rejects a tensor of more dimensions by its ndim alone.
+  const int stored = std::min(tensor.ndim, FLASH_ATTN_MAX_NDIM);
+  for (int i = 0; i < stored; ++i) {
+    tensor.shape[i] = view.size(i);
+    tensor.stride[i] = view.stride(i);
   }
-  operator const flash_attn_tensor*() const {  // NOLINT(google-explicit-constructor)
-    return given_ ? &tensor_ : nullptr;
-  }
+}
 
- private:
-  void set(const TensorView& view) {
-    given_ = true;
-    tensor_.data = static_cast<char*>(view.data_ptr()) + view.byte_offset();
-    tensor_.dtype = to_dtype(view.dtype());
-    tensor_.device_type = to_device_type(view.device().device_type);
-    tensor_.device_id = view.device().device_id;
-    tensor_.ndim = view.ndim();
-    // The library rejects a tensor of more dimensions by its ndim alone.
-    const int stored = std::min(tensor_.ndim, FLASH_ATTN_MAX_NDIM);
-    for (int i = 0; i < stored; ++i) {
-      tensor_.shape[i] = view.size(i);
-      tensor_.stride[i] = view.stride(i);
-    }
-  }
-
-  bool given_ = false;
-  flash_attn_tensor tensor_;
-};
+[[noreturn]] void raise(const char* kind, const std::string& sentence) {
+  throw tvm::ffi::Error(kind, sentence, "");
+}
 
 void check_status(flash_attn_status status) {
   if (status == FLASH_ATTN_OK) return;
-  const char* kind = status == FLASH_ATTN_OUT_OF_MEMORY ? "MemoryError" : "RuntimeError";
-  throw tvm::ffi::Error(kind, flash_attn_last_error(), "");
+  raise(status == FLASH_ATTN_OUT_OF_MEMORY ? "MemoryError" : "RuntimeError",
+        flash_attn_last_error());
 }
 
 // Text of the library, where NULL tells that the call failed.
@@ -80,213 +75,127 @@ String checked_text(const char* text) {
   return text;
 }
 
-// Out-of-range numbers stay out of range, for the library to reject.
-int32_t saturate(int64_t x) {
-  return static_cast<int32_t>(std::clamp<int64_t>(x, std::numeric_limits<int32_t>::min(),
-                                                  std::numeric_limits<int32_t>::max()));
+// ------------------------------------------------------------------------------------------------
+// Calls with arguments by position, in an order that the caller chose by their names
+
+// What was given for an argument; becomes whatever the member that it is assigned to is.
+class Value {
+ public:
+  // `tensor` is where a tensor's description goes; it outlives the call.
+  Value(std::string_view name, AnyView given, flash_attn_tensor* tensor)
+      : name_(name), given_(given), tensor_(tensor) {}
+
+  operator double() const { return as<double>("a number"); }      // NOLINT(google-explicit-*)
+  operator int64_t() const { return as<int64_t>("an integer"); }  // NOLINT(google-explicit-*)
+  // Out-of-range numbers stay out of range, for the library to reject.
+  operator int32_t() const {  // NOLINT(google-explicit-*)
+    return static_cast<int32_t>(std::clamp<int64_t>(*this, std::numeric_limits<int32_t>::min(),
+                                                    std::numeric_limits<int32_t>::max()));
+  }
+  operator const flash_attn_tensor*() const {  // NOLINT(google-explicit-*)
+    describe(as<TensorView>("a tensor or None"), *tensor_);
+    return tensor_;
+  }
+
+ private:
+  template <class T>
+  T as(const char* expected) const {
+    if (const auto value = given_.try_cast<T>()) return *value;
+    raise("TypeError",
+          std::string(name_) + " must be " + expected + ", got " + given_.GetTypeKey());
+  }
+
+  std::string_view name_;
+  AnyView given_;
+  flash_attn_tensor* tensor_;
+};
+
+template <class Args>
+struct Argument {
+  std::string_view name;
+  bool is_tensor;
+  void (*set)(Args&, const Value&);
+};
+
+// The arguments of each struct of the C interface: its members.
+template <class Args>
+constexpr std::array<Argument<Args>, 0> kArguments{};
+#include "arguments.inc"
+
+template <class Args>
+using Run = flash_attn_status (*)(const Args*);
+
+// The stream that the caller's framework works on now, for the device of the result; tvm-ffi asks
+// the framework when tensors cross.
+void* current_stream(const flash_attn_tensor* out) {
+  if (out == nullptr || out->device_type != FLASH_ATTN_CUDA) return nullptr;
+  return TVMFFIEnvGetStream(kDLCUDA, out->device_id);
 }
 
-// The stream that the caller's framework works on now, for the device of `q`; tvm-ffi asks the
-// framework when tensors cross.
-void* current_stream(const TensorView& q) {
-  const DLDevice device = q.device();
-  if (device.device_type != kDLCUDA) return nullptr;
-  return TVMFFIEnvGetStream(device.device_type, device.device_id);
+// Arguments that are not in the order are NULL or 0; a null pointer in it takes an argument that
+// the library does without.
+template <class Args>
+void call(Run<Args> run, const std::vector<const Argument<Args>*>& order, PackedArgs given) {
+  const int count = static_cast<int>(order.size());
+  if (given.size() != count) {
+    raise("TypeError",
+          "expected " + std::to_string(count) + " arguments, got " + std::to_string(given.size()));
+  }
+  std::array<flash_attn_tensor, kArguments<Args>.size()> tensors;
+  Args args{};
+  for (int i = 0; i < count; ++i) {
+    const bool is_absent = order[i] == nullptr || (order[i]->is_tensor && given[i] == nullptr);
+    if (is_absent) continue;
+    flash_attn_tensor& tensor = tensors[order[i] - kArguments<Args>.data()];
+    order[i]->set(args, {order[i]->name, given[i], &tensor});
+  }
+  args.stream = current_stream(args.out);
+  check_status(run(&args));
 }
 
-flash_attn_score_args score_args(double softmax_scale, double softcap, bool is_causal,
-                                 int64_t window_left, int64_t window_right) {
-  flash_attn_score_args score{};
-  score.softmax_scale = softmax_scale;
-  score.softcap = softcap;
-  score.window_left = window_left;
-  score.window_right = window_right;
-  score.is_causal = is_causal;
-  return score;
+template <class Args>
+const Argument<Args>* find_argument(const std::string& name) {
+  if (name == "_") return nullptr;
+  const auto& all = kArguments<Args>;
+  const auto found = std::ranges::find(all, name, &Argument<Args>::name);
+  if (found == all.end()) raise("ValueError", "there is no argument " + name);
+  return &*found;
 }
 
-void mha_fwd(TensorView q, TensorView k, TensorView v, TensorView out, MaybeTensor softmax_lse,
-             MaybeTensor s_dmask, MaybeTensor rng_state, MaybeTensor alibi_slopes,
-             MaybeTensor s_aux, MaybeTensor attn_bias, double p_dropout, double softmax_scale,
-             bool is_causal, int64_t window_left, int64_t window_right, double softcap) {
-  const Tensor q_t(q), k_t(k), v_t(v), out_t(out), lse_t(softmax_lse), s_dmask_t(s_dmask),
-      rng_t(rng_state), alibi_t(alibi_slopes), s_aux_t(s_aux), bias_t(attn_bias);
-  flash_attn_fwd_args args{};
-  args.q = q_t;
-  args.k = k_t;
-  args.v = v_t;
-  args.out = out_t;
-  args.softmax_lse = lse_t;
-  args.score = score_args(softmax_scale, softcap, is_causal, window_left, window_right);
-  args.score.alibi_slopes = alibi_t;
-  args.score.s_aux = s_aux_t;
-  args.score.attn_bias = bias_t;
-  args.p_dropout = p_dropout;
-  args.rng_state = rng_t;
-  args.s_dmask = s_dmask_t;
-  args.stream = current_stream(q);
-  check_status(flash_attn_mha_fwd(&args));
+// Returns visit(function of this name).
+template <class Visit>
+auto with_function(const std::string& name, const Visit& visit) {
+  if (name == "mha_fwd") return visit(flash_attn_mha_fwd);
+  if (name == "mha_varlen_fwd") return visit(flash_attn_mha_varlen_fwd);
+  if (name == "mha_bwd") return visit(flash_attn_mha_bwd);
+  if (name == "mha_varlen_bwd") return visit(flash_attn_mha_varlen_bwd);
+  if (name == "mha_fwd_kvcache") return visit(flash_attn_mha_fwd_kvcache);
+  if (name == "combine") return visit(flash_attn_combine);
+  raise("ValueError", "there is no function " + name);
 }
 
-void mha_varlen_fwd(TensorView q, TensorView k, TensorView v, TensorView out,
-                    MaybeTensor softmax_lse, MaybeTensor s_dmask, MaybeTensor rng_state,
-                    MaybeTensor alibi_slopes, MaybeTensor s_aux, MaybeTensor attn_bias,
-                    TensorView cu_seqlens_q, TensorView cu_seqlens_k, MaybeTensor seqused_k,
-                    MaybeTensor leftpad_k, MaybeTensor block_table, int64_t max_seqlen_q,
-                    int64_t max_seqlen_k, double p_dropout, double softmax_scale, bool zero_tensors,
-                    bool is_causal, int64_t window_left, int64_t window_right, double softcap,
-                    int64_t num_splits) {
-  const Tensor q_t(q), k_t(k), v_t(v), out_t(out), lse_t(softmax_lse), s_dmask_t(s_dmask),
-      rng_t(rng_state), alibi_t(alibi_slopes), s_aux_t(s_aux), bias_t(attn_bias),
-      cu_q_t(cu_seqlens_q), cu_k_t(cu_seqlens_k), seqused_t(seqused_k), leftpad_t(leftpad_k),
-      table_t(block_table);
-  flash_attn_fwd_args args{};
-  args.q = q_t;
-  args.k = k_t;
-  args.v = v_t;
-  args.out = out_t;
-  args.softmax_lse = lse_t;
-  args.score = score_args(softmax_scale, softcap, is_causal, window_left, window_right);
-  args.score.alibi_slopes = alibi_t;
-  args.score.s_aux = s_aux_t;
-  args.score.attn_bias = bias_t;
-  args.p_dropout = p_dropout;
-  args.rng_state = rng_t;
-  args.s_dmask = s_dmask_t;
-  args.cu_seqlens_q = cu_q_t;
-  args.cu_seqlens_k = cu_k_t;
-  args.seqused_k = seqused_t;
-  args.leftpad_k = leftpad_t;
-  args.block_table = table_t;
-  args.max_seqlen_q = max_seqlen_q;
-  args.max_seqlen_k = max_seqlen_k;
-  args.zero_tensors = zero_tensors;
-  args.num_splits = saturate(num_splits);
-  args.stream = current_stream(q);
-  check_status(flash_attn_mha_varlen_fwd(&args));
+// A function of the C interface that takes the arguments `names`, separated by spaces, by position;
+// "_" stands for one that is not passed on.
+Function bind(const String& function, const String& names) {
+  return with_function(function, [&]<class Args>(Run<Args> run) {
+    std::vector<const Argument<Args>*> order;
+    std::istringstream words(names);
+    for (std::string name; words >> name;) order.push_back(find_argument<Args>(name));
+    return Function::FromPacked(
+        [run, order](PackedArgs given, Any*) { call<Args>(run, order, given); });
+  });
 }
 
-void mha_bwd(TensorView dout, TensorView q, TensorView k, TensorView v, TensorView out,
-             TensorView softmax_lse, TensorView dq, TensorView dk, TensorView dv,
-             TensorView softmax_d, MaybeTensor rng_state, MaybeTensor alibi_slopes,
-             MaybeTensor s_aux, MaybeTensor attn_bias, MaybeTensor dlse, MaybeTensor ds_aux,
-             MaybeTensor dattn_bias, double p_dropout, double softmax_scale, bool is_causal,
-             int64_t window_left, int64_t window_right, double softcap, bool deterministic) {
-  const Tensor dout_t(dout), q_t(q), k_t(k), v_t(v), out_t(out), lse_t(softmax_lse), dq_t(dq),
-      dk_t(dk), dv_t(dv), softmax_d_t(softmax_d), rng_t(rng_state), alibi_t(alibi_slopes),
-      s_aux_t(s_aux), bias_t(attn_bias), dlse_t(dlse), ds_aux_t(ds_aux), dbias_t(dattn_bias);
-  flash_attn_bwd_args args{};
-  args.dout = dout_t;
-  args.q = q_t;
-  args.k = k_t;
-  args.v = v_t;
-  args.out = out_t;
-  args.softmax_lse = lse_t;
-  args.dq = dq_t;
-  args.dk = dk_t;
-  args.dv = dv_t;
-  args.softmax_d = softmax_d_t;
-  args.dlse = dlse_t;
-  args.ds_aux = ds_aux_t;
-  args.dattn_bias = dbias_t;
-  args.score = score_args(softmax_scale, softcap, is_causal, window_left, window_right);
-  args.score.alibi_slopes = alibi_t;
-  args.score.s_aux = s_aux_t;
-  args.score.attn_bias = bias_t;
-  args.p_dropout = p_dropout;
-  args.rng_state = rng_t;
-  args.deterministic = deterministic;
-  args.stream = current_stream(q);
-  check_status(flash_attn_mha_bwd(&args));
+// The names of a function's arguments, separated by spaces.
+String arguments(const String& function) {
+  return with_function(function, []<class Args>(Run<Args>) {
+    std::string names;
+    for (const auto& argument : kArguments<Args>) names.append(argument.name).append(" ");
+    return String(names);
+  });
 }
 
-void mha_varlen_bwd(TensorView dout, TensorView q, TensorView k, TensorView v, TensorView out,
-                    TensorView softmax_lse, TensorView dq, TensorView dk, TensorView dv,
-                    TensorView softmax_d, MaybeTensor rng_state, MaybeTensor alibi_slopes,
-                    MaybeTensor s_aux, MaybeTensor attn_bias, MaybeTensor dlse, MaybeTensor ds_aux,
-                    MaybeTensor dattn_bias, TensorView cu_seqlens_q, TensorView cu_seqlens_k,
-                    int64_t max_seqlen_q, int64_t max_seqlen_k, double p_dropout,
-                    double softmax_scale, bool zero_tensors, bool is_causal, int64_t window_left,
-                    int64_t window_right, double softcap, bool deterministic) {
-  const Tensor dout_t(dout), q_t(q), k_t(k), v_t(v), out_t(out), lse_t(softmax_lse), dq_t(dq),
-      dk_t(dk), dv_t(dv), softmax_d_t(softmax_d), rng_t(rng_state), alibi_t(alibi_slopes),
-      s_aux_t(s_aux), bias_t(attn_bias), dlse_t(dlse), ds_aux_t(ds_aux), dbias_t(dattn_bias),
-      cu_q_t(cu_seqlens_q), cu_k_t(cu_seqlens_k);
-  flash_attn_bwd_args args{};
-  args.dout = dout_t;
-  args.q = q_t;
-  args.k = k_t;
-  args.v = v_t;
-  args.out = out_t;
-  args.softmax_lse = lse_t;
-  args.dq = dq_t;
-  args.dk = dk_t;
-  args.dv = dv_t;
-  args.softmax_d = softmax_d_t;
-  args.dlse = dlse_t;
-  args.ds_aux = ds_aux_t;
-  args.dattn_bias = dbias_t;
-  args.score = score_args(softmax_scale, softcap, is_causal, window_left, window_right);
-  args.score.alibi_slopes = alibi_t;
-  args.score.s_aux = s_aux_t;
-  args.score.attn_bias = bias_t;
-  args.p_dropout = p_dropout;
-  args.rng_state = rng_t;
-  args.deterministic = deterministic;
-  args.cu_seqlens_q = cu_q_t;
-  args.cu_seqlens_k = cu_k_t;
-  args.max_seqlen_q = max_seqlen_q;
-  args.max_seqlen_k = max_seqlen_k;
-  args.zero_tensors = zero_tensors;
-  args.stream = current_stream(q);
-  check_status(flash_attn_mha_varlen_bwd(&args));
-}
-
-void mha_fwd_kvcache(TensorView q, TensorView k_cache, TensorView v_cache, MaybeTensor k,
-                     MaybeTensor v, TensorView out, MaybeTensor softmax_lse,
-                     MaybeTensor cache_seqlens, MaybeTensor rotary_cos, MaybeTensor rotary_sin,
-                     MaybeTensor cache_batch_idx, MaybeTensor cache_leftpad,
-                     MaybeTensor block_table, MaybeTensor alibi_slopes, MaybeTensor s_aux,
-                     double softmax_scale, bool is_causal, int64_t window_left,
-                     int64_t window_right, double softcap, bool is_rotary_interleaved,
-                     int64_t num_splits) {
-  const Tensor q_t(q), k_cache_t(k_cache), v_cache_t(v_cache), k_t(k), v_t(v), out_t(out),
-      lse_t(softmax_lse), seqlens_t(cache_seqlens), cos_t(rotary_cos), sin_t(rotary_sin),
-      batch_idx_t(cache_batch_idx), leftpad_t(cache_leftpad), table_t(block_table),
-      alibi_t(alibi_slopes), s_aux_t(s_aux);
-  flash_attn_kvcache_args args{};
-  args.q = q_t;
-  args.k_cache = k_cache_t;
-  args.v_cache = v_cache_t;
-  args.k = k_t;
-  args.v = v_t;
-  args.out = out_t;
-  args.softmax_lse = lse_t;
-  args.score = score_args(softmax_scale, softcap, is_causal, window_left, window_right);
-  args.score.alibi_slopes = alibi_t;
-  args.score.s_aux = s_aux_t;
-  args.cache_seqlens = seqlens_t;
-  args.rotary_cos = cos_t;
-  args.rotary_sin = sin_t;
-  args.cache_batch_idx = batch_idx_t;
-  args.cache_leftpad = leftpad_t;
-  args.block_table = table_t;
-  args.is_rotary_interleaved = is_rotary_interleaved;
-  args.num_splits = saturate(num_splits);
-  args.stream = current_stream(q);
-  check_status(flash_attn_mha_fwd_kvcache(&args));
-}
-
-void combine(TensorView out_partial, TensorView lse_partial, TensorView out, MaybeTensor lse) {
-  const Tensor out_partial_t(out_partial), lse_partial_t(lse_partial), out_t(out), lse_t(lse);
-  flash_attn_combine_args args{};
-  args.out_partial = out_partial_t;
-  args.lse_partial = lse_partial_t;
-  args.out = out_t;
-  args.lse = lse_t;
-  args.stream = current_stream(out);
-  check_status(flash_attn_combine(&args));
-}
+// ------------------------------------------------------------------------------------------------
 
 void set_cpu_isa(Optional<String> name) {
   check_status(flash_attn_set_cpu_isa(name.has_value() ? name.value().c_str() : nullptr));
@@ -306,12 +215,8 @@ String kernels() { return flash_attn_kernels(); }
 
 }  // namespace
 
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(mha_fwd, mha_fwd);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(mha_varlen_fwd, mha_varlen_fwd);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(mha_bwd, mha_bwd);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(mha_varlen_bwd, mha_varlen_bwd);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(mha_fwd_kvcache, mha_fwd_kvcache);
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(combine, combine);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(bind, bind);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(arguments, arguments);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(set_cpu_isa, set_cpu_isa);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(version, version);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(cpu_isas, cpu_isas);

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from flash_attn._buffers import dense_lse, dense_softmax_d, maybe_contiguous
-from flash_attn._library import lib
+from flash_attn._library import bind
 from flash_attn.integrations import varlen
 
 __all__ = ["is_registered", "register", "registered", "unregister"]
@@ -43,6 +43,12 @@ _BACKWARD = _FORWARD + "_backward"
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MAX_HEAD_DIM = 576  # FLASH_ATTN_MAX_HEAD_DIM of the C header
 
+_NUMBERS = "p_dropout softmax_scale is_causal window_left window_right softcap"
+_attend = bind("mha_fwd", f"q k v out softmax_lse attn_bias {_NUMBERS}")
+_differentiate = bind(
+    "mha_bwd", f"dout q k v out softmax_lse dq dk dv softmax_d attn_bias {_NUMBERS}"
+)
+
 
 class _Call(NamedTuple):
     """One call in this package's layout, (batch, seqlen, nheads, headdim)."""
@@ -51,7 +57,7 @@ class _Call(NamedTuple):
     k: Tensor
     v: Tensor
     attn_bias: Optional[Tensor]
-    numbers: tuple  # p_dropout, softmax_scale, is_causal, window_left, window_right, softcap
+    numbers: tuple  # as _NUMBERS
 
 
 def _is_supported(query: Tensor, dropout_p: float, is_causal: bool, attn_mask) -> bool:
@@ -82,19 +88,7 @@ def _forward(query, key, value, is_causal, attn_mask, scale):
     call = _translate(query, key, value, is_causal, attn_mask, scale)
     out = torch.empty_like(query)
     softmax_lse = dense_lse(call.q)
-    lib.mha_fwd(
-        call.q,
-        call.k,
-        call.v,
-        out.transpose(1, 2),
-        softmax_lse,
-        None,
-        None,
-        None,
-        None,
-        call.attn_bias,
-        *call.numbers,
-    )
+    _attend(call.q, call.k, call.v, out.transpose(1, 2), softmax_lse, call.attn_bias, *call.numbers)
     # Compiled graphs expect the strides of PyTorch's own kernel.
     return out, softmax_lse.transpose(1, 2).contiguous().transpose(1, 2)
 
@@ -108,7 +102,7 @@ def _zeros(x: Tensor) -> Tensor:
 def _backward(grad_out, query, key, value, out, softmax_lse, is_causal, attn_mask, scale):
     call = _translate(query, key, value, is_causal, attn_mask, scale)
     dq, dk, dv = (_zeros(x) for x in (query, key, value))
-    lib.mha_bwd(
+    _differentiate(
         maybe_contiguous(grad_out.transpose(1, 2)),
         call.q,
         call.k,
@@ -119,15 +113,8 @@ def _backward(grad_out, query, key, value, out, softmax_lse, is_causal, attn_mas
         dk[:, : call.k.shape[1]],
         dv[:, : call.v.shape[1]],
         dense_softmax_d(call.q),
-        None,
-        None,
-        None,
         call.attn_bias,
-        None,
-        None,
-        None,
         *call.numbers,
-        True,
     )
     return dq.transpose(1, 2), dk.transpose(1, 2), dv.transpose(1, 2)
 

@@ -13,8 +13,8 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from flash_attn import _kernels as kernels
 from flash_attn._buffers import new_gradient
+from flash_attn._functions import BACKWARD, FORWARD, VARLEN_BACKWARD, VARLEN_FORWARD
 
 __all__ = ["add_kernels"]
 
@@ -60,28 +60,14 @@ def _run_forward(
     """Attention of a packed batch, or without cum_seq_q of a dense one."""
     window = (window_size_left, window_size_right)
     numbers = _numbers(query, dropout_p, is_causal, scale, *window)
+    numbers_and_slopes = (*numbers, alibi_slopes, return_debug_mask)
     if cum_seq_q is None:
-        return kernels.forward(
-            query, key, value, *numbers, alibi_slopes, return_debug_mask, out=out
-        )
-    cum_seq_k = _cumulative_keys(cum_seq_k, seqused_k)
-    return kernels.varlen_forward(
-        query,
-        key,
-        value,
-        cum_seq_q,
-        cum_seq_k,
-        max_q,
-        max_k,
-        *numbers,
-        alibi_slopes,
-        return_debug_mask,
-        block_table,
-        None,
-        seqused_k,
-        num_splits=num_splits or 0,
-        out=out,
-    )
+        args = FORWARD.complete((query, key, value, *numbers_and_slopes), {})
+        return FORWARD.kernel(args, out=out)
+    sequences = (cum_seq_q, _cumulative_keys(cum_seq_k, seqused_k), max_q, max_k)
+    given = {"block_table": block_table, "seqused_k": seqused_k, "num_splits": num_splits or 0}
+    args = VARLEN_FORWARD.complete((query, key, value, *sequences, *numbers_and_slopes), given)
+    return VARLEN_FORWARD.kernel(args, out=out)
 
 
 def _forward(query, *args, **kwargs):
@@ -119,10 +105,10 @@ def _backward(
     tensors = (grad_out, query, key, value, out, logsumexp, *gradients)
     rng_state = rng_state if dropout_p > 0 else None
     if cum_seq_q is None:
-        kernels.backward(*tensors, *numbers, None, False, rng_state)
+        BACKWARD.kernel(BACKWARD.complete((*tensors, *numbers, None, False, rng_state), {}))
     else:
-        sequences = (cum_seq_q, cum_seq_k, max_q, max_k)
-        kernels.varlen_backward(*tensors, *sequences, *numbers, None, False, rng_state)
+        args = (*tensors, cum_seq_q, cum_seq_k, max_q, max_k, *numbers, None, False, rng_state)
+        VARLEN_BACKWARD.kernel(VARLEN_BACKWARD.complete(args, {}))
     return gradients
 
 

@@ -16,7 +16,7 @@ import torch
 import flash_attn
 import flash_attn_2_cuda
 from flash_attn import flash_attn_interface
-from flash_attn._library import lib
+from flash_attn._library import bind
 
 MARGIN = 16  # elements before and after a tensor in its storage, which no call may touch
 
@@ -237,6 +237,7 @@ KEYWORDS = {
     "k_new": "k",
     "v_new": "v",
 }
+LIBRARY_NAMES = {"k_new": "k", "v_new": "v", "rotary_interleaved": "is_rotary_interleaved"}
 _PUBLIC = "p_dropout softmax_scale is_causal window_size softcap alibi_slopes deterministic "
 _PUBLIC += "return_softmax s_aux attn_bias"
 _MASK = "is_causal window_left window_right softcap"
@@ -303,7 +304,10 @@ def _extension(name, arguments, pool, written):
 
 
 def _library(name, arguments, pool, written):
-    return _positional(lib, "lib", name, arguments, pool, written)
+    """A function of the C interface, its arguments bound in this order."""
+    names = (LIBRARY_NAMES.get(argument, argument) for argument in arguments.split())
+    function = bind(name, " ".join(names))
+    return Entry(f"lib.{name}", function, pool, arguments.split(), written)
 
 
 ENTRIES = [

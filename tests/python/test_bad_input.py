@@ -17,7 +17,7 @@ from malformed_calls import ENTRIES, MARGIN, break_argument
 
 import flash_attn
 import flash_attn_2_cuda
-from flash_attn._library import lib, set_cpu_isa
+from flash_attn._library import bind, set_cpu_isa
 
 EXAMPLES = int(os.environ.get("FLASH_ATTN_FUZZ_EXAMPLES", "60"))
 # A malformed tensor or number is a RuntimeError; objects of other kinds meet Python's own errors.
@@ -330,8 +330,27 @@ def test_unknown_instruction_set():
 
 
 def test_wrong_number_of_arguments():
-    with pytest.raises(TypeError):
-        lib.mha_fwd(torch.zeros(1, 1, 1, 1))
+    with pytest.raises(TypeError, match="expected 4 arguments, got 1"):
+        bind("mha_fwd", "q k v out")(torch.zeros(1, 1, 1, 1))
+
+
+def test_wrong_kinds_of_arguments():
+    call = bind("mha_fwd", "q is_causal softcap")
+    q = torch.zeros(1, 1, 1, 1)
+    for arguments, sentence in (
+        (("text", False, 0.0), "q must be a tensor or None, got"),
+        ((q, None, 0.0), "is_causal must be an integer, got None"),
+        ((q, False, q), "softcap must be a number, got"),
+    ):
+        with pytest.raises(TypeError, match=sentence):
+            call(*arguments)
+
+
+def test_unknown_names():
+    with pytest.raises(ValueError, match="there is no argument temperature"):
+        bind("mha_fwd", "q k v temperature")
+    with pytest.raises(ValueError, match="there is no function mha_sideways"):
+        bind("mha_sideways", "q")
 
 
 def check_call(entry, arguments):

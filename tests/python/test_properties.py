@@ -21,7 +21,7 @@ from flash_attn import (
     flash_attn_varlen_func,
     flash_attn_with_kvcache,
 )
-from flash_attn._library import lib
+from flash_attn._library import bind
 
 pytestmark = pytest.mark.usefixtures("isa")
 
@@ -101,6 +101,16 @@ def test_merging_parts_by_their_lse(case, split):
         torch.testing.assert_close(gradient, whole[f"d{name}"], rtol=1e-4, atol=1e-4)
 
 
+combine = bind("combine", "out_partial lse_partial out lse")
+_SCORE = "p_dropout softmax_scale is_causal window_left window_right softcap"
+mha_fwd = bind("mha_fwd", f"q k v out softmax_lse s_dmask rng_state s_aux attn_bias {_SCORE}")
+mha_bwd = bind(
+    "mha_bwd",
+    "dout q k v out softmax_lse dq dk dv softmax_d rng_state s_aux attn_bias ds_aux dattn_bias "
+    f"{_SCORE}",
+)
+
+
 @pytest.mark.parametrize("dtype", [FP32, FP16, BF16])
 def test_combine(dtype):
     gen = torch.Generator().manual_seed(0)
@@ -110,7 +120,7 @@ def test_combine(dtype):
     lse_partial[:, 1, 2] = -INF
     out_partial[lse_partial == -INF] = NAN  # a part without keys
     out, lse = torch.full((2, 7, 3, 40), NAN, dtype=dtype), torch.full((2, 7, 3), NAN)
-    lib.combine(out_partial, lse_partial, out, lse)
+    combine(out_partial, lse_partial, out, lse)
     exact_lse = lse_partial.double().logsumexp(0)
     weight = torch.exp(lse_partial.double() - exact_lse.clamp(min=-1e30))[..., None]
     exact = torch.where(weight == 0, 0.0, out_partial.double() * weight).sum(0)
@@ -119,7 +129,7 @@ def test_combine(dtype):
     torch.testing.assert_close(out.double(), exact, rtol=tolerance, atol=tolerance)
     assert (out[1, 2] == 0).all()
     other = torch.empty_like(out)
-    lib.combine(out_partial, lse_partial, other, None)
+    combine(out_partial, lse_partial, other, None)
     assert torch.equal(other, out)
 
 
@@ -471,7 +481,7 @@ def test_nothing_is_written_beside_the_outputs(dtype, d, dv, seqlens):
     s_dmask = mask_memory[128:-128].view(b, h, *rounded)
     sinks, bias = torch.zeros(h), torch.zeros(b, h, sq, sk)
     score = (p, d**-0.5, False, -1, -1, 0.0)
-    lib.mha_fwd(*inputs, out.view, own_lse, s_dmask, rng_state, None, sinks, bias, *score)
+    mha_fwd(*inputs, out.view, own_lse, s_dmask, rng_state, sinks, bias, *score)
     out.check()
     assert lse.isnan().sum() == 2 * b * h * sq
     assert not own_lse.isnan().any()
@@ -481,7 +491,7 @@ def test_nothing_is_written_beside_the_outputs(dtype, d, dv, seqlens):
     d_memory = torch.full((b * h * rounded[0] + 256,), NAN)
     softmax_d = d_memory[128:-128].view(b, h, rounded[0])
     ds_memory, dbias = torch.full((h + 16,), NAN), Guarded(b, h, sq, sk)
-    lib.mha_bwd(
+    mha_bwd(
         dout,
         *inputs,
         out.view,
@@ -491,14 +501,11 @@ def test_nothing_is_written_beside_the_outputs(dtype, d, dv, seqlens):
         dv_.view,
         softmax_d,
         rng_state,
-        None,
         sinks,
         bias,
-        None,
         ds_memory[8:-8],
         dbias.view,
         *score,
-        True,
     )
     for guarded in (dq, dk, dv_, dbias):
         guarded.check()

@@ -13,7 +13,7 @@ import sys
 
 import torch
 
-from flash_attn._library import lib
+from flash_attn._library import bind
 
 SEQLEN, HEADS, HEAD_DIM = 200, 2, 64
 SHAPE = (1, SEQLEN, HEADS, HEAD_DIM)
@@ -91,7 +91,8 @@ v.write(values[2], v.bytes - (2 * HEAD_DIM if sys.argv[1] == "partial" else 0))
 
 scale = HEAD_DIM**-0.5
 try:
-    lib.mha_fwd(q, k, v, out, lse, None, None, None, None, None, 0.0, scale, False, -1, -1, 0.0)
+    names = "q k v out softmax_lse softmax_scale window_left window_right"
+    bind("mha_fwd", names)(q, k, v, out, lse, scale, -1, -1)
 except RuntimeError:
     report = ctypes.create_string_buffer(4096)
     cuda.gpuEmulatorLastReport(0, report, ctypes.c_size_t(len(report)))
