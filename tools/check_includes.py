@@ -54,7 +54,7 @@ def check_file(source: Path, root: Path, layers) -> list[str]:
         return [f"{source.relative_to(root)}: its folder is not in the table of layers"]
     faults = []
     for include in _INCLUDE.findall(source.read_text()):
-        if include.startswith("generated/"):  # in the build folder, by generate_kernels.py
+        if include.startswith("generated/"):  # in the build folder
             continue
         found = find(include, source, root)
         used = None if found is None else layer_of(found, root, layers)

@@ -120,7 +120,7 @@ struct Argument {
 // The arguments of each struct of the C interface: its members.
 template <class Args>
 constexpr std::array<Argument<Args>, 0> kArguments{};
-#include "arguments.inc"
+#include "generated/arguments.inc"
 
 template <class Args>
 using Run = flash_attn_status (*)(const Args*);
