@@ -32,6 +32,7 @@ flash_attn_dtype to_dtype(DLDataType dtype) {
   if (dtype.code == kDLFloat && dtype.bits == 16) return FLASH_ATTN_FLOAT16;
   if (dtype.code == kDLFloat && dtype.bits == 32) return FLASH_ATTN_FLOAT32;
   if (dtype.code == kDLBfloat && dtype.bits == 16) return FLASH_ATTN_BFLOAT16;
+  if (dtype.code == kDLFloat8_e4m3fn && dtype.bits == 8) return FLASH_ATTN_FLOAT8_E4M3;
   if (dtype.code == kDLInt && dtype.bits == 32) return FLASH_ATTN_INT32;
   if (dtype.code == kDLInt && dtype.bits == 64) return FLASH_ATTN_INT64;
   return FLASH_ATTN_OTHER_DTYPE;
