@@ -53,9 +53,8 @@ def run(operator, args, wants_all: bool = True):
     ):
         operator.check(args)
         return operator.dispatch(args)
-    if (requires_grad or forward_ad._current_level >= 0) and operator.differentiable:
-        if needs_derivative(requires_grad):
-            return operator.record(args)
+    if operator.differentiable and needs_derivative(requires_grad):
+        return operator.record(args)
     return operator.kernel(args, wants_all)
 
 
