@@ -60,7 +60,7 @@ def dense_out(q: Tensor, v: Tensor) -> Tensor:
     """Return an uninitialised out, (batch, seqlen_q, nheads, headdim_v)."""
     if not _has_dims(q, 4) or not _has_dims(v, 4):
         return torch.empty(0)
-    if q.shape[3] == v.shape[3] and q.is_contiguous():
+    if q.__class__ is Tensor and q.shape[3] == v.shape[3] and q.is_contiguous():
         return torch.empty_like(q)  # the quickest
     return q.new_empty((*q.shape[:3], v.shape[3]))
 
@@ -96,7 +96,7 @@ def varlen_out(q: Tensor, v: Tensor) -> Tensor:
     """Return an uninitialised out, (total_q, nheads, headdim_v); v may be paged."""
     if not _has_dims(q, 3) or v is None or v.dim() == 0:
         return torch.empty(0)
-    if q.shape[2] == v.shape[-1] and q.is_contiguous():
+    if q.__class__ is Tensor and q.shape[2] == v.shape[-1] and q.is_contiguous():
         return torch.empty_like(q)  # the quickest
     return q.new_empty((q.shape[0], q.shape[1], v.shape[-1]))
 

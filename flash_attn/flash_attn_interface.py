@@ -120,6 +120,8 @@ def _score(q, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slop
 
 
 def _has_unit_last_stride(cache: Tensor) -> bool:
+    if torch.compiler.is_compiling():  # is_contiguous() may ask for lengths that are not known yet
+        return cache.stride(-1) == 1 or cache.is_contiguous()
     return cache.is_contiguous() or cache.stride(-1) == 1
 
 
