@@ -59,7 +59,7 @@ def fwd(
             p_dropout, softmax_scale, is_causal, window_size_left, window_size_right, softcap
         )
     )
-    return list(
+    results = list(
         kernels.forward(
             q,
             k,
@@ -75,6 +75,8 @@ def fwd(
             out=out,
         )
     )
+    buffers.raise_versions(out)
+    return results
 
 
 def varlen_fwd(
@@ -112,7 +114,7 @@ def varlen_fwd(
             p_dropout, softmax_scale, is_causal, window_size_left, window_size_right, softcap
         )
     )
-    return list(
+    results = list(
         kernels.varlen_forward(
             q,
             k,
@@ -137,6 +139,8 @@ def varlen_fwd(
             out=out,
         )
     )
+    buffers.raise_versions(out)
+    return results
 
 
 def bwd(
@@ -172,6 +176,7 @@ def bwd(
             p_dropout, softmax_scale, is_causal, window_size_left, window_size_right, softcap
         )
     )
+    given = dq, dk, dv
     dq, dk, dv = _gradient("q", q, dq), _gradient("k", k, dk), _gradient("v", v, dv)
     softmax_d = kernels.backward(
         dout,
@@ -193,6 +198,7 @@ def bwd(
         bool(deterministic),
         rng_state,
     )
+    buffers.raise_versions(*given)
     return [dq, dk, dv, softmax_d]
 
 
@@ -234,6 +240,7 @@ def varlen_bwd(
             p_dropout, softmax_scale, is_causal, window_size_left, window_size_right, softcap
         )
     )
+    given = dq, dk, dv
     dq, dk, dv = _gradient("q", q, dq), _gradient("k", k, dk), _gradient("v", v, dv)
     softmax_d = kernels.varlen_backward(
         dout,
@@ -260,6 +267,7 @@ def varlen_bwd(
         rng_state,
         bool(zero_tensors),
     )
+    buffers.raise_versions(*given)
     return [dq, dk, dv, softmax_d]
 
 
@@ -293,7 +301,7 @@ def fwd_kvcache(
     _, softmax_scale, is_causal, window_size_left, window_size_right, softcap = score_numbers(
         0.0, softmax_scale, is_causal, window_size_left, window_size_right, softcap
     )
-    return list(
+    results = list(
         kernels.kvcache_attend(
             q,
             k_cache,
@@ -317,3 +325,5 @@ def fwd_kvcache(
             out=out,
         )
     )
+    buffers.raise_versions(out)
+    return results

@@ -52,6 +52,13 @@ def new_rng_state(dropout_p: float) -> Tensor:
     return torch.zeros(2, dtype=torch.int64, device="cpu")
 
 
+def raise_versions(*written: Optional[Tensor]) -> None:
+    """Tell autograd that a caller's tensors were written to; None and inference tensors aside."""
+    for x in written:
+        if x is not None and not x.is_inference():
+            torch.autograd.graph.increment_version(x)
+
+
 def _has_dims(x: Optional[Tensor], ndim: int) -> bool:
     return x is not None and x.dim() == ndim
 

@@ -119,6 +119,18 @@ def _fake_kvcache_forward(q, k_cache, v_cache, *args, **kwargs):
 # ------------------------------------------------------------------------------------------------
 # Registration
 
+
+def _into_given(backward):
+    """Return ``backward`` as the operator's implementation: autograd sees what it writes."""
+
+    def implementation(*args, ds_aux=None, dattn_bias=None, **kwargs):
+        softmax_d = backward(*args, ds_aux=ds_aux, dattn_bias=dattn_bias, **kwargs)
+        buffers.raise_versions(*args[6:9], ds_aux, dattn_bias)
+        return softmax_d
+
+    return implementation
+
+
 _library = torch.library.Library("flash_attn", "FRAGMENT")
 
 
@@ -195,9 +207,12 @@ _define(
     _fake_varlen_forward,
     _RANDOM,
 )
-_define("_flash_attn_backward", _BACKWARD, kernels.backward, _fake_backward)
+_define("_flash_attn_backward", _BACKWARD, _into_given(kernels.backward), _fake_backward)
 _define(
-    "_flash_attn_varlen_backward", _VARLEN_BACKWARD, kernels.varlen_backward, _fake_varlen_backward
+    "_flash_attn_varlen_backward",
+    _VARLEN_BACKWARD,
+    _into_given(kernels.varlen_backward),
+    _fake_varlen_backward,
 )
 _define("_flash_attn_kvcache_forward", _KVCACHE, kernels.kvcache_forward, _fake_kvcache_forward)
 _define(
