@@ -236,7 +236,7 @@ def _composed_gradients(ctx, saved):
 def _settings(call: _Call, rng_state, sequences) -> composition.Settings:
     *max_seqlens, p, scale, causal, left, right, softcap = call.numbers
     return composition.Settings(
-        tuple(map(_unwrapped, sequences)),
+        tuple(map(composition.unwrapped, sequences)),
         tuple(max_seqlens),
         p,
         scale,
@@ -244,15 +244,8 @@ def _settings(call: _Call, rng_state, sequences) -> composition.Settings:
         left,
         right,
         softcap,
-        _unwrapped(rng_state),
+        composition.unwrapped(rng_state),
     )
-
-
-def _unwrapped(x: torch.Tensor) -> torch.Tensor:
-    """Return an integer tensor without torch.func's wrappers."""
-    while torch._C._functorch.is_functorch_wrapped_tensor(x):
-        x = torch._C._functorch.get_unwrapped(x)
-    return x
 
 
 def _without_gaps(f, inputs):

@@ -196,6 +196,7 @@ def _flash_attn_backward(
     up to 128), is rowsum(dout * out) - dlse.
     """
     refuse_tangents("_flash_attn_backward", dout, q, k, v, dlse, s_aux, attn_bias)
+    refuse_tangents("_flash_attn_backward", out, softmax_lse, alibi_slopes)
     check_tensors(dout=dout, q=q, k=k, v=v, out=out, softmax_lse=softmax_lse)
     check_optional(dq=dq, dk=dk, dv=dv)
     check_optional(alibi_slopes=alibi_slopes, rng_state=rng_state, dlse=dlse)
@@ -261,6 +262,7 @@ def _flash_attn_varlen_backward(
     + 128 * s``.
     """
     refuse_tangents("_flash_attn_varlen_backward", dout, q, k, v, dlse, s_aux, attn_bias)
+    refuse_tangents("_flash_attn_varlen_backward", out, softmax_lse, alibi_slopes)
     check_tensors(dout=dout, q=q, k=k, v=v, out=out, softmax_lse=softmax_lse)
     check_tensors(cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     check_optional(dq=dq, dk=dk, dv=dv)

@@ -515,6 +515,7 @@ def flash_attn_with_kvcache(
     if not (isinstance(k_cache, Tensor) and isinstance(v_cache, Tensor)):
         check_tensors(k_cache=k_cache, v_cache=v_cache)
     refuse_derivatives("flash_attn_with_kvcache", q, k_cache, v_cache, k, v, s_aux)
+    refuse_derivatives("flash_attn_with_kvcache", rotary_cos, rotary_sin, alibi_slopes)
     assert _has_unit_last_stride(k_cache), "k_cache must have contiguous last dimension"
     assert _has_unit_last_stride(v_cache), "v_cache must have contiguous last dimension"
     if cache_seqlens is not None and not isinstance(cache_seqlens, Tensor):
