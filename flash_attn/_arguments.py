@@ -6,9 +6,13 @@ of a conjugate) has the sign of its elements in a bit of its own, which DLPack d
 
 from __future__ import annotations
 
+from operator import index
 from typing import Any, Callable
 
+import torch
 from torch import Tensor
+
+_INTEGERS = (int, torch.SymInt)
 
 
 def wrong_kind(name: str, x: Any, expected: str = "a torch.Tensor") -> TypeError:
@@ -45,6 +49,22 @@ def flag(name: str, x: Any) -> bool:
     if x.__class__ is not bool and x is not None and not hasattr(x, "__bool__"):
         raise wrong_kind(name, x, "a bool")
     return bool(x)
+
+
+def as_int(name: str, x: Any) -> int:
+    """Return ``x``, an integer or a 0-dim tensor, as an int; raise TypeError if it is neither.
+
+    What torch.compile and torch.export trace as a number stays one that they trace.
+    """
+    if isinstance(x, _INTEGERS):
+        return x
+    if isinstance(x, Tensor):
+        item = x.item()
+        return int(item) if isinstance(item, float) else item
+    try:
+        return index(x)
+    except TypeError:
+        raise wrong_kind(name, x, "an int or a torch.Tensor") from None
 
 
 # ------------------------------------------------------------------------------------------------

@@ -6,38 +6,19 @@ Everything else is as in ``flash_attn_interface.py``.
 
 from __future__ import annotations
 
-from operator import index
-from typing import Any, Optional
+from typing import Optional
 
 import torch
 from torch import Tensor
 
 from flash_attn import _autograd  # noqa: F401  (defines the operators and their gradients)
-from flash_attn._arguments import check_optional, check_tensors, flag, number, wrong_kind
+from flash_attn._arguments import as_int, check_optional, check_tensors, flag, number
 from flash_attn._eager import refuse_tangents
 
 _forward_op = torch.ops.flash_attn._flash_attn_forward.default
 _varlen_forward_op = torch.ops.flash_attn._flash_attn_varlen_forward.default
 _backward_op = torch.ops.flash_attn._flash_attn_backward.default
 _varlen_backward_op = torch.ops.flash_attn._flash_attn_varlen_backward.default
-
-_INTEGERS = (int, torch.SymInt)
-
-
-def as_int(name: str, x: Any) -> int:
-    """Return ``x``, an integer or a 0-dim tensor, as an int; raise TypeError if it is neither.
-
-    What torch.compile and torch.export trace as a number stays one that they trace.
-    """
-    if isinstance(x, _INTEGERS):
-        return x
-    if isinstance(x, Tensor):
-        item = x.item()
-        return int(item) if isinstance(item, float) else item
-    try:
-        return index(x)
-    except TypeError:
-        raise wrong_kind(name, x, "an int or a torch.Tensor") from None
 
 
 def score_numbers(
