@@ -21,8 +21,9 @@ from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from flash_attn import _composition as composition
 from flash_attn import _dtensor, _ops
 from flash_attn import _kernels as kernels
+from flash_attn._arguments import is_plain, not_dense
 from flash_attn._buffers import maybe_contiguous, new_gradient
-from flash_attn._eager import is_plain, needs_no_dispatcher
+from flash_attn._eager import needs_no_dispatcher
 
 _transforms_active = torch._C._are_functorch_transforms_active
 
@@ -292,13 +293,19 @@ def _in_fp32(x: torch.Tensor):
 
 def _map(f, batch_size: int, in_dims, args):
     """vmap's rule: call f for each of a batch of arguments, and stack the results."""
+    if batch_size == 0:  # one element of zeros tells the shapes
+        args = [
+            a if d is None else a.new_zeros((*a.shape[:d], *a.shape[d:][1:]))
+            for a, d in zip(args, in_dims)
+        ]
+        in_dims = [None] * len(args)
     results = []
-    for i in range(batch_size):
+    for i in range(max(batch_size, 1)):
         element = (
             a if d is None else maybe_contiguous(a.select(d, i)) for a, d in zip(args, in_dims)
         )
         results.append(f(*element))
-    outputs = tuple(None if x[0] is None else torch.stack(x) for x in zip(*results))
+    outputs = tuple(None if x[0] is None else torch.stack(x)[:batch_size] for x in zip(*results))
     return outputs, tuple(None if x is None else 0 for x in outputs)
 
 
@@ -317,6 +324,8 @@ def _gradients(call, dout, dlse, q, k, v, s_aux, attn_bias, alibi_slopes, *saved
             ds_aux = new_gradient(s_aux, torch.float32)
         if wants_attn_bias:
             dattn_bias = new_gradient(attn_bias, torch.float32)
+        if dout.is_neg() or q.is_neg() or k.is_neg() or v.is_neg():  # not in compiled mutations
+            dout, q, k, v = (x.resolve_neg() for x in (dout, q, k, v))
         run = operators.backward_kernel if needs_no_dispatcher(dout, q, v) else operators.backward
         run(
             dout,
@@ -384,6 +393,10 @@ def _are_plain(*tensors) -> bool:
 def _dispatch(operators, q, k, v, args, s_aux, attn_bias):
     if _dtensor.is_dtensor(q):
         return _on_shards(operators, q, k, v, args, s_aux, attn_bias)
+    if q.is_nested:
+        raise not_dense("q", q)
+    slopes = args[operators.alibi_slopes]
+    _dtensor.refuse(k=k, v=v, s_aux=s_aux, attn_bias=attn_bias, alibi_slopes=slopes)
     if _transforms_active():
         return _FunctionalAttention.apply(operators, None, q, k, v, s_aux, attn_bias, *args)
     return operators.forward(q, k, v, *args, s_aux=s_aux, attn_bias=attn_bias)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flash_attn import _kernels as kernels
-from flash_attn._eager import is_plain
+from flash_attn._arguments import is_plain
 
 
 class Settings(NamedTuple):
@@ -86,7 +86,8 @@ def _attend(settings, q, k, v, s_aux, attn_bias, alibi_slopes, keep):
     apart = None if all(map(_is_finite, (q, k, v))) else hidden
     scores = _scores(q32 * settings.softmax_scale, k32, apart)
     if settings.softcap > 0.0:
-        scores = settings.softcap * torch.tanh(scores / settings.softcap)
+        softcap = max(settings.softcap, 1e-30)  # its reciprocal is finite; exp() sees no difference
+        scores = softcap * torch.tanh(scores / softcap)
     if alibi_slopes is not None:
         scores = scores - alibi_slopes[..., None, None] * distance.abs()
     if attn_bias is not None:

@@ -28,11 +28,6 @@ _ACTIVE_KEYS = ~(
 ).raw_repr()
 
 
-def is_plain(x: Tensor) -> bool:
-    """Whether ``x`` is a tensor of no subclass."""
-    return x.__class__ in _TENSOR_CLASSES
-
-
 def needs_no_dispatcher(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether the dispatcher would only call the kernel with these tensors, gradients apart."""
     return (

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from flash_attn import _buffers as buffers
-from flash_attn._arguments import are_plain, call_plain, check_tensors
+from flash_attn._arguments import ERRORS, are_plain, call_plain, check_tensors, explained
 from flash_attn._buffers import maybe_contiguous
 from flash_attn._emulator import in_use as emulator_in_use
 from flash_attn._library import lib
@@ -47,35 +47,38 @@ def attend(
     """Attention of a dense batch: (out, softmax_lse or None); s_dmask is written too."""
     if not are_plain((q, k, v), alibi_slopes, s_aux, attn_bias, out):
         return call_plain(attend, locals(), "q k v", written="out")
-    if not (q.is_contiguous() and k.is_contiguous() and v.is_contiguous()):
-        q, k, v = maybe_contiguous(q), maybe_contiguous(k), maybe_contiguous(v)
-    if out is None:
-        out = buffers.dense_out(q, v)
-    written = out
-    if q.is_cuda or emulator_in_use():
-        q, k, v, written = map(buffers.for_cuda, (q, k, v, out))
-    softmax_lse = buffers.dense_lse(q) if needs_lse else None
-    _mha_fwd(
-        q,
-        k,
-        v,
-        written,
-        softmax_lse,
-        s_dmask,
-        rng_state,
-        alibi_slopes,
-        s_aux,
-        attn_bias,
-        dropout_p,
-        softmax_scale,
-        causal,
-        window_size_left,
-        window_size_right,
-        softcap,
-    )
-    if written is not out:
-        out.copy_(written[..., : out.shape[-1]])
-    return out, softmax_lse
+    try:
+        if not (q.is_contiguous() and k.is_contiguous() and v.is_contiguous()):
+            q, k, v = maybe_contiguous(q), maybe_contiguous(k), maybe_contiguous(v)
+        if out is None:
+            out = buffers.dense_out(q, v)
+        written = out
+        if q.is_cuda or emulator_in_use():
+            q, k, v, written = map(buffers.for_cuda, (q, k, v, out))
+        softmax_lse = buffers.dense_lse(q) if needs_lse else None
+        _mha_fwd(
+            q,
+            k,
+            v,
+            written,
+            softmax_lse,
+            s_dmask,
+            rng_state,
+            alibi_slopes,
+            s_aux,
+            attn_bias,
+            dropout_p,
+            softmax_scale,
+            causal,
+            window_size_left,
+            window_size_right,
+            softcap,
+        )
+        if written is not out:
+            out.copy_(written[..., : out.shape[-1]])
+        return out, softmax_lse
+    except ERRORS as error:
+        raise explained(error, locals()) from None
 
 
 def forward(
@@ -137,39 +140,42 @@ def varlen_attend(
         out,
     ):
         return call_plain(varlen_attend, locals(), "q k v" + _SEQUENCES, written="out")
-    if not (q.is_contiguous() and k.is_contiguous() and v.is_contiguous()):
-        q, k, v = maybe_contiguous(q), maybe_contiguous(k), maybe_contiguous(v)
-    if out is None:
-        out = buffers.varlen_out(q, v)
-    softmax_lse = buffers.varlen_lse(q) if needs_lse else None
-    _mha_varlen_fwd(
-        q,
-        k,
-        v,
-        out,
-        softmax_lse,
-        s_dmask,
-        rng_state,
-        alibi_slopes,
-        s_aux,
-        attn_bias,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        seqused_k,
-        leftpad_k,
-        block_table,
-        max_seqlen_q,
-        max_seqlen_k,
-        dropout_p,
-        softmax_scale,
-        zero_tensors,
-        causal,
-        window_size_left,
-        window_size_right,
-        softcap,
-        num_splits,
-    )
-    return out, softmax_lse
+    try:
+        if not (q.is_contiguous() and k.is_contiguous() and v.is_contiguous()):
+            q, k, v = maybe_contiguous(q), maybe_contiguous(k), maybe_contiguous(v)
+        if out is None:
+            out = buffers.varlen_out(q, v)
+        softmax_lse = buffers.varlen_lse(q) if needs_lse else None
+        _mha_varlen_fwd(
+            q,
+            k,
+            v,
+            out,
+            softmax_lse,
+            s_dmask,
+            rng_state,
+            alibi_slopes,
+            s_aux,
+            attn_bias,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            seqused_k,
+            leftpad_k,
+            block_table,
+            max_seqlen_q,
+            max_seqlen_k,
+            dropout_p,
+            softmax_scale,
+            zero_tensors,
+            causal,
+            window_size_left,
+            window_size_right,
+            softcap,
+            num_splits,
+        )
+        return out, softmax_lse
+    except ERRORS as error:
+        raise explained(error, locals()) from None
 
 
 def varlen_forward(
@@ -274,34 +280,37 @@ def backward(
         dattn_bias,
     ):
         return call_plain(backward, locals(), _FORWARD_RESULT, written=_GRADIENTS)
-    softmax_d = buffers.dense_softmax_d(q)
-    _mha_bwd(
-        maybe_contiguous(dout),
-        maybe_contiguous(q),
-        maybe_contiguous(k),
-        maybe_contiguous(v),
-        maybe_contiguous(out),
-        softmax_lse,
-        buffers.new_gradient(q) if dq is None else dq,
-        buffers.new_gradient(k) if dk is None else dk,
-        buffers.new_gradient(v) if dv is None else dv,
-        softmax_d,
-        rng_state,
-        alibi_slopes,
-        s_aux,
-        attn_bias,
-        dlse,
-        ds_aux,
-        dattn_bias,
-        dropout_p,
-        softmax_scale,
-        causal,
-        window_size_left,
-        window_size_right,
-        softcap,
-        deterministic,
-    )
-    return softmax_d
+    try:
+        softmax_d = buffers.dense_softmax_d(q)
+        _mha_bwd(
+            maybe_contiguous(dout),
+            maybe_contiguous(q),
+            maybe_contiguous(k),
+            maybe_contiguous(v),
+            maybe_contiguous(out),
+            softmax_lse,
+            buffers.new_gradient(q) if dq is None else dq,
+            buffers.new_gradient(k) if dk is None else dk,
+            buffers.new_gradient(v) if dv is None else dv,
+            softmax_d,
+            rng_state,
+            alibi_slopes,
+            s_aux,
+            attn_bias,
+            dlse,
+            ds_aux,
+            dattn_bias,
+            dropout_p,
+            softmax_scale,
+            causal,
+            window_size_left,
+            window_size_right,
+            softcap,
+            deterministic,
+        )
+        return softmax_d
+    except ERRORS as error:
+        raise explained(error, locals()) from None
 
 
 def varlen_backward(
@@ -352,39 +361,42 @@ def varlen_backward(
         return call_plain(
             varlen_backward, locals(), _FORWARD_RESULT + _SEQUENCES, written=_GRADIENTS
         )
-    softmax_d = buffers.varlen_softmax_d(q, cu_seqlens_q)
-    _mha_varlen_bwd(
-        maybe_contiguous(dout),
-        maybe_contiguous(q),
-        maybe_contiguous(k),
-        maybe_contiguous(v),
-        maybe_contiguous(out),
-        softmax_lse,
-        buffers.new_gradient(q) if dq is None else dq,
-        buffers.new_gradient(k) if dk is None else dk,
-        buffers.new_gradient(v) if dv is None else dv,
-        softmax_d,
-        rng_state,
-        alibi_slopes,
-        s_aux,
-        attn_bias,
-        dlse,
-        ds_aux,
-        dattn_bias,
-        cu_seqlens_q,
-        cu_seqlens_k,
-        max_seqlen_q,
-        max_seqlen_k,
-        dropout_p,
-        softmax_scale,
-        zero_tensors,
-        causal,
-        window_size_left,
-        window_size_right,
-        softcap,
-        deterministic,
-    )
-    return softmax_d
+    try:
+        softmax_d = buffers.varlen_softmax_d(q, cu_seqlens_q)
+        _mha_varlen_bwd(
+            maybe_contiguous(dout),
+            maybe_contiguous(q),
+            maybe_contiguous(k),
+            maybe_contiguous(v),
+            maybe_contiguous(out),
+            softmax_lse,
+            buffers.new_gradient(q) if dq is None else dq,
+            buffers.new_gradient(k) if dk is None else dk,
+            buffers.new_gradient(v) if dv is None else dv,
+            softmax_d,
+            rng_state,
+            alibi_slopes,
+            s_aux,
+            attn_bias,
+            dlse,
+            ds_aux,
+            dattn_bias,
+            cu_seqlens_q,
+            cu_seqlens_k,
+            max_seqlen_q,
+            max_seqlen_k,
+            dropout_p,
+            softmax_scale,
+            zero_tensors,
+            causal,
+            window_size_left,
+            window_size_right,
+            softcap,
+            deterministic,
+        )
+        return softmax_d
+    except ERRORS as error:
+        raise explained(error, locals()) from None
 
 
 def kvcache_attend(
@@ -432,39 +444,42 @@ def kvcache_attend(
             "q k_cache v_cache",
             written="out" if k is None else "out k_cache v_cache",
         )
-    q = maybe_contiguous(q)
-    if out is None:
-        out = buffers.dense_out(q, v_cache)
-    softmax_lse = buffers.dense_lse(q) if needs_lse else None
-    written = () if k is None else (k_cache, v_cache)
-    versioned = [cache for cache in written if not cache.is_inference()]
-    _mha_fwd_kvcache(
-        q,
-        k_cache,
-        v_cache,
-        k if k is None else maybe_contiguous(k),
-        v if v is None else maybe_contiguous(v),
-        out,
-        softmax_lse,
-        cache_seqlens if cache_seqlens is None else maybe_contiguous(cache_seqlens),
-        rotary_cos if rotary_cos is None else maybe_contiguous(rotary_cos),
-        rotary_sin if rotary_sin is None else maybe_contiguous(rotary_sin),
-        cache_batch_idx if cache_batch_idx is None else maybe_contiguous(cache_batch_idx),
-        cache_leftpad if cache_leftpad is None else maybe_contiguous(cache_leftpad),
-        block_table if block_table is None else maybe_contiguous(block_table),
-        alibi_slopes,
-        s_aux,
-        softmax_scale,
-        causal,
-        window_size_left,
-        window_size_right,
-        softcap,
-        rotary_interleaved,
-        num_splits,
-    )
-    for cache in versioned:
-        torch.autograd.graph.increment_version(cache)
-    return out, softmax_lse
+    try:
+        q = maybe_contiguous(q)
+        if out is None:
+            out = buffers.dense_out(q, v_cache)
+        softmax_lse = buffers.dense_lse(q) if needs_lse else None
+        written = () if k is None else (k_cache, v_cache)
+        versioned = [cache for cache in written if not cache.is_inference()]
+        _mha_fwd_kvcache(
+            q,
+            k_cache,
+            v_cache,
+            k if k is None else maybe_contiguous(k),
+            v if v is None else maybe_contiguous(v),
+            out,
+            softmax_lse,
+            cache_seqlens if cache_seqlens is None else maybe_contiguous(cache_seqlens),
+            rotary_cos if rotary_cos is None else maybe_contiguous(rotary_cos),
+            rotary_sin if rotary_sin is None else maybe_contiguous(rotary_sin),
+            cache_batch_idx if cache_batch_idx is None else maybe_contiguous(cache_batch_idx),
+            cache_leftpad if cache_leftpad is None else maybe_contiguous(cache_leftpad),
+            block_table if block_table is None else maybe_contiguous(block_table),
+            alibi_slopes,
+            s_aux,
+            softmax_scale,
+            causal,
+            window_size_left,
+            window_size_right,
+            softcap,
+            rotary_interleaved,
+            num_splits,
+        )
+        for cache in versioned:
+            torch.autograd.graph.increment_version(cache)
+        return out, softmax_lse
+    except ERRORS as error:
+        raise explained(error, locals()) from None
 
 
 def kvcache_forward(q, k_cache, v_cache, *args, s_aux=None):

@@ -47,7 +47,16 @@ import torch
 from torch import Tensor
 
 import flash_attn_2_cuda as flash_attn_gpu
-from flash_attn._arguments import check_optional, check_tensors, flag, number, wrong_kind
+from flash_attn._arguments import (
+    as_int,
+    check_optional,
+    check_tensors,
+    explained,
+    flag,
+    number,
+    wrong_kind,
+    wrong_pair,
+)
 from flash_attn._autograd import forward, varlen_forward
 from flash_attn._buffers import maybe_contiguous, round_multiple
 from flash_attn._eager import needs_no_dispatcher, needs_no_gradient, refuse_derivatives
@@ -56,7 +65,6 @@ from flash_attn._functions import (  # noqa: F401  (other packages import them f
     _flash_attn_forward,
     _flash_attn_varlen_backward,
     _flash_attn_varlen_forward,
-    as_int,
     four_dims,
 )
 from flash_attn._kernels import attend, kvcache_attend, varlen_attend
@@ -99,13 +107,19 @@ def _get_block_size_n(device, head_dim, is_dropout, is_causal):
 
 
 def _default_scale(q: Tensor) -> float:
-    headdim = q.shape[-1] if isinstance(q, Tensor) and q.dim() else 0
+    try:
+        headdim = q.shape[-1] if isinstance(q, Tensor) and q.dim() else 0
+    except RuntimeError as error:  # a nested tensor has no shape
+        raise explained(error, {"q": q}) from None
     return headdim**-0.5 if headdim else 1.0
 
 
 def _score(q, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes) -> tuple:
     """Return the operators' arguments from dropout_p to alibi_slopes."""
-    left, right = window_size
+    try:
+        left, right = window_size
+    except (TypeError, ValueError):
+        raise wrong_pair("window_size", window_size) from None
     if alibi_slopes is not None:
         check_optional(alibi_slopes=alibi_slopes)
     return (
@@ -119,10 +133,24 @@ def _score(q, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slop
     )
 
 
+def _same_lengths(q: Tensor, length: int, device) -> Tensor:
+    """Return cache_seqlens, int32 (batch,), of sequences of one length."""
+    length = as_int("cache_seqlens", length)
+    try:
+        return torch.full(q.shape[:1], length, dtype=torch.int32, device=device)
+    except (OverflowError, RuntimeError) as error:
+        if length >= 2**31 or length < -(2**31):
+            raise ValueError(f"cache_seqlens must be an int32, got {length}") from None
+        raise explained(error, {"q": q}) from None
+
+
 def _has_unit_last_stride(cache: Tensor) -> bool:
     if torch.compiler.is_compiling():  # is_contiguous() may ask for lengths that are not known yet
         return cache.stride(-1) == 1 or cache.is_contiguous()
-    return cache.is_contiguous() or cache.stride(-1) == 1
+    try:
+        return cache.is_contiguous() or cache.stride(-1) == 1
+    except RuntimeError:  # it has no strides, which the call will say
+        return True
 
 
 def _unpack(name: str, packed: Tensor, parts: int) -> tuple[Tensor, ...]:
@@ -172,7 +200,7 @@ def flash_attn_func(
     score = _score(q, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
     if (
         score[0] == 0.0
-        and not return_attn_probs
+        and return_attn_probs is False
         and s_aux is None
         and attn_bias is None
         and (alibi_slopes is None or needs_no_gradient(alibi_slopes, q, k))
@@ -327,7 +355,7 @@ def flash_attn_varlen_func(
     score = _score(q, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes)
     if (
         score[0] == 0.0
-        and not return_attn_probs
+        and return_attn_probs is False
         and s_aux is None
         and attn_bias is None
         and (alibi_slopes is None or needs_no_gradient(alibi_slopes, q, k))
@@ -520,8 +548,7 @@ def flash_attn_with_kvcache(
     assert _has_unit_last_stride(v_cache), "v_cache must have contiguous last dimension"
     if cache_seqlens is not None and not isinstance(cache_seqlens, Tensor):
         check_tensors(q=q)
-        length = as_int("cache_seqlens", cache_seqlens)
-        cache_seqlens = torch.full(q.shape[:1], length, dtype=torch.int32, device=k_cache.device)
+        cache_seqlens = _same_lengths(q, cache_seqlens, k_cache.device)
     score = _score(q, 0.0, softmax_scale, causal, window_size, softcap, alibi_slopes)
     settings = (
         cache_seqlens,

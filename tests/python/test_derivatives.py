@@ -466,6 +466,34 @@ def test_vmap_of_gradients(kind):
     assert_same(actual, tuple(map(torch.stack, zip(*each))))
 
 
+@kinds
+def test_vmap_over_nothing(kind):
+    """The results have the shapes of a batch without elements."""
+    case = kind("everything")
+    empty = [x.new_zeros(0, *x.shape) for x in case.inputs]
+    for result, one in zip(vmap(case.run)(*empty), case.run(*case.inputs)):
+        assert result.shape == (0, *one.shape)
+        assert result.dtype == one.dtype
+    gradients = vmap(grad(loss(case.run), (0, 1, 2)))(*empty)
+    assert [g.shape for g in gradients] == [x.shape for x in empty[:3]]
+    last = [x.movedim(0, -1) for x in empty]
+    assert vmap(case.run, -1)(*last)[0].shape == (0, *case.run(*case.inputs)[0].shape)
+
+
+def test_softcap_of_which_the_reciprocal_is_infinite():
+    """All scores are 0 then: weights are equal and do not depend on q."""
+    q, k, v = randn(1, 3, 2, 4), randn(1, 4, 2, 4, seed=1), randn(1, 4, 2, 4, seed=2)
+
+    def f(q, v):
+        return flash_attn_func(q, k, v, softcap=1e-42)
+
+    pushed = jvp(f, (q, v), (100 * q, v))[1]
+    assert_same(pushed, v.double().mean(1, keepdim=True).expand(1, 3, 2, 4))
+    assert_same(
+        grad(lambda q: (grad(lambda q: f(q, v).sin().sum())(q) ** 2).sum())(q), 0 * q.double()
+    )
+
+
 def test_vmap_with_dropout_says_what_it_needs():
     x = randn(3, 1, 5, 2, 8)
     with pytest.raises(RuntimeError, match="randomness='different'"):

@@ -180,3 +180,15 @@ def test_compile_dropout_mask_of_computed_length():
             lse, s_dmask = compiled(q, bounds)
             assert s_dmask.shape == (2, 2, 128, 128)
             torch.testing.assert_close(lse, f(q, bounds)[0])
+
+
+@pytest.mark.parametrize("view", [torch._neg_view, lambda x: (x * 1j).conj().imag])
+def test_compile_negative_views_with_gradients(view):
+    def f(x):
+        q = view(x)
+        return flash_attn_varlen_func(q, q, q, bounds, bounds, 6, 6) * view(x)
+
+    x, bounds = packed_inputs()
+    compiled = torch.compile(lambda x, _: f(x), fullgraph=True, backend="aot_eager")
+    for a, b in zip(forward_backward(compiled, x, None), forward_backward(lambda x, _: f(x), x, 0)):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)

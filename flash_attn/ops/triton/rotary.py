@@ -13,8 +13,7 @@ from typing import Optional, Union
 import torch
 from torch import Tensor
 
-from flash_attn._arguments import as_int, check_optional, check_tensors
-from flash_attn._eager import is_plain
+from flash_attn._arguments import as_int, check_optional, check_tensors, is_plain
 
 __all__ = ["apply_rotary"]
 
