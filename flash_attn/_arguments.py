@@ -52,7 +52,11 @@ def _is_symbolic(x: Any) -> bool:
     )
 
 
-_ONE_NUMBER = "a number or a tensor of one element"
+def _not_one(name: str, x: Any, kind: str) -> TypeError:
+    """Return the TypeError of what is not one number or bool."""
+    if isinstance(x, Tensor):
+        kind += " or a tensor of one element"
+    return wrong_kind(name, x, kind)
 
 
 def number(name: str, x: Any) -> float:
@@ -66,7 +70,7 @@ def number(name: str, x: Any) -> float:
     except (TypeError, ValueError, RuntimeError):
         if _is_symbolic(x):
             raise
-        raise wrong_kind(name, x, _ONE_NUMBER) from None
+        raise _not_one(name, x, "a number") from None
 
 
 def flag(name: str, x: Any) -> bool:
@@ -78,7 +82,7 @@ def flag(name: str, x: Any) -> bool:
     except (TypeError, ValueError, RuntimeError):
         if _is_symbolic(x):
             raise
-        raise wrong_kind(name, x, "a bool or a tensor of one element") from None
+        raise _not_one(name, x, "a bool") from None
 
 
 def as_int(name: str, x: Any) -> int:

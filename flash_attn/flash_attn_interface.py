@@ -203,7 +203,7 @@ def flash_attn_func(
         and return_attn_probs is False
         and s_aux is None
         and attn_bias is None
-        and (alibi_slopes is None or needs_no_gradient(alibi_slopes, q, k))
+        and (alibi_slopes is None or needs_no_gradient(*(alibi_slopes,) * 3))
         and needs_no_dispatcher(q, k, v)
         and needs_no_gradient(q, k, v)
     ):
@@ -358,7 +358,7 @@ def flash_attn_varlen_func(
         and return_attn_probs is False
         and s_aux is None
         and attn_bias is None
-        and (alibi_slopes is None or needs_no_gradient(alibi_slopes, q, k))
+        and (alibi_slopes is None or needs_no_gradient(*(alibi_slopes,) * 3))
         and needs_no_dispatcher(q, k, v)
         and needs_no_gradient(q, k, v)
     ):
