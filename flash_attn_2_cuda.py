@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flash_attn import _autograd  # noqa: F401  (completes the operators)
 from flash_attn._arguments import wrong_kind
-from flash_attn._buffers import new_gradient
+from flash_attn._buffers import new_gradient, raise_versions
 from flash_attn._functions import (
     BACKWARD,
     FORWARD,
@@ -46,14 +46,18 @@ def _reject_generator(given: dict) -> None:
 
 def _attend(operator, given: dict) -> list:
     _reject_generator(given)
-    return list(operator.kernel(_arguments(operator, given), out=given["out"]))
+    results = list(operator.kernel(_arguments(operator, given), out=given["out"]))
+    raise_versions(given["out"])
+    return results
 
 
 def _differentiate(operator, given: dict) -> list:
     _reject_generator(given)
     gradients = [_gradient(name, given[name], given["d" + name]) for name in ("q", "k", "v")]
-    given = {**given, **dict(zip(("dq", "dk", "dv"), gradients))}
-    return [*gradients, operator.kernel(_arguments(operator, given))]
+    named = {**given, **dict(zip(("dq", "dk", "dv"), gradients))}
+    softmax_d = operator.kernel(_arguments(operator, named))
+    raise_versions(given["dq"], given["dk"], given["dv"])
+    return [*gradients, softmax_d]
 
 
 def _gradient(name, x, grad):

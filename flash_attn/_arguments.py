@@ -7,17 +7,32 @@ of a conjugate) has the sign of its elements in a bit of its own, which DLPack d
 from __future__ import annotations
 
 from operator import index
-from typing import Any
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
 
 _INTEGERS = (int, torch.SymInt)
+_PLAIN = (Tensor, torch.nn.Parameter)
+_INT64 = range(-(2**63), 2**63)
+
+# What torch and the library raise for arguments that they cannot take.
+ERRORS = (BufferError, NotImplementedError, OverflowError, RuntimeError, TypeError, ValueError)
 
 
 def wrong_kind(name: str, x: Any, expected: str = "a torch.Tensor") -> TypeError:
     """Return the TypeError of an argument that is not of the expected kind."""
     return TypeError(f"{name} must be {expected}, got {type(x).__name__}")
+
+
+def wrong_pair(name: str, x: Any) -> TypeError:
+    """Return the TypeError of an argument that is not a pair of ints."""
+    return TypeError(f"{name} must be two ints, got {x!r:.80}")
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether ``x`` is a tensor of no subclass."""
+    return x.__class__ in _PLAIN
 
 
 def check_tensors(**tensors) -> None:
@@ -34,14 +49,32 @@ def check_optional(**tensors) -> None:
             raise wrong_kind(name, x)
 
 
+def _is_symbolic(x: Any) -> bool:
+    """Whether x is a tensor whose value torch traces or maps over: its own error says more."""
+    return isinstance(x, Tensor) and (
+        not is_plain(x) or torch._C._functorch.is_functorch_wrapped_tensor(x)
+    )
+
+
+def _not_one(name: str, x: Any, kind: str) -> TypeError:
+    """Return the TypeError of what is not one number or bool."""
+    if isinstance(x, Tensor):
+        kind += " or a tensor of one element"
+    return wrong_kind(name, x, kind)
+
+
 def number(name: str, x: Any) -> float:
     """Return ``x``, a number or a tensor of one element, as a float."""
     if isinstance(x, (str, bytes, bytearray)):  # float() would read them
         raise wrong_kind(name, x, "a number")
     try:
         return float(x)
-    except TypeError:
-        raise wrong_kind(name, x, "a number") from None
+    except OverflowError:
+        raise ValueError(f"{name} must be a number that a float holds") from None
+    except (TypeError, ValueError, RuntimeError):
+        if _is_symbolic(x):
+            raise
+        raise _not_one(name, x, "a number") from None
 
 
 def flag(name: str, x: Any) -> bool:
@@ -50,7 +83,12 @@ def flag(name: str, x: Any) -> bool:
         return x
     if x is not None and not hasattr(x, "__bool__"):
         raise wrong_kind(name, x, "a bool")
-    return bool(x)
+    try:
+        return bool(x)
+    except (TypeError, ValueError, RuntimeError):
+        if _is_symbolic(x):
+            raise
+        raise _not_one(name, x, "a bool") from None
 
 
 def as_int(name: str, x: Any) -> int:
@@ -61,12 +99,25 @@ def as_int(name: str, x: Any) -> int:
     if isinstance(x, _INTEGERS):
         return x
     if isinstance(x, Tensor):
-        item = x.item()
-        return int(item) if isinstance(item, float) else item
+        return _item(name, x)
     try:
         return index(x)
     except TypeError:
         raise wrong_kind(name, x, "an int or a torch.Tensor") from None
+
+
+def _item(name: str, x: Tensor) -> int:
+    try:
+        item = x.item()
+    except RuntimeError:
+        if _is_symbolic(x):
+            raise
+        raise wrong_kind(name, x, "an int or a tensor of one element") from None
+    if not isinstance(item, (float, complex)):
+        return item
+    if isinstance(item, float) and item.is_integer():
+        return int(item)
+    raise TypeError(f"{name} must be an integer, got {item}")
 
 
 def four_dims(attn_bias: Any) -> Any:
@@ -81,3 +132,31 @@ def without_negation(name: str, x: Tensor, is_written: bool) -> Tensor:
     if is_written:
         raise RuntimeError(f"{name} must not be a negative view (is_neg()): it is written to")
     return x.resolve_neg()
+
+
+def not_dense(name: str, x: Tensor) -> Optional[RuntimeError]:
+    """Return the error of a tensor that no backend reads, None for one that is as it should be."""
+    kind = None
+    if x.is_nested:
+        kind = "a nested tensor"
+    elif x.is_quantized:
+        kind = "a quantized tensor"
+    elif x.layout != torch.strided:
+        kind = f"layout {x.layout}"
+    elif not (x.is_cpu or x.is_cuda):
+        kind = f"one on {x.device}"
+    if kind is None:
+        return None
+    return RuntimeError(f"{name} must be a dense (strided) tensor on CPU or CUDA, got {kind}")
+
+
+def explained(error: Exception, arguments: dict) -> Exception:
+    """Return an error that names the argument that made a call fail, or ``error`` itself."""
+    for name, x in arguments.items():
+        if isinstance(x, Tensor):
+            found = not_dense(name, x)
+            if found is not None:
+                return found
+        if isinstance(x, int) and x not in _INT64:
+            return ValueError(f"{name} must be an integer of 64 bits, got {x}")
+    return error

@@ -21,7 +21,9 @@ from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
 from flash_attn import _composition as composition
 from flash_attn import _dtensor
+from flash_attn._arguments import not_dense
 from flash_attn._buffers import maybe_contiguous, new_gradient
+from flash_attn._composition import unwrapped
 from flash_attn._eager import needs_derivative, run
 from flash_attn._functions import BACKWARD, FORWARD, VARLEN_BACKWARD, VARLEN_FORWARD
 from flash_attn._ops import registered
@@ -200,14 +202,7 @@ def _composed_gradients(ctx, saved):
 def _settings(call: _Call, rng_state, sequences) -> composition.Settings:
     names = (call.operator.names[place] for place in call.operator.numbers)
     numbers = dict(zip(names, call.numbers))
-    return composition.Settings(numbers, tuple(map(_unwrapped, sequences)), _unwrapped(rng_state))
-
-
-def _unwrapped(x: torch.Tensor) -> torch.Tensor:
-    """Return an integer tensor without torch.func's wrappers."""
-    while torch._C._functorch.is_functorch_wrapped_tensor(x):
-        x = torch._C._functorch.get_unwrapped(x)
-    return x
+    return composition.Settings(numbers, tuple(map(unwrapped, sequences)), unwrapped(rng_state))
 
 
 def _without_gaps(f, inputs):
@@ -254,13 +249,19 @@ def _in_fp32(x: torch.Tensor):
 
 def _map(f, batch_size: int, in_dims, args):
     """vmap's rule: call f for each of a batch of arguments, and stack the results."""
+    if batch_size == 0:  # one element of zeros tells the shapes
+        args = [
+            a if d is None else a.new_zeros((*a.shape[:d], *a.shape[d:][1:]))
+            for a, d in zip(args, in_dims)
+        ]
+        in_dims = [None] * len(args)
     results = []
-    for i in range(batch_size):
+    for i in range(max(batch_size, 1)):
         element = (
             a if d is None else maybe_contiguous(a.select(d, i)) for a, d in zip(args, in_dims)
         )
         results.append(f(*element))
-    outputs = tuple(None if x[0] is None else torch.stack(x) for x in zip(*results))
+    outputs = tuple(None if x[0] is None else torch.stack(x)[:batch_size] for x in zip(*results))
     return outputs, tuple(None if x is None else 0 for x in outputs)
 
 
@@ -275,6 +276,9 @@ def _gradients(call, dout, dlse, *tensors):
         dq, dk, dv = new_gradient(q), new_gradient(k), new_gradient(v)
         ds_aux = None if s_aux is None else new_gradient(s_aux, torch.float32)
         dattn_bias = new_gradient(attn_bias, torch.float32) if call.wants_attn_bias else None
+        if any(x.is_neg() for x in (dout, q, k, v)):  # not in compiled mutations
+            dout, *inputs = (x.resolve_neg() for x in (dout, q, k, v))
+            tensors = (*inputs, *tensors[3:])
         own = (True, dout, dlse, dq, dk, dv, ds_aux, dattn_bias)
         operator = call.operator
         run(operator.backward, operator.backward_args_of((*call.numbers, *own, *tensors)))
@@ -302,6 +306,9 @@ def _dispatch(operator: Operator, args):
     """Run the operator for tensors that are not plain, or where torch watches."""
     if _dtensor.is_dtensor(args[0]):
         return _dtensor.on_shards(run, operator, args)
+    if args[0].is_nested:
+        raise not_dense(operator.names[0], args[0])
+    _dtensor.refuse({operator.names[place]: args[place] for place in operator.differentiable})
     if _transforms_active():
         return _FunctionalAttention.apply(operator, None, *args)
     return operator.through_dispatcher(args)

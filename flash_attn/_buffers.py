@@ -52,12 +52,19 @@ def new_rng_state(dropout_p: float) -> Tensor:
     return torch.zeros(2, dtype=torch.int64, device="cpu")
 
 
+def raise_versions(*written: Optional[Tensor]) -> None:
+    """Tell autograd that a caller's tensors were written to; None and inference tensors aside."""
+    for x in written:
+        if x is not None and not x.is_inference():
+            torch.autograd.graph.increment_version(x)
+
+
 def dense_out(q: Tensor, v: Tensor) -> Tensor:
     """Return an uninitialised out, (batch, seqlen_q, nheads, headdim_v)."""
     shape, shape_v = q.shape, v.shape
     if len(shape) != 4 or len(shape_v) != 4:
         return torch.empty(0)
-    if shape[3] == shape_v[3] and q.is_contiguous():
+    if q.__class__ is Tensor and shape[3] == shape_v[3] and q.is_contiguous():
         return torch.empty_like(q)  # the quickest
     return q.new_empty((*shape[:3], shape_v[3]))
 
@@ -94,7 +101,7 @@ def varlen_out(q: Tensor, v: Tensor) -> Tensor:
     shape, shape_v = q.shape, v.shape
     if len(shape) != 3 or not shape_v:
         return torch.empty(0)
-    if shape[2] == shape_v[-1] and q.is_contiguous():
+    if q.__class__ is Tensor and shape[2] == shape_v[-1] and q.is_contiguous():
         return torch.empty_like(q)  # the quickest
     return q.new_empty((*shape[:2], shape_v[-1]))
 

@@ -12,6 +12,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
+from flash_attn._arguments import is_plain
 from flash_attn._functions import FORWARD, VARLEN_FORWARD
 from flash_attn._schema import Operator
 
@@ -80,20 +81,52 @@ def _attend(settings, q, k, v, s_aux, attn_bias, alibi_slopes, keep):
     group = q.shape[2] // k.shape[2]
     q32, k32, v32 = (x.float().transpose(1, 2) for x in (q, k, v))
     k32, v32 = k32.repeat_interleave(group, 1), v32.repeat_interleave(group, 1)
-    scores = (q32 * settings.softmax_scale) @ k32.transpose(-1, -2)
-    if settings.softcap > 0.0:
-        scores = settings.softcap * torch.tanh(scores / settings.softcap)
     distance = _distance(q.shape[1], k.shape[1], q.device)
+    hidden = ~_visible(settings, distance)
+    apart = None if all(map(_is_finite, (q, k, v))) else hidden
+    scores = _scores(q32 * settings.softmax_scale, k32, apart)
+    if settings.softcap > 0.0:
+        softcap = max(settings.softcap, 1e-30)  # its reciprocal is finite; exp() sees no difference
+        scores = softcap * torch.tanh(scores / softcap)
     if alibi_slopes is not None:
         scores = scores - alibi_slopes[..., None, None] * distance.abs()
     if attn_bias is not None:
         scores = scores + attn_bias.float()
-    scores = scores.masked_fill(~_visible(settings, distance), -math.inf)
+    scores = scores.masked_fill(hidden, -math.inf)
     weights, total, lse = _softmax(scores, s_aux)
     if keep is not None:
         weights = weights * keep / (1.0 - settings.dropout_p)
-    out = (weights / total) @ v32
+    out = _weighted(weights / total, v32, apart)
     return out.transpose(1, 2).to(q.dtype), lse
+
+
+def _is_finite(x: Tensor) -> bool:
+    """Whether x is known to hold no NaN and no inf, or cannot be read."""
+    x = unwrapped(x)
+    if not is_plain(x) or x.is_meta or torch._C._len_torch_dispatch_stack():
+        return True
+    with torch.no_grad(), torch._C._DisableFuncTorch():
+        return bool(x.isfinite().all())
+
+
+def _scores(q, k, hidden):
+    """Return q @ k.T; ``hidden``: the pairs to keep apart because 0 * NaN is not 0, or None."""
+    if hidden is None:
+        return q @ k.transpose(-1, -2)
+    return (_pairs(q.unsqueeze(-2), hidden) * _pairs(k.unsqueeze(-3), hidden)).sum(-1)
+
+
+def _weighted(weights, v, hidden):
+    """Return weights @ v, as ``_scores`` does."""
+    if hidden is None:
+        return weights @ v
+    weights = weights.masked_fill(hidden, 0.0)
+    return (weights.unsqueeze(-1) * _pairs(v.unsqueeze(-3), hidden)).sum(-2)
+
+
+def _pairs(x, hidden):
+    """Return the vectors of all pairs of a row and a key, (..., rows, keys, headdim), or zeros."""
+    return x.masked_fill(hidden.unsqueeze(-1), 0.0)
 
 
 def _softmax(scores, s_aux):
@@ -148,3 +181,10 @@ def _s_dmask_of(operator: Operator, settings: Settings, q, k) -> Tensor:
     given = {**vars(settings), "q": q, "k": k, "v": k, "return_softmax": True}
     given.update(zip(("cu_seqlens_q", "cu_seqlens_k"), settings.cu_seqlens))
     return operator.kernel(operator.named(given), rng_state=settings.rng_state)[2]
+
+
+def unwrapped(x: Tensor) -> Tensor:
+    """Return a tensor without torch.func's wrappers."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(x):
+        x = torch._C._functorch.get_unwrapped(x)
+    return x

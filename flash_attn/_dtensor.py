@@ -18,6 +18,13 @@ def is_dtensor(x) -> bool:
     return module is not None and isinstance(x, module.DTensor)
 
 
+def refuse(tensors: dict) -> None:
+    """Raise TypeError for a DTensor in a call whose q is none."""
+    for name, x in tensors.items():
+        if is_dtensor(x):
+            raise TypeError(f"{name} must not be a DTensor where q is a plain tensor")
+
+
 class _Sharding:
     """How a call is sharded over the dimensions of its mesh: "batch", "heads" or None for each."""
 

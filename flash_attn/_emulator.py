@@ -7,6 +7,7 @@ import os
 import threading
 from typing import Optional
 
+from flash_attn._arguments import wrong_kind
 from flash_attn._library import lib
 
 _local = threading.local()
@@ -62,6 +63,8 @@ class emulator:
         count: bool = True,
         library: Optional[str] = None,
     ):
+        if not isinstance(arch, str):
+            raise wrong_kind("arch", arch, "a str")
         options = {
             "mode": mode,
             "seed": seed,

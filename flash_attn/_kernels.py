@@ -11,10 +11,8 @@ from __future__ import annotations
 from functools import partial
 from typing import Callable
 
-import torch
-
 from flash_attn import _buffers as buffers
-from flash_attn._arguments import check_tensors, without_negation
+from flash_attn._arguments import ERRORS, check_tensors, explained, without_negation
 from flash_attn._buffers import maybe_contiguous
 from flash_attn._emulator import in_use as emulator_in_use
 from flash_attn._functions import (
@@ -129,10 +127,16 @@ def _attend_cache(operator: Operator, args, wants_all: bool = True, out=None):
         _check_out(out)
     softmax_lse = buffers.dense_lse(q) if wants_all else None
     operator.function(*args, out, softmax_lse)
-    for place in operator.written:
-        if not args[place].is_inference():
-            torch.autograd.graph.increment_version(args[place])
+    buffers.raise_versions(*(args[place] for place in operator.written))
     return out, softmax_lse
+
+
+def _run(operator: Operator, kernel: Callable, args, wants_all: bool = True, **more):
+    """Compute the results of a call; its errors name the argument at fault."""
+    try:
+        return kernel(operator, args, wants_all, **more)
+    except ERRORS as error:
+        raise explained(error, {**dict(zip(operator.names, args)), **more}) from None
 
 
 def _implement(operator: Operator, kernel: Callable, function: str, results: str, copied: str):
@@ -144,7 +148,7 @@ def _implement(operator: Operator, kernel: Callable, function: str, results: str
     operator.function = bind(function, " ".join(names) + " " + results)
     operator.copied = operator.places(copied)
     operator.others = tuple(place for place in operator.tensors if place not in operator.copied)
-    operator.kernel = partial(kernel, operator)
+    operator.kernel = partial(_run, operator, kernel)
 
 
 _RESULTS = "out softmax_lse s_dmask rng_state"

@@ -67,6 +67,13 @@ def _with_all_arguments(operator: Operator, function: Callable) -> Callable:
     return lambda *args, **kwargs: function(complete(args, kwargs))
 
 
+def _implementation(operator: Operator, args):
+    """Compute the results; autograd is told of what was written to."""
+    results = operator.kernel(args)
+    buffers.raise_versions(*(args[place] for place in operator.written))
+    return results
+
+
 class _Registration(torch.library.Library):
     """The library of one operator, under its own name or another."""
 
@@ -77,8 +84,9 @@ class _Registration(torch.library.Library):
         self.define(name + operator.schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
         # Implementations read negative views; torch's own way gives up on those written to.
         self.impl(name, torch.library.fallthrough_kernel, "Negative")
+        implementation = partial(_implementation, operator)
         for device in ("CPU", "CUDA"):
-            self.impl(name, _with_all_arguments(operator, operator.kernel), device)
+            self.impl(name, _with_all_arguments(operator, implementation), device)
         # torch.library.register_fake would give it to an earlier custom_op of this name.
         self._register_fake(name, _with_all_arguments(operator, partial(fake, operator)))
         self.packet = getattr(torch.ops.flash_attn, name)

@@ -48,7 +48,16 @@ from torch import Tensor
 
 import flash_attn_2_cuda as flash_attn_gpu
 from flash_attn import _autograd  # noqa: F401  (registers the operators and their gradients)
-from flash_attn._arguments import as_int, check_tensors, flag, four_dims, number, wrong_kind
+from flash_attn._arguments import (
+    as_int,
+    check_tensors,
+    explained,
+    flag,
+    four_dims,
+    number,
+    wrong_kind,
+    wrong_pair,
+)
 from flash_attn._buffers import maybe_contiguous, round_multiple
 from flash_attn._eager import refuse_derivatives, run
 from flash_attn._functions import (  # noqa: F401  (other packages import some from here)
@@ -99,13 +108,19 @@ def _get_block_size_n(device, head_dim, is_dropout, is_causal):
 
 
 def _default_scale(q: Tensor) -> float:
-    shape = q.shape if isinstance(q, Tensor) else ()
+    try:
+        shape = q.shape if isinstance(q, Tensor) else ()
+    except RuntimeError as error:  # a nested tensor has no shape
+        raise explained(error, {"q": q}) from None
     return shape[-1] ** -0.5 if shape and shape[-1] else 1.0
 
 
 def _score(q, dropout_p, softmax_scale, causal, window_size, softcap) -> tuple:
     """Return the operators' arguments from dropout_p to softcap."""
-    left, right = window_size
+    try:
+        left, right = window_size
+    except (TypeError, ValueError):
+        raise wrong_pair("window_size", window_size) from None
     return (
         float(dropout_p) if dropout_p.__class__ is float else number("dropout_p", dropout_p),
         _default_scale(q) if softmax_scale is None else number("softmax_scale", softmax_scale),
@@ -116,8 +131,24 @@ def _score(q, dropout_p, softmax_scale, causal, window_size, softcap) -> tuple:
     )
 
 
+def _same_lengths(q: Tensor, length: int, device) -> Tensor:
+    """Return cache_seqlens, int32 (batch,), of sequences of one length."""
+    length = as_int("cache_seqlens", length)
+    try:
+        return torch.full(q.shape[:1], length, dtype=torch.int32, device=device)
+    except (OverflowError, RuntimeError) as error:
+        if length >= 2**31 or length < -(2**31):
+            raise ValueError(f"cache_seqlens must be an int32, got {length}") from None
+        raise explained(error, {"q": q}) from None
+
+
 def _has_unit_last_stride(cache: Tensor) -> bool:
-    return cache.is_contiguous() or cache.stride(-1) == 1
+    if torch.compiler.is_compiling():  # is_contiguous() may ask for lengths that are not known yet
+        return cache.stride(-1) == 1 or cache.is_contiguous()
+    try:
+        return cache.is_contiguous() or cache.stride(-1) == 1
+    except RuntimeError:  # it has no strides, which the call will say
+        return True
 
 
 def _unpack(name: str, packed: Tensor, parts: int) -> tuple[Tensor, ...]:
@@ -422,12 +453,12 @@ def flash_attn_with_kvcache(
     if not (isinstance(k_cache, Tensor) and isinstance(v_cache, Tensor)):
         check_tensors(k_cache=k_cache, v_cache=v_cache)
     refuse_derivatives("flash_attn_with_kvcache", q, k_cache, v_cache, k, v, s_aux)
+    refuse_derivatives("flash_attn_with_kvcache", rotary_cos, rotary_sin, alibi_slopes)
     assert _has_unit_last_stride(k_cache), "k_cache must have contiguous last dimension"
     assert _has_unit_last_stride(v_cache), "v_cache must have contiguous last dimension"
     if cache_seqlens is not None and not isinstance(cache_seqlens, Tensor):
         check_tensors(q=q)
-        length = as_int("cache_seqlens", cache_seqlens)
-        cache_seqlens = torch.full(q.shape[:1], length, dtype=torch.int32, device=k_cache.device)
+        cache_seqlens = _same_lengths(q, cache_seqlens, k_cache.device)
     _, *score = _score(q, 0.0, softmax_scale, causal, window_size, softcap)
     return_softmax_lse = flag("return_softmax_lse", return_softmax_lse)
     is_appending = k is not None or v is not None

@@ -11,7 +11,9 @@ from typing import Optional, Union
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
+from flash_attn._arguments import as_int, check_optional, check_tensors
 from flash_attn.ops.triton.rotary import apply_rotary
 
 __all__ = [
@@ -26,6 +28,8 @@ __all__ = [
     "apply_rotary_emb_torch",
     "rotate_half",
 ]
+
+_transforms_active = torch._C._are_functorch_transforms_active
 
 
 def rotate_half(x: Tensor, interleaved: bool = False) -> Tensor:
@@ -75,9 +79,9 @@ def _saved(ctx) -> tuple:
 
 
 def _is_for_autograd(*tables: Optional[Tensor]) -> bool:
-    """Whether torch is to derive the gradient: the classes know none of cos and sin, and
-    torch.compile does not trace functions with a ``jvp``."""
-    if torch.compiler.is_compiling():
+    """Whether torch is to derive the gradient: the classes know none of cos and sin, and nothing of
+    vmap, and torch.compile does not trace functions with a ``jvp``."""
+    if torch.compiler.is_compiling() or _transforms_active() or forward_ad._current_level >= 0:
         return True
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tables)
 
@@ -134,6 +138,7 @@ def apply_rotary_emb(
     max_seqlen: Optional[int] = None,
 ) -> Tensor:
     """Turn the pairs of every head; the arguments are those of ``apply_rotary``."""
+    check_tensors(x=x, cos=cos, sin=sin)
     if not _is_for_autograd(cos, sin):
         return ApplyRotaryEmb.apply(
             x, cos, sin, interleaved, inplace, seqlen_offsets, cu_seqlens, max_seqlen
@@ -247,6 +252,8 @@ def apply_rotary_emb_qkv_(
     Returns:
         ``qkv``.
     """
+    check_tensors(qkv=qkv, cos=cos, sin=sin)
+    check_optional(cos_k=cos_k, sin_k=sin_k)
     options = (interleaved, seqlen_offsets, num_heads_q)
     if not _is_for_autograd(cos, sin, cos_k, sin_k):
         return ApplyRotaryEmbQKV_.apply(qkv, cos, sin, cos_k, sin_k, *options)
@@ -303,6 +310,7 @@ def apply_rotary_emb_kv_(
     seqlen_offsets: Union[int, Tensor] = 0,
 ) -> Tensor:
     """Turn the keys of packed kv ``(batch, seqlen, 2, nheads, headdim)`` in place; return kv."""
+    check_tensors(kv=kv, cos=cos, sin=sin)
     if not _is_for_autograd(cos, sin):
         return ApplyRotaryEmbKV_.apply(kv, cos, sin, interleaved, seqlen_offsets)
     apply_rotary_emb(_keys(kv), cos, sin, interleaved, True, seqlen_offsets)
@@ -406,8 +414,12 @@ class RotaryEmbedding(torch.nn.Module):
         Returns:
             ``qkv``, or ``(qkv, kv)``.
         """
+        check_tensors(qkv=qkv)
+        check_optional(kv=kv)
+        is_tensor = isinstance(seqlen_offset, Tensor)
+        if not is_tensor:
+            seqlen_offset = as_int("seqlen_offset", seqlen_offset)
         if max_seqlen is None:
-            is_tensor = isinstance(seqlen_offset, Tensor)
             max_seqlen = qkv.shape[1] + (int(seqlen_offset.max()) if is_tensor else seqlen_offset)
         self._update_cos_sin_cache(max_seqlen, device=qkv.device, dtype=qkv.dtype)
         cos, sin = self._cos_cached, self._sin_cached

@@ -20,6 +20,7 @@ from test_bad_input import Memory
 import flash_attn
 import flash_attn_2_cuda
 from flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
+from flash_attn.flash_attn_interface import _flash_attn_backward, _flash_attn_forward
 
 # lib is the package's own; its callers have made the tensors plain.
 PUBLIC = [entry for entry in ENTRIES if not entry.name.startswith("lib.")]
@@ -71,6 +72,44 @@ def tensors_given(entry_name):
             if torch.is_tensor(x) and x.numel() > 0:
                 seeds.setdefault(name, seed)
     return seeds
+
+
+# ------------------------------------------------------------------------------------------------
+# What is written to
+
+
+@by_name(PUBLIC)
+def test_what_is_written_to_has_a_new_version(entry):
+    """Autograd then knows that it is no longer what was recorded; nothing else has one."""
+    for seed in {*SEEDS, *tensors_given(entry.name).values()}:
+        arguments = drawn(entry, seed)
+        tensors = {name: x for name, x in arguments.items() if isinstance(x, torch.Tensor)}
+        versions = {name: x._version for name, x in tensors.items()}
+        entry.call(arguments)
+        written = {arguments[name]._base for name in written_by(entry, arguments)} - {None}
+        for name, x in tensors.items():
+            is_written = name in written_by(entry, arguments) or x._base in written
+            assert (x._version > versions[name]) == is_written, name
+
+
+@by_name(PUBLIC)
+def test_inference_tensors_are_written_to(entry):
+    """They have no version."""
+    for seed in SEEDS:
+        expected = outcome(entry, drawn(entry, seed))
+        with torch.inference_mode():
+            assert_same(outcome(entry, drawn(entry, seed)), expected)
+
+
+def test_backward_of_what_a_gradient_was_written_over():
+    q, k, v = torch.randn(3, 1, 4, 2, 8).unbind(0)
+    numbers = (0.0, 0.25, False, -1, -1, 0.0, None, False)
+    out, lse, _, _ = _flash_attn_forward(q, k, v, *numbers)
+    dq, weight = torch.zeros_like(q), torch.randn_like(q).requires_grad_()
+    y = (dq * weight).sum()
+    _flash_attn_backward(out, q, k, v, out, lse, dq, None, None, *numbers)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
 
 
 # ------------------------------------------------------------------------------------------------

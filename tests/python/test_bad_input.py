@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import random
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -22,6 +23,127 @@ from flash_attn._library import bind, set_cpu_isa
 EXAMPLES = int(os.environ.get("FLASH_ATTN_FUZZ_EXAMPLES", "60"))
 # A malformed tensor or number is a RuntimeError; objects of other kinds meet Python's own errors.
 ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, OverflowError, AssertionError)
+
+
+# ------------------------------------------------------------------------------------------------
+# Sentences that name the argument
+
+X = torch.ones(1, 4, 2, 8)
+CU_SEQLENS = torch.tensor([0, 4], dtype=torch.int32)
+TWO = torch.ones(2)
+
+
+def attend(**changes):
+    return flash_attn.flash_attn_func(**{"q": X, "k": X, "v": X, **changes})
+
+
+def attend_recorded(**changes):
+    return attend(**{"q": X.clone().requires_grad_(), **changes})
+
+
+def attend_packed(**changes):
+    given = {"cu_seqlens_q": CU_SEQLENS, "cu_seqlens_k": CU_SEQLENS}
+    given.update(max_seqlen_q=4, max_seqlen_k=4)
+    return flash_attn.flash_attn_varlen_func(
+        **{"q": X[0], "k": X[0], "v": X[0], **given, **changes}
+    )
+
+
+def attend_cache(**changes):
+    return flash_attn.flash_attn_with_kvcache(**{"q": X, "k_cache": X, "v_cache": X, **changes})
+
+
+NUMBERS = [
+    (attend, "window_size", 5, TypeError),
+    (attend, "window_size", None, TypeError),
+    (attend, "window_size", (1, 2, 3), TypeError),
+    (attend, "window_size", torch.tensor(1), TypeError),
+    (attend, "window_size", (2**70, 0), ValueError),
+    (attend_recorded, "window_size", (0, -(2**70)), ValueError),
+    (attend_cache, "window_size", (2**70, 0), ValueError),
+    (attend_packed, "max_seqlen_q", 2**70, ValueError),
+    (attend_packed, "max_seqlen_k", TWO, TypeError),
+    (attend_packed, "max_seqlen_q", torch.tensor(float("nan")), TypeError),
+    (attend_packed, "max_seqlen_q", torch.tensor(float("inf")), TypeError),
+    (attend_packed, "max_seqlen_q", torch.tensor(5.7), TypeError),
+    (attend_packed, "max_seqlen_k", torch.tensor(4, device="meta"), TypeError),
+    (attend, "window_size", (torch.tensor(1.5), 0), TypeError),
+    (attend, "softmax_scale", TWO, TypeError),
+    (attend, "softmax_scale", 10**400, ValueError),
+    (attend, "softcap", np.ones(2), TypeError),
+    (attend, "dropout_p", torch.tensor(0.0, device="meta"), TypeError),
+    (attend, "causal", TWO, TypeError),
+    (attend, "causal", np.array([1, 2]), TypeError),
+    (attend, "return_attn_probs", TWO, TypeError),
+    (attend_cache, "cache_seqlens", 2**40, ValueError),
+    (attend_cache, "cache_seqlens", 2**70, ValueError),
+    (attend_cache, "num_splits", 2**70, ValueError),
+]
+
+
+@pytest.mark.parametrize(("function", "name", "value", "error"), NUMBERS)
+def test_numbers_at_fault_are_named(function, name, value, error):
+    with pytest.raises(error, match=rf"^{name}\S* must be .*, got|^{name} must be a number that"):
+        function(**{name: value})
+
+
+def test_whole_numbers_in_tensors_of_floats():
+    window = (torch.tensor(1.0), torch.tensor(0.0))
+    assert torch.equal(attend(window_size=window), attend(window_size=(1, 0)))
+
+
+NOT_DENSE = {
+    "meta": lambda x: x.to("meta"),
+    "sparse": lambda x: x.to_sparse(),
+    "mkldnn": lambda x: x.to_mkldnn(),
+    "quantized": lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8),
+    "nested": lambda x: torch.nested.nested_tensor([x]),
+}
+TENSORS = [
+    *((attend, name) for name in ("q", "k", "v", "alibi_slopes", "s_aux", "attn_bias")),
+    *((attend_recorded, name) for name in ("k", "v", "alibi_slopes", "s_aux", "attn_bias")),
+    *((attend_packed, name) for name in ("q", "k", "v", "s_aux", "attn_bias", "cu_seqlens_q")),
+    *((attend_cache, name) for name in ("q", "k_cache", "v_cache", "k", "s_aux", "cache_seqlens")),
+]
+
+
+def is_possible(name, kind):
+    """A call whose q is on meta has a result there."""
+    return (name, kind) != ("q", "meta")
+
+
+@pytest.mark.parametrize("kind", NOT_DENSE)
+@pytest.mark.parametrize(("function", "name"), TENSORS)
+def test_tensors_that_no_backend_reads_are_named(function, name, kind):
+    if not is_possible(name, kind):
+        pytest.skip("shapes alone")
+    x = X[0] if function is attend_packed and name in "qkv" else X
+    if name in ("alibi_slopes", "s_aux"):
+        x = torch.ones(2)
+    elif name.endswith("_bias"):
+        x = torch.ones(1, 2, 4, 4)
+    more = {}
+    if name in ("k", "cache_seqlens") and function is attend_cache:
+        more = {"k": X[:, :1], "v": X[:, :1], "cache_seqlens": 0}
+        x = X[:, :1] if name == "k" else torch.zeros(1)
+    sentence = f"^{name} must (be a dense|have contiguous)"
+    with pytest.raises((RuntimeError, AssertionError), match=sentence):
+        function(**{**more, name: NOT_DENSE[kind](x)})
+
+
+def test_ragged_q_is_named():
+    ragged = torch.nested.nested_tensor([X[0]], layout=torch.jagged)
+    with pytest.raises(RuntimeError, match=r"^q must be a dense .*nested"):
+        attend(q=ragged)
+
+
+def test_architecture_of_the_emulator_is_named():
+    with pytest.raises(TypeError, match=r"^arch must be a str"):
+        flash_attn.emulator(arch=None)
+
+
+# ------------------------------------------------------------------------------------------------
+# Memory
 
 
 def storage_bytes(t):

@@ -64,6 +64,40 @@ def test_unpad_input_gives_unused_tokens_room_but_does_not_count_them(mask_dtype
     assert seqused.tolist() == [2, 3]
 
 
+@pytest.mark.parametrize("shape", [(2, 4), (2, 6), (1, 5), (5, 2), (10,), (2, 1, 5)])
+def test_masks_of_other_shapes(shape):
+    hidden, mask = torch.arange(10.0).view(2, 5, 1), torch.ones(2, 5, dtype=torch.int64)
+    other = torch.ones(shape, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"^attention_mask must be"):
+        unpad_input(hidden, other)
+    with pytest.raises(ValueError, match=r"^unused_mask must be"):
+        unpad_input(hidden, mask, other)
+    with pytest.raises(ValueError, match=r"^attention_mask_in_length must be"):
+        unpad_input_for_concatenated_sequences(hidden, other)
+
+
+@pytest.mark.parametrize("lengths", [[[4, 2, 0, 0, 0]], [[6, 0, 0, 0, 0]], [[3, -1, 0, 0, 0]]])
+def test_lengths_that_a_row_has_no_room_for(lengths):
+    with pytest.raises(ValueError, match=r"^attention_mask_in_length must hold"):
+        unpad_input_for_concatenated_sequences(torch.zeros(1, 5), torch.tensor(lengths))
+
+
+def test_mask_of_other_numbers_than_one():
+    """What is not 0 selects a token, once."""
+    hidden = torch.arange(10.0).view(2, 5)
+    mask = torch.tensor([[2, 3, 0, 0, 0], [-1, 0, 0, 0, 0]])
+    unused = torch.tensor([[0, 7, 7, 0, 0], [0, 0, 0, 0, 0]])
+    for dtype in (torch.int64, torch.float32):
+        packed, indices, cu_seqlens, longest, seqused = unpad_input(hidden, mask.to(dtype))
+        assert packed.tolist() == indices.tolist() == [0, 1, 5]
+        assert (cu_seqlens.tolist(), longest, seqused.tolist()) == ([0, 2, 3], 2, [2, 1])
+        packed, _, cu_seqlens, longest, seqused = unpad_input(
+            hidden, mask.to(dtype), unused.to(dtype)
+        )
+        assert packed.tolist() == [0, 1, 2, 5]
+        assert (cu_seqlens.tolist(), longest, seqused.tolist()) == ([0, 3, 4], 3, [2, 1])
+
+
 def test_unpad_input_of_nothing():
     hidden = torch.randn(2, 3, 4)
     packed, indices, cu_seqlens, max_seqlen, _ = unpad_input(hidden, torch.zeros(2, 3))
@@ -122,6 +156,68 @@ def test_gradients():
     assert check(lambda t: index_first_axis_residual(t, indices), x)
     assert check(lambda t: unpad_input(t, mask)[0], padded)
     assert check(lambda t: pad_input(t, indices, 2, 3), values)
+
+
+MASK = torch.tensor([[1, 0, 1], [1, 1, 0]])
+INDICES = torch.tensor([4, 0, 2])
+FUNCTIONS = {
+    "index_first_axis": (lambda x: index_first_axis(x, INDICES), (5, 3)),
+    "index_put_first_axis": (lambda x: index_put_first_axis(x, INDICES, 6), (3, 2)),
+    "index_first_axis_residual": (
+        lambda x: torch.cat(index_first_axis_residual(x, INDICES)),
+        (5, 2),
+    ),
+    "unpad_input": (lambda x: unpad_input(x, MASK)[0], (2, 3, 2)),
+    "pad_input": (lambda x: pad_input(x, INDICES, 2, 3), (3, 2)),
+}
+functions = pytest.mark.parametrize("name", FUNCTIONS)
+
+
+@functions
+def test_derivatives_of_every_kind(name):
+    f, shape = FUNCTIONS[name]
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    tangent = torch.randn_like(x)
+    assert torch.autograd.gradcheck(f, x, check_forward_ad=True, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(f, x)
+    x = x.detach()
+    assert torch.equal(torch.func.jvp(f, (x,), (tangent,))[1], f(tangent))  # they are linear
+
+    def loss(x):
+        return (f(x) ** 3).sum()
+
+    leaf = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(loss(leaf), leaf)
+    torch.testing.assert_close(torch.func.grad(loss)(x), expected)
+    numeric = torch.autograd.functional.hessian(loss, x)
+    torch.testing.assert_close(torch.func.hessian(loss)(x), numeric)
+    torch.testing.assert_close(torch.func.jacrev(torch.func.grad(loss))(x), numeric)
+
+
+@functions
+def test_vmap(name):
+    f, shape = FUNCTIONS[name]
+    x = torch.randn(4, *shape)
+    assert torch.equal(torch.func.vmap(f)(x), torch.stack([f(y) for y in x]))
+    last = x.movedim(0, -1)
+    assert torch.equal(torch.func.vmap(f, -1)(last), torch.stack([f(y) for y in x]))
+    gradients = torch.func.vmap(torch.func.grad(lambda x: f(x).square().sum()))(x)
+    leaf = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(sum(f(y).square().sum() for y in leaf), leaf)
+    torch.testing.assert_close(gradients, expected)
+
+
+@functions
+def test_compile(name):
+    f, shape = FUNCTIONS[name]
+    x = torch.randn(shape, requires_grad=True)
+    with torch._dynamo.config.patch(
+        capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True
+    ):
+        y = torch.compile(f, fullgraph=True, backend="aot_eager")(x)
+    assert torch.equal(y, f(x))
+    weight = torch.randn_like(y)
+    assert torch.equal(*(torch.autograd.grad(z, x, weight)[0] for z in (y, f(x))))
 
 
 def test_residual_gradient_does_not_change_the_incoming_gradient():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from reference import attention
@@ -35,6 +37,10 @@ def int32(*values):
 
 def randn(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def attention_out(q, k, v, **options):
+    return attention(q, k, v, **options)[0]
 
 
 class Dense:
@@ -378,6 +384,56 @@ def test_dropout_keeps_its_mask(packed):
 
 
 # ------------------------------------------------------------------------------------------------
+# NaN and inf where a row does not look
+
+
+def first_rows(f, q, k, v):
+    """All rows but the last, which sees the last three keys, and alone the last of them."""
+    return f(q, k, v, causal=True, window_size=(2, 0))[:, :-1]
+
+
+def first_packed_rows(f, q, k, v):
+    if f is not flash_attn_func:
+        return first_rows(f, q, k, v)
+    out = flash_attn_varlen_func(
+        *(x[0] for x in (q, k, v)), int32(0, 4), int32(0, 6), 4, 6, window_size=(2, 0)
+    )
+    return out[None, :-1]
+
+
+@pytest.mark.parametrize("rows", [first_rows, first_packed_rows])
+@pytest.mark.parametrize("hole", ["q", "k", "v"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_a_row_cannot_see_does_not_reach_it(rows, hole, value):
+    """Derivatives are those with 0 in place of NaN or inf; the tangents touch it, too."""
+    inputs = [randn(1, 4, 4, 3), randn(1, 6, 2, 3, seed=1), randn(1, 6, 2, 3, seed=2)]
+    tangents = tuple(randn(*x.shape, seed=10 + i) for i, x in enumerate(inputs))
+    clean = [x.clone() for x in inputs]
+    place = "qkv".index(hole)
+    inputs[place][0, -1], clean[place][0, -1] = value, 0.0
+    clean = double(clean)
+
+    def second(f, x):
+        (g,) = torch.autograd.grad(rows(f, *x).sin().sum(), x[0], create_graph=True)
+        return torch.autograd.grad(g[:, :-1].square().sum(), x)
+
+    leaves, exact_leaves = ([x.clone().requires_grad_() for x in y] for y in (inputs, clean))
+    actual, exact = second(flash_attn_func, leaves), second(attention_out, exact_leaves)
+    assert_same([x[:, :3] for x in actual], [x[:, :3] for x in exact], 1e-4)
+    pushed = jvp(partial(rows, flash_attn_func), tuple(inputs), tangents)[1]
+    assert_same(pushed, jvp(partial(rows, attention_out), clean, double(tangents))[1])
+
+
+def test_what_a_row_sees_does_reach_it():
+    q, k, v = randn(1, 2, 1, 3), randn(1, 3, 1, 3, seed=1), randn(1, 3, 1, 3, seed=2)
+    v[0, 1] = float("nan")
+    pushed = jvp(lambda q: flash_attn_func(q, k, v, causal=True), (q,), (q,))[1]
+    assert pushed.isnan().all()
+    pushed = jvp(lambda q: flash_attn_func(q, k, v, window_size=(0, 0)), (q,), (q,))[1]
+    assert pushed[0, 0].isnan().all() and pushed[0, 1].isfinite().all()
+
+
+# ------------------------------------------------------------------------------------------------
 # vmap
 
 
@@ -408,6 +464,34 @@ def test_vmap_of_gradients(kind):
     actual = vmap(grad(loss(case.run), (0, 1, 2, 3, 4)))(*batch)
     each = [grad(loss(case.exact), (0, 1, 2, 3, 4))(*double(x)) for x in zip(*batch)]
     assert_same(actual, tuple(map(torch.stack, zip(*each))))
+
+
+@kinds
+def test_vmap_over_nothing(kind):
+    """The results have the shapes of a batch without elements."""
+    case = kind("everything")
+    empty = [x.new_zeros(0, *x.shape) for x in case.inputs]
+    for result, one in zip(vmap(case.run)(*empty), case.run(*case.inputs)):
+        assert result.shape == (0, *one.shape)
+        assert result.dtype == one.dtype
+    gradients = vmap(grad(loss(case.run), (0, 1, 2)))(*empty)
+    assert [g.shape for g in gradients] == [x.shape for x in empty[:3]]
+    last = [x.movedim(0, -1) for x in empty]
+    assert vmap(case.run, -1)(*last)[0].shape == (0, *case.run(*case.inputs)[0].shape)
+
+
+def test_softcap_of_which_the_reciprocal_is_infinite():
+    """All scores are 0 then: weights are equal and do not depend on q."""
+    q, k, v = randn(1, 3, 2, 4), randn(1, 4, 2, 4, seed=1), randn(1, 4, 2, 4, seed=2)
+
+    def f(q, v):
+        return flash_attn_func(q, k, v, softcap=1e-42)
+
+    pushed = jvp(f, (q, v), (100 * q, v))[1]
+    assert_same(pushed, v.double().mean(1, keepdim=True).expand(1, 3, 2, 4))
+    assert_same(
+        grad(lambda q: (grad(lambda q: f(q, v).sin().sum())(q) ** 2).sum())(q), 0 * q.double()
+    )
 
 
 def test_vmap_with_dropout_says_what_it_needs():
@@ -453,6 +537,63 @@ def test_cache_has_no_derivative():
         cache_call(forward_ad.make_dual(q, q), cache)
     with forward_ad.dual_level():
         assert torch.equal(cache_call(q, cache), flash_attn_func(q, cache, cache))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["q", "k_cache", "v_cache", "k", "v", "rotary_cos", "rotary_sin", "alibi_slopes", "s_aux"],
+)
+def test_cache_has_no_derivative_in_any_argument(name):
+    cache, new = randn(1, 9, 2, 8), randn(1, 1, 2, 8)
+    tensors = {"q": new.clone(), "k_cache": cache.clone(), "v_cache": cache.clone()}
+    tensors.update(k=new.clone(), v=new.clone(), alibi_slopes=randn(2), s_aux=randn(2))
+    tensors.update(rotary_cos=randn(9, 4), rotary_sin=randn(9, 4))
+
+    def call(x):
+        given = {n: t.clone() for n, t in tensors.items()}
+        return flash_attn_with_kvcache(**{**given, name: x}, cache_seqlens=2)
+
+    x = tensors[name]
+    with pytest.raises(RuntimeError, match="no derivative"):
+        grad(lambda x: call(x).sum())(x)
+    with pytest.raises(RuntimeError, match="no derivative"):
+        jvp(call, (x,), (x,))
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="no derivative"):
+        call(forward_ad.make_dual(x, x))
+
+
+def backward_arguments(packed):
+    """Arguments of _flash_attn_backward or _flash_attn_varlen_backward by name."""
+    q, k, v = (randn(1, 5, 2, 8, seed=i) for i in range(3))
+    slopes, sinks, bias = randn(2).abs(), randn(2, seed=1), randn(1, 2, 5, 5)
+    numbers = {"dropout_p": 0.0, "softmax_scale": 0.3, "causal": False, "softcap": 0.0}
+    numbers.update(window_size_left=-1, window_size_right=-1)
+    more = {"s_aux": sinks, "attn_bias": bias}
+    out, lse, *_ = _flash_attn_forward(q, k, v, *FORWARD_NUMBERS, slopes, False, **more)
+    tensors = {"dout": out.clone(), "q": q, "k": k, "v": v, "out": out, "softmax_lse": lse}
+    tensors.update(dq=q.clone(), dk=k.clone(), dv=v.clone(), dlse=lse.clone())
+    if packed:
+        tensors = {n: x[0] for n, x in tensors.items()}
+        numbers.update(max_seqlen_q=5, max_seqlen_k=5)
+        numbers.update(cu_seqlens_q=int32(0, 5), cu_seqlens_k=int32(0, 5))
+    tensors.update(alibi_slopes=slopes, ds_aux=sinks.clone(), dattn_bias=bias.clone(), **more)
+    return {**tensors, **numbers, "deterministic": True}
+
+
+FORWARD_NUMBERS = (0.0, 0.3, False, -1, -1, 0.0)
+READ = ["dout", "q", "k", "v", "out", "softmax_lse", "dlse", "alibi_slopes", "s_aux", "attn_bias"]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", READ)
+def test_backward_functions_refuse_tangents_of_any_argument(packed, name):
+    f = _flash_attn_varlen_backward if packed else _flash_attn_backward
+    arguments = backward_arguments(packed)
+    x = arguments.pop(name)
+    with forward_ad.dual_level():
+        f(**arguments, **{name: x})
+        with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+            f(**arguments, **{name: forward_ad.make_dual(x, x)})
 
 
 def test_backward_functions_refuse_tangents():

@@ -152,6 +152,59 @@ def test_derivatives_of_every_kind(offset):
     assert_close(tangent, reference(weight, *arguments[:2], offset, True))
 
 
+@pytest.mark.parametrize("offset", [1, torch.tensor([1, 2])])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_transforms_in_x_and_tables(offset, interleaved):
+    """Of all three; torch.func's and forward mode's."""
+    x = torch.randn(2, 3, 2, 8, dtype=torch.float64)
+    inputs = (x, *tables(5, 6, torch.float64))
+    positions = torch.arange(3) + (offset if isinstance(offset, int) else offset[:, None])
+
+    def of_all(x, cos, sin):
+        return rotary.apply_rotary_emb(x, cos, sin, interleaved, seqlen_offsets=offset)
+
+    def exact(x, cos, sin):
+        return rotary.apply_rotary_emb_torch(x, cos[positions], sin[positions], interleaved)
+
+    def loss(f):
+        return lambda *inputs: (f(*inputs) ** 3).sum()
+
+    tangents = tuple(map(torch.randn_like, inputs))
+    func = torch.func
+    check = torch.testing.assert_close
+    check(func.jvp(of_all, inputs, tangents), func.jvp(exact, inputs, tangents))
+    with torch.autograd.forward_ad.dual_level():
+        out = of_all(*map(torch.autograd.forward_ad.make_dual, inputs, tangents))
+        tangent = torch.autograd.forward_ad.unpack_dual(out).tangent
+    check(tangent, func.jvp(exact, inputs, tangents)[1])
+    every = (0, 1, 2)
+    check(func.grad(loss(of_all), every)(*inputs), func.grad(loss(exact), every)(*inputs))
+    for transform in (func.jacrev, func.jacfwd):
+        check(transform(of_all, every)(*inputs), transform(exact, every)(*inputs))
+    check(func.hessian(loss(of_all), every)(*inputs), func.hessian(loss(exact), every)(*inputs))
+
+
+@pytest.mark.parametrize("in_dims", [(0, None, None), (None, 0, 0), (0, 0, 0)])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_vmap(in_dims, interleaved):
+    inputs = [torch.randn(4, 2, 3, 2, 8), torch.randn(4, 3, 3), torch.randn(4, 3, 3)]
+    mapped = [x if d == 0 else x[0] for x, d in zip(inputs, in_dims)]
+
+    def f(*inputs):
+        return rotary.apply_rotary_emb(*inputs, interleaved)
+
+    each = [f(*(x[i] if d == 0 else x for x, d in zip(mapped, in_dims))) for i in range(4)]
+    assert_close(torch.func.vmap(f, in_dims)(*mapped), torch.stack(each))
+
+
+def test_vmap_of_packed_in_place():
+    cos, sin = tables(3, 6)
+    qkv, kv = torch.randn(4, 2, 3, 3, 2, 8), torch.randn(4, 2, 3, 2, 2, 8)
+    for f, x in ((rotary.apply_rotary_emb_qkv_, qkv), (rotary.apply_rotary_emb_kv_, kv)):
+        expected = torch.stack([f(y.clone(), cos, sin) for y in x])
+        assert_close(torch.func.vmap(lambda y, f=f: f(y.clone(), cos, sin))(x), expected)
+
+
 def packed_qkv(num_heads_q, num_heads_k):
     torch.manual_seed(0)
     if num_heads_q is None:
@@ -250,6 +303,11 @@ def test_strided_tokens_keep_their_strides():
     assert_close(x, expected)
 
 
+def packed_call(starts, max_seqlen):
+    cu_seqlens = torch.tensor(starts)
+    return {"x": torch.zeros(7, 3, 16), "cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen}
+
+
 BAD_CALLS = {
     "rotary_dim 20 exceeds the head dim 16": {"cos": torch.ones(9, 10), "sin": torch.ones(9, 10)},
     "cos and sin must be": {"sin": torch.ones(9, 7)},
@@ -259,11 +317,49 @@ BAD_CALLS = {
     r"\(2,\), got torch.int64 \(3,\)": {"seqlen_offsets": torch.zeros(3, dtype=torch.int64)},
     "x must be": {"x": torch.zeros(7, 3, 16)},
     "x with cu_seqlens must be": {"cu_seqlens": torch.tensor([0, 7]), "max_seqlen": 7},
-    "cu_seqlens needs max_seqlen": {
-        "x": torch.zeros(7, 3, 16),
-        "cu_seqlens": torch.tensor([0, 7]),
-    },
+    "cu_seqlens needs max_seqlen": packed_call([0, 7], None),
+    "cu_seqlens must ascend from 0 to at most the 7 tokens of x": packed_call([0, 4, 8], 8),
+    "cu_seqlens must ascend from 0 to": packed_call([0, 6, 5], 8),
+    "cu_seqlens must ascend from 0": packed_call([1, 6], 8),
+    "cu_seqlens must be int32": packed_call([0.0, 7.0], 8),
+    r"cu_seqlens must be int32 \(batch": packed_call([], 8),
+    "max_seqlen is 4, but cu_seqlens has a sequence of 5": packed_call([0, 2, 7], 4),
+    "x must be floating point": {"x": torch.zeros(2, 7, 3, 16, dtype=torch.int32)},
+    "cos must be floating point": {"cos": torch.ones(9, 8, dtype=torch.int64)},
+    "sin must be floating point": {"sin": torch.ones(9, 8, dtype=torch.complex64)},
 }
+OF_WRONG_KIND = {
+    "x": [[0.0]],
+    "cos": [[1.0]],
+    "sin": None,
+    "seqlen_offsets": [1],
+    "cu_seqlens": [0, 7],
+    "max_seqlen": "7",
+}
+
+
+@pytest.mark.parametrize("name", OF_WRONG_KIND)
+def test_arguments_of_wrong_kind(name):
+    arguments = {"x": torch.zeros(2, 7, 3, 16), "cos": torch.ones(9, 8), "sin": torch.ones(9, 8)}
+    for function in (apply_rotary, rotary.apply_rotary_emb):
+        with pytest.raises(TypeError, match=f"^{name} must be"):
+            function(**(arguments | {name: OF_WRONG_KIND[name]}))
+
+
+def test_packed_arguments_of_wrong_kind():
+    cos, sin = tables(9, 16)
+    x = [[0.0]]
+    with pytest.raises(TypeError, match=r"^qkv must be"):
+        rotary.apply_rotary_emb_qkv_(x, cos, sin)
+    with pytest.raises(TypeError, match=r"^cos_k must be"):
+        rotary.apply_rotary_emb_qkv_(torch.zeros(2, 7, 3, 2, 16), cos, sin, x)
+    with pytest.raises(TypeError, match=r"^kv must be"):
+        rotary.apply_rotary_emb_kv_(x, cos, sin)
+    module = rotary.RotaryEmbedding(16)
+    with pytest.raises(TypeError, match=r"^qkv must be"):
+        module(x)
+    with pytest.raises(TypeError, match=r"^seqlen_offset must be"):
+        module(torch.zeros(2, 7, 3, 2, 16), seqlen_offset=[1])
 
 
 @pytest.mark.parametrize("message", BAD_CALLS)
@@ -276,7 +372,7 @@ def test_bad_arguments(message):
 @pytest.mark.parametrize("offsets", [[0, 3], [0, -1]])
 def test_position_outside_the_tables(offsets):
     x, cos = torch.zeros(2, 7, 3, 16), torch.ones(9, 8)
-    with pytest.raises((IndexError, RuntimeError), match="out of range"):
+    with pytest.raises(IndexError, match=r"^seqlen_offsets: .* out of range .* 9 rows"):
         apply_rotary(x, cos, cos, torch.tensor(offsets))
 
 

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from functools import wraps
+
 import pytest
 import torch
 
-from flash_attn import flash_attn_varlen_func
+from flash_attn import (
+    flash_attn_qkvpacked_func,
+    flash_attn_varlen_func,
+    flash_attn_varlen_qkvpacked_func,
+    flash_attn_with_kvcache,
+)
 from flash_attn.bert_padding import pad_input, unpad_input
 
 SETTINGS = {"capture_scalar_outputs": True, "capture_dynamic_output_shape_ops": True}
@@ -34,6 +41,42 @@ def unpad_attend_pad(x, mask):
     return pad_input(out, indices, *mask.shape)
 
 
+def of_one_projection(attend):
+    """unpad, attend over strided views of one tensor of queries, keys and values, pad."""
+
+    @wraps(attend)
+    def f(x, mask):
+        packed, indices, cu_seqlens, longest, _ = unpad_input(x.flatten(2), mask)
+        out = attend(packed.repeat(1, 3), cu_seqlens, longest)
+        return pad_input(out, indices, *mask.shape)
+
+    return f
+
+
+@of_one_projection
+def qkvpacked(qkv, cu_seqlens, longest):
+    return flash_attn_varlen_qkvpacked_func(qkv.unflatten(-1, (3, 2, 8)), cu_seqlens, longest)
+
+
+@of_one_projection
+def chunks(qkv, cu_seqlens, longest):
+    q, k, v = (x.unflatten(-1, (2, 8)) for x in qkv.chunk(3, -1))
+    return flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, longest, longest)
+
+
+@of_one_projection
+def transposed(qkv, cu_seqlens, longest):
+    heads_first = (x.unflatten(-1, (2, 8)).transpose(0, 1) for x in qkv.chunk(3, -1))
+    q, k, v = (x.contiguous().transpose(0, 1) for x in heads_first)
+    return flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, longest, longest)
+
+
+def dense(x, mask):
+    """A batch of one sequence whose length the mask tells."""
+    qkv = x.flatten(2)[mask].repeat(1, 3)
+    return flash_attn_qkvpacked_func(qkv.unflatten(-1, (3, 2, 8))[None])
+
+
 def packed_inputs():
     return torch.randn(10, 2, 8), torch.tensor([0, 4, 10], dtype=torch.int32)
 
@@ -50,6 +93,10 @@ FUNCTIONS = pytest.mark.parametrize(
         (longest_as_number, packed_inputs),
         (longest_as_tensor, packed_inputs),
         (unpad_attend_pad, padded_inputs),
+        (qkvpacked, padded_inputs),
+        (chunks, padded_inputs),
+        (transposed, padded_inputs),
+        (dense, padded_inputs),
     ],
 )
 
@@ -99,6 +146,23 @@ def test_exported_length_is_not_fixed():
     assert torch.equal(exported(q, other), longest_as_number(q, other))
 
 
+@pytest.mark.parametrize("strict", [None, True, False])
+def test_cache_of_unknown_length(strict):
+    """compiled (None) or exported: the cache is a strided view."""
+
+    def attend(x, mask):
+        cache = x[mask].repeat(1, 1, 2)[None]
+        return flash_attn_with_kvcache(x[:1, :1], cache[..., :8], cache[..., 8:])
+
+    inputs = padded_inputs()
+    with torch._dynamo.config.patch(SETTINGS):
+        if strict is None:
+            traced = torch.compile(attend, fullgraph=True, backend="aot_eager")
+        else:
+            traced = torch.export.export(Module(attend), inputs, strict=strict).module()
+        assert torch.equal(traced(*inputs), attend(*inputs))
+
+
 def test_compile_dropout_mask_of_computed_length():
     """S_dmask's shape follows from a length that is known at run time alone."""
 
@@ -116,3 +180,15 @@ def test_compile_dropout_mask_of_computed_length():
             lse, s_dmask = compiled(q, bounds)
             assert s_dmask.shape == (2, 2, 128, 128)
             torch.testing.assert_close(lse, f(q, bounds)[0])
+
+
+@pytest.mark.parametrize("view", [torch._neg_view, lambda x: (x * 1j).conj().imag])
+def test_compile_negative_views_with_gradients(view):
+    def f(x):
+        q = view(x)
+        return flash_attn_varlen_func(q, q, q, bounds, bounds, 6, 6) * view(x)
+
+    x, bounds = packed_inputs()
+    compiled = torch.compile(lambda x, _: f(x), fullgraph=True, backend="aot_eager")
+    for a, b in zip(forward_backward(compiled, x, None), forward_backward(lambda x, _: f(x), x, 0)):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)

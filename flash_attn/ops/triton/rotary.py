@@ -13,29 +13,24 @@ from typing import Optional, Union
 import torch
 from torch import Tensor
 
+from flash_attn._arguments import as_int, check_optional, check_tensors, is_plain
+
 __all__ = ["apply_rotary"]
+
+_INTEGERS = (torch.int32, torch.int64)
+_transforms_active = torch._C._are_functorch_transforms_active
 
 
 def _check(x: Tensor, cos: Tensor, sin: Tensor, offsets, cu_seqlens, max_seqlen) -> None:
-    """Raise ValueError for arguments that do not fit each other."""
-    if cos.dim() != 2 or cos.shape != sin.shape:
-        raise ValueError(
-            f"cos and sin must be (seqlen_ro, rotary_dim / 2), got {tuple(cos.shape)} and "
-            f"{tuple(sin.shape)}"
-        )
-    if 2 * cos.shape[1] > x.shape[-1]:
-        raise ValueError(f"rotary_dim {2 * cos.shape[1]} exceeds the head dim {x.shape[-1]}")
+    """Raise TypeError or ValueError for arguments that do not fit each other."""
+    _check_tables(x, cos, sin)
     if cu_seqlens is None and x.dim() != 4:
         raise ValueError(f"x must be (batch, seqlen, nheads, headdim), got {tuple(x.shape)}")
-    if cu_seqlens is not None and x.dim() != 3:
-        raise ValueError(
-            f"x with cu_seqlens must be (total, nheads, headdim), got {tuple(x.shape)}"
-        )
-    if cu_seqlens is not None and max_seqlen is None:
-        raise ValueError("cu_seqlens needs max_seqlen")
+    if cu_seqlens is not None:
+        _check_packed(x, cu_seqlens, max_seqlen)
     batch = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     if isinstance(offsets, Tensor):
-        if offsets.shape != (batch,) or offsets.dtype not in (torch.int32, torch.int64):
+        if offsets.shape != (batch,) or offsets.dtype not in _INTEGERS:
             raise ValueError(
                 f"seqlen_offsets must be an int or int32 or int64 ({batch},), got {offsets.dtype} "
                 f"{tuple(offsets.shape)}"
@@ -49,9 +44,53 @@ def _check(x: Tensor, cos: Tensor, sin: Tensor, offsets, cu_seqlens, max_seqlen)
         )
 
 
+def _check_tables(x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    for name, tensor in (("x", x), ("cos", cos), ("sin", sin)):
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} must be floating point, got {tensor.dtype}")
+    if cos.dim() != 2 or cos.shape != sin.shape:
+        raise ValueError(
+            f"cos and sin must be (seqlen_ro, rotary_dim / 2), got {tuple(cos.shape)} and "
+            f"{tuple(sin.shape)}"
+        )
+    if x.dim() == 0 or 2 * cos.shape[1] > x.shape[-1]:
+        headdim = x.shape[-1] if x.dim() else None
+        raise ValueError(f"rotary_dim {2 * cos.shape[1]} exceeds the head dim {headdim}")
+
+
+def _check_packed(x: Tensor, cu_seqlens: Tensor, max_seqlen) -> None:
+    if x.dim() != 3:
+        raise ValueError(
+            f"x with cu_seqlens must be (total, nheads, headdim), got {tuple(x.shape)}"
+        )
+    if max_seqlen is None:
+        raise ValueError("cu_seqlens needs max_seqlen")
+    if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in _INTEGERS or cu_seqlens.shape[0] == 0:
+        raise ValueError(
+            f"cu_seqlens must be int32 (batch + 1,), got {cu_seqlens.dtype} "
+            f"{tuple(cu_seqlens.shape)}"
+        )
+    if torch.compiler.is_compiling() or _transforms_active():
+        return
+    if not (is_plain(cu_seqlens) and cu_seqlens.is_cpu):
+        return
+    starts = cu_seqlens.tolist()
+    if starts[0] != 0 or sorted(starts) != starts or starts[-1] > x.shape[0]:
+        raise ValueError(f"cu_seqlens must ascend from 0 to at most the {x.shape[0]} tokens of x")
+    longest = max((b - a for a, b in zip(starts, starts[1:])), default=0)
+    if longest > max_seqlen:
+        raise ValueError(f"max_seqlen is {max_seqlen}, but cu_seqlens has a sequence of {longest}")
+
+
 def _rows_at(table: Tensor, positions: Tensor) -> Tensor:
     """``table[positions]``; positions outside the table are an error."""
-    return table.index_select(0, positions.flatten()).view(*positions.shape, -1)
+    try:
+        return table.index_select(0, positions.flatten()).unflatten(0, positions.shape)
+    except IndexError:
+        raise IndexError(
+            f"seqlen_offsets: a position is out of range of cos and sin, which have "
+            f"{table.shape[0]} rows"
+        ) from None
 
 
 def _packed_rows(cos: Tensor, sin: Tensor, offsets, cu_seqlens: Tensor, total: int):
@@ -88,6 +127,11 @@ def _pairs(x: Tensor, rotary_dim: int, interleaved: bool) -> tuple[Tensor, Tenso
     return x[..., : rotary_dim // 2], x[..., rotary_dim // 2 : rotary_dim]
 
 
+def _joined(parts: tuple[Tensor, Tensor], interleaved: bool) -> Tensor:
+    """Undo ``_pairs``."""
+    return torch.stack(parts, -1).flatten(-2) if interleaved else torch.cat(parts, -1)
+
+
 def apply_rotary(
     x: Tensor,
     cos: Tensor,
@@ -111,7 +155,7 @@ def apply_rotary(
             ``(batch,)``.
         cu_seqlens: int32 ``(batch + 1,)``, where the packed sequences start and end. Tokens after
             the last one stay as they are.
-        max_seqlen: longest packed sequence.
+        max_seqlen: longest packed sequence or more.
         interleaved: whether a pair's elements are neighbours.
         inplace: whether to write the result into ``x``.
         conjugate: whether to turn the other way, which undoes it.
@@ -120,9 +164,18 @@ def apply_rotary(
         Of ``x``'s shape and dtype; ``x`` itself if ``inplace``.
 
     Raises:
-        ValueError: shapes do not fit, or a position exceeds ``cos`` and ``sin``.
+        TypeError: an argument is not of its kind.
+        ValueError: shapes do not fit, a position exceeds ``cos`` and ``sin``, or ``cu_seqlens``,
+            where it is on the CPU, does not ascend from 0 or has a sequence beyond ``x`` or
+            ``max_seqlen``.
         IndexError: a position by a tensor ``seqlen_offsets`` exceeds them.
     """
+    check_tensors(x=x, cos=cos, sin=sin)
+    check_optional(cu_seqlens=cu_seqlens)
+    if not isinstance(seqlen_offsets, Tensor):
+        seqlen_offsets = as_int("seqlen_offsets", seqlen_offsets)
+    if max_seqlen is not None:
+        max_seqlen = as_int("max_seqlen", max_seqlen)
     _check(x, cos, sin, seqlen_offsets, cu_seqlens, max_seqlen)
     rotary_dim = 2 * cos.shape[1]
     cos, sin = _rows(x, cos, sin, seqlen_offsets, cu_seqlens)
@@ -132,6 +185,9 @@ def apply_rotary(
         sin = -sin
     first, second = (part.to(dtype) for part in _pairs(x, rotary_dim, interleaved))
     turned = (first * cos - second * sin, second * cos + first * sin)
+    if _transforms_active() and not inplace:  # vmap may map cos alone
+        rest = x[..., rotary_dim:].expand(*turned[0].shape[:-1], -1)
+        return torch.cat((_joined(turned, interleaved).to(x.dtype), rest), -1)
     out = x if inplace else x.clone()
     for target, part in zip(_pairs(out, rotary_dim, interleaved), turned):
         target.copy_(part)
