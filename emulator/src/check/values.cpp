@@ -92,6 +92,22 @@ uint64_t Values::stored(const Warp& warp, int lane) const {
   return any >> lane & 1 ? ~uint64_t{0} : 0;
 }
 
+bool Values::may_store_undefined(const Warp& warp) const {
+  const Frame& frame = warp.frames[warp.fragment().frame];
+  if (frame.undefined.empty()) return false;
+  const Instruction& in = warp.function->code[warp.pc];
+  if (warp.function->effects[warp.pc].flow != Flow::kStore || in.count == 0) return true;
+  uint32_t any = 0;
+  for (int k = 0; k < in.count; ++k) {
+    const Slot slot = warp.list(in)[k];
+    if (slot & kConstantBit) continue;
+    for (int half = 0; half < (in.bytes + 1) / 2; ++half) {
+      any |= frame.undefined[slot / kUnitBytes + half];
+    }
+  }
+  return any != 0;
+}
+
 void Values::loaded(Warp& warp, int lane, uint64_t undefined) {
   Frame& frame = warp.frames[warp.fragment().frame];
   if (frame.undefined.empty()) {

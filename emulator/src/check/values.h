@@ -39,6 +39,8 @@ class Values {
 
   // What the lane's store or atomic operation writes: bit k = byte k is undefined.
   uint64_t stored(const exec::Warp& warp, int lane) const;
+  // Whether stored() may be other than 0 for some lane.
+  bool may_store_undefined(const exec::Warp& warp) const;
   // Bytes the lane's load found undefined.
   void loaded(exec::Warp& warp, int lane, uint64_t undefined_bytes);
   // Lanes whose half of accumulator register i of a wgmma lies in one of these rows (of the warp's
