@@ -31,7 +31,7 @@ class SharedReaders {
   bool any(uint32_t unit) const { return !bits_.empty() && bits_[unit]; }
   // Whether all readers are known to come before the actor.
   bool all_known(uint32_t unit, const Actor& actor) const {
-    const Entry* entries = &entries_[size_t{unit} * capacity_];
+    const Entry* entries = &entries_[size_t{unit} << shift_];
     for (uint64_t left = bits_[unit]; left; left &= left - 1) {
       if (!actor.knows(entries[__builtin_ctzll(left)].record)) return false;
     }
@@ -77,11 +77,16 @@ class SharedReaders {
           index_(readers.index_of(actor.order->agent, false)) {}
 
     bool add(uint32_t unit, int lane) {
+      if (add_alone(unit, lane)) return true;
+      return index_ >= 0 && readers_.add(unit, actor_, lane);
+    }
+    // add() where no other lane of the warp has read the unit; false: not done.
+    bool add_alone(uint32_t unit, int lane) {
       if (index_ < 0) return false;
       const uint64_t own = uint64_t{1} << index_;
       uint64_t& present = readers_.bits_[unit];
       Entry& entry = readers_.entry(unit, static_cast<uint32_t>(index_));
-      if ((present & own) && entry.lanes != 1u << lane) return readers_.add(unit, actor_, lane);
+      if ((present & own) && entry.lanes != 1u << lane) return false;
       present |= own;
       entry = {record_.of_lane(static_cast<uint32_t>(lane)), 1u << lane};
       return true;
@@ -97,7 +102,7 @@ class SharedReaders {
   template <class F>
   void for_each(uint32_t unit, uint64_t cluster, F&& f) const {
     if (bits_.empty()) return;
-    const Entry* entries = &entries_[size_t{unit} * capacity_];
+    const Entry* entries = &entries_[size_t{unit} << shift_];
     for (uint64_t left = bits_[unit]; left; left &= left - 1) {
       const Entry& entry = entries[__builtin_ctzll(left)];
       f(Previous{entry.record, entry.lanes, cluster, false});
@@ -110,7 +115,7 @@ class SharedReaders {
     uint32_t lanes;
   };
 
-  Entry& entry(uint32_t unit, uint32_t index) { return entries_[size_t{unit} * capacity_ + index]; }
+  Entry& entry(uint32_t unit, uint32_t index) { return entries_[(size_t{unit} << shift_) + index]; }
 
   int index_of(uint32_t agent, bool is_async) {
     const uint32_t key = agent << 1 | is_async;
@@ -118,26 +123,26 @@ class SharedReaders {
     if (warps_ == kMostWarps) return -1;
     if (bits_.empty()) bits_.resize(units_);
     if (key >= index_.size()) index_.resize(key + 1, -1);
-    if (warps_ == capacity_) grow();
+    if (!entries_ || warps_ == 1u << shift_) grow();
     index_[key] = static_cast<int8_t>(warps_++);
     return index_[key];
   }
 
   void grow() {
-    constexpr uint32_t kFewest = 4;
-    const uint32_t before = capacity_;
+    const uint32_t before = entries_ ? 1u << shift_ : 0;
     const auto old = std::move(entries_);
-    capacity_ = before ? 2 * before : kFewest;
-    entries_ = std::make_unique_for_overwrite<Entry[]>(size_t{units_} * capacity_);
+    if (before) ++shift_;
+    entries_ = std::make_unique_for_overwrite<Entry[]>(size_t{units_} << shift_);
     for (uint32_t unit = 0; before && unit < units_; ++unit) {
       if (bits_[unit]) std::copy_n(&old[size_t{unit} * before], before, &entry(unit, 0));
     }
   }
 
-  uint32_t units_ = 0, warps_ = 0, capacity_ = 0;
+  uint32_t units_ = 0, warps_ = 0;
+  uint32_t shift_ = 2;                // log2 of the entries of each unit
   std::vector<uint64_t> bits_;        // bit = index of a warp
   std::vector<int8_t> index_;         // by agent * 2 + async
-  std::unique_ptr<Entry[]> entries_;  // by unit, then by index: capacity_ for each unit
+  std::unique_ptr<Entry[]> entries_;  // by unit, then by index
 };
 
 // The first readers not known to have happened before the others; one list for each unit that more
@@ -203,20 +208,21 @@ class GlobalReaders {
     }
 
     bool add(uint32_t unit, int lane) {
+      return add_alone(unit, lane) || readers_.add(unit, actor_, lane);
+    }
+    // add() where none of the first readers has to be compared in time; false: not done.
+    bool add_alone(uint32_t unit, int lane) {
+      const Entry own = now(lane);
       for (Entry& entry : readers_.entries_[unit]) {
         if (!entry.lanes) {
-          entry = now(lane);
+          entry = own;
           return true;
         }
-        if (entry.merge(now(lane))) return true;
-        if (knows_others_ || entry.cluster == now_.cluster) {
-          return readers_.add(unit, actor_, lane);
-        }
+        if (entry.merge(own)) return true;
+        if (knows_others_ || entry.cluster == own.cluster) return false;
       }
       const uint32_t newest = readers_.lists_.empty() ? 0 : readers_.lists_[unit];
-      if (newest && readers_.nodes_[newest].entry.merge(now(lane))) return true;
-      readers_.add_to_list(unit, now(lane), actor_, lane);
-      return true;
+      return newest && readers_.nodes_[newest].entry.merge(own);
     }
 
    private:

@@ -124,6 +124,20 @@ class Shadow {
   void check_readers(const Context& c, const R& readers, uint32_t unit, const Place& place) const;
   void check_flight_reads(const Context& c, uint32_t cell) const;
 
+  // What read_cells() keeps from lane to lane. Neighbours in memory were mostly written together.
+  struct CellReads {
+    CellReads(Readers& readers, const Actor& actor) : own(readers, actor) {}
+    typename Readers::Own own;
+    std::optional<typename Readers::Own> of_granules = {};
+    uint64_t known = ~uint64_t{0};  // write_of() of the last cell whose write was found known
+  };
+
+  // Record::moment_and_granules() of the cell's last write.
+  uint64_t write_of(uint32_t cell) const {
+    return cell_writes_.empty() ? 0 : cell_writes_[cell].moment_and_granules();
+  }
+  [[gnu::noinline]] uint64_t read_one_cell(const Context& c, uint32_t cell, CellReads& reads);
+  [[gnu::noinline]] void write_any_cell(const Context& c, uint32_t cell, Record record);
   bool is_known_write(const Actor& actor, uint32_t cell) const;
   bool is_free(const Actor& actor, uint32_t cell) const;
   bool is_free_granule(const Actor& actor, uint32_t granule) const;

@@ -93,6 +93,11 @@ inline bool Shadow<Readers>::is_free(const Actor& actor, uint32_t cell) const {
 }
 
 template <class Readers>
+void Shadow<Readers>::write_any_cell(const Context& c, uint32_t cell, Record record) {
+  write_cell(c, cell, record);
+}
+
+template <class Readers>
 inline void Shadow<Readers>::write_cell(const Context& c, uint32_t cell, Record record) {
   const Record write = cell_writes_[cell];
   const Place place = cell_place(cell);
@@ -295,28 +300,29 @@ inline void Shadow<Readers>::add_granule_readers(const Context& c, uint32_t cell
   has_granule_readers_[cell] = 1;
 }
 
+// One lane of read_cells() that is not the plain case: the bytes that were undefined.
+template <class Readers>
+uint64_t Shadow<Readers>::read_one_cell(const Context& c, uint32_t cell, CellReads& reads) {
+  const uint64_t write = write_of(cell);
+  if (is_known_write(c.actor, cell)) {
+    if (!Readers::kHasClusters || !write) reads.known = write;
+    if (reads.own.add(cell, c.lane)) return 0;
+  }
+  if (!are_known_granules(c.actor, cell)) return read_cell(c, cell);
+  if (!reads.of_granules) reads.of_granules.emplace(granule_readers_, c.actor);
+  add_granule_readers(c, cell, *reads.of_granules);
+  return 0;
+}
+
 template <class Readers>
 template <class F>
 void Shadow<Readers>::read_cells(const Actor& actor, uint32_t mask, const uint64_t* address,
                                  Reporter& reporter, F&& f) {
-  typename Readers::Own own(cell_readers_, actor);
-  std::optional<typename Readers::Own> of_granules;
-  // Neighbours in memory were mostly written together: of the last write found to be known.
-  constexpr uint64_t kNothing = ~uint64_t{0};
-  uint64_t known = kNothing;
-  exec::for_each_lane(mask, [&](int lane) {
+  CellReads reads(cell_readers_, actor);
+  exec::for_each_lane(mask, [&](int lane) __attribute__((always_inline)) {
     const auto cell = static_cast<uint32_t>((address[lane] - base_) / kCellBytes);
-    const uint64_t write = cell_writes_.empty() ? 0 : cell_writes_[cell].moment_and_granules();
-    if (write == known || is_known_write(actor, cell)) {
-      if (!Readers::kHasClusters || !write) known = write;
-      if (own.add(cell, lane)) return;
-    }
-    if (are_known_granules(actor, cell)) {
-      if (!of_granules) of_granules.emplace(granule_readers_, actor);
-      add_granule_readers({actor, lane, reporter}, cell, *of_granules);
-      return;
-    }
-    const uint64_t undefined = read_cell({actor, lane, reporter}, cell);
+    if (write_of(cell) == reads.known && reads.own.add_alone(cell, lane)) return;
+    const uint64_t undefined = read_one_cell({actor, lane, reporter}, cell, reads);
     if (undefined) f(lane, undefined);
   });
 }
@@ -374,7 +380,7 @@ void Shadow<Readers>::write_granules(const Actor& actor, uint32_t mask, const ui
                                      Reporter& reporter) {
   allocate_writes();
   const Record first = actor.record(0);
-  exec::for_each_lane(mask, [&](int lane) {
+  exec::for_each_lane(mask, [&](int lane) __attribute__((always_inline)) {
     const auto offset = static_cast<uint32_t>(address[lane] - base_);
     const uint32_t granule = offset / kGranuleBytes;
     if (!is_free_granule(actor, granule)) {
@@ -413,14 +419,14 @@ void Shadow<Readers>::begin_write_cells(const Actor& actor, uint32_t mask, const
                                         AccessState flight, Reporter& reporter) {
   allocate_writes();
   const Record first(flight, actor.order->stamp, actor.site, actor.order->agent, 0);
-  exec::for_each_lane(mask, [&](int lane) {
+  exec::for_each_lane(mask, [&](int lane) __attribute__((always_inline)) {
     const auto cell = static_cast<uint32_t>((address[lane] - base_) / kCellBytes);
     const Record record = first.of_lane(static_cast<uint32_t>(lane));
     if (is_free(actor, cell)) {
       cell_readers_.clear(cell);
       cell_writes_[cell] = record;
     } else {
-      write_cell({actor, lane, reporter}, cell, record);
+      write_any_cell({actor, lane, reporter}, cell, record);
     }
   });
 }
@@ -429,7 +435,7 @@ template <class Readers>
 void Shadow<Readers>::finish_write_cells(const Actor& actor, uint32_t mask, const uint64_t* address,
                                          uint64_t* undefined, Reporter& reporter) {
   allocate_writes();
-  exec::for_each_lane(mask, [&](int lane) {
+  exec::for_each_lane(mask, [&](int lane) __attribute__((always_inline)) {
     const auto offset = static_cast<uint32_t>(address[lane] - base_);
     Record& write = cell_writes_[offset / kCellBytes];
     if (!undefined[lane] && write.is_flight_of(actor.order->agent, static_cast<uint32_t>(lane))) {
