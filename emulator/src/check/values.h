@@ -7,8 +7,8 @@
 // a guard, or a value stored to global memory. Arithmetic on them is no error: kernels compute on
 // rows that a select masks later.
 //
-// A frame has bits only while it may hold an undefined value, so that most instructions cost
-// nothing.
+// A frame has bits only while it may hold an undefined value, and an instruction is followed only
+// where some may be in the places of its registers, so that most instructions cost nothing.
 
 #include <bitset>
 #include <cstdint>
@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "../exec/warp.h"
+#include "state.h"
 
 namespace gpu_emulator::exec {
 struct WgmmaOperation;
@@ -33,6 +34,8 @@ class Values {
   // Before the instruction. Fails with a report where an undefined value decides.
   void execute(exec::Warp& warp, const exec::Instruction& in, uint32_t mask) {
     if (warp.pc == 0) begin_function(warp);
+    const auto function = static_cast<size_t>(warp.function - functions_);
+    if (!(state_of(warp).undefined_places & places_[function][warp.pc])) return;
     exec::Frame& frame = warp.frames[warp.fragment().frame];
     if (!frame.undefined.empty()) follow(warp, frame, in, mask);
   }
@@ -57,6 +60,8 @@ class Values {
   void begin_function(exec::Warp& warp);
   void follow(exec::Warp& warp, exec::Frame& frame, const exec::Instruction& in, uint32_t mask);
 
+  const exec::Function* functions_;
+  std::vector<std::vector<uint64_t>> places_;  // of the registers of each function's instructions
   std::unordered_map<const exec::Function*, std::vector<uint32_t>> unassigned_;
 };
 
