@@ -10,11 +10,11 @@ namespace gpu_emulator::check {
 namespace {
 
 bool is_in_own_cta(const Warp& warp, const Access& access) {
-  bool own = true;
-  for_each_lane(access.mask, [&](int lane) {
-    own &= access.address[lane] >> kSharedRankShift == warp.cta->rank;
-  });
-  return own;
+  uint64_t others = 0;
+  const uint64_t rank = warp.cta->rank;
+  for_each_lane(access.mask,
+                [&](int lane) { others |= access.address[lane] >> kSharedRankShift ^ rank; });
+  return others == 0;
 }
 
 // Whether each lane stores a whole granule, by the generic proxy.

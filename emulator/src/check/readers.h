@@ -208,7 +208,13 @@ class GlobalReaders {
     }
 
     bool add(uint32_t unit, int lane) {
-      return add_alone(unit, lane) || readers_.add(unit, actor_, lane);
+      if (add_alone(unit, lane)) return true;
+      const auto& first = readers_.entries_[unit];
+      if (knows_others_ || first[0].cluster == now_.cluster || first[1].cluster == now_.cluster) {
+        return readers_.add(unit, actor_, lane);
+      }
+      readers_.add_to_list(unit, now(lane), actor_, lane);
+      return true;
     }
     // add() where none of the first readers has to be compared in time; false: not done.
     bool add_alone(uint32_t unit, int lane) {
@@ -256,6 +262,7 @@ class GlobalReaders {
   void add_to_list(uint32_t unit, const Entry& now, const Actor& actor, int lane) {
     if (lists_.empty()) {
       lists_.resize(units_);
+      nodes_.reserve(units_);
       nodes_.resize(1);
     }
     uint32_t count = 0, oldest = 0;

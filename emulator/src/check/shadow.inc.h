@@ -303,11 +303,7 @@ inline void Shadow<Readers>::add_granule_readers(const Context& c, uint32_t cell
 // One lane of read_cells() that is not the plain case: the bytes that were undefined.
 template <class Readers>
 uint64_t Shadow<Readers>::read_one_cell(const Context& c, uint32_t cell, CellReads& reads) {
-  const uint64_t write = write_of(cell);
-  if (is_known_write(c.actor, cell)) {
-    if (!Readers::kHasClusters || !write) reads.known = write;
-    if (reads.own.add(cell, c.lane)) return 0;
-  }
+  if (is_known_write(c.actor, cell) && reads.own.add(cell, c.lane)) return 0;
   if (!are_known_granules(c.actor, cell)) return read_cell(c, cell);
   if (!reads.of_granules) reads.of_granules.emplace(granule_readers_, c.actor);
   add_granule_readers(c, cell, *reads.of_granules);
@@ -321,7 +317,11 @@ void Shadow<Readers>::read_cells(const Actor& actor, uint32_t mask, const uint64
   CellReads reads(cell_readers_, actor);
   exec::for_each_lane(mask, [&](int lane) __attribute__((always_inline)) {
     const auto cell = static_cast<uint32_t>((address[lane] - base_) / kCellBytes);
-    if (write_of(cell) == reads.known && reads.own.add_alone(cell, lane)) return;
+    const uint64_t write = write_of(cell);
+    if (write == reads.known || is_known_write(actor, cell)) {
+      if (!Readers::kHasClusters || !write) reads.known = write;
+      if (reads.own.add_alone(cell, lane)) return;
+    }
     const uint64_t undefined = read_one_cell({actor, lane, reporter}, cell, reads);
     if (undefined) f(lane, undefined);
   });

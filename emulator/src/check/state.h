@@ -22,6 +22,8 @@ using GlobalShadow = Shadow<GlobalReaders>;
 struct WarpState {
   WarpOrder order;
   std::string origin;  // of the first undefined value that it read: the end of a sentence
+  const exec::Function* function = nullptr;  // the current one,
+  const uint64_t* places = nullptr;          // and the places of its instructions' registers
   uint64_t undefined_places = 0;      // place_of() of words of Frame::undefined that may not be 0
   std::array<uint64_t, 32> copied{};  // by lane: bytes undefined in the source of a cp.async
   // Local memory: whether each byte has been written; lane-major, local_capacity bytes a lane.

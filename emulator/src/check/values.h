@@ -34,8 +34,12 @@ class Values {
   // Before the instruction. Fails with a report where an undefined value decides.
   void execute(exec::Warp& warp, const exec::Instruction& in, uint32_t mask) {
     if (warp.pc == 0) begin_function(warp);
-    const auto function = static_cast<size_t>(warp.function - functions_);
-    if (!(state_of(warp).undefined_places & places_[function][warp.pc])) return;
+    WarpState& state = state_of(warp);
+    if (state.function != warp.function) {
+      state.function = warp.function;
+      state.places = places_[static_cast<size_t>(warp.function - functions_)].data();
+    }
+    if (!(state.undefined_places & state.places[warp.pc])) return;
     exec::Frame& frame = warp.frames[warp.fragment().frame];
     if (!frame.undefined.empty()) follow(warp, frame, in, mask);
   }
