@@ -227,7 +227,7 @@ class GlobalReaders {
         if (entry.merge(own)) return true;
         if (knows_others_ || entry.cluster == own.cluster) return false;
       }
-      const uint32_t newest = readers_.lists_.empty() ? 0 : readers_.lists_[unit];
+      const uint32_t newest = readers_.lists_.empty() ? 0 : readers_.lists_[unit].head;
       return newest && readers_.nodes_[newest].entry.merge(own);
     }
 
@@ -249,7 +249,7 @@ class GlobalReaders {
       if (entry.lanes) f(entry.previous());
     }
     if (lists_.empty()) return;
-    for (uint32_t at = lists_[unit]; at; at = nodes_[at].next) f(nodes_[at].entry.previous());
+    for (uint32_t at = lists_[unit].head; at; at = nodes_[at].next) f(nodes_[at].entry.previous());
   }
 
  private:
@@ -258,6 +258,10 @@ class GlobalReaders {
     Entry entry;
     uint32_t next = 0;
   };
+  struct List {
+    uint32_t head = 0, count = 0;
+    uint32_t last_cluster = 0;  // none of the readers is of a later one
+  };
 
   void add_to_list(uint32_t unit, const Entry& now, const Actor& actor, int lane) {
     if (lists_.empty()) {
@@ -265,21 +269,37 @@ class GlobalReaders {
       nodes_.reserve(units_);
       nodes_.resize(1);
     }
-    uint32_t count = 0, oldest = 0;
-    for (uint32_t at = lists_[unit]; at; at = nodes_[at].next) {
+    List& list = lists_[unit];
+    const bool is_first_of_cluster = !list.head || now.cluster > list.last_cluster;
+    list.last_cluster = std::max(list.last_cluster, now.cluster);
+    if (!is_first_of_cluster && replace_own(list, now, actor, lane)) return;
+    if (list.count == kMostReaders) {
+      nodes_[oldest_of(list)].entry = now;
+    } else {
+      push(list, now);
+    }
+  }
+
+  // Where a reader of the list is of the same warp, and `now` can stand for it.
+  bool replace_own(const List& list, const Entry& now, const Actor& actor, int lane) {
+    for (uint32_t at = list.head; at; at = nodes_[at].next) {
       Entry& entry = nodes_[at].entry;
-      ++count;
-      oldest = at;
       const bool same_warp =
           entry.cluster == now.cluster && entry.record.agent() == now.record.agent();
       if (!same_warp || !entry.takes(now, actor, lane)) continue;
       if (!entry.merge(now)) entry = now;
-      return;
+      return true;
     }
-    if (count == kMostReaders) {
-      nodes_[oldest].entry = now;
-      return;
-    }
+    return false;
+  }
+
+  uint32_t oldest_of(const List& list) const {
+    uint32_t at = list.head;
+    while (nodes_[at].next) at = nodes_[at].next;
+    return at;
+  }
+
+  void push(List& list, const Entry& now) {
     uint32_t node = free_;
     if (node) {
       free_ = nodes_[node].next;
@@ -287,22 +307,22 @@ class GlobalReaders {
       node = static_cast<uint32_t>(nodes_.size());
       nodes_.emplace_back();
     }
-    nodes_[node] = {now, lists_[unit]};
-    lists_[unit] = node;
+    nodes_[node] = {now, list.head};
+    list.head = node;
+    ++list.count;
   }
 
   void free_list(uint32_t unit) {
-    uint32_t last = lists_[unit];
-    if (!last) return;
-    while (nodes_[last].next) last = nodes_[last].next;
-    nodes_[last].next = free_;
-    free_ = lists_[unit];
-    lists_[unit] = 0;
+    List& list = lists_[unit];
+    if (!list.head) return;
+    nodes_[oldest_of(list)].next = free_;
+    free_ = list.head;
+    list = {};
   }
 
   uint32_t units_ = 0;
   std::vector<std::array<Entry, 2>> entries_;
-  std::vector<uint32_t> lists_;  // by unit; empty until one is needed
+  std::vector<List> lists_;  // by unit; empty until one is needed
   std::vector<Node> nodes_;
   uint32_t free_ = 0;
 };
