@@ -26,11 +26,9 @@ struct Actor {
   bool is_write;
   bool orders_accesses;
   uint32_t site;
-  // Record::moment(), by agent % 4, of the last ones found to have happened before all lanes of
-  // this access. Neighbours in memory were mostly written, and read, together.
-  mutable uint64_t known[4] = {};
 
-  bool knows(Record record) const { return known[record.agent() % 4] == record.moment(); }
+  // Whether an access of the own cluster is known to have happened before all lanes of this one.
+  bool knows(Record record) const { return common && order->known.has(record); }
 
   const Clock& clock(int lane) const { return common ? *common : order->clock_of(lane); }
   Record record(int lane) const {
@@ -78,7 +76,7 @@ inline bool Actor::comes_after(const Previous& previous, int lane) const {
                           record.stamp())) {
       if (common &&
           mine.own.at(view_of(record), static_cast<int>(record.agent())) >= record.stamp()) {
-        known[record.agent() % 4] = record.moment();
+        order->known.add(record);
       }
       return true;
     }

@@ -1,6 +1,7 @@
 #include "checker.h"
 
 #include <algorithm>
+#include <iterator>
 
 #include "../exec/wgmma.h"
 #include "launch_checker.h"
@@ -9,11 +10,33 @@ namespace gpu_emulator::check {
 namespace {
 
 bool is_in_own_cta(const Warp& warp, const Access& access) {
-  bool own = true;
-  for_each_lane(access.mask, [&](int lane) {
-    own &= access.address[lane] >> kSharedRankShift == warp.cta->rank;
-  });
-  return own;
+  uint64_t others = 0;
+  const uint64_t rank = warp.cta->rank;
+  for_each_lane(access.mask,
+                [&](int lane) { others |= access.address[lane] >> kSharedRankShift ^ rank; });
+  return others == 0;
+}
+
+// Whether each lane stores a whole granule, by the generic proxy.
+bool stores_granules(const Access& access) {
+  if (access.kind != AccessKind::kStore || access.proxy != Proxy::kGeneric) return false;
+  uint64_t bits = 0;
+  for_each_lane(access.mask, [&](int lane) { bits |= access.address[lane]; });
+  return access.bytes == kGranuleBytes && bits % kGranuleBytes == 0;
+}
+
+// Whether each lane's access is of a whole cell, by the generic proxy or cp.async.
+bool is_of_cells(const Access& access) {
+  if (access.bytes != kCellBytes || access.proxy == Proxy::kAsync) return false;
+  uint64_t bits = 0;
+  for_each_lane(access.mask, [&](int lane) { bits |= access.address[lane]; });
+  return bits % kCellBytes == 0;
+}
+bool reads_cells(const Access& access) {
+  return access.kind == AccessKind::kLoad && is_of_cells(access);
+}
+bool copies_cells(const Access& access) {
+  return access.kind == AccessKind::kStore && access.proxy == Proxy::kCopy && is_of_cells(access);
 }
 
 // An atomic operation whose result does not depend on what was there; mbarriers are initialised by
@@ -52,6 +75,24 @@ void leave_undefined(const Access& access, size_t first, uint32_t bytes, uint64_
 // -----------------------------------------------------------------------------------------
 // clusters
 
+// Of the launch's CTAs, all of one size: one that has ended leaves its shadow to another.
+std::unique_ptr<SharedShadow> Checker::make_shadow(const exec::Cta& cta) {
+  const uint64_t base = uint64_t{cta.rank} << kSharedRankShift | kSharedBase;
+  std::unique_ptr<SharedShadow> shadow;
+  {
+    const std::lock_guard lock(clusters_mutex_);
+    if (!free_shadows_.empty()) {
+      shadow = std::move(free_shadows_.back());
+      free_shadows_.pop_back();
+    }
+  }
+  if (!shadow) {
+    return std::make_unique<SharedShadow>(Space::kShared, base, cta.shared_bytes, follow_values_);
+  }
+  shadow->reset(base);
+  return shadow;
+}
+
 void Checker::cluster_begins(exec::Cluster& cluster) {
   auto state = std::make_unique<ClusterState>();
   state->order.index = cluster.index;
@@ -65,9 +106,7 @@ void Checker::cluster_begins(exec::Cluster& cluster) {
     for (CtaBarrierClock& barrier : state->order.ctas[cta->rank].barriers) {
       barrier.pending = nothing;
     }
-    state->shared.push_back(std::make_unique<SharedShadow>(
-        Space::kShared, uint64_t{cta->rank} << kSharedRankShift | kSharedBase, cta->shared_bytes,
-        follow_values_));
+    state->shared.push_back(make_shadow(*cta));
     for (const auto& warp : cta->warps) {
       auto own = std::make_unique<WarpState>();
       own->order.cluster = &state->order;
@@ -88,6 +127,7 @@ void Checker::cluster_ends(exec::Cluster& cluster) {
   {
     const std::lock_guard lock(clusters_mutex_);
     state = std::move(clusters_.extract(&cluster).mapped());
+    std::move(state->shared.begin(), state->shared.end(), std::back_inserter(free_shadows_));
   }
   cluster.observed = nullptr;
   if (state->undefined_output) throw *state->undefined_output;
@@ -109,8 +149,7 @@ Actor Checker::actor_of(Warp& warp, const Access& access) const {
           kind,
           access.kind != AccessKind::kLoad,
           order_accesses_,
-          sites_.site(warp.function, warp.pc),
-          {}};
+          sites_.site(warp.function, warp.pc)};
 }
 
 void Checker::access(Warp& warp, const Access& access) {
@@ -209,6 +248,20 @@ void Checker::access_shared(Warp& warp, const Access& access) {
         });
     return;
   }
+  if (stores_granules(access) && !(follow_values_ && values_.may_store_undefined(warp)) &&
+      is_in_own_cta(warp, access)) {
+    state_of(*warp.cta->cluster)
+        .shared[warp.cta->rank]
+        ->write_granules(actor, access.mask, access.address, *this);
+    return;
+  }
+  if (copies_cells(access) && is_in_own_cta(warp, access)) {
+    state_of(*warp.cta->cluster)
+        .shared[warp.cta->rank]
+        ->finish_write_cells(actor, access.mask, access.address, state_of(warp).copied.data(),
+                             *this);
+    return;
+  }
   for_each_lane(access.mask, [&](int lane) {
     const uint64_t undefined = access_shared_lane(actor, access, lane);
     if (undefined) found_undefined(warp, access, lane, undefined);
@@ -282,10 +335,21 @@ void Checker::follow_global(Warp& warp, const Access& access) {
   });
 }
 
+void Checker::read_global_cells(const Actor& actor, const Access& access) {
+  GlobalMemory::Cursor pages(global_);
+  pages.for_each_run(access.address, access.mask, [&](GlobalShadow& shadow, uint32_t run) {
+    shadow.read_cells(actor, run, access.address, *this, [](int, uint64_t) {});
+  });
+}
+
 void Checker::access_global(Warp& warp, const Access& access) {
   if (follow_values_) follow_global(warp, access);
   if (!order_accesses_) return;
   const Actor actor = actor_of(warp, access);
+  if (reads_cells(access)) {
+    read_global_cells(actor, access);
+    return;
+  }
   const bool writes = access.kind != AccessKind::kLoad;
   GlobalMemory::Cursor pages(global_);
   for_each_lane(access.mask, [&](int lane) {
@@ -344,8 +408,18 @@ void Checker::wgmma_completes(Warp& warp, const exec::WgmmaOperation& operation)
 void Checker::async_begins(Warp& warp, const Access& access) {
   if (!order_accesses_ && access.space == Space::kGlobal) return;
   const Actor actor = actor_of(warp, access);
+  if (access.space == Space::kGlobal && reads_cells(access)) {
+    read_global_cells(actor, access);
+    return;
+  }
   const AccessState flight =
       access.proxy == Proxy::kAsync ? AccessState::kAsyncFlight : AccessState::kCopyFlight;
+  if (access.space == Space::kShared && copies_cells(access) && is_in_own_cta(warp, access)) {
+    state_of(*warp.cta->cluster)
+        .shared[warp.cta->rank]
+        ->begin_write_cells(actor, access.mask, access.address, flight, *this);
+    return;
+  }
   GlobalMemory::Cursor pages(global_);
   for_each_lane(access.mask, [&](int lane) {
     auto begin = [&](auto& shadow, uint32_t offset, uint32_t bytes) {

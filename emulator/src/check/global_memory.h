@@ -33,6 +33,23 @@ class GlobalMemory {
       }
     }
 
+    // Whole cells, one of each lane of mask: calls f(shadow of the page, lanes) for each run of
+    // lanes in one page, in the order of the lanes.
+    template <class F>
+    void for_each_run(const uint64_t* address, uint32_t mask, F&& f) {
+      while (mask) {
+        const uint64_t page = address[exec::first_lane(mask)] / kPageBytes;
+        uint32_t run = 0;
+        for (uint32_t left = mask; left; left &= left - 1) {
+          if (address[exec::first_lane(left)] / kPageBytes != page) break;
+          run |= left & -left;
+        }
+        if (!shadow_ || page != page_) move(page);
+        f(*shadow_, run);
+        mask &= ~run;
+      }
+    }
+
    private:
     void move(uint64_t page) {
       Shard& shard = memory_.shards_[page % kShards];

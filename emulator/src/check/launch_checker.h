@@ -61,10 +61,12 @@ class Checker final : public exec::Observer, private Reporter {
   }
 
  private:
+  std::unique_ptr<SharedShadow> make_shadow(const exec::Cta& cta);
   Actor actor_of(Warp& warp, const Access& access) const;
   void access_shared(Warp& warp, const Access& access);
   void access_global(Warp& warp, const Access& access);
   void access_local(Warp& warp, const Access& access);
+  void read_global_cells(const Actor& actor, const Access& access);
   uint64_t access_shared_lane(const Actor& actor, const Access& access, int lane);
   void complete_shared(const Actor& actor, const Access& access, int lane, size_t first);
   void follow_global(Warp& warp, const Access& access);
@@ -98,7 +100,8 @@ class Checker final : public exec::Observer, private Reporter {
   bool memory_may_be_undefined_;  // of the device, before the launch
   GlobalMemory global_;
   LaunchReleases releases_;
-  std::mutex clusters_mutex_;
+  std::mutex clusters_mutex_;  // of the next two
+  std::vector<std::unique_ptr<SharedShadow>> free_shadows_;
   std::unordered_map<const exec::Cluster*, std::unique_ptr<ClusterState>> clusters_;
 };
 

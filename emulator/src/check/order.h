@@ -67,12 +67,26 @@ struct FenceClocks {
 
 struct ClusterOrder;
 
+// Moments (Record::moment()) of accesses found to have happened before, the last ones: they stay
+// so, as clocks only grow.
+class KnownMoments {
+ public:
+  bool has(Record record) const { return moments_[place(record)] == record.moment(); }
+  void add(Record record) { moments_[place(record)] = record.moment(); }
+
+ private:
+  static constexpr uint32_t kPlaces = 64;
+  static uint32_t place(Record record) { return (record.agent() + 8 * record.stamp()) % kPlaces; }
+  std::array<uint64_t, kPlaces> moments_{};
+};
+
 struct WarpOrder {
   ClusterOrder* cluster = nullptr;
   uint32_t agent = 0;
   uint32_t stamp = 1;
   uint32_t lanes = 0;  // that the warp has had from the beginning
   std::vector<LaneGroup> groups;
+  KnownMoments known;  // before all lanes of groups[0], within the cluster
   std::unique_ptr<FenceClocks> fences;
   // By lane: what its last strong read took, so that a lane that spins takes it once.
   struct Taken {

@@ -29,6 +29,7 @@ class Propagation {
   Propagation(Warp& warp, Frame& frame, const Instruction& in, uint32_t mask)
       : warp_(warp),
         undefined_(frame.undefined.data()),
+        places_(state_of(warp).undefined_places),
         in_(in),
         mask_(mask),
         effects_(warp.function->effects[warp.pc]),
@@ -129,8 +130,9 @@ class Propagation {
     return is_register(slot) ? whole(slot | size_of(slot)) : 0;
   }
   void set(Slot slot, uint32_t k, uint32_t lanes) {
-    uint32_t& target = undefined_[slot / kUnitBytes + k];
-    target = (target & ~mask_) | (lanes & mask_);
+    const uint32_t unit = slot / kUnitBytes + k;
+    undefined_[unit] = (undefined_[unit] & ~mask_) | (lanes & mask_);
+    if (undefined_[unit]) places_ |= place_of(unit);
   }
   void set_all(Slot slot, uint32_t lanes) {
     if (!is_register(slot)) return;
@@ -246,6 +248,7 @@ class Propagation {
 
   Warp& warp_;
   uint32_t* undefined_;
+  uint64_t& places_;
   const Instruction& in_;
   uint32_t mask_;
   const Effects& effects_;

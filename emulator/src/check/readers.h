@@ -4,9 +4,11 @@
 // one entry for each warp that ever reads there; for global memory two readers, and a list where
 // there are more.
 
+#include <algorithm>
 #include <array>
 #include <cstdint>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "actor.h"
@@ -18,10 +20,23 @@ namespace gpu_emulator::check {
 class SharedReaders {
  public:
   static constexpr bool kHasClusters = false;
-  static constexpr int kMostWarps = 63;
+  static constexpr uint32_t kMostWarps = 63;
 
   void allocate(uint32_t units) { units_ = units; }
+  void reset() {  // keeps the memory
+    std::fill(bits_.begin(), bits_.end(), 0);
+    index_.clear();
+    warps_ = 0;
+  }
   bool any(uint32_t unit) const { return !bits_.empty() && bits_[unit]; }
+  // Whether all readers are known to come before the actor.
+  bool all_known(uint32_t unit, const Actor& actor) const {
+    const Entry* entries = &entries_[size_t{unit} << shift_];
+    for (uint64_t left = bits_[unit]; left; left &= left - 1) {
+      if (!actor.knows(entries[__builtin_ctzll(left)].record)) return false;
+    }
+    return true;
+  }
   void clear(uint32_t unit) {
     if (!bits_.empty()) bits_[unit] = 0;
   }
@@ -32,7 +47,7 @@ class SharedReaders {
     if (index < 0) return false;
     const uint32_t bit = is_async(actor.state) ? ~0u : 1u << lane;
     uint64_t& present = bits_[unit];
-    auto& [record, lanes] = warps_[index][unit];
+    auto& [record, lanes] = entry(unit, static_cast<uint32_t>(index));
     if (!(present >> index & 1)) {
       present |= uint64_t{1} << index;
       record = now;
@@ -52,36 +67,44 @@ class SharedReaders {
     return false;
   }
 
-  // Entries of one actor: add() without the search for them.
+  // Entries of one actor of the generic proxy: add() without the search for them.
   class Own {
    public:
     Own(SharedReaders& readers, const Actor& actor)
         : readers_(readers),
           actor_(actor),
-          index_(readers.index_of(actor.order->agent, is_async(actor.state))) {}
+          record_(actor.record(0)),
+          index_(readers.index_of(actor.order->agent, false)) {}
 
     bool add(uint32_t unit, int lane) {
+      if (add_alone(unit, lane)) return true;
+      return index_ >= 0 && readers_.add(unit, actor_, lane);
+    }
+    // add() where no other lane of the warp has read the unit; false: not done.
+    bool add_alone(uint32_t unit, int lane) {
       if (index_ < 0) return false;
       const uint64_t own = uint64_t{1} << index_;
       uint64_t& present = readers_.bits_[unit];
-      Entry& entry = readers_.warps_[index_][unit];
-      if ((present & own) && entry.lanes != 1u << lane) return readers_.add(unit, actor_, lane);
+      Entry& entry = readers_.entry(unit, static_cast<uint32_t>(index_));
+      if ((present & own) && entry.lanes != 1u << lane) return false;
       present |= own;
-      entry = {actor_.record(lane), 1u << lane};
+      entry = {record_.of_lane(static_cast<uint32_t>(lane)), 1u << lane};
       return true;
     }
 
    private:
     SharedReaders& readers_;
     const Actor& actor_;
+    Record record_;  // of lane 0
     int index_;
   };
 
   template <class F>
   void for_each(uint32_t unit, uint64_t cluster, F&& f) const {
     if (bits_.empty()) return;
+    const Entry* entries = &entries_[size_t{unit} << shift_];
     for (uint64_t left = bits_[unit]; left; left &= left - 1) {
-      const Entry& entry = warps_[__builtin_ctzll(left)][unit];
+      const Entry& entry = entries[__builtin_ctzll(left)];
       f(Previous{entry.record, entry.lanes, cluster, false});
     }
   }
@@ -92,63 +115,40 @@ class SharedReaders {
     uint32_t lanes;
   };
 
+  Entry& entry(uint32_t unit, uint32_t index) { return entries_[(size_t{unit} << shift_) + index]; }
+
   int index_of(uint32_t agent, bool is_async) {
     const uint32_t key = agent << 1 | is_async;
     if (key < index_.size() && index_[key] >= 0) return index_[key];
-    if (static_cast<int>(warps_.size()) == kMostWarps) return -1;
+    if (warps_ == kMostWarps) return -1;
     if (bits_.empty()) bits_.resize(units_);
     if (key >= index_.size()) index_.resize(key + 1, -1);
-    index_[key] = static_cast<int8_t>(warps_.size());
-    warps_.push_back(std::make_unique_for_overwrite<Entry[]>(units_));
+    if (!entries_ || warps_ == 1u << shift_) grow();
+    index_[key] = static_cast<int8_t>(warps_++);
     return index_[key];
   }
 
-  uint32_t units_ = 0;
-  std::vector<uint64_t> bits_;                   // bit = index into warps_
-  std::vector<int8_t> index_;                    // by agent * 2 + async
-  std::vector<std::unique_ptr<Entry[]>> warps_;  // by index, then by unit
+  void grow() {
+    const uint32_t before = entries_ ? 1u << shift_ : 0;
+    const auto old = std::move(entries_);
+    if (before) ++shift_;
+    entries_ = std::make_unique_for_overwrite<Entry[]>(size_t{units_} << shift_);
+    for (uint32_t unit = 0; before && unit < units_; ++unit) {
+      if (bits_[unit]) std::copy_n(&old[size_t{unit} * before], before, &entry(unit, 0));
+    }
+  }
+
+  uint32_t units_ = 0, warps_ = 0;
+  uint32_t shift_ = 2;                // log2 of the entries of each unit
+  std::vector<uint64_t> bits_;        // bit = index of a warp
+  std::vector<int8_t> index_;         // by agent * 2 + async
+  std::unique_ptr<Entry[]> entries_;  // by unit, then by index
 };
 
 // The first readers not known to have happened before the others; one list for each unit that more
 // than two warps read unordered. Of more than kMostReaders at once the first of the list is
 // forgotten.
 class GlobalReaders {
- public:
-  static constexpr bool kHasClusters = true;
-  static constexpr size_t kMostReaders = 1024;
-
-  void allocate(uint32_t units) { units_ = units; }
-  bool any(uint32_t unit) const { return !entries_.empty() && entries_[unit][0].lanes; }
-  void clear(uint32_t unit) {
-    if (!entries_.empty()) entries_[unit] = {};
-    if (!lists_.empty()) free_list(unit);
-  }
-
-  bool add(uint32_t unit, const Actor& actor, int lane) {
-    if (entries_.empty()) entries_.resize(units_);
-    const Entry now{actor.record(lane), is_async(actor.state) ? ~0u : 1u << lane,
-                    static_cast<uint32_t>(actor.order->cluster->index)};
-    for (Entry& entry : entries_[unit]) {
-      if (!entry.lanes || entry.takes(now, actor, lane)) {
-        if (!entry.merge(now)) entry = now;
-        return true;
-      }
-    }
-    add_to_list(unit, now, actor, lane);
-    return true;
-  }
-
-  template <class F>
-  void for_each(uint32_t unit, uint64_t /*cluster*/, F&& f) const {
-    if (entries_.empty()) return;
-    for (const Entry& entry : entries_[unit]) {
-      if (entry.lanes) f(entry.previous());
-    }
-    if (lists_.empty()) return;
-    for (uint32_t at = lists_[unit]; at; at = nodes_[at].next) f(nodes_[at].entry.previous());
-  }
-
- private:
   struct Entry {
     Record record;
     uint32_t lanes = 0;
@@ -169,32 +169,137 @@ class GlobalReaders {
     }
   };
 
+ public:
+  static constexpr bool kHasClusters = true;
+  static constexpr size_t kMostReaders = 1024;
+
+  void allocate(uint32_t units) { units_ = units; }
+  bool any(uint32_t unit) const { return !entries_.empty() && entries_[unit][0].lanes; }
+  bool all_known(uint32_t /*unit*/, const Actor& /*actor*/) const { return false; }
+  void clear(uint32_t unit) {
+    if (!entries_.empty()) entries_[unit] = {};
+    if (!lists_.empty()) free_list(unit);
+  }
+
+  bool add(uint32_t unit, const Actor& actor, int lane) {
+    if (entries_.empty()) entries_.resize(units_);
+    const Entry now{actor.record(lane), is_async(actor.state) ? ~0u : 1u << lane,
+                    static_cast<uint32_t>(actor.order->cluster->index)};
+    for (Entry& entry : entries_[unit]) {
+      if (!entry.lanes || entry.takes(now, actor, lane)) {
+        if (!entry.merge(now)) entry = now;
+        return true;
+      }
+    }
+    add_to_list(unit, now, actor, lane);
+    return true;
+  }
+
+  // Entries of one actor of the generic proxy: add(), quick where the unit's readers are of other
+  // clusters of which nothing is known, or it has just been read by the actor.
+  class Own {
+   public:
+    Own(GlobalReaders& readers, const Actor& actor)
+        : readers_(readers),
+          actor_(actor),
+          now_{actor.record(0), 0, static_cast<uint32_t>(actor.order->cluster->index)},
+          knows_others_(!actor.common || actor.common->foreign) {
+      if (readers_.entries_.empty()) readers_.entries_.resize(readers_.units_);
+    }
+
+    bool add(uint32_t unit, int lane) {
+      if (add_alone(unit, lane)) return true;
+      const auto& first = readers_.entries_[unit];
+      if (knows_others_ || first[0].cluster == now_.cluster || first[1].cluster == now_.cluster) {
+        return readers_.add(unit, actor_, lane);
+      }
+      readers_.add_to_list(unit, now(lane), actor_, lane);
+      return true;
+    }
+    // add() where none of the first readers has to be compared in time; false: not done.
+    bool add_alone(uint32_t unit, int lane) {
+      const Entry own = now(lane);
+      for (Entry& entry : readers_.entries_[unit]) {
+        if (!entry.lanes) {
+          entry = own;
+          return true;
+        }
+        if (entry.merge(own)) return true;
+        if (knows_others_ || entry.cluster == own.cluster) return false;
+      }
+      const uint32_t newest = readers_.lists_.empty() ? 0 : readers_.lists_[unit].head;
+      return newest && readers_.nodes_[newest].entry.merge(own);
+    }
+
+   private:
+    Entry now(int lane) const {
+      return {now_.record.of_lane(static_cast<uint32_t>(lane)), 1u << lane, now_.cluster};
+    }
+
+    GlobalReaders& readers_;
+    const Actor& actor_;
+    Entry now_;  // of lane 0
+    bool knows_others_;
+  };
+
+  template <class F>
+  void for_each(uint32_t unit, uint64_t /*cluster*/, F&& f) const {
+    if (entries_.empty()) return;
+    for (const Entry& entry : entries_[unit]) {
+      if (entry.lanes) f(entry.previous());
+    }
+    if (lists_.empty()) return;
+    for (uint32_t at = lists_[unit].head; at; at = nodes_[at].next) f(nodes_[at].entry.previous());
+  }
+
+ private:
   // Lists of a unit are chains of nodes_, the newest reader first; node 0 is the end of all.
   struct Node {
     Entry entry;
     uint32_t next = 0;
   };
+  struct List {
+    uint32_t head = 0, count = 0;
+    uint32_t last_cluster = 0;  // none of the readers is of a later one
+  };
 
   void add_to_list(uint32_t unit, const Entry& now, const Actor& actor, int lane) {
     if (lists_.empty()) {
       lists_.resize(units_);
+      nodes_.reserve(units_);
       nodes_.resize(1);
     }
-    uint32_t count = 0, oldest = 0;
-    for (uint32_t at = lists_[unit]; at; at = nodes_[at].next) {
+    List& list = lists_[unit];
+    const bool is_first_of_cluster = !list.head || now.cluster > list.last_cluster;
+    list.last_cluster = std::max(list.last_cluster, now.cluster);
+    if (!is_first_of_cluster && replace_own(list, now, actor, lane)) return;
+    if (list.count == kMostReaders) {
+      nodes_[oldest_of(list)].entry = now;
+    } else {
+      push(list, now);
+    }
+  }
+
+  // Where a reader of the list is of the same warp, and `now` can stand for it.
+  bool replace_own(const List& list, const Entry& now, const Actor& actor, int lane) {
+    for (uint32_t at = list.head; at; at = nodes_[at].next) {
       Entry& entry = nodes_[at].entry;
-      ++count;
-      oldest = at;
       const bool same_warp =
           entry.cluster == now.cluster && entry.record.agent() == now.record.agent();
       if (!same_warp || !entry.takes(now, actor, lane)) continue;
       if (!entry.merge(now)) entry = now;
-      return;
+      return true;
     }
-    if (count == kMostReaders) {
-      nodes_[oldest].entry = now;
-      return;
-    }
+    return false;
+  }
+
+  uint32_t oldest_of(const List& list) const {
+    uint32_t at = list.head;
+    while (nodes_[at].next) at = nodes_[at].next;
+    return at;
+  }
+
+  void push(List& list, const Entry& now) {
     uint32_t node = free_;
     if (node) {
       free_ = nodes_[node].next;
@@ -202,22 +307,22 @@ class GlobalReaders {
       node = static_cast<uint32_t>(nodes_.size());
       nodes_.emplace_back();
     }
-    nodes_[node] = {now, lists_[unit]};
-    lists_[unit] = node;
+    nodes_[node] = {now, list.head};
+    list.head = node;
+    ++list.count;
   }
 
   void free_list(uint32_t unit) {
-    uint32_t last = lists_[unit];
-    if (!last) return;
-    while (nodes_[last].next) last = nodes_[last].next;
-    nodes_[last].next = free_;
-    free_ = lists_[unit];
-    lists_[unit] = 0;
+    List& list = lists_[unit];
+    if (!list.head) return;
+    nodes_[oldest_of(list)].next = free_;
+    free_ = list.head;
+    list = {};
   }
 
   uint32_t units_ = 0;
   std::vector<std::array<Entry, 2>> entries_;
-  std::vector<uint32_t> lists_;  // by unit; empty until one is needed
+  std::vector<List> lists_;  // by unit; empty until one is needed
   std::vector<Node> nodes_;
   uint32_t free_ = 0;
 };

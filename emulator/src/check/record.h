@@ -44,6 +44,9 @@ class Record {
   bool in_flight() const {
     return state() == AccessState::kCopyFlight || state() == AccessState::kAsyncFlight;
   }
+  bool is_flight_of(uint32_t of_agent, uint32_t of_lane) const {
+    return in_flight() && agent() == of_agent && lane() == of_lane;
+  }
   // Of writes: halves of the granule (bit 0: the low one) that hold an undefined value.
   uint32_t undefined() const { return bits_ >> kUndefinedShift & 3; }
   void set_undefined(uint32_t halves) {
@@ -52,11 +55,21 @@ class Record {
   // Of a cell: some of its granules have been written on their own since the launch began.
   bool has_granules() const { return bits_ >> kGranulesShift & 1; }
   void set_has_granules() { bits_ |= uint64_t{1} << kGranulesShift; }
+  // Of a record of lane 0: the same of another.
+  Record of_lane(uint32_t lane) const {
+    Record record = *this;
+    record.bits_ |= uint64_t{lane} << kLaneShift;
+    return record;
+  }
   // Warp, stamp and state: not the lane, and not where in the code.
   uint64_t moment() const {
     constexpr uint64_t kMoment =
         uint64_t{kLongestStamp} | uint64_t{0x1ff} << kAgentShift | uint64_t{7} << kStateShift;
     return bits_ & kMoment;
+  }
+  // moment(), and whether some granules were written on their own.
+  uint64_t moment_and_granules() const {
+    return moment() | (bits_ & uint64_t{1} << kGranulesShift);
   }
   // The same access but for where in the code it was.
   bool same_moment(Record other) const {

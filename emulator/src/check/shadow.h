@@ -12,6 +12,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <optional>
 #include <unordered_map>
 #include <vector>
 
@@ -34,22 +35,34 @@ class Shadow {
     granule_readers_.allocate(cells_ * kGranulesPerCell);
   }
 
+  // As new, for a region of the same size; keeps the memory.
+  void reset(uint64_t base);
+
   // Both return bit k set where byte k (of the first 64) was undefined before the access.
   uint64_t read(const Actor& actor, int lane, uint32_t offset, uint32_t bytes, Reporter& reporter);
   uint64_t write(const Actor& actor, int lane, uint32_t offset, uint32_t bytes, uint64_t undefined,
                  Reporter& reporter);
 
-  // read() of one cell for each lane of mask (ldmatrix, 16-byte vectors) at address[lane] - base,
-  // by the generic proxy. Calls f(lane, undefined bytes) where some are.
+  // read() of one cell for each lane of mask (ldmatrix, 16-byte vectors, cp.async) at
+  // address[lane] - base, by the generic proxy. Calls f(lane, undefined bytes) where some are.
   template <class F>
   void read_cells(const Actor& actor, uint32_t mask, const uint64_t* address, Reporter& reporter,
                   F&& f);
+
+  // write() of one granule of defined bytes for each lane of mask, at address[lane] - base.
+  void write_granules(const Actor& actor, uint32_t mask, const uint64_t* address,
+                      Reporter& reporter);
 
   // The destination of an asynchronous operation until it is complete, and then.
   void begin_write(const Actor& actor, int lane, uint32_t offset, uint32_t bytes,
                    AccessState flight, Reporter& reporter);
   void finish_write(const Actor& actor, int lane, uint32_t offset, uint32_t bytes,
                     uint64_t undefined, Reporter& reporter);
+  // Both of one cell for each lane of mask (cp.async), at address[lane] - base.
+  void begin_write_cells(const Actor& actor, uint32_t mask, const uint64_t* address,
+                         AccessState flight, Reporter& reporter);
+  void finish_write_cells(const Actor& actor, uint32_t mask, const uint64_t* address,
+                          uint64_t* undefined, Reporter& reporter);
   // The source of an operation of the async proxy.
   void begin_read(const Actor& actor, int lane, uint32_t offset, uint32_t bytes,
                   Reporter& reporter);
@@ -111,6 +124,25 @@ class Shadow {
   void check_readers(const Context& c, const R& readers, uint32_t unit, const Place& place) const;
   void check_flight_reads(const Context& c, uint32_t cell) const;
 
+  // What read_cells() keeps from lane to lane. Neighbours in memory were mostly written together.
+  struct CellReads {
+    CellReads(Readers& readers, const Actor& actor) : own(readers, actor) {}
+    typename Readers::Own own;
+    std::optional<typename Readers::Own> of_granules = {};
+    uint64_t known = ~uint64_t{0};  // write_of() of the last cell whose write was found known
+  };
+
+  // Record::moment_and_granules() of the cell's last write.
+  uint64_t write_of(uint32_t cell) const {
+    return cell_writes_.empty() ? 0 : cell_writes_[cell].moment_and_granules();
+  }
+  [[gnu::noinline]] uint64_t read_one_cell(const Context& c, uint32_t cell, CellReads& reads);
+  [[gnu::noinline]] void write_any_cell(const Context& c, uint32_t cell, Record record);
+  bool is_known_write(const Actor& actor, uint32_t cell) const;
+  bool is_free(const Actor& actor, uint32_t cell) const;
+  bool is_free_granule(const Actor& actor, uint32_t granule) const;
+  bool are_known_granules(const Actor& actor, uint32_t cell) const;
+  void add_granule_readers(const Context& c, uint32_t cell, typename Readers::Own& own);
   uint64_t read_cell(const Context& c, uint32_t cell);
   void write_cell(const Context& c, uint32_t cell, Record record);
   uint32_t read_granule(const Context& c, uint32_t granule);

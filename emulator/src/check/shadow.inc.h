@@ -5,6 +5,18 @@
 namespace gpu_emulator::check {
 
 template <class Readers>
+void Shadow<Readers>::reset(uint64_t base) {
+  base_ = base;
+  std::fill(cell_writes_.begin(), cell_writes_.end(), Record());
+  std::fill(granule_writes_.begin(), granule_writes_.end(), Record());
+  std::fill(has_granule_readers_.begin(), has_granule_readers_.end(), uint8_t{0});
+  cell_readers_.reset();
+  granule_readers_.reset();
+  details_.clear();
+  flight_reads_.clear();
+}
+
+template <class Readers>
 void Shadow<Readers>::check_order(const Context& c, const Previous& previous,
                                   const Place& place) const {
   if (previous.record.in_flight()) {
@@ -67,6 +79,22 @@ inline uint64_t Shadow<Readers>::read_cell(const Context& c, uint32_t cell) {
     }
   }
   return undefined;
+}
+
+// Whether all accesses to the cell so far are known to come before a write of the generic proxy,
+// and none was to its granules.
+template <class Readers>
+inline bool Shadow<Readers>::is_free(const Actor& actor, uint32_t cell) const {
+  const Record write = cell_writes_[cell];
+  if (is_async(actor.state) || write.has_granules() || !flight_reads_.empty()) return false;
+  if (!has_granule_readers_.empty() && has_granule_readers_[cell]) return false;
+  if (Readers::kHasClusters || (!write.empty() && !actor.knows(write))) return false;
+  return !cell_readers_.any(cell) || cell_readers_.all_known(cell, actor);
+}
+
+template <class Readers>
+void Shadow<Readers>::write_any_cell(const Context& c, uint32_t cell, Record record) {
+  write_cell(c, cell, record);
 }
 
 template <class Readers>
@@ -237,17 +265,64 @@ uint64_t Shadow<Readers>::read(const Actor& actor, int lane, uint32_t offset, ui
   return undefined;
 }
 
+// Whether nothing but the reader is to be kept of a read of the cell by the generic proxy.
+template <class Readers>
+inline bool Shadow<Readers>::is_known_write(const Actor& actor, uint32_t cell) const {
+  const Record write = cell_writes_.empty() ? Record() : cell_writes_[cell];
+  if (write.empty()) return !starts_undefined_;
+  if (write.has_granules() || !actor.knows(write)) return false;
+  return !Readers::kHasClusters || cell_clusters_[cell] == actor.order->cluster->index;
+}
+
+// Whether each granule of the cell was written on its own, all defined, and the writes are known to
+// come before a read of the generic proxy.
+template <class Readers>
+inline bool Shadow<Readers>::are_known_granules(const Actor& actor, uint32_t cell) const {
+  if (Readers::kHasClusters || cell_writes_.empty()) return false;
+  const Record write = cell_writes_[cell];
+  if (!write.has_granules()) return false;
+  bool known = write.state() == AccessState::kNone || actor.knows(write);
+  for (uint32_t k = 0; k < kGranulesPerCell; ++k) {
+    const Record granule = granule_writes_[cell * kGranulesPerCell + k];
+    known &= !granule.empty() && !granule.undefined() && actor.knows(granule);
+  }
+  return known;
+}
+
+template <class Readers>
+inline void Shadow<Readers>::add_granule_readers(const Context& c, uint32_t cell,
+                                                 typename Readers::Own& own) {
+  for (uint32_t k = 0; k < kGranulesPerCell; ++k) {
+    const uint32_t granule = cell * kGranulesPerCell + k;
+    if (!own.add(granule, c.lane)) read_granule(c, granule);
+  }
+  if (has_granule_readers_.empty()) has_granule_readers_.resize(cells_);
+  has_granule_readers_[cell] = 1;
+}
+
+// One lane of read_cells() that is not the plain case: the bytes that were undefined.
+template <class Readers>
+uint64_t Shadow<Readers>::read_one_cell(const Context& c, uint32_t cell, CellReads& reads) {
+  if (is_known_write(c.actor, cell) && reads.own.add(cell, c.lane)) return 0;
+  if (!are_known_granules(c.actor, cell)) return read_cell(c, cell);
+  if (!reads.of_granules) reads.of_granules.emplace(granule_readers_, c.actor);
+  add_granule_readers(c, cell, *reads.of_granules);
+  return 0;
+}
+
 template <class Readers>
 template <class F>
 void Shadow<Readers>::read_cells(const Actor& actor, uint32_t mask, const uint64_t* address,
                                  Reporter& reporter, F&& f) {
-  typename Readers::Own own(cell_readers_, actor);
-  exec::for_each_lane(mask, [&](int lane) {
+  CellReads reads(cell_readers_, actor);
+  exec::for_each_lane(mask, [&](int lane) __attribute__((always_inline)) {
     const auto cell = static_cast<uint32_t>((address[lane] - base_) / kCellBytes);
-    const Record write = cell_writes_.empty() ? Record() : cell_writes_[cell];
-    const bool is_plain = !write.empty() && !write.has_granules();
-    if (is_plain && actor.knows(write) && own.add(cell, lane)) return;
-    const uint64_t undefined = read_cell({actor, lane, reporter}, cell);
+    const uint64_t write = write_of(cell);
+    if (write == reads.known || is_known_write(actor, cell)) {
+      if (!Readers::kHasClusters || !write) reads.known = write;
+      if (reads.own.add_alone(cell, lane)) return;
+    }
+    const uint64_t undefined = read_one_cell({actor, lane, reporter}, cell, reads);
     if (undefined) f(lane, undefined);
   });
 }
@@ -288,6 +363,35 @@ uint64_t Shadow<Readers>::write(const Actor& actor, int lane, uint32_t offset, u
   return before;
 }
 
+// As is_free(), of a write to one granule.
+template <class Readers>
+inline bool Shadow<Readers>::is_free_granule(const Actor& actor, uint32_t granule) const {
+  const uint32_t cell = granule / kGranulesPerCell;
+  const Record write = cell_writes_[cell], own = granule_writes_[granule];
+  if (Readers::kHasClusters || is_async(actor.state) || !flight_reads_.empty()) return false;
+  if (write.state() != AccessState::kNone && !actor.knows(write)) return false;
+  if (!own.empty() && !actor.knows(own)) return false;
+  if (cell_readers_.any(cell) && !cell_readers_.all_known(cell, actor)) return false;
+  return !granule_readers_.any(granule) || granule_readers_.all_known(granule, actor);
+}
+
+template <class Readers>
+void Shadow<Readers>::write_granules(const Actor& actor, uint32_t mask, const uint64_t* address,
+                                     Reporter& reporter) {
+  allocate_writes();
+  const Record first = actor.record(0);
+  exec::for_each_lane(mask, [&](int lane) __attribute__((always_inline)) {
+    const auto offset = static_cast<uint32_t>(address[lane] - base_);
+    const uint32_t granule = offset / kGranuleBytes;
+    if (!is_free_granule(actor, granule)) {
+      write(actor, lane, offset, kGranuleBytes, 0, reporter);
+      return;
+    }
+    granule_readers_.clear(granule);
+    mark_granule(granule, first.of_lane(static_cast<uint32_t>(lane)));
+  });
+}
+
 template <class Readers>
 void Shadow<Readers>::begin_write(const Actor& actor, int lane, uint32_t offset, uint32_t bytes,
                                   AccessState flight, Reporter& reporter) {
@@ -311,13 +415,46 @@ void Shadow<Readers>::begin_write(const Actor& actor, int lane, uint32_t offset,
 }
 
 template <class Readers>
+void Shadow<Readers>::begin_write_cells(const Actor& actor, uint32_t mask, const uint64_t* address,
+                                        AccessState flight, Reporter& reporter) {
+  allocate_writes();
+  const Record first(flight, actor.order->stamp, actor.site, actor.order->agent, 0);
+  exec::for_each_lane(mask, [&](int lane) __attribute__((always_inline)) {
+    const auto cell = static_cast<uint32_t>((address[lane] - base_) / kCellBytes);
+    const Record record = first.of_lane(static_cast<uint32_t>(lane));
+    if (is_free(actor, cell)) {
+      cell_readers_.clear(cell);
+      cell_writes_[cell] = record;
+    } else {
+      write_any_cell({actor, lane, reporter}, cell, record);
+    }
+  });
+}
+
+template <class Readers>
+void Shadow<Readers>::finish_write_cells(const Actor& actor, uint32_t mask, const uint64_t* address,
+                                         uint64_t* undefined, Reporter& reporter) {
+  allocate_writes();
+  exec::for_each_lane(mask, [&](int lane) __attribute__((always_inline)) {
+    const auto offset = static_cast<uint32_t>(address[lane] - base_);
+    Record& write = cell_writes_[offset / kCellBytes];
+    if (!undefined[lane] && write.is_flight_of(actor.order->agent, static_cast<uint32_t>(lane))) {
+      write = Record(actor.state, actor.order->stamp, write.site(), actor.order->agent,
+                     static_cast<uint32_t>(lane));
+    } else {
+      finish_write(actor, lane, offset, kCellBytes, undefined[lane], reporter);
+      undefined[lane] = 0;
+    }
+  });
+}
+
+template <class Readers>
 void Shadow<Readers>::finish_write(const Actor& actor, int lane, uint32_t offset, uint32_t bytes,
                                    uint64_t undefined, Reporter& reporter) {
   allocate_writes();
   const uint32_t end = offset + bytes;
   auto is_own = [&](Record record) {
-    return record.in_flight() && record.agent() == actor.order->agent &&
-           record.lane() == static_cast<uint32_t>(lane);
+    return record.is_flight_of(actor.order->agent, static_cast<uint32_t>(lane));
   };
   auto finished = [&](Record flight) {
     return Record(actor.state, actor.order->stamp, flight.site(), actor.order->agent,

@@ -22,6 +22,9 @@ using GlobalShadow = Shadow<GlobalReaders>;
 struct WarpState {
   WarpOrder order;
   std::string origin;  // of the first undefined value that it read: the end of a sentence
+  const exec::Function* function = nullptr;  // the current one,
+  const uint64_t* places = nullptr;          // and the places of its instructions' registers
+  uint64_t undefined_places = 0;      // place_of() of words of Frame::undefined that may not be 0
   std::array<uint64_t, 32> copied{};  // by lane: bytes undefined in the source of a cp.async
   // Local memory: whether each byte has been written; lane-major, local_capacity bytes a lane.
   std::vector<bool> local_defined;
@@ -54,6 +57,9 @@ struct ClusterState {
   // Where an asynchronous copy first read an undefined value: a sentence.
   std::string undefined_copy;
 };
+
+// Registers in 64 places: a bit for the unit of 64 bytes, which neighbours share.
+inline uint64_t place_of(uint32_t unit) { return uint64_t{1} << unit / 8 % 64; }
 
 inline WarpState& state_of(const exec::Warp& warp) {
   return *static_cast<WarpState*>(warp.observed);

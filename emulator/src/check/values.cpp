@@ -1,7 +1,5 @@
 #include "values.h"
 
-#include <algorithm>
-
 #include "../exec/cta.h"
 #include "../exec/wgmma.h"
 #include "assignment.h"
@@ -20,8 +18,32 @@ using exec::kWarpSize;
 using exec::Slot;
 using exec::Warp;
 
-Values::Values(const exec::Program& program) {
+namespace {
+
+std::vector<uint64_t> places_of(const Function& function) {
+  std::vector<uint64_t> places(function.code.size());
+  for (size_t pc = 0; pc < places.size(); ++pc) {
+    const Effects& effects = function.effects[pc];
+    auto add = [&](uint32_t first, uint32_t count) {
+      for (uint32_t i = first; i < first + count; ++i) {
+        const Slot slot = function.effect_slots[i];
+        if (slot == kNoSlot || slot & kConstantBit) continue;
+        for (uint32_t k = 0; k < (slot & kEffectSizeMask); ++k) {
+          places[pc] |= place_of(slot / kUnitBytes + k);
+        }
+      }
+    };
+    add(effects.first_read, effects.reads);
+    add(effects.first_write, effects.writes);
+  }
+  return places;
+}
+
+}  // namespace
+
+Values::Values(const exec::Program& program) : functions_(program.functions.data()) {
   for (const Function& function : program.functions) {
+    places_.push_back(places_of(function));
     if (function.has_body && !function.code.empty()) {
       unassigned_[&function] = unassigned_words(function);
     }
@@ -35,7 +57,10 @@ void Values::begin_function(Warp& warp) {
     return;
   }
   frame.undefined.assign(warp.function->register_bytes / kUnitBytes + 8, 0);
-  for (uint32_t word : found->second) frame.undefined[word] = exec::kAllLanes;
+  for (uint32_t word : found->second) {
+    frame.undefined[word] = exec::kAllLanes;
+    state_of(warp).undefined_places |= place_of(word);
+  }
 }
 
 namespace {
@@ -92,6 +117,22 @@ uint64_t Values::stored(const Warp& warp, int lane) const {
   return any >> lane & 1 ? ~uint64_t{0} : 0;
 }
 
+bool Values::may_store_undefined(const Warp& warp) const {
+  const Frame& frame = warp.frames[warp.fragment().frame];
+  if (frame.undefined.empty()) return false;
+  const Instruction& in = warp.function->code[warp.pc];
+  if (warp.function->effects[warp.pc].flow != Flow::kStore || in.count == 0) return true;
+  uint32_t any = 0;
+  for (int k = 0; k < in.count; ++k) {
+    const Slot slot = warp.list(in)[k];
+    if (slot & kConstantBit) continue;
+    for (int half = 0; half < (in.bytes + 1) / 2; ++half) {
+      any |= frame.undefined[slot / kUnitBytes + half];
+    }
+  }
+  return any != 0;
+}
+
 void Values::loaded(Warp& warp, int lane, uint64_t undefined) {
   Frame& frame = warp.frames[warp.fragment().frame];
   if (frame.undefined.empty()) {
@@ -100,7 +141,9 @@ void Values::loaded(Warp& warp, int lane, uint64_t undefined) {
   const Instruction& in = warp.function->code[warp.pc];
   const Effects& effects = warp.function->effects[warp.pc];
   auto mark = [&](Slot slot, uint32_t half, int to_lane) {
-    if (slot != kNoSlot) frame.undefined[slot / kUnitBytes + half] |= 1u << to_lane;
+    if (slot == kNoSlot) return;
+    frame.undefined[slot / kUnitBytes + half] |= 1u << to_lane;
+    state_of(warp).undefined_places |= place_of(slot / kUnitBytes + half);
   };
   if (effects.flow == Flow::kLoad) {
     for (int k = 0; k < in.count; ++k) {
@@ -163,8 +206,10 @@ void Values::completed(Warp& warp, const exec::WgmmaOperation& operation) {
     }
     for (int i = 0; i < shape.d_registers(); ++i) {
       for (uint32_t half = 0; half < 2 && list[i] != kNoSlot; ++half) {
-        frame.undefined[list[i] / kUnitBytes + half] |=
+        const uint32_t unit = list[i] / kUnitBytes + half;
+        frame.undefined[unit] |=
             lanes_of_product(shape, i, half, rows, operation.undefined_columns);
+        state_of(warp).undefined_places |= place_of(unit);
       }
     }
   }
@@ -178,11 +223,17 @@ bool Values::is_undefined(const Warp& warp, Slot slot, int lane) {
 }
 
 void Values::tidy(Warp& warp) {
+  uint64_t places = 0;
   for (Frame& frame : warp.frames) {
-    const bool all_defined = std::all_of(frame.undefined.begin(), frame.undefined.end(),
-                                         [](uint32_t lanes) { return lanes == 0; });
+    bool all_defined = true;
+    for (size_t unit = 0; unit < frame.undefined.size(); ++unit) {
+      if (!frame.undefined[unit]) continue;
+      all_defined = false;
+      places |= place_of(static_cast<uint32_t>(unit));
+    }
     if (all_defined) frame.undefined.clear();
   }
+  state_of(warp).undefined_places = places;
 }
 
 }  // namespace gpu_emulator::check

@@ -23,6 +23,7 @@ using ptx::Type;
 struct CopyPlaces {
   std::byte* from[kWarpSize];
   std::byte* to[kWarpSize];
+  uint32_t whole;  // lanes that read as much as they write
 };
 
 void resolve_copy(Warp& warp, const PendingCopy& copy, uint32_t mask, Moment moment,
@@ -37,6 +38,7 @@ void resolve_copy(Warp& warp, const PendingCopy& copy, uint32_t mask, Moment mom
     else if (copy.source_bytes[lane])
       partial |= 1u << lane;
   });
+  places.whole = whole;
   AccessForm source;
   source.space = Space::kGlobal;
   source.proxy = Proxy::kCopy;
@@ -58,12 +60,23 @@ void resolve_copy(Warp& warp, const PendingCopy& copy, uint32_t mask, Moment mom
   resolve(warp, destination, mask, address, places.to);
 }
 
+template <uint32_t kBytes>
+void move_whole(uint32_t mask, const CopyPlaces& places) {
+  for_each_lane(mask, [&](int lane) { std::memcpy(places.to[lane], places.from[lane], kBytes); });
+}
+
 // Lanes read as many bytes as they asked for (0 to `bytes`); the rest is zero.
 void move_bytes(const PendingCopy& copy, uint32_t mask, const CopyPlaces& places) {
+  const uint32_t bytes = copy.instruction->bytes;
+  if (places.whole == mask) {
+    const auto move = bytes == 16 ? move_whole<16> : bytes == 8 ? move_whole<8> : move_whole<4>;
+    move(mask, places);
+    return;
+  }
   for_each_lane(mask, [&](int lane) {
     const uint32_t given = copy.source_bytes[lane];
     if (given) std::memcpy(places.to[lane], places.from[lane], given);
-    std::memset(places.to[lane] + given, 0, copy.instruction->bytes - given);
+    std::memset(places.to[lane] + given, 0, bytes - given);
   });
 }
 

@@ -1,6 +1,7 @@
 #include "counters.h"
 
 #include <algorithm>
+#include <cctype>
 
 #include "report.h"
 
@@ -29,6 +30,41 @@ std::array<uint64_t, static_cast<size_t>(InstructionClass::kCount)> KernelCounte
   return sums;
 }
 
+namespace {
+
+// "mma.m16n8k16.bf16" of the text "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {...".
+std::string tensor_shape(std::string_view text) {
+  const size_t begin = text.find("mma");
+  if (begin == std::string_view::npos) return "";
+  const bool grouped = begin >= 2 && text.compare(begin - 2, 2, "wg") == 0;
+  std::string shape, types;
+  size_t at = begin;
+  while (at < text.size() && text[at] != ' ' && text[at] != '\t') {
+    const size_t end = text.find_first_of(". \t", at + 1);
+    const std::string_view word = text.substr(at, end - at);
+    if (word.starts_with(".m") && word.size() > 2 && std::isdigit(word[2])) shape = word;
+    if (word == ".bf16" || word == ".f16" || word == ".tf32" || word.starts_with(".e") ||
+        word == ".s8" || word == ".u8") {
+      if (types.find(word) == std::string::npos) types += word;
+    }
+    if (end == std::string_view::npos) break;
+    at = end;
+  }
+  return (grouped ? "wgmma" : "mma") + shape + types;
+}
+
+}  // namespace
+
+std::map<std::string, uint64_t> KernelCounters::tensor_shapes() const {
+  std::map<std::string, uint64_t> shapes;
+  for (const LineCounters& line : lines) {
+    if (line.instruction_class != InstructionClass::kTensor || !line.executed) continue;
+    const std::string shape = tensor_shape(line.text);
+    if (shape.find(".m") != std::string::npos) shapes[shape] += line.executed;
+  }
+  return shapes;
+}
+
 InstructionCounters& InstructionCounters::operator+=(const InstructionCounters& other) {
   executed += other.executed;
   wavefronts += other.wavefronts;
@@ -42,32 +78,50 @@ InstructionCounters& InstructionCounters::operator+=(const InstructionCounters& 
 
 namespace {
 
+bool same_lines(const std::vector<LineCounters>& a, const std::vector<LineCounters>& b) {
+  return std::equal(a.begin(), a.end(), b.begin(), b.end(), [](const auto& x, const auto& y) {
+    return x.line == y.line && x.text.data() == y.text.data();
+  });
+}
+
+// Adds the lines of a launch of another module that has the kernel.
+void merge_lines(std::vector<LineCounters>& to, const std::vector<LineCounters>& lines) {
+  auto key = [](const LineCounters& line) { return std::pair(line.line, line.text); };
+  std::map<std::pair<int, std::string_view>, size_t> at;
+  for (size_t i = 0; i < to.size(); ++i) at[key(to[i])] = i;
+  for (const LineCounters& line : lines) {
+    const auto found = at.find(key(line));
+    if (found == at.end()) {
+      to.push_back(line);
+    } else {
+      to[found->second] += line;
+    }
+  }
+  std::stable_sort(to.begin(), to.end(),
+                   [](const auto& a, const auto& b) { return a.line < b.line; });
+}
+
 void add_kernel(KernelCounters& to, const KernelCounters& from) {
   const uint64_t launches = to.launches, ctas = to.ctas, warps = to.warps;
   std::vector<LineCounters> lines = std::move(to.lines);
-  std::map<std::string, uint64_t> shapes = std::move(to.tensor_shapes);
+  std::vector<std::shared_ptr<const SourceLines>> sources = std::move(to.sources);
   to = from;  // what describes the last launch
   to.launches += launches;
   to.ctas += ctas;
   to.warps += warps;
-  for (const auto& [shape, count] : shapes) to.tensor_shapes[shape] += count;
-  // The same kernel has the same lines; a module loaded anew may not.
-  auto key = [](const LineCounters& line) { return std::pair(line.line, line.text); };
-  std::map<std::pair<int, std::string>, size_t> at;
-  for (size_t i = 0; i < to.lines.size(); ++i) at[key(to.lines[i])] = i;
-  for (const LineCounters& line : lines) {
-    const auto found = at.find(key(line));
-    if (found == at.end()) {
-      to.lines.push_back(line);
-    } else {
-      to.lines[found->second] += line;
+  if (same_lines(to.lines, lines)) {
+    for (size_t i = 0; i < lines.size(); ++i) to.lines[i] += lines[i];
+  } else if (!lines.empty()) {
+    merge_lines(to.lines, lines);
+  }
+  for (const auto& source : sources) {
+    if (std::find(to.sources.begin(), to.sources.end(), source) == to.sources.end()) {
+      to.sources.push_back(source);
     }
   }
-  std::sort(to.lines.begin(), to.lines.end(),
-            [](const auto& a, const auto& b) { return a.line < b.line; });
 }
 
-std::string quoted(const std::string& text) {
+std::string quoted(std::string_view text) {
   std::string out = "\"";
   for (const char c : text) {
     if (c == '"' || c == '\\') out += '\\';
@@ -112,7 +166,7 @@ std::string kernel_json(const KernelCounters& kernel) {
   }
   out += "},\"tensor\":{";
   const char* separator = "";
-  for (const auto& [shape, count] : kernel.tensor_shapes) {
+  for (const auto& [shape, count] : kernel.tensor_shapes()) {
     out += separator + quoted(shape) + exec::format(":%llu", Number{count});
     separator = ",";
   }
@@ -164,7 +218,7 @@ std::string Counters::table() const {
       out += exec::format("    %-26s %14llu\n", name_of(static_cast<InstructionClass>(i)),
                           Number{classes[i]});
     }
-    for (const auto& [shape, count] : kernel.tensor_shapes) {
+    for (const auto& [shape, count] : kernel.tensor_shapes()) {
       out += exec::format("  %-28s %14llu\n", shape.c_str(), Number{count});
     }
     out += exec::format("  %-28s %14llu of %llu without bank conflicts\n", "shared wavefronts",

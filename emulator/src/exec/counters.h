@@ -5,7 +5,9 @@
 #include <array>
 #include <cstdint>
 #include <map>
+#include <memory>
 #include <string>
+#include <string_view>
 #include <vector>
 
 namespace gpu_emulator {
@@ -42,16 +44,18 @@ struct InstructionCounters {
   InstructionCounters& operator+=(const InstructionCounters& other);
 };
 
+using SourceLines = std::vector<std::string>;
+
 struct LineCounters : InstructionCounters {  // of one PTX instruction
   int line = 0;
-  std::string text = {};
+  std::string_view text = {};  // in one of KernelCounters::sources
   InstructionClass instruction_class = InstructionClass::kOther;
 };
 
 struct KernelCounters {
   uint64_t launches = 0, ctas = 0, warps = 0;
-  std::vector<LineCounters> lines;                // executed instructions of the entry and callees
-  std::map<std::string, uint64_t> tensor_shapes;  // "mma.m16n8k16.bf16": warp instructions
+  std::vector<LineCounters> lines;  // executed instructions of the entry and callees
+  std::vector<std::shared_ptr<const SourceLines>> sources;
   // Occupancy of the last launch.
   int threads_per_cta = 0, registers_per_thread = 0;
   uint64_t shared_bytes_per_cta = 0;
@@ -60,6 +64,7 @@ struct KernelCounters {
 
   uint64_t warp_instructions() const;
   std::array<uint64_t, static_cast<size_t>(InstructionClass::kCount)> by_class() const;
+  std::map<std::string, uint64_t> tensor_shapes() const;  // "mma.m16n8k16.bf16": instructions
 };
 
 struct Counters {

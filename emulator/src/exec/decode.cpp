@@ -181,7 +181,7 @@ std::unique_ptr<Program> decode(const ptx::Module& module, const Isa* isa) {
   program->files = module.files;
   program->target = module.target;
   program->isa = isa ? isa : &best_isa();
-  program->source_lines = lines_of(module.source);
+  program->source_lines = std::make_shared<const SourceLines>(lines_of(module.source));
   layout_module_variables(module, *program);
   collect_shared_variables(module, *program);
   program->functions.resize(module.functions.size());

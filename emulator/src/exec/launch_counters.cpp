@@ -1,7 +1,7 @@
 #include "launch_counters.h"
 
-#include <cctype>
-#include <string>
+#include <algorithm>
+#include <string_view>
 #include <utility>
 
 #include "register_limits.h"
@@ -9,32 +9,11 @@
 namespace gpu_emulator::exec {
 namespace {
 
-std::string line_text(const Program& program, int line) {
-  if (line < 1 || static_cast<size_t>(line) > program.source_lines.size()) return "";
-  const std::string& text = program.source_lines[line - 1];
+std::string_view line_text(const Program& program, int line) {
+  if (line < 1 || static_cast<size_t>(line) > program.source_lines->size()) return "";
+  const std::string_view text = (*program.source_lines)[line - 1];
   const size_t begin = text.find_first_not_of(" \t");
-  return begin == std::string::npos ? "" : text.substr(begin);
-}
-
-// "mma.m16n8k16.bf16" of the text "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {...".
-std::string tensor_shape(const std::string& text) {
-  const size_t begin = text.find("mma");
-  if (begin == std::string::npos) return "";
-  const bool grouped = begin >= 2 && text.compare(begin - 2, 2, "wg") == 0;
-  std::string shape, types;
-  size_t at = begin;
-  while (at < text.size() && text[at] != ' ' && text[at] != '\t') {
-    const size_t end = text.find_first_of(". \t", at + 1);
-    const std::string word = text.substr(at, end - at);
-    if (word.starts_with(".m") && word.size() > 2 && std::isdigit(word[2])) shape = word;
-    if (word == ".bf16" || word == ".f16" || word == ".tf32" || word.starts_with(".e") ||
-        word == ".s8" || word == ".u8") {
-      if (types.find(word) == std::string::npos) types += word;
-    }
-    if (end == std::string::npos) break;
-    at = end;
-  }
-  return (grouped ? "wgmma" : "mma") + shape + types;
+  return begin == std::string_view::npos ? "" : text.substr(begin);
 }
 
 void add_function(const Program& program, const Function& function,
@@ -45,11 +24,7 @@ void add_function(const Program& program, const Function& function,
     line.line = function.lines[pc];
     line.text = line_text(program, line.line);
     line.instruction_class = function.code[pc].counter_class;
-    if (line.instruction_class == InstructionClass::kTensor && line.executed) {
-      const std::string shape = tensor_shape(line.text);
-      if (shape.find(".m") != std::string::npos) kernel.tensor_shapes[shape] += line.executed;
-    }
-    kernel.lines.push_back(std::move(line));
+    kernel.lines.push_back(line);
   }
 }
 
@@ -68,6 +43,7 @@ void add_counters(const LaunchState& launch, const std::vector<Worker>& workers,
   const Occupancy occupancy = occupancy_of(launch);
   KernelCounters kernel;
   kernel.launches = 1;
+  kernel.sources = {program.source_lines};
   kernel.ctas = uint64_t{grid[0]} * grid[1] * grid[2];
   kernel.threads_per_cta = static_cast<int>(launch.launch->threads_per_cta());
   kernel.warps = kernel.ctas * ((kernel.threads_per_cta + kWarpSize - 1) / kWarpSize);
@@ -84,6 +60,8 @@ void add_counters(const LaunchState& launch, const std::vector<Worker>& workers,
     }
     add_function(program, function, sum, kernel);
   }
+  std::stable_sort(kernel.lines.begin(), kernel.lines.end(),
+                   [](const auto& a, const auto& b) { return a.line < b.line; });
   Counters one;
   one.kernels[launch.entry->name] = std::move(kernel);
   counters->add(one);

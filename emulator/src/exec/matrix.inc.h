@@ -14,6 +14,9 @@ inline constexpr int kVectors = kWarpSize / kVectorLanes;
 
 using VF = float __attribute__((vector_size(GPU_EMULATOR_VECTOR_BYTES), may_alias));
 using VI = int32_t __attribute__((vector_size(GPU_EMULATOR_VECTOR_BYTES), may_alias));
+inline constexpr int kQuadsBytes = GPU_EMULATOR_VECTOR_BYTES > 16 ? 32 : 16;
+using QuadsF = float __attribute__((vector_size(kQuadsBytes), may_alias));
+using QuadsI = int32_t __attribute__((vector_size(kQuadsBytes), may_alias));
 using V4F = float __attribute__((vector_size(16), may_alias));
 using V4I = int32_t __attribute__((vector_size(16), may_alias));
 
@@ -23,11 +26,13 @@ template <>
 struct VectorOf<float> {
   using type = VF;
   using quad = V4F;
+  using quads = QuadsF;
 };
 template <>
 struct VectorOf<int32_t> {
   using type = VI;
   using quad = V4I;
+  using quads = QuadsI;
 };
 
 inline VF multiply_add(VF a, VF b, VF c) {
@@ -59,9 +64,10 @@ inline typename VectorOf<T>::type repeat_quad(const T* four) {
   using Quad = typename VectorOf<T>::quad;
   const Quad x = *reinterpret_cast<const Quad*>(four);
 #if GPU_EMULATOR_VECTOR_BYTES == 64
-  return __builtin_shufflevector(x, x, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3);
+  return (typename VectorOf<T>::type)_mm512_broadcast_f32x4((__m128)x);
 #elif GPU_EMULATOR_VECTOR_BYTES == 32
-  return __builtin_shufflevector(x, x, 0, 1, 2, 3, 0, 1, 2, 3);
+  const auto y = (__m128)x;
+  return (typename VectorOf<T>::type)_mm256_broadcast_ps(&y);
 #else
   return x;
 #endif
@@ -98,6 +104,20 @@ struct Fp8Table {
   }
 };
 
+#if defined(__F16C__)
+// The pairs of a register's lanes: out[0] low halves, out[1] high ones.
+inline void widen_pairs(const uint32_t* reg, float (*out)[kWarpSize]) {
+  const __m256i split = _mm256_broadcastsi128_si256(
+      _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, 2, 3, 6, 7, 10, 11, 14, 15));
+  for (int i = 0; i < kWarpSize; i += 8) {
+    const __m256i pairs = _mm256_load_si256(reinterpret_cast<const __m256i*>(reg + i));
+    const __m256i halves = _mm256_permute4x64_epi64(_mm256_shuffle_epi8(pairs, split), 0xd8);
+    _mm256_store_ps(out[0] + i, _mm256_cvtph_ps(_mm256_castsi256_si128(halves)));
+    _mm256_store_ps(out[1] + i, _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1)));
+  }
+}
+#endif
+
 // Element e of a register's 32 lanes.
 template <MatrixType kType, class T>
 inline void widen(const uint32_t* reg, int e, T* out) {
@@ -122,11 +142,56 @@ inline void widen(const uint32_t* reg, int e, T* out) {
   }
 }
 
+// All elements of a register: out[e][lane].
+template <MatrixType kType, class T, int kElements>
+inline void widen_register(const uint32_t* reg, T (*out)[kWarpSize],
+                           std::integral_constant<int, kElements>) {
+#if defined(__F16C__)
+  if constexpr (kType == MatrixType::kF16) {
+    widen_pairs(reg, out);
+    return;
+  }
+#endif
+  for (int e = 0; e < kElements; ++e) widen<kType>(reg, e, out[e]);
+}
+
+// x[i] holds row i of a 4 x 4 matrix in each 128 bits: transposes them.
+#if GPU_EMULATOR_VECTOR_BYTES > 16
+template <class V>
+inline void transpose_quads(V (&x)[4]) {
+  const V low01 = __builtin_shufflevector(x[0], x[1], 0, 8, 1, 9, 4, 12, 5, 13);
+  const V high01 = __builtin_shufflevector(x[0], x[1], 2, 10, 3, 11, 6, 14, 7, 15);
+  const V low23 = __builtin_shufflevector(x[2], x[3], 0, 8, 1, 9, 4, 12, 5, 13);
+  const V high23 = __builtin_shufflevector(x[2], x[3], 2, 10, 3, 11, 6, 14, 7, 15);
+  x[0] = __builtin_shufflevector(low01, low23, 0, 1, 8, 9, 4, 5, 12, 13);
+  x[1] = __builtin_shufflevector(low01, low23, 2, 3, 10, 11, 6, 7, 14, 15);
+  x[2] = __builtin_shufflevector(high01, high23, 0, 1, 8, 9, 4, 5, 12, 13);
+  x[3] = __builtin_shufflevector(high01, high23, 2, 3, 10, 11, 6, 7, 14, 15);
+}
+#else
+template <class V>
+inline void transpose_quads(V (&x)[4]) {
+  const V low01 = __builtin_shufflevector(x[0], x[1], 0, 4, 1, 5);
+  const V high01 = __builtin_shufflevector(x[0], x[1], 2, 6, 3, 7);
+  const V low23 = __builtin_shufflevector(x[2], x[3], 0, 4, 1, 5);
+  const V high23 = __builtin_shufflevector(x[2], x[3], 2, 6, 3, 7);
+  x[0] = __builtin_shufflevector(low01, low23, 0, 1, 4, 5);
+  x[1] = __builtin_shufflevector(low01, low23, 2, 3, 6, 7);
+  x[2] = __builtin_shufflevector(high01, high23, 0, 1, 4, 5);
+  x[3] = __builtin_shufflevector(high01, high23, 2, 3, 6, 7);
+}
+#endif
+
 // Lane (4 c + t) of `in` to out[t][c / 2 + 4 (c % 2)]: even columns, then odd ones.
 template <class T>
 inline void transpose_columns(const T* in, T out[4][8]) {
-  for (int t = 0; t < 4; ++t) {
-    for (int c = 0; c < 8; ++c) out[t][c / 2 + 4 * (c % 2)] = in[4 * c + t];
+  using Rows = typename VectorOf<T>::quads;
+  constexpr int kWidth = sizeof(Rows) / sizeof(T);
+  for (int first = 0; first < 8; first += kWidth) {
+    Rows x[4];
+    for (int i = 0; i < 4; ++i) x[i] = *reinterpret_cast<const Rows*>(in + 8 * i + first);
+    transpose_quads(x);
+    for (int t = 0; t < 4; ++t) *reinterpret_cast<Rows*>(out[t] + first) = x[t];
   }
 }
 
@@ -136,20 +201,60 @@ struct FragmentBuffers {                     // of 4 E values of k
   alignas(64) T b[kElements][4][8];
 };
 
-template <int kQ, class T, int kElements>
-inline void accumulate_quad(const FragmentBuffers<T, kElements>& f, int half,
-                            typename VectorOf<T>::type (&even)[kVectors],
-                            typename VectorOf<T>::type (&odd)[kVectors]) {
+template <MatrixType kA, MatrixType kB, class T, int kElements>
+inline void widen_fragments(Warp& warp, const Slot* a, Slot b, FragmentBuffers<T, kElements>& out) {
+  constexpr std::integral_constant<int, kElements> kCount;
+  widen_register<kA>(warp.lanes<uint32_t>(a[0]), out.a[0], kCount);
+  widen_register<kA>(warp.lanes<uint32_t>(a[1]), out.a[1], kCount);
+  alignas(64) T columns[kElements][kWarpSize];
+  widen_register<kB>(warp.lanes<uint32_t>(b), columns, kCount);
+  for (int e = 0; e < kElements; ++e) transpose_columns(columns[e], out.b[e]);
+}
+
+template <class T>
+struct Rows8 {  // eight rows of an accumulator: its even and its odd columns
   using V = typename VectorOf<T>::type;
+  V even[kVectors], odd[kVectors];
+};
+
+template <int kQ, class T, int kElements>
+inline void accumulate_quad(const FragmentBuffers<T, kElements>& f, int half, Rows8<T>& sums) {
+  using V = typename VectorOf<T>::type;
+#pragma GCC unroll 4
   for (int e = 0; e < kElements; ++e) {
     const V b_even = repeat_quad(&f.b[e][kQ][0]);
     const V b_odd = repeat_quad(&f.b[e][kQ][4]);
+#pragma GCC unroll 8
     for (int j = 0; j < kVectors; ++j) {
       const V raw = *reinterpret_cast<const V*>(&f.a[half][e][j * kVectorLanes]);
       const V a = splat_quad<kQ>(raw);
-      even[j] = multiply_add(a, b_even, even[j]);
-      odd[j] = multiply_add(a, b_odd, odd[j]);
+      sums.even[j] = multiply_add(a, b_even, sums.even[j]);
+      sums.odd[j] = multiply_add(a, b_odd, sums.odd[j]);
     }
+  }
+}
+
+// c, d: the half's two registers.
+template <class T, int kElements, int kBlocks>
+inline void accumulate_half(const FragmentBuffers<T, kElements> (&blocks)[kBlocks], int half,
+                            const uint32_t* const* c, uint32_t* const* d) {
+  using V = typename VectorOf<T>::type;
+  Rows8<T> sums;
+#pragma GCC unroll 8
+  for (int j = 0; j < kVectors; ++j) {
+    sums.even[j] = *reinterpret_cast<const V*>(c[0] + j * kVectorLanes);
+    sums.odd[j] = *reinterpret_cast<const V*>(c[1] + j * kVectorLanes);
+  }
+  for (int block = 0; block < kBlocks; ++block) {
+    accumulate_quad<0>(blocks[block], half, sums);
+    accumulate_quad<1>(blocks[block], half, sums);
+    accumulate_quad<2>(blocks[block], half, sums);
+    accumulate_quad<3>(blocks[block], half, sums);
+  }
+#pragma GCC unroll 8
+  for (int j = 0; j < kVectors; ++j) {
+    *reinterpret_cast<V*>(d[0] + j * kVectorLanes) = sums.even[j];
+    *reinterpret_cast<V*>(d[1] + j * kVectorLanes) = sums.odd[j];
   }
 }
 
@@ -160,42 +265,28 @@ Step run_mma(Warp& warp, const Instruction& in, uint32_t mask) {
                             : kA == MatrixType::kBf16 || kA == MatrixType::kF16 ? 2
                                                                                 : 4;
   using T = std::conditional_t<kInteger, int32_t, float>;
-  using V = typename VectorOf<T>::type;
-  require_converged(warp, mask, "mma");
+  if (mask != warp.live) require_converged(warp, mask, "mma");
   const Slot* slots = warp.list(in);
-  const Slot *d = slots, *a = slots + 4, *b = a + 2 * kBlocks, *c = b + kBlocks;
+  const Slot *a = slots + 4, *b = a + 2 * kBlocks, *c = b + kBlocks;
   FragmentBuffers<T, kElements> blocks[kBlocks];
   for (int block = 0; block < kBlocks; ++block) {
-    for (int e = 0; e < kElements; ++e) {
-      alignas(64) T column[kWarpSize];
-      widen<kA>(warp.lanes<uint32_t>(a[2 * block]), e, blocks[block].a[0][e]);
-      widen<kA>(warp.lanes<uint32_t>(a[2 * block + 1]), e, blocks[block].a[1][e]);
-      widen<kB>(warp.lanes<uint32_t>(b[block]), e, column);
-      transpose_columns(column, blocks[block].b[e]);
-    }
+    widen_fragments<kA, kB>(warp, a + 2 * block, b[block], blocks[block]);
   }
-  alignas(64) uint32_t high_rows[2][kWarpSize];  // of C, which D may overwrite
-  __builtin_memcpy(high_rows[0], warp.lanes<uint32_t>(c[2]), sizeof(high_rows[0]));
-  __builtin_memcpy(high_rows[1], warp.lanes<uint32_t>(c[3]), sizeof(high_rows[1]));
-  for (int half = 0; half < 2; ++half) {
-    V even[kVectors], odd[kVectors];
-    __builtin_memcpy(even, half ? high_rows[0] : warp.lanes<uint32_t>(c[0]), sizeof(even));
-    __builtin_memcpy(odd, half ? high_rows[1] : warp.lanes<uint32_t>(c[1]), sizeof(odd));
-    for (int block = 0; block < kBlocks; ++block) {
-      accumulate_quad<0>(blocks[block], half, even, odd);
-      accumulate_quad<1>(blocks[block], half, even, odd);
-      accumulate_quad<2>(blocks[block], half, even, odd);
-      accumulate_quad<3>(blocks[block], half, even, odd);
-    }
-    if (mask == kAllLanes) {
-      __builtin_memcpy(warp.lanes<uint32_t>(d[2 * half]), even, sizeof(even));
-      __builtin_memcpy(warp.lanes<uint32_t>(d[2 * half + 1]), odd, sizeof(odd));
-    } else {
-      const auto* e = reinterpret_cast<const uint32_t*>(even);
-      const auto* o = reinterpret_cast<const uint32_t*>(odd);
-      write_lanes<uint32_t>(warp, d[2 * half], mask, [=](int i) { return e[i]; });
-      write_lanes<uint32_t>(warp, d[2 * half + 1], mask, [=](int i) { return o[i]; });
-    }
+  // Beside the registers where D may not be written at once: its first half may be C's second.
+  alignas(64) uint32_t beside[4][kWarpSize];
+  const bool crosses = slots[0] == c[2] || slots[0] == c[3] || slots[1] == c[2] || slots[1] == c[3];
+  const bool direct = mask == kAllLanes && !crosses;
+  const uint32_t* from[4];
+  uint32_t* to[4];
+  for (int i = 0; i < 4; ++i) {
+    from[i] = warp.lanes<uint32_t>(c[i]);
+    to[i] = direct ? warp.lanes<uint32_t>(slots[i]) : beside[i];
+  }
+  accumulate_half(blocks, 0, from, to);
+  accumulate_half(blocks, 1, from + 2, to + 2);
+  for (int i = 0; i < 4 && !direct; ++i) {
+    const uint32_t* result = beside[i];
+    write_lanes<uint32_t>(warp, slots[i], mask, [=](int lane) { return result[lane]; });
   }
   return Step::kNext;
 }

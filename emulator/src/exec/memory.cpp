@@ -91,30 +91,45 @@ std::byte* resolve_global_lane(Warp& warp, const AccessForm& form, int lane, uin
     fail(warp, lane, ReportKind::kReadOnly,
          "Forbidden: " + describe(form, address) + " in the " + range->what + ".");
   }
-  warp.worker->global = {range->begin, range->end, range->writable};
+  warp.worker->global.add({range->begin, range->end, range->writable});
   return reinterpret_cast<std::byte*>(address);
 }
 
-bool in_cache(const RangeCache& cache, const AccessForm& form, uint64_t low, uint64_t high) {
-  return low >= cache.begin && high <= cache.end - form.bytes && high < cache.end &&
-         cache.end - cache.begin >= form.bytes &&
-         (form.kind == AccessKind::kLoad || cache.writable);
+// Whether the accesses of all lanes lie in [begin, end) and are aligned; end - begin < 2^62.
+bool all_inside(const AccessForm& form, uint32_t mask, const uint64_t* address, uint64_t begin,
+                uint64_t end) {
+  if (end - begin < form.bytes) return false;
+  const uint64_t last = end - form.bytes;
+  uint64_t outside = 0, bits = 0;  // outside: the top bit
+  for_each_lane(mask, [&](int lane) {
+    outside |= (address[lane] - begin) | (last - address[lane]);
+    bits |= address[lane];
+  });
+  return !(outside >> 63) && !(bits & (form.alignment - 1));
+}
+
+// host[lane] = address[lane] + offset.
+void translate(uint32_t mask, const uint64_t* address, uint64_t offset, std::byte** host) {
+  for_each_lane(
+      mask, [&](int lane) { host[lane] = reinterpret_cast<std::byte*>(address[lane] + offset); });
+}
+
+bool allows(const RangeCache::Range& range, const AccessForm& form) {
+  return form.kind == AccessKind::kLoad || range.writable;
 }
 
 void resolve_global(Warp& warp, const AccessForm& form, uint32_t mask, const uint64_t* address,
                     std::byte** host) {
-  uint64_t low = ~uint64_t{0}, high = 0, bits = 0;
+  translate(mask, address, 0, host);
+  RangeCache& cache = warp.worker->global;
+  const RangeCache::Range* range = cache.find(address[first_lane(mask)]);
+  if (range && allows(*range, form) && all_inside(form, mask, address, range->begin, range->end)) {
+    return;
+  }
   for_each_lane(mask, [&](int lane) {
-    const uint64_t a = address[lane];
-    low = std::min(low, a);
-    high = std::max(high, a);
-    bits |= a;
-    host[lane] = reinterpret_cast<std::byte*>(a);
-  });
-  if (!(bits & (form.alignment - 1)) && in_cache(warp.worker->global, form, low, high)) return;
-  for_each_lane(mask, [&](int lane) {
-    const bool known = !(address[lane] & (form.alignment - 1)) &&
-                       in_cache(warp.worker->global, form, address[lane], address[lane]);
+    const RangeCache::Range* own = cache.find(address[lane]);
+    const bool known =
+        own && allows(*own, form) && all_inside(form, 1u << lane, address, own->begin, own->end);
     if (!known) host[lane] = resolve_global_lane(warp, form, lane, address[lane]);
   });
 }
@@ -137,6 +152,12 @@ std::byte* resolve_shared_lane(Warp& warp, const AccessForm& form, int lane, uin
 
 void resolve_shared(Warp& warp, const AccessForm& form, uint32_t mask, const uint64_t* address,
                     std::byte** host) {
+  const Cta& cta = *warp.cta;
+  const uint64_t begin = uint64_t{cta.rank} << kSharedRankShift | kSharedBase;
+  if (all_inside(form, mask, address, begin, begin + cta.shared_bytes)) {
+    translate(mask, address, reinterpret_cast<uint64_t>(cta.shared.get()) - begin, host);
+    return;
+  }
   for_each_lane(
       mask, [&](int lane) { host[lane] = resolve_shared_lane(warp, form, lane, address[lane]); });
 }
@@ -164,6 +185,10 @@ void resolve_local(Warp& warp, const AccessForm& form, uint32_t mask, const uint
 void resolve_param(Warp& warp, const AccessForm& form, uint32_t mask, const uint64_t* address,
                    std::byte** host) {
   const std::vector<std::byte>& block = launch_of(warp).launch->params;
+  if (form.kind == AccessKind::kLoad && all_inside(form, mask, address, 0, block.size())) {
+    translate(mask, address, reinterpret_cast<uint64_t>(block.data()), host);
+    return;
+  }
   for_each_lane(mask, [&](int lane) {
     const uint64_t a = address[lane];
     if (form.kind != AccessKind::kLoad) {
@@ -182,6 +207,8 @@ void resolve_param(Warp& warp, const AccessForm& form, uint32_t mask, const uint
 
 // ---------------------------------------------------------------------------------------- counters
 
+constexpr int kWavefrontBytes = 128;
+
 // Distinct units among those of one group of lanes, per residue: the wavefronts it takes. A
 // wavefront reads 128 bytes, one unit a residue.
 int wavefronts_of_group(const uint64_t* unit, int lanes, int residues) {
@@ -198,31 +225,71 @@ int wavefronts_of_group(const uint64_t* unit, int lanes, int residues) {
   return most;
 }
 
-void count_shared(InstructionCounters& counters, const AccessForm& form, uint32_t mask,
-                  const uint64_t* address) {
-  constexpr int kWavefrontBytes = 128;
-  const int unit_bytes = std::clamp<int>(static_cast<int>(form.bytes), 4, 16);
-  const int residues = kWavefrontBytes / unit_bytes;  // also lanes served together
-  for (int first = 0; first < kWarpSize; first += residues) {
-    uint64_t unit[kWarpSize];
-    int lanes = 0;
-    uint32_t seen = 0, repeated = 0;
-    for (int lane = first; lane < first + residues; ++lane) {
-      if (!(mask >> lane & 1)) continue;
-      unit[lanes] = address[lane] / unit_bytes;
-      const uint32_t bit = 1u << (unit[lanes++] % residues);
-      repeated |= seen & bit;
-      seen |= bit;
-    }
-    if (!lanes) continue;
+// Of the lanes served together, in order of the lanes.
+uint64_t wavefronts_of(const uint64_t* unit, int lanes, int residues) {
+  uint32_t seen = 0, repeated = 0;
+  for (int i = 0; i < lanes; ++i) {
+    const uint32_t bit = 1u << (unit[i] & (residues - 1));
+    repeated |= seen & bit;
+    seen |= bit;
+  }
+  return repeated ? wavefronts_of_group(unit, lanes, residues) : 1;
+}
+
+// Whether a group of kResidues lanes has each residue once.
+template <int kResidues>
+bool takes_one_wavefront(const uint64_t* unit) {
+  uint32_t seen = 0;
+  for (int i = 0; i < kResidues; ++i) seen |= 1u << (unit[i] & (kResidues - 1));
+  return seen == ~0u >> (32 - kResidues);
+}
+
+template <int kResidues>
+void count_whole_warp(InstructionCounters& counters, const uint64_t* address) {
+  constexpr int kUnitBytes = kWavefrontBytes / kResidues;
+  uint64_t unit[kWarpSize];
+  for (int i = 0; i < kWarpSize; ++i) unit[i] = address[i] / kUnitBytes;
+  for (int first = 0; first < kWarpSize; first += kResidues) {
     counters.ideal_wavefronts += 1;
-    counters.wavefronts += repeated ? wavefronts_of_group(unit, lanes, residues) : 1;
+    counters.wavefronts += takes_one_wavefront<kResidues>(unit + first)
+                               ? 1
+                               : wavefronts_of(unit + first, kResidues, kResidues);
   }
 }
 
-void count_global(InstructionCounters& counters, const AccessForm& form, uint32_t mask,
+void count_some_lanes(InstructionCounters& counters, int residues, uint32_t mask,
+                      const uint64_t* address) {
+  const int unit_bytes = kWavefrontBytes / residues;
+  for (int first = 0; first < kWarpSize; first += residues) {
+    uint64_t unit[kWarpSize];
+    int lanes = 0;
+    for (int lane = first; lane < first + residues; ++lane) {
+      if (mask >> lane & 1) unit[lanes++] = address[lane] / unit_bytes;
+    }
+    if (!lanes) continue;
+    counters.ideal_wavefronts += 1;
+    counters.wavefronts += wavefronts_of(unit, lanes, residues);
+  }
+}
+
+void count_shared(InstructionCounters& counters, const AccessForm& form, uint32_t mask,
                   const uint64_t* address) {
-  constexpr int kSectorBytes = 32;
+  const int unit_bytes = std::clamp<int>(static_cast<int>(form.bytes), 4, 16);
+  const int residues = kWavefrontBytes / unit_bytes;  // also lanes served together
+  if (mask != kAllLanes) {
+    count_some_lanes(counters, residues, mask, address);
+  } else if (residues == 8) {
+    count_whole_warp<8>(counters, address);
+  } else if (residues == 16) {
+    count_whole_warp<16>(counters, address);
+  } else {
+    count_whole_warp<32>(counters, address);
+  }
+}
+
+constexpr int kSectorBytes = 32;
+
+int sectors_in_any_order(const AccessForm& form, uint32_t mask, const uint64_t* address) {
   uint64_t sectors[2 * kWarpSize];
   int count = 0;
   for_each_lane(mask, [&](int lane) {
@@ -232,19 +299,39 @@ void count_global(InstructionCounters& counters, const AccessForm& form, uint32_
       if (count < 2 * kWarpSize) sectors[count++] = sector;
     }
   });
-  if (!std::is_sorted(sectors, sectors + count)) std::sort(sectors, sectors + count);
-  const int distinct = static_cast<int>(std::unique(sectors, sectors + count) - sectors);
-  const uint64_t bytes = uint64_t{form.bytes} * __builtin_popcount(mask);
+  std::sort(sectors, sectors + count);
+  return static_cast<int>(std::unique(sectors, sectors + count) - sectors);
+}
+
+// Distinct sectors that the lanes touch.
+int sectors_of(const AccessForm& form, uint32_t mask, const uint64_t* address) {
+  uint64_t end = 0;  // behind the last sector
+  int count = 0;
+  bool ascending = form.bytes <= kSectorBytes;
+  for_each_lane(mask, [&](int lane) {
+    const uint64_t first = address[lane] / kSectorBytes;
+    const uint64_t last = (address[lane] + form.bytes - 1) / kSectorBytes;
+    ascending &= first + 1 >= end;
+    count += static_cast<int>(last + 1 - std::max(first, end));
+    end = last + 1;
+  });
+  return ascending ? count : sectors_in_any_order(form, mask, address);
+}
+
+void count_global(InstructionCounters& counters, const AccessForm& form, uint32_t mask,
+                  const uint64_t* address) {
+  const int sectors = sectors_of(form, mask, address);
+  const uint64_t bytes = uint64_t{form.bytes} * lane_count(mask);
   counters.requests += 1;
-  counters.sectors += distinct;
-  counters.ideal_sectors += std::min<uint64_t>(distinct, (bytes + kSectorBytes - 1) / kSectorBytes);
+  counters.sectors += sectors;
+  counters.ideal_sectors += std::min<uint64_t>(sectors, (bytes + kSectorBytes - 1) / kSectorBytes);
 }
 
 void show(Warp& warp, const AccessForm& form, uint32_t mask, const uint64_t* address,
           std::byte* const* host) {
   if (warp.worker->count && form.counted) {
     InstructionCounters& counters = warp.worker->current[warp.pc];
-    counters.bytes += uint64_t{form.bytes} * __builtin_popcount(mask);
+    counters.bytes += uint64_t{form.bytes} * lane_count(mask);
     if (form.space == Space::kShared) count_shared(counters, form, mask, address);
     if (form.space == Space::kGlobal) count_global(counters, form, mask, address);
   }
@@ -289,6 +376,15 @@ void resolve_in_space(Warp& warp, const AccessForm& form, uint32_t mask, const u
 // Lanes of a generic (or .param, whose variables may lie in the frame) access, by their space.
 void resolve_mixed(Warp& warp, const AccessForm& form, uint32_t mask, const uint64_t* address,
                    std::byte** host) {
+  uint64_t bits = 0;
+  for_each_lane(mask, [&](int lane) { bits |= address[lane]; });
+  const bool all_global = form.space == Space::kGeneric && !(bits & kWindowMask);
+  if (all_global || (form.space == Space::kParam && bits < kLocalBase)) {
+    AccessForm one = form;
+    one.space = all_global ? Space::kGlobal : Space::kParam;
+    resolve_in_space(warp, one, mask, address, host);
+    return;
+  }
   uint32_t lanes[4] = {};  // global, shared, local, param
   uint64_t plain[kWarpSize];
   for_each_lane(mask, [&](int lane) {

@@ -21,21 +21,29 @@ void spread_rows(std::byte* const* row, uint32_t* out) {
   for (int r = 0; r < kRows; ++r) std::memcpy(out + 4 * r, row[r], kRowBytes);
 }
 
+using Row = uint16_t __attribute__((vector_size(kRowBytes)));
+
+// Rows i and i + 4 interleaved, for each i: three times over, the transposed matrix.
+inline void interleave(Row (&x)[kRows]) {
+  Row y[kRows];
+  for (int i = 0; i < 4; ++i) {
+    y[2 * i] = __builtin_shufflevector(x[i], x[i + 4], 0, 8, 1, 9, 2, 10, 3, 11);
+    y[2 * i + 1] = __builtin_shufflevector(x[i], x[i + 4], 4, 12, 5, 13, 6, 14, 7, 15);
+  }
+  std::memcpy(x, y, sizeof(x));
+}
+
 // Transposed: lane l has rows 2 (l % 4) and the next one of column l / 4, 16-bit elements.
 void spread_columns(std::byte* const* row, uint32_t* out) {
-  uint16_t element[kRows][8];
-  for (int r = 0; r < kRows; ++r) std::memcpy(element[r], row[r], kRowBytes);
-  for (int column = 0; column < 8; ++column) {
-    for (int pair = 0; pair < 4; ++pair) {
-      out[4 * column + pair] =
-          element[2 * pair][column] | static_cast<uint32_t>(element[2 * pair + 1][column]) << 16;
-    }
-  }
+  Row x[kRows];
+  for (int r = 0; r < kRows; ++r) std::memcpy(&x[r], row[r], kRowBytes);
+  for (int round = 0; round < 3; ++round) interleave(x);
+  std::memcpy(out, x, sizeof(x));
 }
 
 // Lane 8 m + r gives the address of row r of matrix m.
 Step run_ldmatrix(Warp& warp, const Instruction& in, uint32_t mask) {
-  require_whole_warp(warp, mask, "ldmatrix");
+  if (mask != kAllLanes) require_whole_warp(warp, mask, "ldmatrix");
   const int lanes = kRows * in.count;
   const uint32_t addressing = lanes == kWarpSize ? kAllLanes : (1u << lanes) - 1;
   uint64_t address[kWarpSize];

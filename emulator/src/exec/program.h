@@ -161,9 +161,9 @@ struct Function {
 };
 
 struct Program {
-  std::vector<Function> functions;        // index = index into ptx::Module::functions
-  std::vector<std::string> files;         // .file table, for source lines in reports
-  std::vector<std::string> source_lines;  // the PTX text, for reports
+  std::vector<Function> functions;                  // index = index into ptx::Module::functions
+  std::vector<std::string> files;                   // .file table, for source lines in reports
+  std::shared_ptr<const SourceLines> source_lines;  // the PTX text, for reports and counters
   std::string target;
   const Isa* isa = nullptr;  // of the handlers
 

@@ -35,8 +35,8 @@ std::string describe_place(const Program& program, const Function& function, uin
   if (pc >= function.lines.size()) return "the end of function " + function.name;
   const int line = function.lines[pc];
   std::string text = format("PTX line %d: ", line);
-  if (line >= 1 && static_cast<size_t>(line) <= program.source_lines.size()) {
-    text += trimmed(program.source_lines[line - 1]);
+  if (line >= 1 && static_cast<size_t>(line) <= program.source_lines->size()) {
+    text += trimmed((*program.source_lines)[line - 1]);
   }
   const ptx::SourceLocation& source = function.sources[pc];
   if (source.file > 0 && static_cast<size_t>(source.file) < program.files.size()) {

@@ -210,8 +210,8 @@ namespace {
 // The module without the instruction of one line of its text.
 std::unique_ptr<exec::Program> without_line(const exec::Program& program, int line) {
   std::string text;
-  for (size_t i = 0; i < program.source_lines.size(); ++i) {
-    text += (static_cast<int>(i) == line ? "" : program.source_lines[i]) + "\n";
+  for (size_t i = 0; i < program.source_lines->size(); ++i) {
+    text += (static_cast<int>(i) == line ? "" : (*program.source_lines)[i]) + "\n";
   }
   return exec::decode(ptx::parse(text));
 }

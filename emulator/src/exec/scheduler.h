@@ -3,6 +3,7 @@
 // Runs warps: one Worker a host thread, one cluster at a time (more when clusters wait for each
 // other through global memory).
 
+#include <array>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -13,9 +14,22 @@
 
 namespace gpu_emulator::exec {
 
-struct RangeCache {  // the last range of MemoryMap that an address hit
-  uint64_t begin = 1, end = 0;
-  bool writable = false;
+// The last ranges of MemoryMap that addresses hit.
+struct RangeCache {
+  struct Range {
+    uint64_t begin = 1, end = 0;
+    bool writable = false;
+  };
+  std::array<Range, 8> ranges;
+  uint32_t oldest = 0;
+
+  const Range* find(uint64_t address) const {
+    for (const Range& range : ranges) {
+      if (address >= range.begin && address < range.end) return &range;
+    }
+    return nullptr;
+  }
+  void add(const Range& range) { ranges[oldest++ % ranges.size()] = range; }
 };
 
 struct Worker {

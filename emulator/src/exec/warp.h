@@ -152,10 +152,17 @@ void require_converged(const Warp& warp, uint32_t mask, const char* what);
 void require_whole_warp(const Warp& warp, uint32_t mask, const char* what);
 
 inline int first_lane(uint32_t mask) { return __builtin_ctz(mask); }
+inline uint32_t lane_count(uint32_t mask) {
+  return mask == kAllLanes ? kWarpSize : static_cast<uint32_t>(__builtin_popcount(mask));
+}
 
 // Calls f(lane) for the lanes of mask, lowest first.
 template <class F>
 inline void for_each_lane(uint32_t mask, F&& f) {
+  if (mask == kAllLanes) {
+    for (int lane = 0; lane < kWarpSize; ++lane) f(lane);
+    return;
+  }
   for (; mask; mask &= mask - 1) f(__builtin_ctz(mask));
 }
 

@@ -44,7 +44,7 @@ class Orders : public ::testing::Test {
   }
   Actor actor(int warp, bool is_write, AccessState state = AccessState::kPlain,
               uint32_t mask = kAll) {
-    return {nullptr, &warps_[warp], warps_[warp].common_clock(mask), state, is_write, true, 7, {}};
+    return {nullptr, &warps_[warp], warps_[warp].common_clock(mask), state, is_write, true, 7};
   }
   void read(int warp, int lane, uint32_t offset, uint32_t bytes,
             AccessState state = AccessState::kPlain) {
@@ -110,20 +110,18 @@ TEST(ManyWarps, AllReadersAreKept) {
     warps[i].groups.push_back({kAll, Clock(kMany)});
   }
   auto actor = [&](int warp, bool is_write) {
-    return Actor{nullptr,
-                 &warps[warp],
-                 warps[warp].common_clock(kAll),
-                 AccessState::kPlain,
-                 is_write,
-                 true,
-                 7,
-                 {}};
+    return Actor{
+        nullptr, &warps[warp], warps[warp].common_clock(kAll), AccessState::kPlain, is_write, true,
+        7};
   };
   Throwing reporter;
   for (const int missing : {0, 20, 40, 70, 78, kMany}) {
     SharedShadow shared(exec::Space::kShared, 1024, 1024, false);
     GlobalShadow global(exec::Space::kGlobal, 4096, 4096, false);
-    for (WarpOrder& warp : warps) warp.groups[0].clock = Clock(kMany);
+    for (WarpOrder& warp : warps) {
+      warp.groups[0].clock = Clock(kMany);
+      warp.known = KnownMoments();
+    }
     Clock clock(kMany);
     for (int i = 0; i < kMany - 1; ++i) {
       for (const uint32_t bytes : {4u, 16u}) {
