@@ -1,4 +1,5 @@
-// The running softmax of one row of scores (FlashAttention, arXiv:2205.14135, algorithm 1).
+// The running softmax of one row of scores (FlashAttention, arXiv:2205.14135, algorithm 1), and the
+// merge of two.
 #pragma once
 
 #include <cmath>
@@ -17,6 +18,15 @@ struct RowState {
   // a number.
   FLASH_INLINE float anchor() const { return max == -INFINITY ? 0.f : max; }
 
+  // Takes in the largest of further scores. Returns what the sum, left as it is, and outputs so far
+  // must be multiplied by; power(x) = 2^(c x).
+  template <class Power>
+  FLASH_INLINE float raise(float score, Power power) {
+    const float before = max;
+    if (score > max) max = score;
+    return max == before ? 1.f : power(before - anchor());
+  }
+
   // What the row's unnormalised output is divided by; a row without keys stays 0.
   FLASH_INLINE float inverse_sum() const { return sum == 0.f ? 0.f : 1.f / sum; }
 
@@ -25,5 +35,19 @@ struct RowState {
     return sum == 0.f ? INFINITY : max * scale + logf(sum);
   }
 };
+
+// What unnormalised outputs over two disjoint sets of keys are multiplied by to be added.
+struct MergeFactors {
+  float total, part;
+};
+
+// total: the state of its own keys and of part's.
+template <class Power>
+FLASH_INLINE MergeFactors merge(RowState& total, const RowState& part, Power power) {
+  const float scale = total.raise(part.max, power);
+  const MergeFactors factors{scale, power(part.max - total.anchor())};
+  total.sum = total.sum * factors.total + part.sum * factors.part;
+  return factors;
+}
 
 }  // namespace flash

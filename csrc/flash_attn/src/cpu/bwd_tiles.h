@@ -1,4 +1,5 @@
-// Backward attention on tile registers of bf16 (AMX): bwd.h's tasks with other products.
+// Backward attention in products of bf16 pairs: tile registers (AMX), or vectors (AVX-512-BF16).
+// The tasks of bwd_run.h, as bwd.h does them in FMAs.
 //
 // For a block of rows and a block of the chunk's keys, both up to 256 with one term:
 //
@@ -9,44 +10,51 @@
 //   dQ   += dS K              sums over the keys: dS as it lies
 //
 // dK and dV are transposed until the chunk is complete: P and dS then need no transposition.
+//
+// softmax_scale enters after the products: Q is packed as it is, since a scaled bf16 number is not
+// one. P is made of score_scale times a product (weigh_plain), or of a score that has been
+// multiplied before its modifiers (softmax_bwd_step); dK and dQ are multiplied as they are written.
+// (bwd.h scales Q.)
 #pragma once
 
-#include "cpu/bwd.h"
-#include "cpu/fwd_tiles.h"
+#include "cpu/bwd_context.h"
+#include "cpu/tile_units.h"
 
 namespace flash::cpu::FLASH_ATTN_ISA {
 
 inline constexpr int kBwdBlockKeys = 256;
 
-struct BwdTilesScratch : BwdScratch {  // of BwdScratch: buffer, cap_slope, rows, random
-  uint32_t *q, *dout;                  // [tile.rows] x [d], [dv]: A of S and dP
-  uint32_t *q_t, *dout_t;              // their transposes: A of dK^T and dV^T
-  uint32_t *k_t, *v_t, *k;             // the chunk: B of S, dP and dQ
-  uint32_t *p_pairs, *ds_pairs, *ds;   // [tile.rows] x [kBwdBlockKeys]
-  float *dk, *dv;                      // [d], [dv] x [keys], fp32 tiles
-  float* units;                        // two of S and dP, [32][kUnitKeys] each
-  float *lse, *delta;                  // [tile.rows]: what to add to exponents, to take from dP
+struct BwdTilesScratch {
+  uint32_t *q, *dout;                 // [tile.rows] x [d], [dv]: A of S and dP
+  uint32_t *q_t, *dout_t;             // their transposes: A of dK^T and dV^T
+  uint32_t *k_t, *v_t, *k;            // the chunk: B of S, dP and dQ
+  uint32_t *p_pairs, *ds_pairs, *ds;  // [tile.rows] x [kBwdBlockKeys]
+  float *dk, *dv;                     // [d], [dv] x [keys], fp32 tiles
+  float* units;                       // two of S and dP, [32][kUnitKeys] each
+  float *lse, *delta;                 // [tile.rows]: what to add to exponents, to take from dP
+  Row* rows;                          // [tile.rows]
+  ScoreScratch row;                   // of kUnitKeys
   uint8_t *spoilt_q, *spoilt_dout, *spoilt_k;
   Staging staging;
 };
 
 template <class Tile, class Terms>
-class BwdTilesRunner : public BwdTaskRunner {
+class BwdTilesRunner {
  public:
   using Scratch = BwdTilesScratch;
   static constexpr int kTerms = Terms::kTerms;
   static constexpr int kRows = 256 / kTerms / kBlockRows * kBlockRows;
 
   static BwdTile tile(const Flash_bwd_params& p) {
-    const int d = round_up(static_cast<int>(p.d), kTileDepth),
-              dv = round_up(static_cast<int>(p.d_v), kTileDepth);
+    const HeadDims dims(p);
+    const int d = dims.d_pad, dv = dims.d_v_pad;
     const int keys = (1 << 20) / (2 * kTerms * (2 * d + dv) + 4 * (d + dv)) / kUnitKeys * kUnitKeys;
     return {kRows, keys < kUnitKeys ? kUnitKeys : keys > 512 ? 512 : keys};
   }
 
   static Scratch carve(Carver& c, const Flash_bwd_params& p, const BwdTile& tile) {
-    const int64_t d = round_up(static_cast<int>(p.d), kTileDepth),
-                  dv = round_up(static_cast<int>(p.d_v), kTileDepth);
+    const HeadDims dims(p);
+    const int64_t d = dims.d_pad, dv = dims.d_v_pad;
     const auto grid = [&](int64_t rows, int64_t depth) {
       return c.take<uint32_t>(packed_words(rows, depth, kTerms));
     };
@@ -66,11 +74,11 @@ class BwdTilesRunner : public BwdTaskRunner {
     x.units = c.take<float>(4 * kBlockRows * kUnitKeys);
     x.lse = c.take<float>(kRows);
     x.delta = c.take<float>(kRows);
-    x.staging = carve_staging(c, kTerms, static_cast<int>(d > dv ? d : dv));
-    x.buffer = c.take<float>(kUnitKeys + kWidth);
-    x.cap_slope = c.take<float>(kUnitKeys);
+    x.staging = carve_staging(c, kTerms, dims.largest_pad());
+    x.row.buffer = c.take<float>(kUnitKeys + kWidth);
+    x.row.cap_slope = c.take<float>(kUnitKeys);
     x.rows = c.take<Row>(kRows);
-    x.random = c.take<uint8_t>(kUnitKeys + 64);
+    x.row.random = c.take<uint8_t>(kUnitKeys + 64);
     x.spoilt_q = c.take<uint8_t>(kRows);
     x.spoilt_dout = c.take<uint8_t>(kRows);
     x.spoilt_k = c.take<uint8_t>(tile.keys);
@@ -78,47 +86,45 @@ class BwdTilesRunner : public BwdTaskRunner {
   }
 
   BwdTilesRunner(const Flash_bwd_params& p, const BwdHead& head, int chunk, const BwdTile& tile,
-                 const Scratch& x, const FarRows& far_rows, float* dq_sums = nullptr,
-                 int* turns = nullptr)
-      : BwdTaskRunner(p, head, chunk, tile, x, far_rows, dq_sums, turns),
+                 const Scratch& x, const FarRows& far_rows, const DqSlot& dq)
+      : ctx_(p, head, chunk, tile, far_rows, dq, p.scale_softmax),
         x_(x),
-        q_(packed_grid(x.q, kRows, d_pad_)),
-        dout_(packed_grid(x.dout, kRows, d_v_pad_)),
-        q_t_(packed_grid(x.q_t, d_pad_, kRows)),
-        dout_t_(packed_grid(x.dout_t, d_v_pad_, kRows)),
-        k_t_(packed_grid(x.k_t, tile.keys, d_pad_)),
-        v_t_(packed_grid(x.v_t, tile.keys, d_v_pad_)),
-        k_(packed_grid(x.k, d_pad_, tile.keys)),
+        q_(packed_grid(x.q, kRows, ctx_.d_pad)),
+        dout_(packed_grid(x.dout, kRows, ctx_.d_v_pad)),
+        q_t_(packed_grid(x.q_t, ctx_.d_pad, kRows)),
+        dout_t_(packed_grid(x.dout_t, ctx_.d_v_pad, kRows)),
+        k_t_(packed_grid(x.k_t, tile.keys, ctx_.d_pad)),
+        v_t_(packed_grid(x.v_t, tile.keys, ctx_.d_v_pad)),
+        k_(packed_grid(x.k, ctx_.d_pad, tile.keys)),
         p_pairs_(packed_grid(x.p_pairs, kBwdBlockKeys, kRows)),
         ds_pairs_(packed_grid(x.ds_pairs, kBwdBlockKeys, kRows)),
-        ds_(packed_grid(x.ds, kRows, kBwdBlockKeys)) {
-    score_scale_ = p.scale_softmax;
-  }
+        ds_(packed_grid(x.ds, kRows, kBwdBlockKeys)) {}
 
   void run() {
     Tile::configure();
     pack_chunk();
-    std::memset(x_.dk, 0, sizeof(float) * tile_.keys * d_pad_);
-    std::memset(x_.dv, 0, sizeof(float) * tile_.keys * d_v_pad_);
-    for (int block = (map_.rows() + kRows - 1) / kRows - 1; block >= 0; --block) attend(block);
-    store_transposed(x_.dk, p_.dk, d_, p_.scale_softmax);
-    store_transposed(x_.dv, p_.dv, d_v_, 1.f);
+    std::memset(x_.dk, 0, sizeof(float) * ctx_.tile.keys * ctx_.d_pad);
+    std::memset(x_.dv, 0, sizeof(float) * ctx_.tile.keys * ctx_.d_v_pad);
+    ctx_.for_blocks([&](const RowBlock& block) { attend(block); });
+    store_transposed(x_.dk, ctx_.p.dk, ctx_.d, ctx_.p.scale_softmax);
+    store_transposed(x_.dv, ctx_.p.dv, ctx_.d_v, 1.f);
     Tile::release();
   }
 
-  void add_scores(int row0, int rows, RowState* states) {
+  // Adds the scores of a block of rows over the chunk to the rows' states.
+  void add_scores(const RowBlock& block, RowState* states) {
     Tile::configure();
     pack_chunk();
-    for (int r = 0; r < rows; ++r) x_.rows[r] = map_.row(row0 + r);
-    pack_block(p_.q, row0, rows, d_, q_, q_t_, x_.spoilt_q);
-    for (int first = 0; first < keys_; first += kBwdBlockKeys) {
-      find_columns(row0, rows, first,
-                   keys_ - first < kBwdBlockKeys ? keys_ - first : kBwdBlockKeys);
-      for_units(rows, [&](const Unit& unit) {
+    for (int r = 0; r < block.rows; ++r) x_.rows[r] = ctx_.map.row(block.row0 + r);
+    pack_block(ctx_.p.q, block, ctx_.d, q_, q_t_, x_.spoilt_q);
+    for (int first = 0; first < ctx_.keys; first += kBwdBlockKeys) {
+      find_columns(block, first);
+      for_units(block.rows, [&](const Unit& unit) {
         const TileProduct s = unit_product(unit, q_, k_t_, unit.s);
-        multiply<Tile, Terms>(s, tiles(unit.rows), 0, (unit.end - unit.begin) / kTileSide);
+        multiply<Tile, Terms>(s, row_tiles(unit.rows), 0, (unit.end - unit.begin) / kTileSide);
         for (int r = unit.sub * kBlockRows; r < unit.sub * kBlockRows + unit.rows; ++r)
-          add_row(x_.rows[r], unit.s + (r % kBlockRows) * kUnitKeys, columns(unit), states[r]);
+          ctx_.add_row(x_.rows[r], unit.s + (r % kBlockRows) * kUnitKeys, columns(unit),
+                       x_.row.buffer, states[r]);
       });
     }
     Tile::release();
@@ -133,36 +139,33 @@ class BwdTilesRunner : public BwdTaskRunner {
     bool plain;     // 32 rows, none far, all see every column, and the products are the scores
   };
 
-  const char* key_row(const Operand& x, int i) const {
-    return cache_row(p_, x, seq_, seq_.leftpad + key_ + i, head_.head_k);
-  }
-
   void pack_chunk() {
+    const Flash_bwd_params& p = ctx_.p;
+    const auto k_rows = ctx_.key_rows(p.k, ctx_.key), v_rows = ctx_.key_rows(p.v, ctx_.key);
     k_finite_ = true;
-    for (int i = 0; i < keys_; i += kTileDepth) {
-      const RowGroup v_rows{p_.dtype, i, kTileDepth, keys_, d_v_};
-      stage_rows<kTerms>(x_.staging, v_rows, [&](int j) { return key_row(p_.v, j); }, nullptr);
-      pack_columns<kTerms>(v_t_, i / kTileSide, x_.staging, 0);
-      pack_columns<kTerms>(v_t_, i / kTileSide + 1, x_.staging, kTileSide);
-      const RowGroup k_rows{p_.dtype, i, kTileDepth, keys_, d_};
-      const auto k_row = [&](int j) { return key_row(p_.k, j); };
-      const bool finite = stage_rows<kTerms>(x_.staging, k_rows, k_row, nullptr);
-      pack_columns<kTerms>(k_t_, i / kTileSide, x_.staging, 0);
-      pack_columns<kTerms>(k_t_, i / kTileSide + 1, x_.staging, kTileSide);
+    for (int i = 0; i < ctx_.keys; i += kTileDepth) {
+      const RowGroup v_group{p.dtype, i, kTileDepth, ctx_.keys, ctx_.d_v};
+      stage_rows<kTerms>(x_.staging, v_group, v_rows, nullptr);
+      pack_key_columns<kTerms>(v_t_, i, x_.staging);
+      const RowGroup k_group{p.dtype, i, kTileDepth, ctx_.keys, ctx_.d};
+      const bool finite = stage_rows<kTerms>(x_.staging, k_group, k_rows, nullptr);
+      pack_key_columns<kTerms>(k_t_, i, x_.staging);
       std::memset(x_.spoilt_k + i, 0, kTileDepth);
-      if (!finite) stage_rows<kTerms>(x_.staging, k_rows, k_row, x_.spoilt_k + i);
-      pack_pairs<kTerms>(k_, i / kTileDepth, d_pad_, x_.staging);
+      if (!finite) stage_rows<kTerms>(x_.staging, k_group, k_rows, x_.spoilt_k + i);
+      pack_pairs<kTerms>(k_, i / kTileDepth, ctx_.d_pad, x_.staging);
       k_finite_ &= finite;
     }
   }
 
   // A tensor of rows as A, and its transpose. True if all is finite.
-  bool pack_block(const Operand& tensor, int row0, int rows, int d, const Packed& natural,
+  bool pack_block(const Operand& tensor, const RowBlock& block, int d, const Packed& natural,
                   const Packed& transposed, uint8_t* spoilt) {
-    const auto row = [&](int i) -> const void* { return map_.tensor_row(tensor, row0 + i); };
+    const auto row = [&](int i) -> const void* {
+      return ctx_.map.tensor_row(tensor, block.row0 + i);
+    };
     bool all_finite = true;
-    for (int i = 0; i < rows; i += kTileDepth) {
-      const RowGroup group{p_.dtype, i, kTileDepth, rows, d};
+    for (int i = 0; i < block.rows; i += kTileDepth) {
+      const RowGroup group{ctx_.p.dtype, i, kTileDepth, block.rows, d};
       const bool finite = stage_rows<kTerms>(x_.staging, group, row, nullptr);
       for (int r = 0; r < kTileDepth; ++r) copy_staged_row<kTerms>(natural, i + r, x_.staging, r);
       std::memset(spoilt + i, 0, kTileDepth);
@@ -173,45 +176,38 @@ class BwdTilesRunner : public BwdTaskRunner {
     return all_finite;
   }
 
-  void attend(int block) {
-    const int row0 = block * kRows;
-    const int rows = map_.rows() - row0 < kRows ? map_.rows() - row0 : kRows;
-    const KeyRange seen = chunks(row0, rows);
-    if (chunk_ < seen.begin || chunk_ >= seen.end) return;
-    any_far_ = false;
-    for (int r = 0; r < rows; ++r) {
-      x_.rows[r] = map_.row(row0 + r);
-      const float lse = p_.softmax_lse[map_.lse_index(row0 + r)];
-      any_far_ |= is_far(lse);
-      x_.lse[r] = -lse * kLog2e;
-      x_.delta[r] = p_.dsoftmax_sum[dsoftmax_index(x_.rows[r])];
-    }
-    q_finite_ = pack_block(p_.q, row0, rows, d_, q_, q_t_, x_.spoilt_q);
-    dout_finite_ = pack_block(p_.dout, row0, rows, d_v_, dout_, dout_t_, x_.spoilt_dout);
-    int* turn = turns_ + block;
+  void attend(const RowBlock& block) {
+    load_rows(block);
     bool waiting = true;
-    for (int first = 0; first < keys_; first += kBwdBlockKeys) {
-      const int count = keys_ - first < kBwdBlockKeys ? keys_ - first : kBwdBlockKeys;
-      find_columns(row0, rows, first, count);
-      weigh_block(row0, rows);
-      accumulate_transposed(row0, rows, first, count);
-      if (waiting) take_turn(turn, row0, rows, seen.begin);
+    for (int first = 0; first < ctx_.keys; first += kBwdBlockKeys) {
+      find_columns(block, first);
+      weigh_block(block);
+      accumulate_transposed(block, first);
+      if (waiting) take_turn(block);
       waiting = false;
-      add_dq_block(row0, rows, first);
+      add_dq_block(block, first);
     }
-    if (chunk_ == seen.end - 1) {
-      for (int r = 0; r < rows; ++r)
-        write_row(p_.dtype, map_.tensor_row(p_.dq, row0 + r),
-                  dq_sums_ + (row0 + r) * int64_t{d_pad_}, d_, p_.scale_softmax);
-    }
-    __atomic_store_n(turn, chunk_ - seen.begin + 1, __ATOMIC_RELEASE);
+    ctx_.end_turn(block);
   }
 
-  void take_turn(const int* turn, int row0, int rows, int first_chunk) {
-    wait_for(turn, chunk_ - first_chunk);
-    if (chunk_ == first_chunk)
-      std::memset(dq_sums_ + int64_t{row0} * d_pad_, 0,
-                  sizeof(float) * tiles(rows) * kTileSide * d_pad_);
+  void load_rows(const RowBlock& block) {
+    any_far_ = false;
+    for (int r = 0; r < block.rows; ++r) {
+      x_.rows[r] = ctx_.map.row(block.row0 + r);
+      const float lse = ctx_.lse(block.row0 + r);
+      any_far_ |= is_far(lse);
+      x_.lse[r] = -lse * kLog2e;
+      x_.delta[r] = ctx_.delta(x_.rows[r]);
+    }
+    pack_block(ctx_.p.q, block, ctx_.d, q_, q_t_, x_.spoilt_q);
+    pack_block(ctx_.p.dout, block, ctx_.d_v, dout_, dout_t_, x_.spoilt_dout);
+  }
+
+  void take_turn(const RowBlock& block) {
+    ctx_.wait_for_turn(block);
+    if (ctx_.is_first(block))
+      std::memset(ctx_.dq_row(block.row0), 0,
+                  sizeof(float) * row_tiles(block.rows) * kTileSide * ctx_.d_pad);
   }
 
   static int subs(int rows) { return (rows + kBlockRows - 1) / kBlockRows; }
@@ -219,13 +215,16 @@ class BwdTilesRunner : public BwdTaskRunner {
     const int rest = rows - sub * kBlockRows;
     return rest < kBlockRows ? rest : kBlockRows;
   }
-  static int tiles(int rows) { return (rows + kTileSide - 1) / kTileSide; }
+  // Of the block of keys that begins at key `first` of the chunk.
+  int block_keys(int first) const {
+    return ctx_.keys - first < kBwdBlockKeys ? ctx_.keys - first : kBwdBlockKeys;
+  }
 
-  // What each 32 rows see of the keys [first, first + count) of the chunk.
-  void find_columns(int row0, int rows, int first, int count) {
-    for (int sub = 0; sub < subs(rows); ++sub)
-      columns_[sub] =
-          map_.columns(row0 + sub * kBlockRows, sub_rows(rows, sub), key_ + first, count);
+  // What each 32 rows see of a block of keys.
+  void find_columns(const RowBlock& block, int first) {
+    for (int sub = 0; sub < subs(block.rows); ++sub)
+      columns_[sub] = ctx_.map.columns(block.row0 + sub * kBlockRows, sub_rows(block.rows, sub),
+                                       ctx_.key + first, block_keys(first));
   }
 
   // f(unit) for what the block's rows see of the keys; buffers for two units in turns.
@@ -250,17 +249,17 @@ class BwdTilesRunner : public BwdTaskRunner {
   }
 
   // P and dS of the block.
-  void weigh_block(int row0, int rows) {
+  void weigh_block(const RowBlock& block) {
     Unit done{};
-    for_units(rows, [&](const Unit& unit) {
-      score(unit, done, row0);
+    for_units(block.rows, [&](const Unit& unit) {
+      score(unit, done, block.row0);
       done = unit;
     });
-    if (done.begin < done.end) weigh_pairs(done, row0, 0, kBlockRows / 2);
+    if (done.begin < done.end) weigh_pairs(done, block.row0, 0, kBlockRows / 2);
   }
 
   bool is_plain(const Unit& unit) const {
-    if (modifiers_ || dropout_.enabled || any_far_ || unit.rows < kBlockRows) return false;
+    if (ctx_.modifiers || ctx_.dropout.enabled || any_far_ || unit.rows < kBlockRows) return false;
     const Row* rows = x_.rows + unit.sub * kBlockRows;
     const int first_key = columns_[unit.sub].first_key;
     return all_see(rows[0], rows[kBlockRows - 1], first_key + unit.begin, first_key + unit.end);
@@ -269,13 +268,13 @@ class BwdTilesRunner : public BwdTaskRunner {
   // c = a b^T of a unit.
   TileProduct unit_product(const Unit& unit, Packed a, Packed b, float* c) const {
     a.data = a.tile(0, unit.sub * 2, 0);
-    b.data = b.tile(0, (columns_[unit.sub].first_key - key_ + unit.begin) / kTileSide, 0);
+    b.data = b.tile(0, (columns_[unit.sub].first_key - ctx_.key + unit.begin) / kTileSide, 0);
     return row_major_product(a, b, c, kUnitKeys);
   }
 
   // S and dP of `unit`, and the rows of `done` between the tile products.
   void score(const Unit& unit, const Unit& done, int row0) {
-    const int m_tiles = tiles(unit.rows), n_tiles = (unit.end - unit.begin) / kTileSide;
+    const int m_tiles = row_tiles(unit.rows), n_tiles = (unit.end - unit.begin) / kTileSide;
     const TileProduct s = unit_product(unit, q_, k_t_, unit.s),
                       dp = unit_product(unit, dout_, v_t_, unit.dp);
     const int steps = multiply_steps<Terms>(s, m_tiles, 0, n_tiles) +
@@ -337,7 +336,7 @@ class BwdTilesRunner : public BwdTaskRunner {
     const float* s = unit.s + 2 * pair * kUnitKeys;
     const float* dp = unit.dp + 2 * pair * kUnitKeys;
     const int row = unit.sub * kBlockRows + 2 * pair;
-    const Vec factor = set1(score_scale_ * kLog2e);
+    const Vec factor = set1(ctx_.score_scale * kLog2e);
     const Vec lse[2] = {set1(x_.lse[row]), set1(x_.lse[row + 1])};
     const Vec delta[2] = {set1(x_.delta[row]), set1(x_.delta[row + 1])};
     const PairOutput out = pair_output(unit, pair);
@@ -375,7 +374,7 @@ class BwdTilesRunner : public BwdTaskRunner {
     const int block_row = unit.sub * kBlockRows + r;
     const Row& row = x_.rows[block_row];
     const TileColumns t = columns(unit);
-    softmax_bwd_step<kTerms == 1>(row0 + block_row, row, s, dp, t);
+    ctx_.softmax_bwd_step<kTerms == 1>(row0 + block_row, row, s, dp, t, x_.row);
     const KeyRange seen = visible(row, t);
     fill_invisible(s, t, seen, 0.f);
     fill_invisible(dp, t, seen, 0.f);
@@ -395,10 +394,10 @@ class BwdTilesRunner : public BwdTaskRunner {
   }
 
   // dV^T += dO^T P and dK^T += Q^T dS for each 32 keys, over the rows that see them.
-  void accumulate_transposed(int row0, int rows, int first, int count) {
-    const int n_tiles = tile_.keys / kTileSide;
-    for (int column = 0; column < count; column += kTileDepth) {
-      int begin = 0, end = subs(rows);
+  void accumulate_transposed(const RowBlock& block, int first) {
+    const int n_tiles = ctx_.tile.keys / kTileSide;
+    for (int column = 0; column < block_keys(first); column += kTileDepth) {
+      int begin = 0, end = subs(block.rows);
       const auto sees = [&](int sub) {
         return columns_[sub].begin <= column && column < columns_[sub].end;
       };
@@ -412,14 +411,15 @@ class BwdTilesRunner : public BwdTaskRunner {
         const int n = column / kTileSide;
         multiply<Tile, Terms>(x, d_pad / kTileSide, n, n + 2);
       };
-      add(dout_t_, p_pairs_, x_.dv, d_v_pad_);
-      add(q_t_, ds_pairs_, x_.dk, d_pad_);
+      add(dout_t_, p_pairs_, x_.dv, ctx_.d_v_pad);
+      add(q_t_, ds_pairs_, x_.dk, ctx_.d_pad);
     }
-    for (int r = 0; r < rows; ++r) {
+    for (int r = 0; r < block.rows; ++r) {
+      const int row = block.row0 + r;
       if (x_.spoilt_dout[r])
-        add_spoilt_row(r, first, map_.tensor_row(p_.dout, row0 + r), p_pairs_, x_.dv, d_v_);
+        add_spoilt_row(r, first, ctx_.map.tensor_row(ctx_.p.dout, row), p_pairs_, x_.dv, ctx_.d_v);
       if (x_.spoilt_q[r])
-        add_spoilt_row(r, first, map_.tensor_row(p_.q, row0 + r), ds_pairs_, x_.dk, d_);
+        add_spoilt_row(r, first, ctx_.map.tensor_row(ctx_.p.q, row), ds_pairs_, x_.dk, ctx_.d);
     }
   }
 
@@ -429,62 +429,65 @@ class BwdTilesRunner : public BwdTaskRunner {
     const KeyRange seen = visible(x_.rows[r], columns_[r / kBlockRows]);
     for (int j = seen.begin; j < seen.end; ++j)
       for (int i = 0; i < d; i += kTileSide) {
-        const int n = (first + j) / kTileSide, n_tiles = tile_.keys / kTileSide;
+        const int n = (first + j) / kTileSide, n_tiles = ctx_.tile.keys / kTileSide;
         float* column = c + (int64_t{i / kTileSide} * n_tiles + n) * kTileWords + j % kTileSide;
-        add_not_finite(column, kTileSide, sum_of_terms(weights, r, j), p_.dtype,
-                       row + i * dtype_bytes(p_.dtype), d - i < kTileSide ? d - i : kTileSide);
+        add_not_finite(column, kTileSide, sum_of_terms(weights, r, j), ctx_.p.dtype,
+                       row + i * dtype_bytes(ctx_.p.dtype), d - i < kTileSide ? d - i : kTileSide);
       }
   }
 
-  void add_dq_block(int row0, int rows, int first) {
-    for (int sub = 0; sub < subs(rows); ++sub) {
+  void add_dq_block(const RowBlock& block, int first) {
+    for (int sub = 0; sub < subs(block.rows); ++sub) {
       const TileColumns& t = columns_[sub];
       if (t.begin == t.end) continue;
       Packed a = ds_, b = k_;
       a.data = a.tile(0, sub * 2, 0);
       b.data = b.tile(0, 0, first / kTileDepth);
-      float* c = dq_sums_ + int64_t{row0 + sub * kBlockRows} * d_pad_;
-      TileProduct x = row_major_product(a, b, c, d_pad_);
+      float* c = ctx_.dq_row(block.row0 + sub * kBlockRows);
+      TileProduct x = row_major_product(a, b, c, ctx_.d_pad);
       x.k_begin = t.begin / kTileDepth;
       x.k_end = t.end / kTileDepth;
       x.add = true;
-      multiply<Tile, Terms>(x, tiles(sub_rows(rows, sub)), 0, d_pad_ / kTileSide);
-      if (!k_finite_) add_spoilt_keys(sub, sub_rows(rows, sub), first, c);
+      const int rows = sub_rows(block.rows, sub);
+      multiply<Tile, Terms>(x, row_tiles(rows), 0, ctx_.d_pad / kTileSide);
+      if (!k_finite_) add_spoilt_keys(sub, rows, first, c);
     }
   }
 
   void add_spoilt_keys(int sub, int rows, int first, float* dq) {
+    const auto k_rows = ctx_.key_rows(ctx_.p.k, ctx_.key);
     for (int r = 0; r < rows; ++r) {
       const int row = sub * kBlockRows + r;
       const KeyRange seen = visible(x_.rows[row], columns_[sub]);
       for (int j = seen.begin; j < seen.end; ++j)
         if (x_.spoilt_k[first + j])
-          add_not_finite(dq + int64_t{r} * d_pad_, 1, sum_of_terms(ds_pairs_, row, j), p_.dtype,
-                         key_row(p_.k, first + j), d_);
+          add_not_finite(dq + int64_t{r} * ctx_.d_pad, 1, sum_of_terms(ds_pairs_, row, j),
+                         ctx_.p.dtype, k_rows(first + j), ctx_.d);
     }
   }
 
   // A gradient of the chunk's keys, collected as tiles of its transpose.
   void store_transposed(const float* tiles, const Operand& gradient, int d, float scale) {
-    const int n_tiles = tile_.keys / kTileSide, ld = x_.staging.ld;
-    for (int n = 0; n * kTileSide < keys_; ++n) {
+    const int n_tiles = ctx_.tile.keys / kTileSide, ld = x_.staging.ld;
+    for (int n = 0; n * kTileSide < ctx_.keys; ++n) {
       for (int m = 0; m * kTileSide < d; ++m)
         transpose_tile(
             x_.staging.pairs + m * kTileSide, ld,
             reinterpret_cast<const uint32_t*>(tiles) + (int64_t{m} * n_tiles + n) * kTileWords,
             kTileSide);
-      for (int j = 0; j < kTileSide && n * kTileSide + j < keys_; ++j) {
-        const int64_t row = seq_.k_row + seq_.leftpad + key_ + n * kTileSide + j;
-        write_row(p_.dtype, operand_row(gradient, p_.dtype, seq_.k_batch, row, head_.head_k),
-                  reinterpret_cast<const float*>(x_.staging.pairs) + int64_t{j} * ld, d, scale);
-      }
+      for (int j = 0; j < kTileSide && n * kTileSide + j < ctx_.keys; ++j)
+        ctx_.write_gradient(gradient, n * kTileSide + j,
+                            reinterpret_cast<const float*>(x_.staging.pairs) + int64_t{j} * ld, d,
+                            scale);
     }
   }
 
+  const BwdContext ctx_;
   const Scratch& x_;
   const Packed q_, dout_, q_t_, dout_t_, k_t_, v_t_, k_, p_pairs_, ds_pairs_, ds_;
   TileColumns columns_[kRows / kBlockRows];  // of the block of keys, for each 32 rows
   bool any_far_ = false;                     // of the block of rows
+  bool k_finite_ = true;
 };
 
 }  // namespace flash::cpu::FLASH_ATTN_ISA

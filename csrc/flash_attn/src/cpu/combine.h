@@ -4,6 +4,7 @@
 #include "base/cpu/parallel.h"
 #include "base/cpu/rows.h"
 #include "base/cpu/scratch.h"
+#include "common/softmax.h"
 
 namespace flash::cpu::FLASH_ATTN_ISA {
 
@@ -13,25 +14,23 @@ inline void combine_row(const Combine_params& p, int64_t b, int64_t s, int64_t h
                                     s * p.lse_partial_stride[2] + h * p.lse_partial_stride[3]];
     return lse == __builtin_inff() ? -lse : lse;  // the forward's mark of a row without keys
   };
-  float largest = -__builtin_inff();
-  for (int64_t i = 0; i < p.splits; ++i) largest = lse_of(i) > largest ? lse_of(i) : largest;
-  const float reference = largest == -__builtin_inff() ? 0.f : largest;
+  // The state of all parts at once, each a score of its own: the largest comes first.
+  RowState state;
+  for (int64_t i = 0; i < p.splits; ++i) state.max = lse_of(i) > state.max ? lse_of(i) : state.max;
   const int dv = static_cast<int>(p.d_v);
   std::memset(o, 0, dv * sizeof(float));
-  float sum = 0.f;
   for (int64_t i = 0; i < p.splits; ++i) {
-    const float weight = exp(lse_of(i) - reference);
+    const float weight = exp(lse_of(i) - state.anchor());
     if (weight == 0.f) continue;  // an empty part may hold anything
-    sum += weight;
+    state.sum += weight;
     const float* part = p.out_partial + i * p.out_partial_stride[0] + b * p.out_partial_stride[1] +
                         s * p.out_partial_stride[2] + h * p.out_partial_stride[3];
     for (int j = 0; j < dv; ++j) o[j] += weight * part[j];
   }
-  write_row(p.out_dtype, operand_row(p.out, p.out_dtype, b, s, h), o, dv,
-            sum == 0.f ? 0.f : 1.f / sum);
+  write_row(p.out_dtype, operand_row(p.out, p.out_dtype, b, s, h), o, dv, state.inverse_sum());
   if (p.lse)
     p.lse[b * p.lse_stride[0] + s * p.lse_stride[1] + h * p.lse_stride[2]] =
-        sum == 0.f ? largest : reference + __builtin_logf(sum);
+        state.sum == 0.f ? state.max : state.lse(1.f);
 }
 
 inline void combine(const Combine_params& p) {

@@ -15,6 +15,7 @@
 #include "base/cpu/scratch.h"
 #include "cpu/plan.h"
 #include "cpu/row_state.h"
+#include "cpu/task_context.h"
 #include "cpu/tile_stream.h"
 
 namespace flash::cpu::FLASH_ATTN_ISA {
@@ -56,11 +57,12 @@ struct StreamScratch {
 
 inline StreamScratch carve_stream(Carver& c, const Flash_fwd_params& p) {
   const int keys = stream_block_keys(p);
+  const HeadDims dims(p);
   StreamScratch x;
-  x.q = c.take<float>(int64_t{kStreamTaskRows} * round_up(static_cast<int>(p.d), kTileN));
-  x.o = c.take<float>(int64_t{kStreamTaskRows} * round_up(static_cast<int>(p.d_v), kTileN));
+  x.q = c.take<float>(int64_t{kStreamTaskRows} * dims.d_pad);
+  x.o = c.take<float>(int64_t{kStreamTaskRows} * dims.d_v_pad);
   x.s = c.take<float>(int64_t{kStreamRows} * keys);
-  x.buffer = c.take<float>(keys + kWidth + round_up(static_cast<int>(p.d_v), kTileN));
+  x.buffer = c.take<float>(keys + kWidth + dims.d_v_pad);
   x.state = c.take<RowState>(kStreamTaskRows);
   x.rows = c.take<Row>(kStreamTaskRows);
   for (int i = 0; i < 2; ++i) {
@@ -85,26 +87,23 @@ class StreamTaskRunner {
         task_(task),
         x_(x),
         seq_(sequence(p, task.batch)),
-        d_(static_cast<int>(p.d)),
-        d_v_(static_cast<int>(p.d_v)),
-        d_pad_(round_up(d_, kTileN)),
-        d_v_pad_(round_up(d_v_, kTileN)),
+        dims_(p),
         block_keys_(stream_block_keys(p)),
         modifiers_(has_score_modifiers(p)) {}
 
   void run() {
     for (int h = 0; h < task_.heads; ++h) load_q(h);
-    std::memset(x_.o, 0, sizeof(float) * task_.heads * rows() * d_v_pad_);
+    std::memset(x_.o, 0, sizeof(float) * task_.heads * rows() * dims_.d_v_pad);
     int keys = find_rows(0, task_.key_begin);
-    prefetch(k_rows(0, 0), keys, d_ * dtype_bytes(T));
-    prefetch(v_rows(0, 0), keys, d_v_ * dtype_bytes(T));
+    prefetch(k_rows(0, 0), keys, dims_.d * dtype_bytes(T));
+    prefetch(v_rows(0, 0), keys, dims_.d_v * dtype_bytes(T));
     for (int key = task_.key_begin; key < task_.key_end; key += block_keys_, ++block_) {
       const int next_keys = find_rows((block_ + 1) % 2, key + keys);
       for (int h = 0; h < task_.heads; ++h) attend(h, key, keys, next_keys);
       keys = next_keys;
     }
     for (int r = 0; r < task_.heads * rows(); ++r)
-      from_part_order<T>(x_.o + int64_t{r} * d_v_pad_, d_v_pad_);
+      from_part_order<T>(x_.o + int64_t{r} * dims_.d_v_pad, dims_.d_v_pad);
   }
 
   const Sequence& seq() const { return seq_; }
@@ -117,9 +116,9 @@ class StreamTaskRunner {
       const int row = task_.row_begin + i, r = h * rows() + i;
       x_.rows[r] = map.row(row);
       x_.state[r] = RowState{};
-      float* q = x_.q + int64_t{r} * d_pad_;
-      read_scaled_query(p_, seq_, map, row, q, d_pad_);
-      to_part_order<T>(q, d_pad_);
+      float* q = x_.q + int64_t{r} * dims_.d_pad;
+      read_scaled_query(p_, seq_, map, row, q, dims_.d_pad);
+      to_part_order<T>(q, dims_.d_pad);
     }
   }
 
@@ -172,16 +171,21 @@ class StreamTaskRunner {
     for (int n = 0; n < keys; n += kTileKeys)
       for (int r = 0; r < rows(); r += kScoreM)
         with_rows<kScoreM>(rows() - r, [&]<int M>() {
-          dot_keys<T, M>({x_.q + int64_t{first + r} * d_pad_, d_pad_, k.from(n), ahead.from(n),
-                          r == 0, d_, x_.s + r * block_keys_ + n, block_keys_});
+          dot_keys<T, M>({x_.q + int64_t{first + r} * dims_.d_pad, dims_.d_pad, k.from(n),
+                          ahead.from(n), r == 0, dims_.d, x_.s + r * block_keys_ + n, block_keys_});
         });
   }
 
   void values(int first, int keys, StreamRows v, StreamRows ahead, bool all_visible) const {
     const auto product = [&](int r, int n, int count) {
-      return ValueProduct{
-          x_.s + r * block_keys_ + n,           block_keys_, v.from(n), ahead.from(n), count, d_v_,
-          x_.o + int64_t{first + r} * d_v_pad_, d_v_pad_};
+      return ValueProduct{.p = x_.s + r * block_keys_ + n,
+                          .p_ld = block_keys_,
+                          .v = v.from(n),
+                          .ahead = ahead.from(n),
+                          .keys = count,
+                          .d = dims_.d_v,
+                          .o = x_.o + int64_t{first + r} * dims_.d_v_pad,
+                          .o_ld = dims_.d_v_pad};
     };
     if (!all_visible && !values_finite(v, keys)) {
       for (int r = 0; r < rows(); ++r) accumulate_values_skipping_zeros<T>(product(r, 0, keys));
@@ -206,15 +210,16 @@ class StreamTaskRunner {
     RowState& state = x_.state[r];
     const float scale = flash_step(s, t.begin, t.end, state);
     if (scale != 1.f) {
-      float* o = x_.o + int64_t{r} * d_v_pad_;
-      for (int i = 0; i < d_v_pad_; i += kWidth) store(o + i, load(o + i) * scale);
+      float* o = x_.o + int64_t{r} * dims_.d_v_pad;
+      for (int i = 0; i < dims_.d_v_pad; i += kWidth) store(o + i, load(o + i) * scale);
     }
     return seen.begin == 0 && seen.end == keys;
   }
 
   bool values_finite(StreamRows v, int keys) const {
     bool finite = true;
-    for (int n = 0; n < keys; ++n) finite &= read_row<T>(x_.buffer, v.row(n), d_v_, d_v_pad_);
+    for (int n = 0; n < keys; ++n)
+      finite &= read_row<T>(x_.buffer, v.row(n), dims_.d_v, dims_.d_v_pad);
     return finite;
   }
 
@@ -222,7 +227,7 @@ class StreamTaskRunner {
   const FwdTask& task_;
   const StreamScratch& x_;
   const Sequence seq_;
-  const int d_, d_v_, d_pad_, d_v_pad_;
+  const HeadDims dims_;
   const int block_keys_;
   const bool modifiers_;
   int block_ = 0;

@@ -1,5 +1,6 @@
-// Forward attention on tile registers of bf16 (AMX): fwd.h's loop over tasks with other products.
-// Tasks of few rows are streamed as everywhere (decode.h).
+// Forward attention in products of bf16 pairs: tile registers (AMX), or vectors (AVX-512-BF16). The
+// tasks of fwd_run.h, as fwd.h does them in FMAs; those of few rows are streamed as everywhere
+// (decode.h).
 //
 // A task packs a chunk of keys, as much of K and V as leaves room in L2, and walks over it with
 // blocks of 32 rows:
@@ -13,25 +14,27 @@
 // never rescaled, and P needs no maximum before it. One FMA scales a score and subtracts the
 // reference, which costs the weights a relative error of 2^-24 of it; where it is large, or scores
 // are modified, it is subtracted first. Row sums stay one vector a row until the end.
+//
+// softmax_scale enters with that FMA: Q is packed as it is, and S holds products. Modifiers want
+// scores: products are then multiplied by it before them (weigh_modified), and so where it is not
+// positive, since the largest product would not be the largest score. (fwd.h scales Q.)
+//
 // All grids of keys start at multiples of their size, so that a row's arithmetic does not depend on
 // the task it falls into.
 #pragma once
 
-#include "cpu/exp2_bf16.h"
-#include "cpu/fwd.h"
-#include "cpu/tile_product.h"
+#include "cpu/decode.h"
+#include "cpu/tile_units.h"
 
 namespace flash::cpu::FLASH_ATTN_ISA {
 
-inline constexpr int kBlockRows = 32;
-inline constexpr int kUnitKeys = 64;
 inline constexpr int kPieceKeys = 128;
 inline constexpr float kNoReference = 0x1.fffffep127f;  // any score exceeds it
 inline constexpr float kMaxExponent = 8.f;              // scores beyond raise the reference
 inline constexpr float kMaxFused = 1024.f;  // of references subtracted by the FMA that scales
-static_assert(kTileN == kTileDepth);        // columns of a tile of scores are whole tiles of a sum
 
-struct FwdTilesScratch : FwdScratch {  // of FwdScratch: o, buffer, state, rows, random
+struct FwdTilesScratch {
+  float* o;  // [task_rows][dv], padded to kTileN
   uint32_t *packed_q, *packed_k, *packed_v;
   uint32_t* packed_p;  // [32] x [2 kPieceKeys]
   float* units;        // two of [32][kUnitKeys] scores
@@ -39,19 +42,16 @@ struct FwdTilesScratch : FwdScratch {  // of FwdScratch: o, buffer, state, rows,
   float* reference;    // [task_rows]: what to add to a scaled score; kNoReference before the first,
                        // and where `largest` must be subtracted before scaling
   float* largest;      // [task_rows]: the score that is the reference, not scaled
+  float* buffer;       // a row of Q, or of bias
+  RowState* state;     // [task_rows]
+  Row* rows;           // [task_rows]
+  uint8_t* random;     // [kUnitKeys]
   uint8_t* spoilt;     // [tile.keys]: V's rows with inf or NaN
   Staging staging;
 };
 
-// 2^x to the accuracy that weights of these terms keep.
-FLASH_INLINE Vec exp2_for(OneTerm, Vec x) { return exp2_bf16(x); }
-template <class Terms>
-FLASH_INLINE Vec exp2_for(Terms, Vec x) {
-  return exp2(x);
-}
-
 template <class Tile, class Terms>
-class FwdTilesRunner : public FwdTaskRunner {
+class FwdTilesRunner {
  public:
   using Scratch = FwdTilesScratch;
   static constexpr int kTerms = Terms::kTerms;
@@ -59,18 +59,18 @@ class FwdTilesRunner : public FwdTaskRunner {
       packed_words(kBlockRows, 2 * kPieceKeys, 1);
 
   static FwdTile tile(const Flash_fwd_params& p) {
-    const int d = round_up(static_cast<int>(p.d), kTileDepth),
-              dv = round_up(static_cast<int>(p.d_v), kTileDepth);
+    const HeadDims dims(p);
+    const int d = dims.d_pad, dv = dims.d_v_pad;
     int keys = (512 << 10) / (2 * kTerms * (d + dv)) / kPieceKeys * kPieceKeys;
     keys = keys < kPieceKeys ? kPieceKeys : keys > 1024 ? 1024 : keys;
     int task_rows = (768 << 10) / (2 * kTerms * d + 4 * dv) / kBlockRows * kBlockRows;
     task_rows = task_rows < kBlockRows ? kBlockRows : task_rows > 1024 ? 1024 : task_rows;
-    return {kBlockRows, keys, task_rows, stream_tile(p)};
+    return {.rows = kBlockRows, .keys = keys, .task_rows = task_rows, .stream = stream_tile(p)};
   }
 
   static Scratch carve(Carver& c, const Flash_fwd_params& p, const FwdTile& tile) {
-    const int64_t d = round_up(static_cast<int>(p.d), kTileDepth),
-                  dv = round_up(static_cast<int>(p.d_v), kTileDepth);
+    const HeadDims dims(p);
+    const int64_t d = dims.d_pad, dv = dims.d_v_pad;
     Scratch x{};
     x.o = c.take<float>(tile.task_rows * dv);
     x.packed_q = c.take<uint32_t>(packed_words(tile.task_rows, d, kTerms));
@@ -81,7 +81,7 @@ class FwdTilesRunner : public FwdTaskRunner {
     x.lane_sum = c.take<float>(int64_t{tile.task_rows} * kWidth);
     x.reference = c.take<float>(tile.task_rows);
     x.largest = c.take<float>(tile.task_rows);
-    x.staging = carve_staging(c, kTerms, static_cast<int>(d > dv ? d : dv));
+    x.staging = carve_staging(c, kTerms, dims.largest_pad());
     x.buffer = c.take<float>(d + tile.keys + kWidth);
     x.state = c.take<RowState>(tile.task_rows);
     x.rows = c.take<Row>(tile.task_rows);
@@ -92,22 +92,24 @@ class FwdTilesRunner : public FwdTaskRunner {
 
   FwdTilesRunner(const Flash_fwd_params& p, const FwdTask& task, const FwdTile& tile,
                  const Scratch& x)
-      : FwdTaskRunner(p, task, tile, x),
+      : ctx_(p, task.batch, task.head_k),
+        task_(task),
+        tile_(tile),
         x_(x),
-        fold_scale_(!modifiers_ && p.scale_softmax > 0.f),
+        fold_scale_(!ctx_.modifiers && p.scale_softmax > 0.f),
         scale_(fold_scale_ ? p.scale_softmax : 1.f),
         factor_(scale_ * kLog2e),
         natural_(static_cast<double>(scale_) / factor_),
-        q_(packed_grid(x.packed_q, tile.task_rows, d_pad_)),
-        k_(packed_grid(x.packed_k, tile.keys, d_pad_)),
-        v_(packed_grid(x.packed_v, d_v_pad_, tile.keys)),
+        q_(packed_grid(x.packed_q, tile.task_rows, ctx_.d_pad)),
+        k_(packed_grid(x.packed_k, tile.keys, ctx_.d_pad)),
+        v_(packed_grid(x.packed_v, ctx_.d_v_pad, tile.keys)),
         weights_(packed_grid(x.packed_p, kBlockRows, 2 * kPieceKeys)) {}
 
   void run() {
     Tile::configure();
     load_q();
     const int padded_rows = round_up(rows(), kBlockRows);
-    std::memset(x_.o, 0, sizeof(float) * padded_rows * d_v_pad_);
+    std::memset(x_.o, 0, sizeof(float) * padded_rows * ctx_.d_v_pad);
     std::memset(x_.lane_sum, 0, sizeof(float) * padded_rows * kWidth);
     std::memset(x_.packed_p, 0, 4 * packed_words(kBlockRows, 2 * kPieceKeys, kTerms));
     const int first = task_.key_begin / kPieceKeys * kPieceKeys;
@@ -124,6 +126,8 @@ class FwdTilesRunner : public FwdTaskRunner {
   }
 
  private:
+  int rows() const { return task_.row_end - task_.row_begin; }
+
   // A block of rows over the columns [begin, end) of a chunk of keys.
   struct Unit {
     int row, rows;   // of the task
@@ -136,48 +140,42 @@ class FwdTilesRunner : public FwdTaskRunner {
     uint32_t late;   // a bit for each row before it that waits for a higher reference
   };
 
+  // Queries as A, rotated, not scaled, and fresh softmax states.
   void load_q() {
     for (int r = 0; r < rows(); ++r) {
-      x_.rows[r] = map_.row(task_.row_begin + r);
+      x_.rows[r] = ctx_.map.row(task_.row_begin + r);
       x_.state[r] = RowState{};
       x_.reference[r] = kNoReference;
       x_.largest[r] = -kInf;
     }
     const auto q_row = [&](int r) -> const void* {
-      return map_.tensor_row(p_.q, task_.row_begin + r);
+      return ctx_.map.tensor_row(ctx_.p.q, task_.row_begin + r);
     };
     for (int r = 0; r < round_up(rows(), kBlockRows); ++r) {
-      if (p_.rotary_dim > 0 && r < rows())
+      if (ctx_.p.rotary_dim > 0 && r < rows())
         stage_rotated(r);
       else
-        stage_rows<kTerms>(x_.staging, {p_.dtype, r, 1, rows(), d_}, q_row, nullptr);
+        stage_rows<kTerms>(x_.staging, {ctx_.p.dtype, r, 1, rows(), ctx_.d}, q_row, nullptr);
       copy_staged_row<kTerms>(q_, r, x_.staging, 0);
     }
   }
+
   void stage_rotated(int r) {
     float* q = x_.buffer;
-    read_query(p_, seq_, map_, task_.row_begin + r, q, d_pad_);
-    split_row<kTerms>(x_.staging.rows, int64_t{kTileDepth} * x_.staging.ld, q, d_pad_);
-  }
-
-  const char* k_row(int64_t key) const {
-    return cache_row(p_, p_.k, seq_, seq_.leftpad + key, task_.head_k);
-  }
-  const char* v_row(int64_t key) const {
-    return cache_row(p_, p_.v, seq_, seq_.leftpad + key, task_.head_k);
+    read_query(ctx_.p, ctx_.seq, ctx_.map, task_.row_begin + r, q, ctx_.d_pad);
+    split_row<kTerms>(x_.staging.rows, int64_t{kTileDepth} * x_.staging.ld, q, ctx_.d_pad);
   }
 
   void pack_kv(int key, int keys) {
+    const auto k_rows = ctx_.key_rows(ctx_.p.k, key), v_rows = ctx_.key_rows(ctx_.p.v, key);
     v_finite_ = true;
     for (int i = 0; i < keys; i += kTileDepth) {
-      const RowGroup k_rows{p_.dtype, i, kTileDepth, keys, d_};
-      stage_rows<kTerms>(x_.staging, k_rows, [&](int j) { return k_row(key + j); }, nullptr);
-      pack_columns<kTerms>(k_, i / kTileSide, x_.staging, 0);
-      pack_columns<kTerms>(k_, i / kTileSide + 1, x_.staging, kTileSide);
-      const RowGroup v_rows{p_.dtype, i, kTileDepth, keys, d_v_};
-      v_finite_ &= stage_rows<kTerms>(
-          x_.staging, v_rows, [&](int j) { return v_row(key + j); }, x_.spoilt + i);
-      pack_pairs<kTerms>(v_, i / kTileDepth, d_v_pad_, x_.staging);
+      const RowGroup k_group{ctx_.p.dtype, i, kTileDepth, keys, ctx_.d};
+      stage_rows<kTerms>(x_.staging, k_group, k_rows, nullptr);
+      pack_key_columns<kTerms>(k_, i, x_.staging);
+      const RowGroup v_group{ctx_.p.dtype, i, kTileDepth, keys, ctx_.d_v};
+      v_finite_ &= stage_rows<kTerms>(x_.staging, v_group, v_rows, x_.spoilt + i);
+      pack_pairs<kTerms>(v_, i / kTileDepth, ctx_.d_v_pad, x_.staging);
     }
   }
 
@@ -185,7 +183,7 @@ class FwdTilesRunner : public FwdTaskRunner {
   // with V follow where a piece of keys ends.
   void attend(int row, int key, int keys) {
     const int count = rows() - row < kBlockRows ? rows() - row : kBlockRows;
-    const TileColumns t = map_.columns(task_.row_begin + row, count, key, keys);
+    const TileColumns t = ctx_.map.columns(task_.row_begin + row, count, key, keys);
     Unit unit{row, 0, 0, 0, t.begin, key, x_.units, false, 0, 0};
     for (int begin = t.begin; begin < t.end;) {
       Unit done = unit;
@@ -206,14 +204,14 @@ class FwdTilesRunner : public FwdTaskRunner {
   }
 
   bool is_plain(const Unit& unit) const {
-    return fold_scale_ && !dropout_.enabled &&
+    return fold_scale_ && !ctx_.dropout.enabled &&
            all_see(x_.rows[unit.row], x_.rows[unit.row + unit.rows - 1],
                    unit.first_key + unit.begin, unit.first_key + unit.end);
   }
 
   // S of `unit`, and P of the rows of `done` between the tile products.
   void score(const Unit& unit, Unit& done) {
-    const int m = unit.row / kTileSide, m_tiles = tiles(unit.rows), n = unit.begin / kTileSide;
+    const int m = unit.row / kTileSide, m_tiles = row_tiles(unit.rows), n = unit.begin / kTileSide;
     Packed q = q_, k = k_;
     q.data = q_.tile(0, m, 0);
     k.data = k_.tile(0, n, 0);
@@ -234,13 +232,14 @@ class FwdTilesRunner : public FwdTaskRunner {
     if (done.begin == done.end) return;
     const int piece = done.begin / kPieceKeys * kPieceKeys;
     const int begin = done.seen_begin > piece ? done.seen_begin : piece;
-    TileProduct x = row_major_product(weights_, v_, x_.o + int64_t{done.row} * d_v_pad_, d_v_pad_);
+    TileProduct x =
+        row_major_product(weights_, v_, x_.o + int64_t{done.row} * ctx_.d_v_pad, ctx_.d_v_pad);
     x.a.data = weights_.tile(0, 0, piece % (2 * kPieceKeys) / kTileDepth);
     x.b.data = v_.tile(0, 0, piece / kTileDepth);
     x.k_begin = (begin - piece) / kTileDepth;
     x.k_end = (done.end - piece) / kTileDepth;
     x.add = true;
-    const int m_tiles = tiles(done.rows), n_tiles = d_v_pad_ / kTileSide;
+    const int m_tiles = row_tiles(done.rows), n_tiles = ctx_.d_v_pad / kTileSide;
     if (next.plain && next.next < next.rows) {
       const int steps = multiply_steps<Terms>(x, m_tiles, 0, n_tiles);
       const int each = (next.rows + steps - 1) / steps;
@@ -254,7 +253,6 @@ class FwdTilesRunner : public FwdTaskRunner {
     raise_late(next);
   }
 
-  static int tiles(int rows) { return (rows + kTileSide - 1) / kTileSide; }
   uint16_t* weight(int term, uint32_t r, uint32_t column) const {
     constexpr uint32_t kColumns = 2 * kPieceKeys, kTiles = kColumns / kTileDepth;
     const uint32_t j = column % kColumns;
@@ -301,15 +299,15 @@ class FwdTilesRunner : public FwdTaskRunner {
     float* s = unit.scores + r * kUnitKeys;
     const TileColumns t{0, unit.end - unit.begin, unit.first_key + unit.begin};
     if (!fold_scale_)
-      for (int j = 0; j < t.end; j += kWidth) store(s + j, load(s + j) * p_.scale_softmax);
-    finish_scores(unit.row + r, s, t);
-    if (dropout_.enabled) random_row_bytes(dropout_, map_.batch_head(row), row.query, t, x_.random);
+      for (int j = 0; j < t.end; j += kWidth) store(s + j, load(s + j) * ctx_.p.scale_softmax);
+    ctx_.finish_scores(row, s, t, x_.buffer);
+    if (ctx_.dropout.enabled) ctx_.random_bytes(row, t, x_.random);
     const float reference = x_.reference[unit.row + r];
-    const bool done = dropout_.enabled ? weigh_row<true>(unit, r, reference, kMaxExponent)
-                                       : weigh_row<false>(unit, r, reference, kMaxExponent);
+    const bool done = ctx_.dropout.enabled ? weigh_row<true>(unit, r, reference, kMaxExponent)
+                                           : weigh_row<false>(unit, r, reference, kMaxExponent);
     if (done) return;
     raise_reference(unit, r);
-    dropout_.enabled ? weigh_raised<true>(unit, r) : weigh_raised<false>(unit, r);
+    ctx_.dropout.enabled ? weigh_raised<true>(unit, r) : weigh_raised<false>(unit, r);
   }
 
   // P of row r, whose reference none of its scores exceeds by far.
@@ -352,7 +350,8 @@ class FwdTilesRunner : public FwdTaskRunner {
     for (int j = 0; j < kVectors; ++j) {
       x[j] = exp2_for(Terms{}, x[j]);
       sum += x[j];
-      if constexpr (kDropout) x[j] = select(kept(dropout_, x_.random, j * kWidth), x[j], zero());
+      if constexpr (kDropout)
+        x[j] = select(kept(ctx_.dropout, x_.random, j * kWidth), x[j], zero());
     }
     store(lane_sum, sum);
 #pragma GCC unroll 4
@@ -387,8 +386,8 @@ class FwdTilesRunner : public FwdTaskRunner {
     const float scale = exp2(static_cast<float>(before - exponent_of_reference(unit.row + r)));
     float* lane_sum = x_.lane_sum + int64_t{unit.row + r} * kWidth;
     store(lane_sum, load(lane_sum) * scale);
-    float* o = x_.o + int64_t{unit.row + r} * d_v_pad_;
-    for (int i = 0; i < d_v_pad_; i += kWidth) store(o + i, load(o + i) * scale);
+    float* o = x_.o + int64_t{unit.row + r} * ctx_.d_v_pad;
+    for (int i = 0; i < ctx_.d_v_pad; i += kWidth) store(o + i, load(o + i) * scale);
     const int piece = unit.begin / kPieceKeys * kPieceKeys;
     for (int j = unit.seen_begin > piece ? unit.seen_begin : piece; j < unit.begin;
          j += kTileDepth) {
@@ -411,6 +410,7 @@ class FwdTilesRunner : public FwdTaskRunner {
 
   // What the zeros in place of inf and NaN left out, in rows that see them.
   void add_spoilt_values(const Unit& unit, int begin) {
+    const auto v_rows = ctx_.key_rows(ctx_.p.v, unit.first_key);
     for (int j = begin; j < unit.end; ++j) {
       const int key = unit.first_key + j;
       if (key >= task_.key_end || !x_.spoilt[j]) continue;
@@ -419,17 +419,22 @@ class FwdTilesRunner : public FwdTaskRunner {
         if (key < seen.begin || key >= seen.end) continue;
         float p = 0.f;
         for (int i = 0; i < kTerms; ++i) p += load_scalar(weight(i, r, j), Dtype::kBFloat16, 0);
-        add_not_finite(x_.o + int64_t{unit.row + r} * d_v_pad_, 1, p, p_.dtype, v_row(key), d_v_);
+        add_not_finite(x_.o + int64_t{unit.row + r} * ctx_.d_v_pad, 1, p, ctx_.p.dtype, v_rows(j),
+                       ctx_.d_v);
       }
     }
   }
 
+  const TaskContext<Flash_fwd_params> ctx_;
+  const FwdTask& task_;
+  const FwdTile& tile_;
   const Scratch& x_;
   const bool fold_scale_;  // products are scores but for the scale
   const float scale_;      // from products (or scores, where modified) to scores
   const float factor_;     // and to units of log2
   const double natural_;   // from those to scores
   const Packed q_, k_, v_, weights_;
+  bool v_finite_ = true;
 };
 
 }  // namespace flash::cpu::FLASH_ATTN_ISA

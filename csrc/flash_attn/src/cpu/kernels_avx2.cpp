@@ -2,5 +2,6 @@
 #define FLASH_ATTN_VECTOR_WIDTH 8
 #include "cpu/kernels.inc"
 
-const flash::cpu::Kernels flash::cpu::kernels_avx2 = {
-    "avx2", flash::cpu::avx2::mha_fwd_all, flash::cpu::avx2::mha_bwd, flash::cpu::avx2::combine};
+const flash::cpu::Kernels flash::cpu::kernels_avx2 = {"avx2", flash::cpu::avx2::mha_fwd_all,
+                                                      flash::cpu::avx2::mha_bwd_all,
+                                                      flash::cpu::avx2::combine};

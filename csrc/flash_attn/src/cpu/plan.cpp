@@ -64,7 +64,7 @@ std::vector<double> packed_work(const Flash_fwd_params& p, const FwdTile& tile, 
   for (int b = 0; b < p.b; ++b) {
     const Sequence seq = sequence(p, b);
     if (is_streamed(p, seq, tile)) continue;
-    FwdTask task{b, 0, 0, 0, 0, seq.seqlen_k, 0, 1, 0};
+    FwdTask task{.batch = b, .key_end = seq.seqlen_k};
     for (const int end = rows_of(p, seq); task.row_begin < end; task.row_begin = task.row_end) {
       task.row_end = std::min(end, task.row_begin + rows);
       const KeyRange keys =
@@ -140,8 +140,16 @@ void plan_streamed(const Flash_fwd_params& p, const Sequence& seq, const FwdTile
       const int key_begin = static_cast<int>(std::min<int64_t>(keys.end, begin));
       const int key_end = static_cast<int>(std::min<int64_t>(keys.end, begin + split_keys));
       add_task(p,
-               {seq.batch, head_k, 0, rows, key_begin, key_end, split, splits,
-                plan.partial_rows + int64_t{split} * rows, heads, true},
+               {.batch = seq.batch,
+                .head_k = head_k,
+                .row_end = rows,
+                .key_begin = key_begin,
+                .key_end = key_end,
+                .split = split,
+                .num_splits = splits,
+                .partial_row = plan.partial_rows + int64_t{split} * rows,
+                .heads = heads,
+                .streamed = true},
                plan);
     }
     if (splits > 1) plan.partial_rows += int64_t{heads} * splits * rows;
@@ -160,7 +168,14 @@ void plan_sequence(const Flash_fwd_params& p, const Sequence& seq, const FwdTile
       const int row_end = std::min(rows, row + rows_per_task);
       const KeyRange keys = mask.keys(row / group, (row_end - 1) / group);
       for (int split = 0; split < splits; ++split) {
-        FwdTask t{seq.batch, head_k, row, row_end, keys.begin, keys.end, split, splits, 0};
+        FwdTask t{.batch = seq.batch,
+                  .head_k = head_k,
+                  .row_begin = row,
+                  .row_end = row_end,
+                  .key_begin = keys.begin,
+                  .key_end = keys.end,
+                  .split = split,
+                  .num_splits = splits};
         if (splits > 1) {
           t.key_begin = std::max<int64_t>(keys.begin, static_cast<int64_t>(split) * split_keys);
           t.key_end = std::max<int64_t>(t.key_begin,
@@ -171,6 +186,19 @@ void plan_sequence(const Flash_fwd_params& p, const Sequence& seq, const FwdTile
         add_task(p, t, plan);
       }
     }
+  }
+}
+
+// The chunks of a wave's heads in turn.
+void add_bwd_tasks(BwdPlan& plan) {
+  for (size_t wave = 0; wave < plan.heads.size(); wave += plan.wave_heads) {
+    const size_t end = std::min(plan.heads.size(), wave + plan.wave_heads);
+    int chunks = 0;
+    for (size_t h = wave; h < end; ++h) chunks = std::max(chunks, plan.heads[h].chunks);
+    for (int chunk = 0; chunk < chunks; ++chunk)
+      for (size_t h = wave; h < end; ++h)
+        if (chunk < plan.heads[h].chunks)
+          plan.tasks.push_back({.head = static_cast<int>(h), .chunk = chunk});
   }
 }
 
@@ -222,7 +250,8 @@ BwdPlan plan_bwd(const Flash_bwd_params& p, int chunk_keys, int threads) {
     plan.flops += 10.0 * p.h * seq.seqlen_q * seq.seqlen_k * static_cast<double>(p.d + p.d_v) / 2;
     if (seq.seqlen_k == 0) continue;
     for (int head_k = 0; head_k < p.h_k; ++head_k)
-      plan.heads.push_back({b, head_k, ceil_div(seq.seqlen_k, chunk_keys)});
+      plan.heads.push_back(
+          {.batch = b, .head_k = head_k, .chunks = ceil_div(seq.seqlen_k, chunk_keys)});
   }
   // Sums into a bias' gradient that several heads share are made one head after the other.
   const bool heads_share_bias = p.dbias.ptr && (p.dbias.b < p.b || p.dbias.h < p.h);
@@ -236,14 +265,7 @@ BwdPlan plan_bwd(const Flash_bwd_params& p, int chunk_keys, int threads) {
   plan.wave_heads =
       heads_share_bias ? 1 : static_cast<int>(std::min<int64_t>(threads, plan.heads.size()));
   plan.wave_heads = std::max(plan.wave_heads, 1);
-  for (size_t wave = 0; wave < plan.heads.size(); wave += plan.wave_heads) {
-    const size_t end = std::min(plan.heads.size(), wave + plan.wave_heads);
-    int chunks = 0;
-    for (size_t h = wave; h < end; ++h) chunks = std::max(chunks, plan.heads[h].chunks);
-    for (int chunk = 0; chunk < chunks; ++chunk)
-      for (size_t h = wave; h < end; ++h)
-        if (chunk < plan.heads[h].chunks) plan.tasks.push_back({static_cast<int>(h), chunk});
-  }
+  add_bwd_tasks(plan);
   return plan;
 }
 

@@ -13,12 +13,12 @@ namespace flash::cpu {
 // [row_begin, row_end) and walks over the keys [key_begin, key_end). Its result is a part of the
 // softmax if num_splits > 1.
 struct FwdTask {
-  int batch, head_k;  // the first of `heads`
-  int row_begin, row_end;
-  int key_begin, key_end;
-  int split, num_splits;
-  int64_t partial_row;    // of its first row in the buffer of partial results; the parts of a row
-                          // block lie one after the other, row_end - row_begin rows each
+  int batch = 0, head_k = 0;  // the first of `heads`
+  int row_begin = 0, row_end = 0;
+  int key_begin = 0, key_end = 0;
+  int split = 0, num_splits = 1;
+  int64_t partial_row = 0;  // of its first row in the buffer of partial results; the parts of a row
+                            // block lie one after the other, row_end - row_begin rows each
   int heads = 1;          // neighbouring key-value heads; their parts lie one head after the other
   bool streamed = false;  // reads K and V unpacked (decode.h); heads > 1 only then
 };

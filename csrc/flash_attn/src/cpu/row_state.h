@@ -22,6 +22,9 @@ inline void read_scaled_query(const Flash_fwd_params& p, const Sequence& seq, co
   for (int i = 0; i < d_pad; i += kWidth) store(q + i, load(q + i) * p.scale_softmax);
 }
 
+// States on the CPU are of natural scores.
+inline constexpr auto natural_power = [](float x) { return exp(x); };
+
 // Scores s[begin, end), multiples of kWidth, become P; returns the factor that what was summed
 // before must be scaled by. Scores are natural, and the reference is subtracted before anything
 // multiplies them: near it the difference is exact, however large both are.
@@ -29,31 +32,23 @@ FLASH_INLINE float flash_step(float* s, int begin, int end, RowState& state) {
   Vec largest = set1(-kInf);
 #pragma GCC unroll 4
   for (int j = begin; j < end; j += kWidth) largest = max(largest, load(s + j));
-  const float candidate = reduce_max(largest);
-  const float new_max = candidate > state.max ? candidate : state.max;
-  const float reference = RowState{new_max, 0.f}.anchor();
+  const float scale = state.raise(reduce_max(largest), natural_power);
+  const Vec reference = set1(state.anchor());
   Vec sum = zero();
 #pragma GCC unroll 4
   for (int j = begin; j < end; j += kWidth) {
-    const Vec p = exp(load(s + j) - set1(reference));
+    const Vec p = exp(load(s + j) - reference);
     sum += p;
     store(s + j, p);
   }
-  const float scale = new_max == state.max ? 1.f : exp(state.max - reference);
   state.sum = state.sum * scale + reduce_add(sum);
-  state.max = new_max;
   return scale;
 }
 
 // Adds the sink of `head`, a key without value; returns the factor that what was summed before must
 // be scaled by.
 inline float add_sink(const ScoreParams& p, int head, RowState& state) {
-  const float sink = sink_logit(p, head);
-  const float new_max = sink > state.max ? sink : state.max;
-  const float reference = RowState{new_max, 0.f}.anchor();
-  const float scale = exp(state.max - reference);
-  state = {new_max, state.sum * scale + exp(sink - reference)};
-  return scale;
+  return merge(state, {sink_logit(p, head), 1.f}, natural_power).total;
 }
 
 }  // namespace flash::cpu::FLASH_ATTN_ISA

@@ -1,13 +1,11 @@
-// The tile unit of the vector ISAs: fp32 operands, C += A B in blocks of kTileM rows by kTileN
-// columns held in registers.
-//
-// The loops above (fwd.h, bwd.h) know operands only by the types and functions of this file. A unit
-// with packed 16-bit operands (AMX, AVX-512-BF16) provides the same names with another Element and
-// other pack_* functions.
+// Products of fp32 operands: C += A B in FMAs, in blocks of kTileM rows by kTileN columns held in
+// registers, and the packing of their operands. Those of fwd.h and bwd.h; fwd_tiles.h and
+// bwd_tiles.h take tile_product.h's, of bf16 pairs.
 //
 //   A  row-major [m][k], or its transpose [k][m]: elements are broadcast
-//   B  panels of kTileN columns: element (k, n) at (n / kTileN) * panel_stride + k * row_stride + n
-//   % kTileN C  row-major [m][n], fp32
+//   B  panels of kTileN columns, element (k, n) at
+//      (n / kTileN) * panel_stride + k * row_stride + n % kTileN
+//   C  row-major [m][n]
 #pragma once
 
 #include "base/cpu/rows.h"

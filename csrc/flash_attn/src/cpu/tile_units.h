@@ -1,0 +1,31 @@
+// What forward and backward do alike on bf16 tiles: blocks of rows, units of scores.
+#pragma once
+
+#include "cpu/exp2_bf16.h"
+#include "cpu/task_context.h"
+#include "cpu/tile_product.h"
+
+namespace flash::cpu::FLASH_ATTN_ISA {
+
+inline constexpr int kBlockRows = 32;
+inline constexpr int kUnitKeys = 64;
+static_assert(kTileN == kTileDepth);  // columns of a tile of scores are whole tiles of a sum
+
+// Tiles that hold so many rows.
+inline int row_tiles(int rows) { return (rows + kTileSide - 1) / kTileSide; }
+
+// 2^x to the accuracy that weights of these terms keep.
+FLASH_INLINE Vec exp2_for(OneTerm, Vec x) { return exp2_bf16(x); }
+template <class Terms>
+FLASH_INLINE Vec exp2_for(Terms, Vec x) {
+  return exp2(x);
+}
+
+// 32 staged rows as columns [first, first + 32) of B.
+template <int kTerms>
+inline void pack_key_columns(const Packed& b, int first, const Staging& s) {
+  pack_columns<kTerms>(b, first / kTileSide, s, 0);
+  pack_columns<kTerms>(b, first / kTileSide + 1, s, kTileSide);
+}
+
+}  // namespace flash::cpu::FLASH_ATTN_ISA
