@@ -67,11 +67,11 @@ def _with_all_arguments(operator: Operator, function: Callable) -> Callable:
     return lambda *args, **kwargs: function(complete(args, kwargs))
 
 
-def _implementation(operator: Operator, args):
-    """Compute the results; autograd is told of what was written to."""
-    results = operator.kernel(args)
+def _into_given(operator: Operator, args):
+    """Compute gradients into a caller's tensors, of which autograd is told."""
+    softmax_d = operator.kernel(args)
     buffers.raise_versions(*(args[place] for place in operator.written))
-    return results
+    return softmax_d
 
 
 class _Registration(torch.library.Library):
@@ -84,9 +84,10 @@ class _Registration(torch.library.Library):
         self.define(name + operator.schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
         # Implementations read negative views; torch's own way gives up on those written to.
         self.impl(name, torch.library.fallthrough_kernel, "Negative")
-        implementation = partial(_implementation, operator)
+        is_backward = operator in (BACKWARD, VARLEN_BACKWARD)
+        kernel = partial(_into_given, operator) if is_backward else operator.kernel
         for device in ("CPU", "CUDA"):
-            self.impl(name, _with_all_arguments(operator, implementation), device)
+            self.impl(name, _with_all_arguments(operator, kernel), device)
         # torch.library.register_fake would give it to an earlier custom_op of this name.
         self._register_fake(name, _with_all_arguments(operator, partial(fake, operator)))
         self.packet = getattr(torch.ops.flash_attn, name)
