@@ -99,6 +99,9 @@ def check_refusals(mesh):
         flash_attn_func(q, k, v, dropout_p=0.1)
     with pytest.raises(TypeError, match="k must be a DTensor"):
         flash_attn_func(q, k.full_tensor(), v)
+    plain = [x.full_tensor() for x in (q, k, v)]
+    with pytest.raises(TypeError, match="k must not be a DTensor where q is a plain tensor"):
+        flash_attn_func(plain[0], k, plain[2])
 
 
 def run_rank(rank, port):
