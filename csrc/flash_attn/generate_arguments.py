@@ -1,6 +1,6 @@
 """Writes the arguments of the C interface as C++ that fills its structs, by name.
 
-    python generate_arguments.py flash_attn.h arguments.inc
+    python generate_arguments.py flash_attn.h generated/arguments.inc
 
 For each ``typedef struct NAME_args`` of the header: a list of rows {name, whether it is a tensor,
 function that sets the member}. A struct in a struct adds its members. What is no argument of a
