@@ -43,6 +43,8 @@ class Operator:
         dropout_p, return_softmax: places of these, if it has them.
 
     Attributes that the modules above set:
+        function: of the library; takes a call's arguments, then buffers of results
+            (``_kernels.py``).
         kernel: ``kernel(args, wants_all=True)`` computes the results (``_kernels.py``).
         overload: torch's operator (``_ops.py``).
         record: ``record(args)`` computes the results so that gradients can follow.
