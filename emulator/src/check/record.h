@@ -84,6 +84,4 @@ class Record {
 };
 static_assert(sizeof(Record) == 8);
 
-inline constexpr uint32_t kLargestAgent = 0x1ff;
-
 }  // namespace gpu_emulator::check
