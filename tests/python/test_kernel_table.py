@@ -8,7 +8,7 @@ import sys
 import sysconfig
 
 import pytest
-from cuda_cases import needs_kernels
+from backends import needs_kernels
 from scripts import ROOT, forget_modules
 
 from flash_attn import _library
