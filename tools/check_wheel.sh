@@ -40,7 +40,10 @@ if ! grep -q 'zstd, which this build of the emulator lacks' "$site/flash_attn/li
   echo "the emulated GPU was built with libzstd" >&2
   exit 1
 fi
-PYTHONPATH=$site .venv/bin/python - "$site" <<'PYTHON'
+# From another folder: in this one the package is that of the sources.
+python=$PWD/.venv/bin/python
+cd build/wheel
+PYTHONPATH=$site "$python" - "$site" <<'PYTHON'
 import sys
 
 import flash_attn
