@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-_TENSOR_CLASSES = (Tensor, torch.nn.Parameter)
+_Parameter = torch.nn.Parameter
 _included_keys = torch._C._dispatch_tls_local_include_set
 _profiler_enabled = torch._C._autograd._profiler_enabled
 _function_modes = torch._C._len_torch_function_stack
@@ -64,16 +64,16 @@ def _plain_requires_grad(operator, args) -> Optional[bool]:
     None: a tensor that must be given is not, or one is of a subclass, or on another device.
     """
     requires_grad = False
-    for place in operator.required:
-        if args[place].__class__ not in _TENSOR_CLASSES:
+    for x in operator.required_of(args):
+        if x.__class__ is not Tensor and x.__class__ is not _Parameter:
             return None
-        if args[place].requires_grad:
+        if x.requires_grad:
             requires_grad = True
-    for place in operator.optional:
-        if args[place] is not None:
-            if args[place].__class__ not in _TENSOR_CLASSES:
+    for x in operator.optional_of(args):
+        if x is not None:
+            if x.__class__ is not Tensor and x.__class__ is not _Parameter:
                 return None
-            requires_grad = requires_grad or args[place].requires_grad
+            requires_grad = requires_grad or x.requires_grad
     return requires_grad if args[0].is_cpu or args[0].is_cuda else None
 
 

@@ -9,6 +9,7 @@ once, when this module is imported.
 from __future__ import annotations
 
 from functools import partial
+from operator import itemgetter
 from typing import Callable
 
 from flash_attn import _buffers as buffers
@@ -39,12 +40,11 @@ _LIBRARY_NAMES = {
 
 def _readable(operator: Operator, args):
     """Return a call's arguments as the library reads them: with copies where it cannot."""
-    for place in operator.copied:
-        x = args[place]
+    for x in operator.copied_of(args):
         if x is not None and (x.is_neg() or not x.is_contiguous()):
             return _with_copies(operator, list(args))
-    for place in operator.others:
-        if args[place] is not None and args[place].is_neg():
+    for x in operator.others_of(args):
+        if x is not None and x.is_neg():
             return _with_copies(operator, list(args))
     return args
 
@@ -127,7 +127,8 @@ def _attend_cache(operator: Operator, args, wants_all: bool = True, out=None):
         _check_out(out)
     softmax_lse = buffers.dense_lse(q) if wants_all else None
     operator.function(*args, out, softmax_lse)
-    buffers.raise_versions(*(args[place] for place in operator.written))
+    if operator.written:
+        buffers.raise_versions(*(args[place] for place in operator.written))
     return out, softmax_lse
 
 
@@ -147,7 +148,9 @@ def _implement(operator: Operator, kernel: Callable, function: str, results: str
     names = [_LIBRARY_NAMES.get(name, name) for name in operator.names]
     operator.function = bind(function, " ".join(names) + " " + results)
     operator.copied = operator.places(copied)
-    operator.others = tuple(place for place in operator.tensors if place not in operator.copied)
+    operator.copied_of = itemgetter(*operator.copied)
+    others = (place for place in operator.tensors if place not in operator.copied)
+    operator.others_of = itemgetter(*others)
     operator.kernel = partial(_run, operator, kernel)
 
 

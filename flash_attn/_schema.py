@@ -36,6 +36,7 @@ class Operator:
         names: of the arguments, in order.
         place: index of each name.
         tensors, required, optional: places of tensors; of those that cannot and can be None.
+        required_of, optional_of: functions that pick these from a call's arguments.
         written: places of tensors that a call writes to.
         differentiable: places of those with a gradient.
         sequences: slice of cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k; may be empty.
@@ -93,6 +94,7 @@ class Operator:
         kinds = [p.annotation for p in self.signature.parameters.values()]
         self.required = tuple(i for i, kind in enumerate(kinds) if kind == _TENSOR)
         self.optional = tuple(i for i, kind in enumerate(kinds) if kind == _OPTIONAL)
+        self.required_of, self.optional_of = itemgetter(*self.required), itemgetter(*self.optional)
         self.tensors = tuple(sorted(self.required + self.optional))
         self.biases = tuple(i for i in self.tensors if self.names[i].endswith("attn_bias"))
         first = self.place.get("cu_seqlens_q", 0)

@@ -143,11 +143,9 @@ def _same_lengths(q: Tensor, length: int, device) -> Tensor:
 
 
 def _has_unit_last_stride(cache: Tensor) -> bool:
-    if torch.compiler.is_compiling():  # is_contiguous() may ask for lengths that are not known yet
+    try:  # the stride first: is_contiguous() may ask for lengths that are not known yet
         return cache.stride(-1) == 1 or cache.is_contiguous()
-    try:
-        return cache.is_contiguous() or cache.stride(-1) == 1
-    except RuntimeError:  # it has no strides, which the call will say
+    except (IndexError, RuntimeError):  # it has no such stride, which the call will say
         return True
 
 
@@ -452,8 +450,8 @@ def flash_attn_with_kvcache(
     """
     if not (isinstance(k_cache, Tensor) and isinstance(v_cache, Tensor)):
         check_tensors(k_cache=k_cache, v_cache=v_cache)
-    refuse_derivatives("flash_attn_with_kvcache", q, k_cache, v_cache, k, v, s_aux)
-    refuse_derivatives("flash_attn_with_kvcache", rotary_cos, rotary_sin, alibi_slopes)
+    inputs = (q, k_cache, v_cache, k, v, rotary_cos, rotary_sin, alibi_slopes, s_aux)
+    refuse_derivatives("flash_attn_with_kvcache", *inputs)
     assert _has_unit_last_stride(k_cache), "k_cache must have contiguous last dimension"
     assert _has_unit_last_stride(v_cache), "v_cache must have contiguous last dimension"
     if cache_seqlens is not None and not isinstance(cache_seqlens, Tensor):
