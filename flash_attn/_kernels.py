@@ -8,7 +8,6 @@ once, when this module is imported.
 
 from __future__ import annotations
 
-from functools import partial
 from operator import itemgetter
 from typing import Callable
 
@@ -132,12 +131,16 @@ def _attend_cache(operator: Operator, args, wants_all: bool = True, out=None):
     return out, softmax_lse
 
 
-def _run(operator: Operator, kernel: Callable, args, wants_all: bool = True, **more):
-    """Compute the results of a call; its errors name the argument at fault."""
-    try:
-        return kernel(operator, args, wants_all, **more)
-    except ERRORS as error:
-        raise explained(error, {**dict(zip(operator.names, args)), **more}) from None
+def _explaining(operator: Operator, kernel: Callable) -> Callable:
+    """Return ``kernel`` of an operator, with errors that name the argument at fault."""
+
+    def run(args, wants_all: bool = True, **more):
+        try:
+            return kernel(operator, args, wants_all, **more)
+        except ERRORS as error:
+            raise explained(error, {**dict(zip(operator.names, args)), **more}) from None
+
+    return run
 
 
 def _implement(operator: Operator, kernel: Callable, function: str, results: str, copied: str):
@@ -151,7 +154,7 @@ def _implement(operator: Operator, kernel: Callable, function: str, results: str
     operator.copied_of = itemgetter(*operator.copied)
     others = (place for place in operator.tensors if place not in operator.copied)
     operator.others_of = itemgetter(*others)
-    operator.kernel = partial(_run, operator, kernel)
+    operator.kernel = _explaining(operator, kernel)
 
 
 _RESULTS = "out softmax_lse s_dmask rng_state"

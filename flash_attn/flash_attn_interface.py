@@ -125,8 +125,8 @@ def _score(q, dropout_p, softmax_scale, causal, window_size, softcap) -> tuple:
         float(dropout_p) if dropout_p.__class__ is float else number("dropout_p", dropout_p),
         _default_scale(q) if softmax_scale is None else number("softmax_scale", softmax_scale),
         bool(causal) if causal.__class__ is bool else flag("causal", causal),
-        as_int("window_size[0]", left),
-        as_int("window_size[1]", right),
+        left if left.__class__ is int else as_int("window_size[0]", left),
+        right if right.__class__ is int else as_int("window_size[1]", right),
         float(softcap) if softcap.__class__ is float else number("softcap", softcap),
     )
 
