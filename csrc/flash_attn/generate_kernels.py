@@ -10,7 +10,6 @@ kernels.cmake, the names and their flags for nvcc. Files that would not change a
 
 from __future__ import annotations
 
-import itertools
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +18,12 @@ from pathlib import Path
 CPP = {
     "fp16": "Dtype::kFloat16",
     "bf16": "Dtype::kBFloat16",
-    "none": "MaskClass::kNone",
-    "causal_local": "MaskClass::kCausalLocal",
+    "unmasked": "ScoreClass::kUnmasked",
+    "masked": "ScoreClass::kMasked",
+    "modified": "ScoreClass::kModified",
 }
+
+DTYPES = ("fp16", "bf16")
 
 # Machine code for each architecture that is named, PTX for newer ones.
 ARCHITECTURES = {
@@ -31,18 +33,18 @@ ARCHITECTURES = {
 
 @dataclass(frozen=True)
 class Kind:
-    """Kernels that differ in their config alone: one for each combination of the axes' values."""
+    """Kernels that differ in their config alone: for each dtype one for each of ``configs``."""
 
     backend: str  # a key of ARCHITECTURES, a namespace and a folder of the sources
     name: str
-    config: str  # the C++ type whose members are the axes, in this order
-    axes: dict[str, tuple]
+    config: str  # the C++ type whose members are a dtype and the values of one of ``configs``
+    configs: tuple[tuple, ...]  # head dims of q and k, of v, ...; as in the tile table
     parameters: tuple[str, ...]  # C++ types of the entry's parameters
     entry: str  # the device function, a template of the config
 
     def kernels(self) -> list[Kernel]:
-        """Return them in the order of the axes, the last changing fastest."""
-        return [Kernel(self, values) for values in itertools.product(*self.axes.values())]
+        """Return them in the order of ``configs``, for one dtype after the other."""
+        return [Kernel(self, (dtype, *config)) for dtype in DTYPES for config in self.configs]
 
 
 @dataclass(frozen=True)
@@ -52,12 +54,10 @@ class Kernel:
 
     @property
     def name(self) -> str:
-        """flash_KIND_BACKEND and the values; a number comes after the initial of its axis."""
-        parts = [
-            f"{axis.split('_')[-1][0]}{value}" if isinstance(value, int) else value
-            for axis, value in zip(self.kind.axes, self.values)
-        ]
-        return "_".join(["flash", self.kind.name, self.kind.backend, *parts])
+        """flash_KIND_BACKEND_DTYPE, head dims and what follows: d128, d192x128."""
+        dtype, head_dim, head_dim_v, *rest = self.values
+        dims = f"d{head_dim}" if head_dim == head_dim_v else f"d{head_dim}x{head_dim_v}"
+        return "_".join(["flash", self.kind.name, self.kind.backend, dtype, dims, *rest])
 
     @property
     def config(self) -> str:
@@ -91,7 +91,22 @@ KINDS = [
         backend="sm80",
         name="fwd",
         config="FwdConfig",
-        axes={"dtype": ("fp16", "bf16"), "head_dim": (64, 128), "mask": ("none", "causal_local")},
+        configs=(
+            (32, 32, "masked"),
+            (64, 64, "unmasked"),
+            (64, 64, "masked"),
+            (96, 96, "masked"),
+            (128, 128, "masked"),
+            (192, 128, "masked"),
+            (192, 192, "masked"),
+            (256, 256, "masked"),
+            (32, 32, "modified"),
+            (64, 64, "modified"),
+            (96, 96, "modified"),
+            (128, 128, "modified"),
+            (192, 192, "modified"),
+            (256, 256, "modified"),
+        ),
         parameters=("FwdParams", "FwdLaunch"),
         entry="mha_fwd",
     ),

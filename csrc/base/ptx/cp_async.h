@@ -7,13 +7,13 @@
 
 namespace flash::ptx {
 
-// cp.async.cg: 16 bytes past L1 to `shared` + kOffset, both addresses multiples of 16; without
-// `read` nothing is read and the bytes become 0 (PTX ISA, "Data Movement and Conversion
-// Instructions: cp.async").
+// cp.async.cg: 16 bytes past L1 to `shared` + kOffset, both addresses multiples of 16. Only the first
+// `bytes` (0..16) are read, the others become 0; of 0 bytes the source may lie anywhere (PTX ISA,
+// "Data Movement and Conversion Instructions: cp.async").
 template <int kOffset>
-FLASH_DEVICE void cp_async_16_bytes(uint32_t shared, const void* global, bool read) {
+FLASH_DEVICE void cp_async_16_bytes(uint32_t shared, const void* global, int bytes) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0 + %1], [%2], 16, %3;" ::"r"(shared),
-               "n"(kOffset), "l"(global), "r"(read ? 16 : 0)
+               "n"(kOffset), "l"(global), "r"(bytes)
                : "memory");
 }
 

@@ -44,6 +44,22 @@ FLASH_DEVICE void store_shared(uint32_t address, uint4 x) {
                : "memory");
 }
 
+FLASH_DEVICE void store_shared(uint32_t address, uint16_t x) {
+  asm volatile("st.shared.b16 [%0], %1;" ::"r"(address), "h"(x) : "memory");
+}
+
+FLASH_DEVICE uint16_t load_shared_2_bytes(uint32_t address) {
+  uint16_t x;
+  asm volatile("ld.shared.b16 %0, [%1];" : "=h"(x) : "r"(address) : "memory");
+  return x;
+}
+
+FLASH_DEVICE uint32_t load_shared(uint32_t address) {
+  uint32_t x;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(address) : "memory");
+  return x;
+}
+
 FLASH_DEVICE uint4 load_shared_16_bytes(uint32_t address) {
   uint4 x;
   asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"

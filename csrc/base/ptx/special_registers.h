@@ -20,4 +20,11 @@ FLASH_DEVICE int read_tid_x() {
   return x;
 }
 
+// x, of which the compiler does not know that it has not changed: what is computed from it stays
+// where it is, instead of in registers from before a loop on.
+FLASH_DEVICE int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 }  // namespace flash::ptx

@@ -74,6 +74,7 @@ int64_t check_rotary(const flash_attn_kvcache_args& args, const Arg& q, Flash_fw
   p.rotary_cos_row_stride = cos.stride(0);
   p.rotary_sin_row_stride = sin.stride(0);
   p.rotary_dim = 2 * half;
+  p.rotary_rows = rows;
   p.is_rotary_interleaved = args.is_rotary_interleaved != 0;
   return rows;
 }

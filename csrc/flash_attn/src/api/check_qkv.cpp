@@ -134,6 +134,7 @@ void check_qkv(const Arg& q, const Arg& k, const Arg& v, Layout layout, const ch
       check_cache_shapes(k, v, "batch_size_c", "seqlen_k", p);
       break;
   }
+  p.k_entries = k.size(0);
   p.q = packed_q ? packed_operand(q) : batched_operand(q);
   p.k = layout == Layout::kVarlen ? packed_operand(k) : batched_operand(k);
   p.v = layout == Layout::kVarlen ? packed_operand(v) : batched_operand(v);

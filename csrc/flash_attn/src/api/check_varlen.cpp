@@ -71,6 +71,7 @@ int64_t check_block_table(const Arg& block_table, const Arg& q, const Arg& k, At
           "block_table is too large: its pages hold more tokens than int32 can count");
   p.block_table = static_cast<const int32_t*>(block_table.t->data);
   p.block_table_batch_stride = block_table.stride(0);
+  p.max_pages = max_pages;
   return max_pages;
 }
 

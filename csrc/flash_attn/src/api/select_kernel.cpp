@@ -101,16 +101,18 @@ void add_cpu_kernels(std::vector<Kernel>& kernels) {
 
 void add_cuda_kernels([[maybe_unused]] std::vector<Kernel>& kernels) {
 #if defined(FLASH_ATTN_HAVE_CUDA)
-  kernels.push_back({.operation = Operation::kMhaFwd,
-                     .device_type = FLASH_ATTN_CUDA,
-                     .backend = "cuda",
-                     .isa = "sm80",
-                     .min_capability = sm80::kMinComputeCapability,
-                     .dtypes = bit(Dtype::kFloat16) | bit(Dtype::kBFloat16),
-                     .max_d = sm80::kMaxHeadDim,
-                     .max_d_v = sm80::kMaxHeadDim,
-                     .features = 0,
-                     .mha_fwd = sm80::mha_fwd});
+  for (const Operation operation : {Operation::kMhaFwd, Operation::kMhaVarlenFwd}) {
+    kernels.push_back({.operation = operation,
+                       .device_type = FLASH_ATTN_CUDA,
+                       .backend = "cuda",
+                       .isa = "sm80",
+                       .min_capability = sm80::kMinComputeCapability,
+                       .dtypes = bit(Dtype::kFloat16) | bit(Dtype::kBFloat16),
+                       .max_d = sm80::kMaxHeadDim,
+                       .max_d_v = sm80::kMaxHeadDim,
+                       .features = kAllFeatures,
+                       .mha_fwd = sm80::mha_fwd});
+  }
 #endif
 }
 

@@ -57,6 +57,8 @@ struct SequenceGeometry {
   const int32_t* block_table = nullptr;      // [b, *]
   int64_t block_table_batch_stride = 0;
   int64_t page_size = 0;
+  int64_t max_pages = 0;  // of a sequence: columns of block_table
+  int64_t k_entries = 0;  // first extent of k and v: batch entries, pages, or rows of a packed batch
 };
 
 // From products of q and k to the weights of v.
@@ -85,6 +87,7 @@ struct AppendParams {
   const void *rotary_cos = nullptr, *rotary_sin = nullptr;  // [*, rotary_dim / 2], dtype of q
   int64_t rotary_cos_row_stride = 0, rotary_sin_row_stride = 0;
   int64_t rotary_dim = 0;
+  int64_t rotary_rows = 0;  // of the tables
   bool is_rotary_interleaved = false;
 };
 

@@ -1,22 +1,27 @@
 // What the forward kernel is given.
 #pragma once
 
+#include "common/dropout.h"
+#include "common/fast_divide.h"
 #include "common/flash.h"
 #include "common/tile_scheduler.h"
 
 namespace flash::sm80 {
 
 // The call's arguments, those parts of them that the kernel reads.
-struct FwdParams : Operands, SequenceGeometry, ScoreParams {};
+struct FwdParams : Operands, SequenceGeometry, ScoreParams, AppendParams {};
 
 // The host's plan of the launch.
 struct FwdLaunch {
-  Tile_scheduler scheduler;
-  int heads;         // query heads
-  int group;         // query heads for each key-value head
-  float scale;       // |softmax_scale|; at least the smallest normal, so that -inf stays -inf
-  float scale_log2;  // times log2(e): exp is 2^x
-  bool negate_q;     // softmax_scale < 0
+  Tile_scheduler scheduler;  // its heads are those of all sequences, then those of no sequence
+  int heads;                 // query heads
+  int group;                 // query heads for each key-value head
+  float scale;               // of scores to natural logits; where they are modified, 1
+  float scale_log2;          // times log2(e): exp is 2^x
+  bool negate_q;             // softmax_scale < 0
+  bool q_aligned, k_aligned, v_aligned, o_aligned;  // rows start at multiples of 16 bytes
+  FastDivide page_size;
+  Dropout dropout;
 };
 
 // The limit of CUDA C++ Programming Guide, "Function Parameters", up to compute capability 6; 32 KB

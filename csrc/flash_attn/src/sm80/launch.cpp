@@ -1,9 +1,7 @@
 // From checked arguments to a launch.
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <limits>
-#include <sstream>
 
 #include "base/cuda_driver/device.h"
 #include "sm80/fwd_params.h"
@@ -16,38 +14,40 @@ namespace {
 
 constexpr float kLog2e = 1.4426950408889634f;
 
-MaskClass mask_class(const Flash_fwd_params& p) {
-  return p.window_left < 0 && p.window_right < 0 ? MaskClass::kNone : MaskClass::kCausalLocal;
+ScoreClass score_class(const Flash_fwd_params& p) {
+  if (p.softcap > 0.f || p.alibi_slopes != nullptr || p.bias.ptr != nullptr || p.p_dropout > 0.f)
+    return ScoreClass::kModified;
+  return p.window_left < 0 && p.window_right < 0 ? ScoreClass::kUnmasked : ScoreClass::kMasked;
 }
 
 const FwdKernel& choose(const Flash_fwd_params& p) {
-  const MaskClass mask = mask_class(p);
-  const FwdConfig wanted{p.dtype, tile_of(std::max(p.d, p.d_v), mask).head_dim, mask};
+  const Tile& tile = tile_of(p.d, p.d_v, score_class(p));
+  const FwdConfig wanted{p.dtype, tile.head_dim, tile.head_dim_v, tile.scores};
   return *std::find_if(kFwdKernels.begin(), kFwdKernels.end(),
                        [&](const FwdKernel& kernel) { return kernel.config == wanted; });
 }
 
-// Rows are copied in pieces of 16 bytes. `extents`: [b, rows, heads].
-void require_alignment(const Operand& x, const char* name, int64_t head_dim,
-                       const std::array<int64_t, 3>& extents) {
-  const int64_t strides[] = {x.batch_stride, x.row_stride, x.head_stride};
+// Whether the rows of x start at multiples of 16 bytes.
+bool is_aligned(const Operand& x) {
   bool aligned = reinterpret_cast<uintptr_t>(x.ptr) % kChunkBytes == 0;
-  for (int i = 0; i < 3; ++i) aligned &= extents[i] <= 1 || strides[i] % kChunkElements == 0;
-  if (head_dim % kChunkElements == 0 && aligned) return;
-  std::ostringstream sentence;
-  sentence << "CUDA kernels take head dimensions that are multiples of 8 and rows that start at "
-              "multiples of 16 bytes: "
-           << name;
-  if (head_dim % kChunkElements != 0) {
-    sentence << " has head dimension " << head_dim << " (pad it with zeros)";
-  } else {
-    sentence << " has a row that does not";
-  }
-  throw ApiError(FLASH_ATTN_UNSUPPORTED, sentence.str());
+  for (const int64_t stride : {x.batch_stride, x.row_stride, x.head_stride})
+    aligned &= stride % kChunkElements == 0;
+  return aligned;
+}
+
+// The unit of scores. At least the smallest normal, so that -inf stays -inf.
+void plan_scale(const Flash_fwd_params& p, FwdLaunch& launch) {
+  const bool is_modified = score_class(p) == ScoreClass::kModified;  // then they are natural logits
+  const float scale = is_modified ? 1.f : std::fabs(p.scale_softmax);
+  launch.negate_q = !is_modified && p.scale_softmax < 0.f;
+  launch.scale = std::max(scale, std::numeric_limits<float>::min());
+  launch.scale_log2 = std::max(launch.scale * kLog2e, std::numeric_limits<float>::min());
 }
 
 FwdLaunch plan(const Flash_fwd_params& p, const Tile& tile, int64_t l2_cache_bytes) {
-  const int64_t m_blocks = (p.seqlen_q + tile.m - 1) / tile.m, heads = p.b * p.h;
+  // Packed batches may have rows that belong to no sequence.
+  const int64_t m_blocks = std::max<int64_t>((p.seqlen_q + tile.m - 1) / tile.m, 1);
+  const int64_t heads = (p.b + (p.cu_seqlens_q != nullptr ? 1 : 0)) * p.h;
   require(m_blocks * heads <= std::numeric_limits<int>::max(),
           "batch_size * num_heads * seqlen_q is too large");
   FwdLaunch launch{};
@@ -57,26 +57,24 @@ FwdLaunch plan(const Flash_fwd_params& p, const Tile& tile, int64_t l2_cache_byt
   // Half of the cache: queries and outputs pass through it too.
   launch.scheduler = {static_cast<int>(m_blocks), static_cast<int>(heads),
                       section_of(heads, launch.group, kv_bytes, l2_cache_bytes / 2)};
-  launch.negate_q = p.scale_softmax < 0.f;
-  launch.scale = std::max(std::fabs(p.scale_softmax), std::numeric_limits<float>::min());
-  launch.scale_log2 = std::max(launch.scale * kLog2e, std::numeric_limits<float>::min());
+  plan_scale(p, launch);
+  launch.q_aligned = is_aligned(p.q);
+  launch.k_aligned = is_aligned(p.k);
+  launch.v_aligned = is_aligned(p.v);
+  launch.o_aligned = is_aligned(p.o);
+  if (p.block_table != nullptr) launch.page_size = FastDivide::by(static_cast<int>(p.page_size));
+  launch.dropout = Dropout::make(p.p_dropout, p.seed, p.offset);
   return launch;
 }
 
 }  // namespace
 
 void mha_fwd(const Flash_fwd_params& p) {
-  if (p.b == 0 || p.seqlen_q == 0) return;
-  require_alignment(p.q, "q", p.d, {p.b, p.seqlen_q, p.h});
-  require_alignment(p.o, "out", p.d_v, {p.b, p.seqlen_q, p.h});
-  if (p.seqlen_k > 0) {
-    require_alignment(p.k, "k", p.d, {p.b, p.seqlen_k, p.h_k});
-    require_alignment(p.v, "v", p.d_v, {p.b, p.seqlen_k, p.h_k});
-  }
+  const bool is_packed = p.cu_seqlens_q != nullptr;
+  if (is_packed ? p.total_q == 0 : p.b == 0 || p.seqlen_q == 0) return;
   const FwdKernel& kernel = choose(p);
-  FwdParams params{p, p, p};
-  FwdLaunch launch = plan(p, tile_of(kernel.config.head_dim, kernel.config.mask),
-                          p.target.device->l2_cache_bytes());
+  FwdParams params{p, p, p, p};
+  FwdLaunch launch = plan(p, tile_of(p.d, p.d_v, score_class(p)), p.target.device->l2_cache_bytes());
   void* args[] = {&params, &launch};
   p.target.device->launch(
       kernel.image,

@@ -4,48 +4,117 @@
 #include <cstdint>
 
 #include "base/ptx/cp_async.h"
+#include "base/ptx/shared_memory.h"
+#include "base/ptx/special_registers.h"
 #include "base/static_for.h"
+#include "common/fast_divide.h"
 #include "common/flash.h"
 #include "sm80/smem.h"
 
 namespace flash::sm80 {
 
-// A thread's share of the copies of one matrix's tiles, kRows x C.head_dim: always the same chunk
-// of a row, of every kRowStep-th row. Neighbouring threads copy neighbouring chunks.
-template <FwdConfig C, int kRows>
+// The rows of a sequence's keys or values in pages.
+struct Pages {
+  const int32_t* table;  // the sequence's row of block_table
+  int count;             // of pages that there are
+  int first_row;         // of the sequence, in its pages
+  FastDivide size;       // rows of a page
+  int64_t bytes;         // between pages
+};
+
+// Copies 16 bytes of a row that starts anywhere, element by element; what lies beyond `bytes`
+// becomes 0.
+FLASH_DEVICE void copy_elements(uint32_t shared, const char* source, int bytes) {
+  const auto element = [&](int i) -> uint32_t {
+    if (i * kElementBytes >= bytes) return 0;
+    return *reinterpret_cast<const uint16_t*>(source + i * kElementBytes);
+  };
+  ptx::store_shared(shared, uint4{element(0) | element(1) << 16, element(2) | element(3) << 16,
+                                  element(4) | element(5) << 16, element(6) | element(7) << 16});
+}
+
+// A thread's share of the copies of one matrix's tiles (kRows x Smem's columns): always the same
+// chunk of a group, of every kRowStep-th row. Neighbouring threads copy neighbouring chunks.
+template <class Smem, int kRows, int kThreads>
 class TileLoader {
  public:
-  // The matrix has `rows` rows of `head_dim` elements, a multiple of 8, `row_stride` elements
-  // apart.
-  FLASH_DEVICE TileLoader(const void* matrix, int64_t row_stride, int rows, int head_dim)
-      : row_bytes_(row_stride * kElementBytes) {
-    const int row = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
-    offset_ = SmemTile<C.head_dim>::offset(row, chunk);
-    rows_ = chunk * kChunkElements < head_dim ? rows - row : 0;
-    source_ = static_cast<const char*>(matrix) + row * row_bytes_ + chunk * kChunkBytes;
-  }
+  // The matrix has `rows` rows of `head_dim` elements. `matrix` is its first row, with pages the
+  // first of page 0.
+  FLASH_DEVICE TileLoader(const void* matrix, int rows, int head_dim)
+      : source_(static_cast<const char*>(matrix) + chunk() * kChunkBytes),
+        rows_(rows - row()),
+        head_dim_(head_dim) {}
 
   // Copies rows first_row.. to the tile at `shared`. Rows and columns beyond the matrix become 0.
-  FLASH_DEVICE void copy(uint32_t shared, int first_row) const {
-    const char* source = source_ + first_row * row_bytes_;
+  // `aligned`: rows start at multiples of 16 bytes; others are copied element by element, by
+  // ordinary loads and stores.
+  FLASH_DEVICE void copy(uint32_t shared, int first_row, int64_t row_bytes, bool aligned) const {
+    const char* first = source_ + (first_row + row()) * row_bytes;
+    copy_rows(shared, rows_ - first_row, aligned,
+              [=](int i) { return Row{first + i * row_bytes, true}; });
+  }
+
+  FLASH_DEVICE void copy(uint32_t shared, int first_row, int64_t row_bytes, bool aligned,
+                         const Pages& pages) const {
     const int rows = rows_ - first_row;
-    static_for<kRows / kRowStep>([&](auto i) {
-      ptx::cp_async_16_bytes<i * kRowStep * SmemTile<C.head_dim>::kRowBytes>(
-          shared + offset_, source, i * kRowStep < rows);
-      source += kRowStep * row_bytes_;
+    const int first = pages.first_row + first_row + row();
+    copy_rows(shared, rows, aligned, [&](int i) {
+      if (i >= rows) return Row{source_, false};
+      const int index = pages.size.quotient(first + i);
+      const int page = pages.table[index];
+      const int row_of_page = first + i - index * pages.size.divisor;
+      return Row{source_ + page * pages.bytes + row_of_page * row_bytes,
+                 static_cast<unsigned>(page) < static_cast<unsigned>(pages.count)};
     });
   }
 
  private:
-  static constexpr int kChunks = SmemTile<C.head_dim>::kChunks;
-  static constexpr int kRowStep = C.threads() / kChunks;
+  static constexpr int kRowStep = kThreads / Smem::kChunks;
   // The permutation of chunks depends on row % 8: it is the same in all rows of this thread.
   static_assert(kRowStep % 8 == 0 && kRows % kRowStep == 0);
 
-  int64_t row_bytes_;
-  const char* source_;  // this thread's first chunk of the matrix
-  int rows_;            // rows from there on; 0 where the chunk lies beyond the last column
-  int offset_;          // of this thread's first chunk within a tile
+  struct Row {
+    const char* address;  // of this thread's chunk of the first group
+    bool exists;
+  };
+
+  FLASH_DEVICE static int row() { return ptx::read_tid_x() / Smem::kChunks; }
+  FLASH_DEVICE static int chunk() { return ptx::read_tid_x() % Smem::kChunks; }
+
+  // row_at(i): the row i rows from this thread's first. The first `rows` are the matrix's.
+  template <class RowAt>
+  FLASH_DEVICE void copy_rows(uint32_t shared, int rows, bool aligned, const RowAt& row_at) const {
+    const uint32_t destination = shared + Smem::offset(row(), chunk());
+    const int columns = head_dim_ - chunk() * kChunkElements;
+    // Of this thread's chunk of a group, those that belong to the matrix.
+    const auto bytes_of = [&](int group) {
+      return min(max(columns - group * Smem::kGroupCols, 0), kChunkElements) * kElementBytes;
+    };
+    if (aligned) {
+      static_for<kRows / kRowStep>([&](auto i) {
+        const Row source = row_at(i * kRowStep);
+        const bool is_read = i * kRowStep < rows && source.exists;
+        static_for<Smem::kGroups>([&](auto g) {
+          ptx::cp_async_16_bytes<i * kRowStep * Smem::kRowBytes + g * Smem::kGroupBytes>(
+              destination, source.address + g * Smem::kRowBytes, is_read ? bytes_of(g) : 0);
+        });
+      });
+      return;
+    }
+#pragma unroll 1
+    for (int i = 0; i < kRows; i += kRowStep) {
+      const Row source = row_at(i);
+      const bool is_read = i < rows && source.exists;
+#pragma unroll 1
+      for (int g = 0; g < Smem::kGroups; ++g)
+        copy_elements(destination + i * Smem::kRowBytes + g * Smem::kGroupBytes,
+                      source.address + g * Smem::kRowBytes, is_read ? bytes_of(g) : 0);
+    }
+  }
+
+  const char* source_;  // row 0, this thread's chunk of the first group
+  int rows_;            // from this thread's first row on
+  int head_dim_;
 };
 
 }  // namespace flash::sm80

@@ -7,7 +7,7 @@ namespace flash::sm80 {
 
 inline constexpr int kMinComputeCapability = 80;
 
-// Dense forward, enqueued on p.target. fp16, bf16; head dims at most kMaxHeadDim (tile_table.h).
+// Forward of a dense or packed batch, enqueued on p.target. fp16, bf16; head dims at most kMaxHeadDim (tile_table.h).
 // Throws ApiError.
 void mha_fwd(const Flash_fwd_params& p);
 

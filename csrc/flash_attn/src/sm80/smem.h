@@ -1,11 +1,13 @@
 // What lies where in a CTA's shared memory, and how a 16-bit tile lies there.
 //
-// A row of a tile is a row of its matrix. Its 16-byte chunks are permuted: chunk c of row r lies at
-// c ^ (r % 8). So the eight rows that ldmatrix reads at a time, the eight chunks of a row that
-// eight threads copy, and an accumulator's eight rows of 16 bytes each lie in eight different
-// groups of four banks: no access conflicts.
+// A tile is cut into groups of 64 columns (32 if the head dim is no multiple of 64), each with all
+// of the tile's rows: a row of a group is 128 (64) bytes. Its 16-byte chunks are permuted: chunk c
+// of row r lies at c ^ (r % 8) (c ^ (r / 2 % 4)). So the eight rows that ldmatrix reads at a time,
+// the chunks that eight threads copy, and an accumulator's eight rows of 16 bytes each lie in eight
+// different groups of four banks: no access conflicts.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "base/host_device.h"
@@ -17,26 +19,39 @@ inline constexpr int kChunkBytes = 16;
 inline constexpr int kElementBytes = 2;  // fp16, bf16
 inline constexpr int kChunkElements = kChunkBytes / kElementBytes;
 
-template <int kHeadDim>
+template <int kHeadDim, int kRows>
 struct SmemTile {
-  static constexpr int kChunks = kHeadDim / kChunkElements;
-  static constexpr int kRowBytes = kHeadDim * kElementBytes;
+  static constexpr int kGroupCols = kHeadDim % 64 == 0 ? 64 : 32;
+  static constexpr int kGroups = kHeadDim / kGroupCols;
+  static constexpr int kRowBytes = kGroupCols * kElementBytes;  // of a group
+  static constexpr int kChunks = kRowBytes / kChunkBytes;       // of a group's row
+  static constexpr int kGroupBytes = kRows * kRowBytes;
+  static constexpr int kBytes = kGroups * kGroupBytes;
 
-  // Byte offset of a chunk. The three lowest bits of the chunk are XORed alone, so the chunk 2 k
-  // further on (within the row, counted from an even chunk 0) lies at offset ^ (k * 32).
+  // Byte offset of a chunk; `chunk` counts over the whole row of the matrix.
   FLASH_INLINE static constexpr int offset(int row, int chunk) {
-    return row * kRowBytes + (chunk ^ (row & 7)) * kChunkBytes;
+    const int permutation = kChunks == 8 ? row & 7 : row >> 1 & 3;
+    return chunk / kChunks * kGroupBytes + row * kRowBytes +
+           ((chunk % kChunks) ^ permutation) * kChunkBytes;
   }
+
+  // From an even chunk of the first group to the one 2 k further on: first ^ flip(k), + ahead(k).
+  FLASH_INLINE static constexpr int flip(int k) { return k % (kChunks / 2) * 2 * kChunkBytes; }
+  FLASH_INLINE static constexpr int ahead(int k) { return k / (kChunks / 2) * kGroupBytes; }
 };
 
 template <FwdConfig C>
 struct SmemPlan {
   static constexpr Tile kTile = C.tile();
-  static constexpr int kRowBytes = SmemTile<C.head_dim>::kRowBytes;
+  using Q = SmemTile<C.head_dim, kTile.m>;
+  using K = SmemTile<C.head_dim, kTile.n>;
+  using V = SmemTile<C.head_dim_v, kTile.n>;
+  using O = SmemTile<C.head_dim_v, kTile.m>;  // where Q was
+  static constexpr int kSlotBytes = std::max(K::kBytes, V::kBytes);
 
   // Q until the last block of keys; then O on its way to memory, each warp in its own rows.
-  alignas(1024) char q[kTile.m * kRowBytes];
-  alignas(1024) char ring[kTile.stages][kTile.n * kRowBytes];
+  alignas(1024) char q[std::max(Q::kBytes, O::kBytes)];
+  alignas(1024) char ring[kTile.stages][kSlotBytes];
 };
 
 }  // namespace flash::sm80

@@ -9,6 +9,7 @@
 #include "base/ptx/math.h"
 #include "base/ptx/mma.h"
 #include "base/ptx/shared_memory.h"
+#include "base/ptx/special_registers.h"
 #include "base/static_for.h"
 #include "common/mask.h"
 #include "common/softmax.h"
@@ -22,8 +23,7 @@ template <FwdConfig C>
 struct WarpTile {
   static constexpr int kM = C.row_tiles();
   static constexpr int kS = C.tile().n / 8;
-  static constexpr int kO = C.head_dim / 8;
-  static constexpr int kRowBytes = SmemTile<C.head_dim>::kRowBytes;
+  static constexpr int kO = C.head_dim_v / 8;
 
   using Scores = float[kM][kS][4];
   using Probabilities = uint32_t[kM][kS][2];  // packed pairs of Scores' registers
@@ -32,15 +32,17 @@ struct WarpTile {
 };
 
 // A lane's address of a 16 x 16 block's row for ldmatrix.
-template <int kHeadDim>
+template <class Smem>
 FLASH_DEVICE uint32_t lane_address(uint32_t tile, ptx::Chunk chunk) {
-  return tile + SmemTile<kHeadDim>::offset(chunk.row, chunk.chunk);
+  return tile + Smem::offset(chunk.row, chunk.chunk);
 }
 
 // rS = sQ sK^T. `sQ` and `sK` are this lane's addresses in the first blocks.
 template <FwdConfig C>
 FLASH_DEVICE void gemm_qk(typename WarpTile<C>::Scores& rS, uint32_t sQ, uint32_t sK) {
   using W = WarpTile<C>;
+  using Q = typename SmemPlan<C>::Q;
+  using K = typename SmemPlan<C>::K;
 #pragma unroll
   for (int m = 0; m < W::kM; ++m)
 #pragma unroll
@@ -49,11 +51,12 @@ FLASH_DEVICE void gemm_qk(typename WarpTile<C>::Scores& rS, uint32_t sQ, uint32_
       for (int i = 0; i < 4; ++i) rS[m][n][i] = 0.f;
   static_for<C.head_dim / 16>([&](auto k) {
     uint32_t rQ[W::kM][4];
-    static_for<W::kM>(
-        [&](auto m) { ptx::ldmatrix_x4<m * 16 * W::kRowBytes>(rQ[m], sQ ^ (k * 32)); });
+    static_for<W::kM>([&](auto m) {
+      ptx::ldmatrix_x4<m * 16 * Q::kRowBytes + Q::ahead(k)>(rQ[m], sQ ^ Q::flip(k));
+    });
     static_for<W::kS / 2>([&](auto n) {
       uint32_t rK[4];
-      ptx::ldmatrix_x4<n * 16 * W::kRowBytes>(rK, sK ^ (k * 32));
+      ptx::ldmatrix_x4<n * 16 * K::kRowBytes + K::ahead(k)>(rK, sK ^ K::flip(k));
 #pragma unroll
       for (int m = 0; m < W::kM; ++m) {
         ptx::mma_m16n8k16<C.dtype>(rS[m][2 * n], rQ[m], rK[0], rK[1]);
@@ -69,14 +72,15 @@ template <FwdConfig C>
 FLASH_DEVICE void apply_mask(typename WarpTile<C>::Scores& rS, const Mask& mask, int first_row,
                              int first_key) {
   using W = WarpTile<C>;
-  const int lane = threadIdx.x % 32;
+  const int lane = ptx::read_tid_x() % 32;
 #pragma unroll
   for (int m = 0; m < W::kM; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const ptx::Element first = ptx::accumulator_element(lane, 2 * half);
-      const KeyRange keys = C.mask == MaskClass::kNone ? KeyRange{0, mask.seqlen_k}
-                                                       : mask.keys(first_row + m * 16 + first.row);
+      const KeyRange keys = C.scores == ScoreClass::kUnmasked
+                                ? KeyRange{0, mask.seqlen_k}
+                                : mask.keys(ptx::opaque(first_row) + m * 16 + first.row);
       const int begin = keys.begin - (first_key + first.col);
       const int end = keys.end - (first_key + first.col);
 #pragma unroll
@@ -84,7 +88,7 @@ FLASH_DEVICE void apply_mask(typename WarpTile<C>::Scores& rS, const Mask& mask,
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const int key = n * 8 + i;
-          const bool seen = key < end && (C.mask == MaskClass::kNone || key >= begin);
+          const bool seen = key < end && (C.scores == ScoreClass::kUnmasked || key >= begin);
           if (!seen) rS[m][n][2 * half + i] = -INFINITY;
         }
       }
@@ -161,10 +165,15 @@ FLASH_DEVICE void softmax_step(typename WarpTile<C>::Probabilities& rP,
   }
 }
 
+// The warp's maxima seldom grow after the first blocks.
 template <FwdConfig C>
 FLASH_DEVICE void rescale_o(typename WarpTile<C>::Output& rO,
                             const float (&rescale)[WarpTile<C>::kM][2]) {
   using W = WarpTile<C>;
+  bool changes = false;
+#pragma unroll
+  for (int m = 0; m < W::kM; ++m) changes |= rescale[m][0] != 1.f || rescale[m][1] != 1.f;
+  if (!__any_sync(0xffffffffu, changes)) return;
 #pragma unroll
   for (int m = 0; m < W::kM; ++m)
 #pragma unroll
@@ -179,22 +188,22 @@ template <FwdConfig C>
 FLASH_DEVICE void gemm_pv(typename WarpTile<C>::Output& rO,
                           const typename WarpTile<C>::Probabilities& rP, uint32_t sV) {
   using W = WarpTile<C>;
+  using V = typename SmemPlan<C>::V;
   static_for<W::kS / 2>([&](auto k) {
     uint32_t rA[W::kM][4];
 #pragma unroll
     for (int m = 0; m < W::kM; ++m)
 #pragma unroll
       for (int i = 0; i < 4; ++i) rA[m][i] = rP[m][2 * k + i / 2][i % 2];
-#pragma unroll
-    for (int n = 0; n < W::kO / 2; ++n) {
+    static_for<W::kO / 2>([&](auto n) {
       uint32_t rV[4];
-      ptx::ldmatrix_x4_trans<k * 16 * W::kRowBytes>(rV, sV ^ (n * 32));
+      ptx::ldmatrix_x4_trans<k * 16 * V::kRowBytes + V::ahead(n)>(rV, sV ^ V::flip(n));
 #pragma unroll
       for (int m = 0; m < W::kM; ++m) {
         ptx::mma_m16n8k16<C.dtype>(rO[m][2 * n], rA[m], rV[0], rV[1]);
         ptx::mma_m16n8k16<C.dtype>(rO[m][2 * n + 1], rA[m], rV[2], rV[3]);
       }
-    }
+    });
   });
 }
 
