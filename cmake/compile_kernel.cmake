@@ -1,17 +1,33 @@
 # One CUDA kernel: NAME.cu in OUT to NAME.fatbin, and what ptxas tells of it to NAME.csv and the terminal.
 string(TIMESTAMP start "%s")
 
+# PTX with line tables, by which the emulated GPU names source lines; machine code without: there they are four fifths.
 if(WERROR)
   list(APPEND FLAGS -Werror all-warnings)
 endif()
-execute_process(
-  COMMAND ${NVCC} ${FLAGS} -ccbin ${HOST} -I${CSRC} -I${CSRC}/base/include -I${CSRC}/flash_attn/include
-          -I${CSRC}/flash_attn/src -MD -MF ${OUT}/${NAME}.d -MT ${OUT}/${NAME}.fatbin
-          -o ${OUT}/${NAME}.fatbin ${OUT}/generated/${NAME}.cu
-  RESULT_VARIABLE result OUTPUT_VARIABLE text ERROR_VARIABLE text)
-if(NOT result EQUAL 0)
-  message(FATAL_ERROR "nvcc failed for ${NAME}:\n${text}")
+function(run)
+  execute_process(COMMAND ${ARGV} RESULT_VARIABLE result OUTPUT_VARIABLE output ERROR_VARIABLE output)
+  if(NOT result EQUAL 0)
+    list(GET ARGV 0 program)
+    message(FATAL_ERROR "${program} failed for ${NAME}:\n${output}")
+  endif()
+  set(text "${output}" PARENT_SCOPE)
+endfunction()
+cmake_path(GET NVCC PARENT_PATH bin)
+set(file ${OUT}/${NAME})
+run(${NVCC} -ptx -arch=compute_${ARCH} ${FLAGS} -ccbin ${HOST} -I${CSRC} -I${CSRC}/base/include
+    -I${CSRC}/flash_attn/include -I${CSRC}/flash_attn/src -MD -MF ${file}.d -MT ${file}.fatbin -o ${file}.ptx
+    ${OUT}/generated/${NAME}.cu)
+execute_process(COMMAND grep -vE "^[[:space:]]*[.](loc|file)[[:space:]]" ${file}.ptx OUTPUT_FILE ${file}.plain.ptx)
+run(${bin}/ptxas -v -O3 --warn-on-spills --warn-on-local-memory-usage -arch=sm_${ARCH} -o ${file}.cubin ${file}.plain.ptx)
+set(images --image3=kind=elf,sm=${ARCH},file=${file}.cubin)
+if(PTX)
+  list(APPEND images --image3=kind=ptx,sm=${ARCH},file=${file}.ptx)
 endif()
+set(resources "${text}")
+run(${bin}/fatbinary -64 --create=${file}.fatbin --compress-mode=speed ${images})
+file(REMOVE ${file}.ptx ${file}.plain.ptx ${file}.cubin)
+set(text "${resources}")
 string(TIMESTAMP end "%s")
 math(EXPR seconds "${end} - ${start}")
 foreach(item "registers:Used ([0-9]+) registers" "stack:([0-9]+) bytes stack frame"

@@ -33,10 +33,7 @@ else()
   message(STATUS "CUDA: ${cuda_lacks}: building without CUDA kernels")
 endif()
 
-# LZ4, which every driver and every build of the emulated GPU reads; nvcc 13's own choice, zstd, needs newer drivers.
-set(FLASH_ATTN_NVCC_FLAGS
-    -fatbin -std=c++20 -O3 -lineinfo --compress-mode=speed
-    -Xptxas -v,--warn-on-spills,--warn-on-local-memory-usage)
+set(FLASH_ATTN_NVCC_FLAGS -std=c++20 -O3 -lineinfo)
 
 # Compiles the kernels of generate_kernels.py and adds them, embedded, to `target`, with the host's side of their backends.
 function(flash_attn_add_cuda_kernels target)
@@ -50,7 +47,7 @@ function(flash_attn_add_cuda_kernels target)
     add_custom_command(
       OUTPUT ${out}/${name}.fatbin ${out}/${name}.csv
       COMMAND ${CMAKE_COMMAND} "-DNVCC=${FLASH_ATTN_NVCC}"
-              "-DFLAGS=${FLASH_ATTN_NVCC_FLAGS};${FLASH_ATTN_FLAGS_OF_${name}}" -DHOST=${CMAKE_CXX_COMPILER} -DWERROR=$<BOOL:${FLASH_ATTN_WERROR}> -DCSRC=${csrc} -DNAME=${name} -DOUT=${out}
+              "-DFLAGS=${FLASH_ATTN_NVCC_FLAGS}" ${FLASH_ATTN_FLAGS_OF_${name}} -DHOST=${CMAKE_CXX_COMPILER} -DWERROR=$<BOOL:${FLASH_ATTN_WERROR}> -DCSRC=${csrc} -DNAME=${name} -DOUT=${out}
               -P ${PROJECT_SOURCE_DIR}/cmake/compile_kernel.cmake
       DEPENDS ${out}/generated/${name}.cu ${PROJECT_SOURCE_DIR}/cmake/compile_kernel.cmake
       DEPFILE ${out}/${name}.d

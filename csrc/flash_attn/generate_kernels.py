@@ -25,10 +25,13 @@ CPP = {
 
 DTYPES = ("fp16", "bf16")
 
-# Machine code for each architecture that is named, PTX for newer ones.
-ARCHITECTURES = {
-    "sm80": ("arch=compute_80,code=sm_80", "arch=compute_80,code=compute_80"),
-}
+@dataclass(frozen=True)
+class Architecture:
+    name: str  # of compute_NAME and sm_NAME
+    ptx: bool  # embedded beside the machine code, for newer devices
+
+
+ARCHITECTURES = {"sm80": Architecture("80", ptx=True)}
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,8 @@ def embedding(fatbins: Path) -> str:
 def cmake_list() -> str:
     text = f"set(FLASH_ATTN_KERNELS {' '.join(kernel.name for kernel in KERNELS)})\n"
     for kernel in KERNELS:
-        flags = " ".join(f"-gencode {code}" for code in ARCHITECTURES[kernel.kind.backend])
+        architecture = ARCHITECTURES[kernel.kind.backend]
+        flags = f"-DARCH={architecture.name} -DPTX={'ON' if architecture.ptx else 'OFF'}"
         text += f"set(FLASH_ATTN_FLAGS_OF_{kernel.name} {flags})\n"
     return text
 
