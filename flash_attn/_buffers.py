@@ -22,21 +22,6 @@ def maybe_contiguous(x: Optional[Tensor]) -> Optional[Tensor]:
     return x.contiguous()
 
 
-def for_cuda(x: Tensor) -> Tensor:
-    """Return ``x`` as CUDA kernels take it, copied and with zeros after each row if need be.
-
-    They want head dimensions that are multiples of 8 and rows that start at multiples of 16 bytes.
-    """
-    if x.dim() == 0 or x.element_size() != 2:
-        return x
-    *outer, headdim = x.shape
-    if headdim % 8 == 0 and not x.data_ptr() % 16 and not any(s % 8 for s in x.stride()[:-1]):
-        return x
-    padded = x.new_zeros((*outer, round_multiple(headdim, 8)))
-    padded[..., :headdim] = x
-    return padded
-
-
 def round_multiple(x: int, m: int) -> int:
     """Return the smallest multiple of ``m`` that is at least ``x``."""
     return (x + m - 1) // m * m

@@ -14,7 +14,6 @@ from typing import Callable
 from flash_attn import _buffers as buffers
 from flash_attn._arguments import ERRORS, check_tensors, explained, without_negation
 from flash_attn._buffers import maybe_contiguous
-from flash_attn._emulator import in_use as emulator_in_use
 from flash_attn._functions import (
     BACKWARD,
     FORWARD,
@@ -76,10 +75,6 @@ def _attend(operator: Operator, args, wants_all: bool = True, out=None, rng_stat
         out = operator.layout.out(q, v)
     else:
         _check_out(out)
-    written = out
-    if q.is_cuda or emulator_in_use():
-        *inputs, written = map(buffers.for_cuda, (q, k, v, out))
-        args = (*inputs, *args[3:])
     softmax_lse = operator.layout.lse(q) if wants_all else None
     dropout_p = args[operator.dropout_p]
     if rng_state is None and (wants_all or dropout_p > 0.0):
@@ -87,9 +82,7 @@ def _attend(operator: Operator, args, wants_all: bool = True, out=None, rng_stat
     s_dmask = None
     if args[operator.return_softmax]:
         s_dmask = operator.layout.s_dmask(q, k, *args[operator.sequences])
-    operator.function(*args, written, softmax_lse, s_dmask, rng_state)
-    if written is not out:
-        out.copy_(written[..., : out.shape[-1]])
+    operator.function(*args, out, softmax_lse, s_dmask, rng_state)
     if s_dmask is None and wants_all:
         s_dmask = q.new_empty(0)
     return out, softmax_lse, s_dmask, rng_state

@@ -15,11 +15,12 @@ from backends import EMULATOR, needs_emulator, needs_kernels
 from reference import attention
 
 import flash_attn
-from flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
+import flash_attn_2_cuda
+from flash_attn import flash_attn_func, flash_attn_with_kvcache
 
 
 @needs_emulator
-@pytest.mark.parametrize("case", sampled_cases(60, seed=1, backend=EMULATOR), ids=str)
+@pytest.mark.parametrize("case", sampled_cases(120, seed=1, backend=EMULATOR), ids=str)
 def test_feature_product(case):
     check(case, backend=EMULATOR)
 
@@ -95,6 +96,80 @@ def test_nan_reaches_the_rows_that_see_it(causal):
     assert torch.equal(out[0, :, 0].isnan().all(-1), sees)
 
 
+BAD_VALUES = {"nan": float("nan"), "inf": float("inf"), "-inf": float("-inf")}
+
+
+@needs_emulator
+@pytest.mark.parametrize("bad", BAD_VALUES)
+@pytest.mark.parametrize("options", [{"causal": True}, {"window_size": (20, 5)}, {"softcap": 3.0}])
+@pytest.mark.parametrize(
+    ("dtype", "dims"), [(FP16, (64, 64)), (BF16, (128, 128)), (BF16, (192, 192))]
+)
+def test_bad_values_in_v_reach_the_rows_that_see_them(dtype, dims, options, bad):
+    """And of those the columns that hold them: bitwise what all others are without them."""
+    q, k, v = qkv(cuda_case(dtype=dtype, heads=(2, 1), seqlens=(150, 170), dims=dims))
+    with flash_attn.emulator(mode="random", seed=3):
+        clean = flash_attn_func(q, k, v, **options)
+    for key, column in ((0, 3), (90, 17), (169, 0)):
+        v[0, key, 0, column] = BAD_VALUES[bad]
+    expected = flash_attn_func(q.float(), k.float(), v.float(), **options)
+    with flash_attn.emulator(mode="random", seed=3):
+        out = flash_attn_func(q, k, v, **options)
+    assert torch.equal(out.isfinite(), expected.isfinite())
+    assert torch.equal(out.isnan(), expected.isnan())
+    torch.testing.assert_close(out.float(), expected, atol=2e-2, rtol=0, equal_nan=True)
+    untouched = [c for c in range(dims[1]) if c not in (3, 17, 0)]
+    torch.testing.assert_close(out[..., untouched], clean[..., untouched], atol=4e-3, rtol=0)
+
+
+@needs_emulator
+@pytest.mark.parametrize("shift", [0, 1, 2, 4])
+@pytest.mark.parametrize("headdims", [(50, 50), (64, 40), (7, 130), (192, 128)])
+def test_rows_at_any_address(headdims, shift):
+    """Rows that are no multiples of 16 bytes apart or start elsewhere are read where they are; what
+    lies between them is NaN and is not."""
+    d, dv = headdims
+    gen = torch.Generator().manual_seed(0)
+
+    def rows(length, heads, size):
+        memory = torch.full((length * heads * (size + shift) + shift,), float("nan"), dtype=BF16)
+        view = memory[shift:].view(1, length, heads, size + shift)[..., :size]
+        view.copy_(torch.randn(view.shape, generator=gen))
+        return view
+
+    q, k, v, out = rows(90, 2, d), rows(130, 1, d), rows(130, 1, dv), rows(90, 2, dv)
+    expected = flash_attn_func(q, k, v, causal=True)
+    memory = out._base.clone()
+    with flash_attn.emulator(mode="late"):
+        flash_attn_2_cuda.fwd(q, k, v, out, None, 0.0, d**-0.5, True, -1, -1, 0.0, False, None)
+    torch.testing.assert_close(out, expected, atol=2e-2, rtol=0)
+    out.fill_(float("nan"))
+    memory.as_strided(out.shape, out.stride(), out.storage_offset()).fill_(float("nan"))
+    torch.testing.assert_close(out._base, memory, equal_nan=True)  # nothing else was written to
+
+
+@needs_emulator
+@pytest.mark.parametrize("dtype", [FP16, BF16])
+@pytest.mark.parametrize("headdim", [32, 64, 96, 128, 256])
+def test_dropout_drops_what_the_cpu_drops(dtype, headdim):
+    """With V the unit matrix, out is the probabilities."""
+    shape = (2, 200, 2, headdim)
+    gen = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(shape, generator=gen).to(dtype) * 0.1 for _ in "qk")
+    v = torch.zeros(shape, dtype=dtype)
+    for first in (0, 90, 200 - headdim):
+        v.zero_()
+        for i in range(max(0, min(headdim, 200 - first))):
+            v[:, first + i, :, i] = 1.0
+        torch.manual_seed(5)
+        expected = flash_attn_func(q, k, v, dropout_p=0.3)
+        torch.manual_seed(5)
+        with flash_attn.emulator():
+            out = flash_attn_func(q, k, v, dropout_p=0.3)
+        assert torch.equal(out == 0, expected == 0)
+        torch.testing.assert_close(out, expected, atol=1e-4, rtol=2e-2)
+
+
 @needs_emulator
 def test_out_of_the_caller_and_overlapping_views():
     """All of q, k, v and out in one tensor."""
@@ -129,12 +204,12 @@ def test_context_holds_for_its_thread_and_ends():
         assert gpu.counters == {}
         with flash_attn.emulator(mode="late") as inner:
             flash_attn_func(q, k, v)
-        assert list(inner.counters) == ["flash_fwd_sm80_bf16_d64_none"]
-        with pytest.raises(RuntimeError, match="lacks softcap"):
-            flash_attn_func(q, k, v, softcap=3.0)
+        assert list(inner.counters) == ["flash_fwd_sm80_bf16_d64_unmasked"]
+        with pytest.raises(RuntimeError, match="lacks fp32"):
+            flash_attn_func(q.float(), k.float(), v.float())
     assert torch.equal(seen["other"], on_cpu)
     assert torch.equal(flash_attn_func(q, k, v), on_cpu)
-    assert flash_attn_func(q, k, v, softcap=3.0).isfinite().all()
+    assert flash_attn_func(q.float(), k.float(), v.float()).isfinite().all()
 
 
 @needs_emulator
@@ -144,31 +219,22 @@ def test_whole_process_by_environment():
         "x = torch.randn(1, 40, 1, 64).half()\n"
         "flash_attn.flash_attn_func(x, x, x)\n"
         "print(flash_attn._library.lib.emulator_counters())\n"
-        "try: flash_attn.flash_attn_func(x, x, x, softcap=1.0)\n"
+        "try: flash_attn.flash_attn_func(*[x.float()] * 3)\n"
         "except RuntimeError as error: print(error)\n"
     )
     env = {**os.environ, "FLASH_ATTENTION_EMULATOR": "sm_80,checks=all,-init_fence,mode=late"}
     result = subprocess.run(
         [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
     )
-    assert "flash_fwd_sm80_fp16_d64_none" in result.stdout
-    assert "the CUDA backend lacks softcap" in result.stdout
+    assert "flash_fwd_sm80_fp16_d64_unmasked" in result.stdout
+    assert "the CUDA backend lacks fp32" in result.stdout
 
 
 def _lacking(name):
     q, k, v = qkv(cuda_case())
-    lengths = torch.tensor([0, 128], dtype=torch.int32)
     calls = {
-        "dropout": lambda: flash_attn_func(q, k, v, dropout_p=0.5),
-        "softcap": lambda: flash_attn_func(q, k, v, softcap=2.0),
-        "ALiBi slopes": lambda: flash_attn_func(q, k, v, alibi_slopes=torch.ones(2)),
-        "attention sinks": lambda: flash_attn_func(q, k, v, s_aux=torch.ones(2)),
-        "attention bias": lambda: flash_attn_func(q, k, v, attn_bias=torch.ones(1, 1)),
         "fp32": lambda: flash_attn_func(q.float(), k.float(), v.float()),
-        "head dimension 136": lambda: flash_attn_func(*[torch.ones(1, 8, 1, 136, dtype=BF16)] * 3),
-        "packed sequences": lambda: flash_attn_varlen_func(
-            q[0], k[0, :128], v[0, :128], lengths, lengths, 128, 128
-        ),
+        "head dimension 264": lambda: flash_attn_func(*[torch.ones(1, 8, 1, 264, dtype=BF16)] * 3),
         "attention with a KV cache": lambda: flash_attn_with_kvcache(q, k, v),
         "the backward pass": lambda: flash_attn_func(q.requires_grad_(), k, v).sum().backward(),
     }
@@ -177,19 +243,7 @@ def _lacking(name):
 
 @needs_emulator
 @pytest.mark.parametrize(
-    "feature",
-    [
-        "dropout",
-        "softcap",
-        "ALiBi slopes",
-        "attention sinks",
-        "attention bias",
-        "fp32",
-        "head dimension 136",
-        "packed sequences",
-        "attention with a KV cache",
-        "the backward pass",
-    ],
+    "feature", ["fp32", "head dimension 264", "attention with a KV cache", "the backward pass"]
 )
 def test_what_is_missing_is_named(feature):
     call = _lacking(feature)

@@ -1,0 +1,95 @@
+"""Packed batches and paged keys on the CUDA kernels, emulated: the cases of test_varlen.py."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from attention_cases import BF16, FP16, SWEEP_FACTOR, Case, make_tensors
+from backends import EMULATOR, needs_emulator
+from test_varlen import (
+    FORWARD_OPTIONS,
+    INF,
+    TAIL,
+    check,
+    check_paged,
+    check_used_keys,
+    flash_varlen,
+    one_by_one,
+    sampled_lengths,
+    varlen_cases,
+)
+
+import flash_attn
+from flash_attn import flash_attn_func
+
+pytestmark = needs_emulator
+
+
+@pytest.mark.parametrize("case", varlen_cases(40, seed=4, backend=EMULATOR), ids=str)
+def test_feature_product(case):
+    check(case, backend=EMULATOR)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", varlen_cases(300, seed=5, backend=EMULATOR), ids=str)
+def test_feature_product_at_length(case):
+    check(case, SWEEP_FACTOR, backend=EMULATOR)
+
+
+def forward(tensors, options, *_):
+    out, lse, _ = flash_attn_func(**tensors, **options, return_attn_probs=True)
+    return {"out": out, "lse": lse}
+
+
+@pytest.mark.parametrize("case", varlen_cases(12, seed=6, backend=EMULATOR), ids=str)
+def test_equals_each_sequence_alone(case):
+    """Bitwise."""
+    lengths = sampled_lengths(case, case.seed)
+    problem = make_tensors(case)
+    with EMULATOR.calls(case.seed):
+        together = flash_varlen(lengths, *problem, backend=EMULATOR)
+        alone = one_by_one(forward, lengths, problem)
+    assert all(torch.equal(together[name], alone[name]) for name in together)
+
+
+@pytest.mark.parametrize("dtype", [FP16, BF16])
+@pytest.mark.parametrize("rows", [3, 300])
+def test_rows_of_no_sequence(dtype, rows):
+    """out is 0 there and softmax_lse -inf, whatever they held; there may be more than in a
+    sequence."""
+    case = Case(dtype=dtype, batch=2, seqlens=(40, 70), heads=(4, 2), dims=(72, 40))
+    tensors, *_ = make_tensors(case)
+    q = torch.cat([tensors["q"][0], tensors["q"].new_full((rows, 4, 72), float("nan"))])
+    cu_q, cu_k = (torch.tensor([0, n, n], dtype=torch.int32) for n in (40, 70))
+    with flash_attn.emulator(mode="late"):
+        out, lse, _ = flash_attn.flash_attn_varlen_func(
+            q, tensors["k"][0], tensors["v"][0], cu_q, cu_k, 40, 70, return_attn_probs=True
+        )
+    assert out[:40].isfinite().all()
+    assert (out[40:] == 0).all()
+    assert (lse[:, 40:] == -INF).all()
+
+
+def test_no_tokens_at_all():
+    case = Case(dtype=BF16, batch=2, seqlens=(4, 4), heads=(2, 1))
+    with flash_attn.emulator():
+        none = flash_varlen([(0, 0), (0, 0)], *make_tensors(case), backend=EMULATOR)
+        no_keys = flash_varlen([(4, 0), (3, 0)], *make_tensors(case), backend=EMULATOR)
+    assert none["out"].shape[0] == TAIL and (none["out"] == 0).all()
+    assert (no_keys["out"] == 0).all()
+    assert (no_keys["lse"] == INF).all()
+
+
+@pytest.mark.parametrize("index", range(len(FORWARD_OPTIONS)))
+@pytest.mark.parametrize("leftpad", [None, [0, 7, 33, 0, 150]])
+@pytest.mark.parametrize("seqused", [None, [257, 8, 33, 0, 290]])
+@pytest.mark.parametrize("num_splits", [0, 3])
+def test_used_keys_and_left_padding(index, leftpad, seqused, num_splits):
+    check_used_keys(index, leftpad, seqused, num_splits, dtype=FP16, backend=EMULATOR)
+
+
+@pytest.mark.parametrize("index", range(len(FORWARD_OPTIONS)))
+@pytest.mark.parametrize("page_size", [1, 16, 64, 256])
+@pytest.mark.parametrize("num_splits", [0, 3])
+def test_paged(page_size, index, num_splits):
+    check_paged(page_size, index, BF16, num_splits, backend=EMULATOR)
