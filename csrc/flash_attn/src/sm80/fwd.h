@@ -3,9 +3,9 @@
 // A CTA of 4 warps owns 64 or 128 queries of one head and walks over the blocks of n keys
 // (tile_table.h) that any of them sees, from the last to the first. A warp owns 16 or 32 queries:
 // scores, probabilities, row maxima and sums and the output never leave its registers, and the
-// accumulators of Q K^T are, packed to 16 bits, operand A of P V. Warps share K and V through a ring
-// of three slots in shared memory (pipeline.h); a step, over K or over V, ends where the next one
-// waits. Sequences are dense, packed or in pages: load.h.
+// accumulators of Q K^T are, packed to 16 bits, operand A of P V. Warps share K and V through a
+// ring of three slots in shared memory (pipeline.h); a step, over K or over V, ends where the next
+// one waits. Sequences are dense, packed or in pages: load.h.
 //
 // What bounds it. A warp's block takes n d / 32 mma, d being the head dim, and a scheduler of an
 // A100 8 cycles for each. The other instructions must fit beside: an FFMA, MUFU, FMNMX and FADD for
@@ -156,8 +156,8 @@ class KeyBlocks {
   PipeState<kTile.stages> pipe_;
 };
 
-// Rows of out that belong to no sequence become 0, their softmax_lse -inf: those of this CTA's head,
-// this CTA's share of them.
+// Rows of out that belong to no sequence become 0, their softmax_lse -inf: those of this CTA's
+// head, this CTA's share of them.
 template <FwdConfig C>
 FLASH_DEVICE void store_rows_of_no_sequence(const FwdParams& p, const FwdLaunch& launch,
                                             const Place<C>& here) {
@@ -201,24 +201,25 @@ FLASH_DEVICE void epilogue(const FwdParams& p, const FwdLaunch& launch, uint32_t
   normalise_o<C>(rO, rows, lse, valid_rows, launch.scale, sink_logit(p, here.head), rescale);
   char* gO = operand_row(p.o, C.dtype, here.batch, here.seq.q_row + here.warp_row, here.head);
   store_o<C>(rO, sO + here.warp * C.rows_per_warp() * SmemPlan<C>::O::kRowBytes, gO,
-             p.o.row_stride * kElementBytes, launch.o_aligned, valid_rows,
-             static_cast<int>(p.d_v));
+             p.o.row_stride * kElementBytes, launch.o_aligned, valid_rows, static_cast<int>(p.d_v));
 }
 
-// A warp's step over a block of K: its probabilities rP, and rO to the new maxima. `sQ` is this lane's
-// address.
+// A warp's step over a block of K: its probabilities rP, and rO to the new maxima. `sQ` is this
+// lane's address.
 template <FwdConfig C>
-FLASH_DEVICE void attend(typename WarpTile<C>::Probabilities& rP,
-                         typename WarpTile<C>::Output& rO, typename WarpTile<C>::Rows& rows,
-                         const FwdParams& p, const FwdLaunch& launch, const Place<C>& here,
-                         uint32_t sQ, uint32_t sK, int block, bool is_full) {
+FLASH_DEVICE void attend(typename WarpTile<C>::Probabilities& rP, typename WarpTile<C>::Output& rO,
+                         typename WarpTile<C>::Rows& rows, const FwdParams& p,
+                         const FwdLaunch& launch, const Place<C>& here, uint32_t sQ, uint32_t sK,
+                         int block, bool is_full) {
   using W = WarpTile<C>;
   typename W::Scores rS;
   float rescale[W::kM][2];
   const int first_key = block * C.tile().n;
   gemm_qk<C>(rS, sQ, lane_address<typename SmemPlan<C>::K>(sK, ptx::b_chunk_n_major(here.lane)));
-  if constexpr (C.scores == ScoreClass::kModified)
-    modify_scores<C>(rS, p, {here.batch, here.head, here.warp_row, here.mask}, first_key);
+  if constexpr (C.scores == ScoreClass::kModified) {
+    if (launch.modifies_scores)
+      modify_scores<C>(rS, p, {here.batch, here.head, here.warp_row, here.mask}, first_key);
+  }
   if (!is_full) apply_mask<C>(rS, here.mask, here.warp_row, first_key);
   softmax_step<C>(rP, rescale, rS, rows, launch.scale_log2);
   if constexpr (C.scores == ScoreClass::kModified) {
@@ -271,15 +272,13 @@ FLASH_DEVICE void mha_fwd(const FwdParams& p, const FwdLaunch& launch) {
   typename W::Output rO = {};
   typename W::Rows rows;
   clear_rows<C>(rows);
-  const uint32_t warp_sQ =
-      lane_address<typename Plan::Q>(sQ + here.warp * C.rows_per_warp() * Plan::Q::kRowBytes,
-                                     ptx::a_chunk(here.lane));
+  const uint32_t warp_sQ = lane_address<typename Plan::Q>(
+      sQ + here.warp * C.rows_per_warp() * Plan::Q::kRowBytes, ptx::a_chunk(here.lane));
   for (int block = blocks.end - 1; block >= blocks.begin; --block) {
     typename W::Probabilities rP;
     const bool is_full = mine.is_full(block);
     const uint32_t sK = keys.next_k(block);
-    if (mine.contains(block))
-      attend<C>(rP, rO, rows, p, launch, here, warp_sQ, sK, block, is_full);
+    if (mine.contains(block)) attend<C>(rP, rO, rows, p, launch, here, warp_sQ, sK, block, is_full);
     const uint32_t sV = keys.next_v(block);
     if (mine.contains(block)) accumulate<C>(rO, rP, here, sV, block, is_full);
   }
