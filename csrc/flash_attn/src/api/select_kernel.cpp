@@ -101,7 +101,8 @@ void add_cpu_kernels(std::vector<Kernel>& kernels) {
 
 void add_cuda_kernels([[maybe_unused]] std::vector<Kernel>& kernels) {
 #if defined(FLASH_ATTN_HAVE_CUDA)
-  for (const Operation operation : {Operation::kMhaFwd, Operation::kMhaVarlenFwd}) {
+  for (const Operation operation :
+       {Operation::kMhaFwd, Operation::kMhaVarlenFwd, Operation::kMhaFwdKvcache}) {
     kernels.push_back({.operation = operation,
                        .device_type = FLASH_ATTN_CUDA,
                        .backend = "cuda",

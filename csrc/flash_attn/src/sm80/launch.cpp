@@ -6,6 +6,7 @@
 #include "base/cuda_driver/device.h"
 #include "sm80/fwd_params.h"
 #include "sm80/kernel_list.h"
+#include "sm80/launch.h"
 #include "sm80/sm80_backend.h"
 #include "sm80/smem.h"
 
@@ -25,14 +26,6 @@ const FwdKernel& choose(const Flash_fwd_params& p) {
   const FwdConfig wanted{p.dtype, tile.head_dim, tile.head_dim_v, tile.scores};
   return *std::find_if(kFwdKernels.begin(), kFwdKernels.end(),
                        [&](const FwdKernel& kernel) { return kernel.config == wanted; });
-}
-
-// Whether the rows of x start at multiples of 16 bytes.
-bool is_aligned(const Operand& x) {
-  bool aligned = reinterpret_cast<uintptr_t>(x.ptr) % kChunkBytes == 0;
-  for (const int64_t stride : {x.batch_stride, x.row_stride, x.head_stride})
-    aligned &= stride % kChunkElements == 0;
-  return aligned;
 }
 
 // The unit of scores. At least the smallest normal, so that -inf stays -inf.
@@ -70,11 +63,13 @@ FwdLaunch plan(const Flash_fwd_params& p, const Tile& tile, int64_t l2_cache_byt
 }  // namespace
 
 void mha_fwd(const Flash_fwd_params& p) {
+  if (p.knew.ptr != nullptr) append_kv(p);
   const bool is_packed = p.cu_seqlens_q != nullptr;
   if (is_packed ? p.total_q == 0 : p.b == 0 || p.seqlen_q == 0) return;
   const FwdKernel& kernel = choose(p);
   FwdParams params{p, p, p, p};
-  FwdLaunch launch = plan(p, tile_of(p.d, p.d_v, score_class(p)), p.target.device->l2_cache_bytes());
+  FwdLaunch launch =
+      plan(p, tile_of(p.d, p.d_v, score_class(p)), p.target.device->l2_cache_bytes());
   void* args[] = {&params, &launch};
   p.target.device->launch(
       kernel.image,
