@@ -126,6 +126,21 @@ KINDS = [
         parameters=("FwdParams", "AppendLaunch"),
         entry="append",
     ),
+    Kind(
+        backend="sm80",
+        name="combine",
+        config="RowConfig",
+        parameters=("Combine_params",),
+        entry="combine",
+        dtypes=("fp32",),
+    ),
+    Kind(
+        backend="sm80",
+        name="dmask",
+        config="RowConfig",
+        parameters=("DmaskParams", "DmaskLaunch"),
+        entry="dmask",
+    ),
 ]
 
 KERNELS = [kernel for kind in KINDS for kernel in kind.kernels()]

@@ -36,7 +36,7 @@ FLASH_INLINE IndexFaults query_faults(const SequenceGeometry& p, int batch) {
                                                 end - begin > p.seqlen_q);
 }
 
-// Of the keys.
+// Of the keys. A tensor is looked at if those that it is held to are in order.
 FLASH_INLINE IndexFaults key_faults(const SequenceGeometry& p, int batch, int max_cached) {
   const bool is_packed = p.cu_seqlens_k != nullptr;
   IndexFaults faults = 0;
@@ -50,12 +50,12 @@ FLASH_INLINE IndexFaults key_faults(const SequenceGeometry& p, int batch, int ma
                                                      end < begin || is_outside || is_long);
     if (rows < limit) limit = rows;
   }
-  if (p.seqused_k != nullptr) {
+  if (faults == 0 && p.seqused_k != nullptr) {
     rows = p.seqused_k[batch];
     faults |= fault_of(is_packed ? IndexTensor::kSequsedK : IndexTensor::kCacheSeqlens,
                        rows < 0 || rows > limit);
   }
-  if (p.leftpad_k != nullptr) {
+  if (faults == 0 && p.leftpad_k != nullptr) {
     faults |= fault_of(is_packed ? IndexTensor::kLeftpadK : IndexTensor::kCacheLeftpad,
                        p.leftpad_k[batch] < 0 || p.leftpad_k[batch] > rows);
   }

@@ -11,6 +11,7 @@
 #include "base/ptx/special_registers.h"
 #include "common/bounded_sequence.h"
 #include "sm80/append_params.h"
+#include "sm80/cache_place.h"
 #include "sm80/fwd_params.h"
 #include "sm80/query.h"
 #include "sm80/report.h"
@@ -58,21 +59,6 @@ FLASH_DEVICE void rotate_row(const RowLanes& mine, const AppendParams& p, char* 
   });
 }
 
-// A row of the cache, by what it is called in the batch.
-struct CachePlace {
-  int64_t entry, row;  // batch entry or page, row in it
-};
-
-// Where a sequence's row `position` lies. Faults: it lies nowhere.
-FLASH_DEVICE CachePlace place_of(const FwdParams& p, const AppendLaunch& launch,
-                                 const Sequence& seq, int position, IndexFaults& faults) {
-  if (seq.pages == nullptr) return {seq.k_batch, seq.k_row + position};
-  const int index = launch.page_size.quotient(position);
-  const int page = seq.pages[index];
-  faults |= fault_of(IndexTensor::kBlockTable, page < 0 || page >= p.k_entries);
-  return {page, position - index * launch.page_size.divisor};
-}
-
 template <RowConfig C>
 FLASH_DEVICE void append(const FwdParams& p, const AppendLaunch& launch) {
   const int64_t thread = static_cast<int64_t>(ptx::read_ctaid_x()) * C.threads() + threadIdx.x;
@@ -90,7 +76,7 @@ FLASH_DEVICE void append(const FwdParams& p, const AppendLaunch& launch) {
   const Sequence seq = bounded_sequence(p, batch, launch.bounds.max_cached, faults);
   const int position = seq.cached + static_cast<int>(token);
   CachePlace place{};
-  if (faults == 0) place = place_of(p, launch, seq, position, faults);
+  if (faults == 0) place = place_of(seq, launch.page_size, p.k_entries, position, faults);
   if (faults != 0) {
     if (mine.lane == 0) report(launch.bounds, faults);
     return;

@@ -3,9 +3,9 @@
 // A CTA of 4 warps owns 64 or 128 queries of one head and walks over the blocks of n keys
 // (tile_table.h) that any of them sees, from the last to the first. A warp owns 16 or 32 queries:
 // scores, probabilities, row maxima and sums and the output never leave its registers, and the
-// accumulators of Q K^T are, packed to 16 bits, operand A of P V. Warps share K and V through a ring
-// of three slots in shared memory (pipeline.h); a step, over K or over V, ends where the next one
-// waits. Sequences are dense, packed or in pages: load.h.
+// accumulators of Q K^T are, packed to 16 bits, operand A of P V. Warps share K and V through a
+// ring of three slots in shared memory (pipeline.h); a step, over K or over V, ends where the next
+// one waits. Sequences are dense, packed or in pages: load.h.
 //
 // What bounds it. A warp's block takes n d / 32 mma, d being the head dim, and a scheduler of an
 // A100 8 cycles for each. The other instructions must fit beside: an FFMA, MUFU, FMNMX and FADD for
@@ -20,8 +20,8 @@
 
 #include "base/ptx/special_registers.h"
 #include "common/block_range.h"
+#include "common/bounded_sequence.h"
 #include "common/flash.h"
-#include "common/seqlen.h"
 #include "common/tile_scheduler.h"
 #include "sm80/contain.h"
 #include "sm80/epilogue.h"
@@ -29,6 +29,7 @@
 #include "sm80/load.h"
 #include "sm80/pipeline.h"
 #include "sm80/query.h"
+#include "sm80/report.h"
 #include "sm80/score.h"
 #include "sm80/steps.h"
 
@@ -39,6 +40,7 @@ template <FwdConfig C>
 struct Place {
   int batch, head, head_k;
   Sequence seq;
+  IndexFaults faults = 0;  // of the sequence
   Mask mask;
   int m_block;
   int cta_row, warp_row;  // their first queries
@@ -51,7 +53,7 @@ struct Place {
     head = tile.batch_head % launch.heads;
     head_k = head / launch.group;
     m_block = tile.m_block;
-    if (batch < p.b) seq = sequence(p, batch);
+    if (batch < p.b) seq = bounded_sequence(p, batch, launch.bounds.max_cached, faults);
     mask = mask_of(p, seq);
     warp = __shfl_sync(0xffffffffu, thread / 32, 0);  // which tells the compiler that it is uniform
     lane = thread % 32;
@@ -156,19 +158,28 @@ class KeyBlocks {
   PipeState<kTile.stages> pipe_;
 };
 
-// Rows of out that belong to no sequence become 0, their softmax_lse -inf: those of this CTA's head,
-// this CTA's share of them.
+// Rows of out that belong to no sequence become 0, their softmax_lse -inf: those of this CTA's
+// head, this CTA's share of them.
 template <FwdConfig C>
 FLASH_DEVICE void store_rows_of_no_sequence(const FwdParams& p, const FwdLaunch& launch,
                                             const Place<C>& here) {
-  const int64_t rows = p.total_q - p.cu_seqlens_q[p.b], step = launch.scheduler.m_blocks;
-  for (int64_t row = here.m_block; row < rows; row += step) {
-    const int64_t packed_row = p.cu_seqlens_q[p.b] + row;
-    auto* o = reinterpret_cast<uint16_t*>(operand_row(p.o, C.dtype, 0, packed_row, here.head));
+  const int first = p.cu_seqlens_q[p.b];
+  if (first < 0) return;
+  for (int64_t row = first + here.m_block; row < p.total_q; row += launch.scheduler.m_blocks) {
+    auto* o = reinterpret_cast<uint16_t*>(operand_row(p.o, C.dtype, 0, row, here.head));
     for (int i = threadIdx.x; i < p.d_v; i += C.threads()) o[i] = 0;
     if (p.softmax_lse != nullptr && threadIdx.x == 0)
-      p.softmax_lse[here.head * p.lse_head_stride + packed_row] = -INFINITY;
+      p.softmax_lse[here.head * p.lse_head_stride + row] = -INFINITY;
   }
+}
+
+// One CTA of each sequence tells the host what is wrong with its index tensors.
+template <FwdConfig C>
+FLASH_DEVICE void report_faults(const FwdParams& p, const FwdLaunch& launch, const Place<C>& here) {
+  if (here.m_block != 0 || here.head != 0) return;
+  const IndexFaults faults =
+      here.faults | page_faults(here.seq, launch.page_size, p.k_entries, C.threads());
+  if (faults != 0) report(launch.bounds, faults);
 }
 
 // Negates and rotates the tile of Q, once its copies have landed.
@@ -201,17 +212,16 @@ FLASH_DEVICE void epilogue(const FwdParams& p, const FwdLaunch& launch, uint32_t
   normalise_o<C>(rO, rows, lse, valid_rows, launch.scale, sink_logit(p, here.head), rescale);
   char* gO = operand_row(p.o, C.dtype, here.batch, here.seq.q_row + here.warp_row, here.head);
   store_o<C>(rO, sO + here.warp * C.rows_per_warp() * SmemPlan<C>::O::kRowBytes, gO,
-             p.o.row_stride * kElementBytes, launch.o_aligned, valid_rows,
-             static_cast<int>(p.d_v));
+             p.o.row_stride * kElementBytes, launch.o_aligned, valid_rows, static_cast<int>(p.d_v));
 }
 
-// A warp's step over a block of K: its probabilities rP, and rO to the new maxima. `sQ` is this lane's
-// address.
+// A warp's step over a block of K: its probabilities rP, and rO to the new maxima. `sQ` is this
+// lane's address.
 template <FwdConfig C>
-FLASH_DEVICE void attend(typename WarpTile<C>::Probabilities& rP,
-                         typename WarpTile<C>::Output& rO, typename WarpTile<C>::Rows& rows,
-                         const FwdParams& p, const FwdLaunch& launch, const Place<C>& here,
-                         uint32_t sQ, uint32_t sK, int block, bool is_full) {
+FLASH_DEVICE void attend(typename WarpTile<C>::Probabilities& rP, typename WarpTile<C>::Output& rO,
+                         typename WarpTile<C>::Rows& rows, const FwdParams& p,
+                         const FwdLaunch& launch, const Place<C>& here, uint32_t sQ, uint32_t sK,
+                         int block, bool is_full) {
   using W = WarpTile<C>;
   typename W::Scores rS;
   float rescale[W::kM][2];
@@ -250,6 +260,7 @@ FLASH_DEVICE void mha_fwd(const FwdParams& p, const FwdLaunch& launch) {
 
   const Place<C> here(p, launch);
   if (here.batch == p.b) return store_rows_of_no_sequence(p, launch, here);
+  report_faults(p, launch, here);
   if (here.cta_row >= here.seq.seqlen_q) return;
   const BlockRange blocks =
       block_range(here.mask, here.cta_row, here.cta_row + kTile.m - 1, kTile.n);
@@ -271,15 +282,13 @@ FLASH_DEVICE void mha_fwd(const FwdParams& p, const FwdLaunch& launch) {
   typename W::Output rO = {};
   typename W::Rows rows;
   clear_rows<C>(rows);
-  const uint32_t warp_sQ =
-      lane_address<typename Plan::Q>(sQ + here.warp * C.rows_per_warp() * Plan::Q::kRowBytes,
-                                     ptx::a_chunk(here.lane));
+  const uint32_t warp_sQ = lane_address<typename Plan::Q>(
+      sQ + here.warp * C.rows_per_warp() * Plan::Q::kRowBytes, ptx::a_chunk(here.lane));
   for (int block = blocks.end - 1; block >= blocks.begin; --block) {
     typename W::Probabilities rP;
     const bool is_full = mine.is_full(block);
     const uint32_t sK = keys.next_k(block);
-    if (mine.contains(block))
-      attend<C>(rP, rO, rows, p, launch, here, warp_sQ, sK, block, is_full);
+    if (mine.contains(block)) attend<C>(rP, rO, rows, p, launch, here, warp_sQ, sK, block, is_full);
     const uint32_t sV = keys.next_v(block);
     if (mine.contains(block)) accumulate<C>(rO, rP, here, sV, block, is_full);
   }

@@ -4,6 +4,7 @@
 #include "common/dropout.h"
 #include "common/fast_divide.h"
 #include "common/flash.h"
+#include "common/index_tensors.h"
 #include "common/tile_scheduler.h"
 
 namespace flash::sm80 {
@@ -22,6 +23,7 @@ struct FwdLaunch {
   bool q_aligned, k_aligned, v_aligned, o_aligned;  // rows start at multiples of 16 bytes
   FastDivide page_size;
   Dropout dropout;
+  IndexBounds bounds;
 };
 
 // The limit of CUDA C++ Programming Guide, "Function Parameters", up to compute capability 6; 32 KB

@@ -5,6 +5,8 @@
 // The fatbins that the build embeds.
 #define FLASH_KERNEL(name, ...) extern "C" const char name##_fatbin[];
 #include "generated/sm80_append.inc"
+#include "generated/sm80_combine.inc"
+#include "generated/sm80_dmask.inc"
 #include "generated/sm80_fwd.inc"
 #undef FLASH_KERNEL
 
@@ -26,11 +28,19 @@ constexpr FwdKernel fwd_kernels[] = {
 constexpr RowKernel append_kernels[] = {
 #include "generated/sm80_append.inc"
 };
+constexpr RowKernel combine_kernels[] = {
+#include "generated/sm80_combine.inc"
+};
+constexpr RowKernel dmask_kernels[] = {
+#include "generated/sm80_dmask.inc"
+};
 #undef FLASH_KERNEL
 
 }  // namespace
 
 const std::span<const FwdKernel> kFwdKernels = fwd_kernels;
 const std::span<const RowKernel> kAppendKernels = append_kernels;
+const std::span<const RowKernel> kCombineKernels = combine_kernels;
+const std::span<const RowKernel> kDmaskKernels = dmask_kernels;
 
 }  // namespace flash::sm80

@@ -23,6 +23,6 @@ struct RowKernel {
   cuda::KernelImage image;
 };
 
-extern const std::span<const RowKernel> kAppendKernels;
+extern const std::span<const RowKernel> kAppendKernels, kCombineKernels, kDmaskKernels;
 
 }  // namespace flash::sm80

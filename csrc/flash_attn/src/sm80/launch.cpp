@@ -57,13 +57,11 @@ FwdLaunch plan(const Flash_fwd_params& p, const Tile& tile, int64_t l2_cache_byt
   launch.o_aligned = is_aligned(p.o);
   if (p.block_table != nullptr) launch.page_size = FastDivide::by(static_cast<int>(p.page_size));
   launch.dropout = Dropout::make(p.p_dropout, p.seed, p.offset);
+  launch.bounds = index_bounds(p);
   return launch;
 }
 
-}  // namespace
-
-void mha_fwd(const Flash_fwd_params& p) {
-  if (p.knew.ptr != nullptr) append_kv(p);
+void attend(const Flash_fwd_params& p) {
   const bool is_packed = p.cu_seqlens_q != nullptr;
   if (is_packed ? p.total_q == 0 : p.b == 0 || p.seqlen_q == 0) return;
   const FwdKernel& kernel = choose(p);
@@ -76,6 +74,14 @@ void mha_fwd(const Flash_fwd_params& p) {
       {static_cast<unsigned>(launch.scheduler.tiles()), static_cast<unsigned>(kernel.threads),
        static_cast<unsigned>(kernel.shared_bytes)},
       p.target.stream, args);
+}
+
+}  // namespace
+
+void mha_fwd(const Flash_fwd_params& p) {
+  if (p.knew.ptr != nullptr) append_kv(p);
+  attend(p);
+  if (p.s_dmask != nullptr) store_dmask(p);
 }
 
 }  // namespace flash::sm80

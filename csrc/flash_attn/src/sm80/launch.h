@@ -24,4 +24,7 @@ const RowKernel& kernel_of(std::span<const RowKernel> kernels, Dtype dtype);
 // Enqueues what is to be appended to the cache; nothing if that is nothing. Throws ApiError.
 void append_kv(const Flash_fwd_params& p);
 
+// Enqueues what writes p.s_dmask. Throws ApiError.
+void store_dmask(const Flash_fwd_params& p);
+
 }  // namespace flash::sm80

@@ -5,12 +5,20 @@
 #include <limits>
 
 #include "sm80/append_params.h"
+#include "sm80/dmask_params.h"
 #include "sm80/fwd_params.h"
 #include "sm80/launch.h"
+#include "sm80/sm80_backend.h"
 #include "sm80/smem.h"
 
 namespace flash::sm80 {
 namespace {
+
+constexpr int kWarp = 32;
+
+FastDivide page_size(const SequenceGeometry& p) {
+  return p.block_table != nullptr ? FastDivide::by(static_cast<int>(p.page_size)) : FastDivide{};
+}
 
 // Strides of rows that differ only where there is one row.
 bool same_rows(const Flash_fwd_params& p, const Operand& x, const Operand& y) {
@@ -35,7 +43,7 @@ AppendLaunch plan_append(const Flash_fwd_params& p) {
   launch.writes_k = v_within_k || !(same && distance <= 0 && p.d - distance <= p.d_v);
   launch.k_aligned = is_aligned(p.k) && is_aligned(p.knew);
   launch.v_aligned = is_aligned(p.v) && is_aligned(p.vnew);
-  if (p.block_table != nullptr) launch.page_size = FastDivide::by(static_cast<int>(p.page_size));
+  launch.page_size = page_size(p);
   launch.bounds = index_bounds(p);
   return launch;
 }
@@ -50,7 +58,6 @@ bool is_aligned(const Operand& x) {
 }
 
 IndexBounds index_bounds(const Flash_fwd_params& p) {
-  static_assert(kIndexTensors <= cuda::Device::kMailboxWords);
   return {max_cached(p, p, p), p.target.device->mailbox()};
 }
 
@@ -73,6 +80,23 @@ void append_kv(const Flash_fwd_params& p) {
   FwdParams params{p, p, p, p};
   void* args[] = {&params, &launch};
   launch_rows(kernel_of(kAppendKernels, p.dtype), 2 * launch.rows * launch.lanes, p.target, args);
+}
+
+void store_dmask(const Flash_fwd_params& p) {
+  DmaskLaunch launch{p.b * p.h * p.seqlen_q_rounded, static_cast<int>(p.h / p.h_k), page_size(p),
+                     Dropout::make(p.p_dropout, p.seed, p.offset), index_bounds(p)};
+  if (launch.rows == 0) return;
+  DmaskParams params{p, p, p, p};
+  void* args[] = {&params, &launch};
+  launch_rows(kernel_of(kDmaskKernels, p.dtype), kWarp * launch.rows, p.target, args);
+}
+
+void combine(const Combine_params& p) {
+  const int64_t rows = p.b * p.s * p.h;
+  if (rows == 0) return;
+  Combine_params params = p;
+  void* args[] = {&params};
+  launch_rows(kernel_of(kCombineKernels, Dtype::kFloat32), kWarp * rows, p.target, args);
 }
 
 }  // namespace flash::sm80
