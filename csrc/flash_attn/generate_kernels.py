@@ -18,6 +18,7 @@ from pathlib import Path
 CPP = {
     "fp16": "Dtype::kFloat16",
     "bf16": "Dtype::kBFloat16",
+    "fp32": "Dtype::kFloat32",
     "unmasked": "ScoreClass::kUnmasked",
     "masked": "ScoreClass::kMasked",
     "modified": "ScoreClass::kModified",
@@ -41,13 +42,15 @@ class Kind:
     backend: str  # a key of ARCHITECTURES, a namespace and a folder of the sources
     name: str
     config: str  # the C++ type whose members are a dtype and the values of one of ``configs``
-    configs: tuple[tuple, ...]  # head dims of q and k, of v, ...; as in the tile table
     parameters: tuple[str, ...]  # C++ types of the entry's parameters
     entry: str  # the device function, a template of the config
+    # Head dims of q and k, of v, ..., as in the tile table; or nothing.
+    configs: tuple[tuple, ...] = ((),)
+    dtypes: tuple[str, ...] = DTYPES
 
     def kernels(self) -> list[Kernel]:
         """Return them in the order of ``configs``, for one dtype after the other."""
-        return [Kernel(self, (dtype, *config)) for dtype in DTYPES for config in self.configs]
+        return [Kernel(self, (dtype, *config)) for dtype in self.dtypes for config in self.configs]
 
 
 @dataclass(frozen=True)
@@ -57,10 +60,13 @@ class Kernel:
 
     @property
     def name(self) -> str:
-        """flash_KIND_BACKEND_DTYPE, head dims and what follows: d128, d192x128."""
-        dtype, head_dim, head_dim_v, *rest = self.values
-        dims = f"d{head_dim}" if head_dim == head_dim_v else f"d{head_dim}x{head_dim_v}"
-        return "_".join(["flash", self.kind.name, self.kind.backend, dtype, dims, *rest])
+        """flash_KIND_BACKEND_DTYPE, head dims if any and what follows: d128, d192x128."""
+        dtype, *rest = self.values
+        if rest:
+            head_dim, head_dim_v, *rest = rest
+            dims = f"d{head_dim}" if head_dim == head_dim_v else f"d{head_dim}x{head_dim_v}"
+            rest = [dims, *rest]
+        return "_".join(["flash", self.kind.name, self.kind.backend, dtype, *rest])
 
     @property
     def config(self) -> str:
@@ -112,6 +118,28 @@ KINDS = [
         ),
         parameters=("FwdParams", "FwdLaunch"),
         entry="mha_fwd",
+    ),
+    Kind(
+        backend="sm80",
+        name="append",
+        config="RowConfig",
+        parameters=("FwdParams", "AppendLaunch"),
+        entry="append",
+    ),
+    Kind(
+        backend="sm80",
+        name="combine",
+        config="RowConfig",
+        parameters=("Combine_params",),
+        entry="combine",
+        dtypes=("fp32",),
+    ),
+    Kind(
+        backend="sm80",
+        name="dmask",
+        config="RowConfig",
+        parameters=("DmaskParams", "DmaskLaunch"),
+        entry="dmask",
     ),
 ]
 

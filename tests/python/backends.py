@@ -30,6 +30,7 @@ class Backend:
     choices: dict = dataclasses.field(
         default_factory=dict
     )  # of a case's fields, instead of CHOICES
+    cache_choices: dict = dataclasses.field(default_factory=dict)  # the same of cache_cases
     has_backward: bool = True
     lse_slack: float = 0.0  # of the exponent function, relative to the largest LSE
 
@@ -72,6 +73,14 @@ CUDA = {
         "window_size": [(-1, -1), (-1, -1), (-1, -1), (0, 0), (16, 0), (-1, 7), (50, 30), (70, -1)],
         "softmax_scale": [None, None, None, 0.3, -0.4, 0.0],
         "dlse": [False],
+    },
+    "cache_choices": {
+        "dtype": [FP16, BF16],
+        "batch": [1, 2, 3],
+        "capacity": [60, 130, 300],
+        "heads": [(1, 1), (4, 4), (4, 2), (6, 1)],
+        "dims": [(64, 64), (128, 128), (40, 40), (192, 128), (256, 256), (17, 17), (96, 33)],
+        "num_splits": [0, 0, 1, 3],
     },
     "has_backward": False,
     "lse_slack": 2e-6,

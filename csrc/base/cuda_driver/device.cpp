@@ -1,5 +1,6 @@
 #include "base/cuda_driver/device.h"
 
+#include <algorithm>
 #include <map>
 #include <memory>
 #include <utility>
@@ -30,6 +31,7 @@ Device::Device(const Driver& driver, int ordinal) : driver_(driver), ordinal_(or
   l2_cache_bytes_ = attribute(CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE, "L2 cache size");
   driver.check(driver->device_primary_ctx_retain(&context_, handle_), "cuDevicePrimaryCtxRetain",
                name);
+  allocate_mailbox();
 }
 
 int Device::attribute(CUdevice_attribute which, const char* name) const {
@@ -60,6 +62,18 @@ class Device::RelaxedCapture {
   const Driver& driver_;
   CUstreamCaptureMode mode_ = CU_STREAM_CAPTURE_MODE_RELAXED;
 };
+
+void Device::allocate_mailbox() {
+  const CurrentContext current(*this);
+  const RelaxedCapture relaxed(driver_);
+  constexpr size_t kBytes = kMailboxWords * sizeof(uint32_t);
+  void* memory = nullptr;
+  driver_.check(driver_->mem_host_alloc(&memory, kBytes,
+                                        CU_MEMHOSTALLOC_PORTABLE | CU_MEMHOSTALLOC_DEVICEMAP),
+                "cuMemHostAlloc", "device " + std::to_string(ordinal_));
+  mailbox_ = static_cast<uint32_t*>(memory);
+  std::fill_n(mailbox_, kMailboxWords, 0);
+}
 
 CUfunction Device::load(const KernelImage& kernel, unsigned shared_bytes) {
   const RelaxedCapture relaxed(driver_);

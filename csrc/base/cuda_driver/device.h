@@ -34,6 +34,10 @@ class Device {
   int compute_capability() const { return compute_capability_; }  // 80, 90, ...
   int64_t l2_cache_bytes() const { return l2_cache_bytes_; }
 
+  // Words of host memory that kernels can write to, 0 at first.
+  static constexpr int kMailboxWords = 16;
+  uint32_t* mailbox() const { return mailbox_; }
+
   // Enqueues a kernel of one-dimensional CTAs into `stream`. Loads the kernel at its first launch;
   // later launches neither allocate nor wait, and can be captured into a CUDA graph. The calling
   // thread needs no current context. Throws ApiError(FLASH_ATTN_DEVICE_ERROR).
@@ -62,6 +66,7 @@ class Device {
   class RelaxedCapture;
 
   Device(const Driver& driver, int ordinal);
+  void allocate_mailbox();
   int attribute(CUdevice_attribute which, const char* name) const;
   CUfunction function_of(const KernelImage& kernel, unsigned shared_bytes);
   CUfunction load(const KernelImage& kernel, unsigned shared_bytes);
@@ -72,6 +77,7 @@ class Device {
   CUcontext context_{};
   int compute_capability_ = 0;
   int64_t l2_cache_bytes_ = 0;
+  uint32_t* mailbox_ = nullptr;
 
   struct Loaded {
     const KernelImage* kernel;

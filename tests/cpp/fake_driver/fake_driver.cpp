@@ -2,6 +2,7 @@
 // user need no GPU, and know every call.
 #include <cuda.h>
 
+#include <cstdlib>
 #include <cstring>
 #include <string>
 
@@ -87,6 +88,10 @@ CUresult cuLaunchKernel(CUfunction, unsigned grid, unsigned, unsigned, unsigned 
   last_shape[1] = threads;
   last_shape[2] = shared_bytes;
   return note("cuLaunchKernel");
+}
+CUresult cuMemHostAlloc(void** memory, size_t bytes, unsigned) {
+  *memory = std::malloc(bytes);
+  return note("cuMemHostAlloc");
 }
 CUresult cuMemHostRegister(void*, size_t, unsigned) { return note("cuMemHostRegister"); }
 CUresult cuMemHostUnregister(void*) { return note("cuMemHostUnregister"); }

@@ -101,7 +101,8 @@ void add_cpu_kernels(std::vector<Kernel>& kernels) {
 
 void add_cuda_kernels([[maybe_unused]] std::vector<Kernel>& kernels) {
 #if defined(FLASH_ATTN_HAVE_CUDA)
-  for (const Operation operation : {Operation::kMhaFwd, Operation::kMhaVarlenFwd}) {
+  for (const Operation operation :
+       {Operation::kMhaFwd, Operation::kMhaVarlenFwd, Operation::kMhaFwdKvcache}) {
     kernels.push_back({.operation = operation,
                        .device_type = FLASH_ATTN_CUDA,
                        .backend = "cuda",
@@ -113,6 +114,16 @@ void add_cuda_kernels([[maybe_unused]] std::vector<Kernel>& kernels) {
                        .features = kAllFeatures,
                        .mha_fwd = sm80::mha_fwd});
   }
+  kernels.push_back({.operation = Operation::kCombine,
+                     .device_type = FLASH_ATTN_CUDA,
+                     .backend = "cuda",
+                     .isa = "sm80",
+                     .min_capability = sm80::kMinComputeCapability,
+                     .dtypes = bit(Dtype::kFloat16) | bit(Dtype::kBFloat16) | bit(Dtype::kFloat32),
+                     .max_d = FLASH_ATTN_MAX_HEAD_DIM,
+                     .max_d_v = FLASH_ATTN_MAX_HEAD_DIM,
+                     .features = kAllFeatures,
+                     .combine = sm80::combine});
 #endif
 }
 

@@ -1,11 +1,13 @@
 #include "api/target.h"
 
+#include <atomic>
 #include <cstdlib>
 #include <string>
 #include <vector>
 
 #if defined(FLASH_ATTN_HAVE_CUDA)
 #include "base/cuda_driver/emulated.h"
+#include "common/index_tensors.h"
 #endif
 
 namespace flash {
@@ -14,7 +16,24 @@ namespace flash {
 
 namespace {
 
+// Raises, once, what kernels of earlier calls found in index tensors.
+void raise_index_faults(cuda::Device& device) {
+  static_assert(kIndexTensors <= cuda::Device::kMailboxWords);
+  std::string names;
+  for (int i = 0; i < kIndexTensors; ++i) {
+    std::atomic_ref<uint32_t> word(device.mailbox()[i]);
+    if (word.load(std::memory_order_relaxed) == 0) [[likely]]
+      continue;
+    word.store(0, std::memory_order_relaxed);
+    names += (names.empty() ? "" : ", ") + std::string(kIndexTensorNames[i]);
+  }
+  require(names.empty(), "an earlier call on CUDA device ", device.ordinal(),
+          " was given values out of range in ", names,
+          ": sequences and pages that they do not name were left out");
+}
+
 Target cuda_target(cuda::Device& device, void* stream, bool is_emulated) {
+  raise_index_faults(device);
   return {.device_type = FLASH_ATTN_CUDA,
           .device_id = device.ordinal(),
           .compute_capability = device.compute_capability(),

@@ -20,15 +20,17 @@
 
 #include "base/ptx/special_registers.h"
 #include "common/block_range.h"
+#include "common/bounded_sequence.h"
 #include "common/flash.h"
-#include "common/seqlen.h"
 #include "common/tile_scheduler.h"
 #include "sm80/contain.h"
 #include "sm80/epilogue.h"
 #include "sm80/fwd_params.h"
 #include "sm80/load.h"
+#include "sm80/packed_tile.h"
 #include "sm80/pipeline.h"
 #include "sm80/query.h"
+#include "sm80/report.h"
 #include "sm80/score.h"
 #include "sm80/steps.h"
 
@@ -39,23 +41,32 @@ template <FwdConfig C>
 struct Place {
   int batch, head, head_k;
   Sequence seq;
+  IndexFaults faults = 0;  // of the sequence
   Mask mask;
-  int m_block;
+  int m_block;            // of the sequence
+  int others = 0;         // tiles for rows of no sequence
   int cta_row, warp_row;  // their first queries
   int warp, lane;
 
   FLASH_DEVICE Place(const FwdParams& p, const FwdLaunch& launch) {
     const Tile_coordinates tile = launch.scheduler.tile(ptx::read_ctaid_x());
-    const int thread = ptx::read_tid_x();
     batch = tile.batch_head / launch.heads;
     head = tile.batch_head % launch.heads;
     head_k = head / launch.group;
     m_block = tile.m_block;
-    if (batch < p.b) seq = sequence(p, batch);
+    if (p.cu_seqlens_q != nullptr) {
+      const PackedTile packed =
+          packed_tile<C.tile().m>(p, static_cast<int>(p.b), m_block, launch.scheduler.m_blocks);
+      batch = packed.batch;
+      m_block = packed.m_block;
+      others = packed.others;
+    }
+    if (batch < p.b) seq = bounded_sequence(p, batch, launch.bounds.max_cached, faults);
     mask = mask_of(p, seq);
+    const int thread = ptx::read_tid_x();
     warp = __shfl_sync(0xffffffffu, thread / 32, 0);  // which tells the compiler that it is uniform
     lane = thread % 32;
-    cta_row = tile.m_block * C.tile().m;
+    cta_row = m_block * C.tile().m;
     warp_row = cta_row + warp * C.rows_per_warp();
   }
 };
@@ -159,16 +170,24 @@ class KeyBlocks {
 // Rows of out that belong to no sequence become 0, their softmax_lse -inf: those of this CTA's
 // head, this CTA's share of them.
 template <FwdConfig C>
-FLASH_DEVICE void store_rows_of_no_sequence(const FwdParams& p, const FwdLaunch& launch,
-                                            const Place<C>& here) {
-  const int64_t rows = p.total_q - p.cu_seqlens_q[p.b], step = launch.scheduler.m_blocks;
-  for (int64_t row = here.m_block; row < rows; row += step) {
-    const int64_t packed_row = p.cu_seqlens_q[p.b] + row;
-    auto* o = reinterpret_cast<uint16_t*>(operand_row(p.o, C.dtype, 0, packed_row, here.head));
+FLASH_DEVICE void store_rows_of_no_sequence(const FwdParams& p, const Place<C>& here) {
+  const int first = p.cu_seqlens_q[p.b];
+  if (first < 0) return;
+  for (int64_t row = first + here.m_block; row < p.total_q; row += here.others) {
+    auto* o = reinterpret_cast<uint16_t*>(operand_row(p.o, C.dtype, 0, row, here.head));
     for (int i = threadIdx.x; i < p.d_v; i += C.threads()) o[i] = 0;
     if (p.softmax_lse != nullptr && threadIdx.x == 0)
-      p.softmax_lse[here.head * p.lse_head_stride + packed_row] = -INFINITY;
+      p.softmax_lse[here.head * p.lse_head_stride + row] = -INFINITY;
   }
+}
+
+// One CTA of each sequence tells the host what is wrong with its index tensors.
+template <FwdConfig C>
+FLASH_DEVICE void report_faults(const FwdParams& p, const FwdLaunch& launch, const Place<C>& here) {
+  if (here.m_block != 0 || here.head != 0) return;
+  const IndexFaults faults =
+      here.faults | page_faults(here.seq, launch.page_size, p.k_entries, C.threads());
+  if (faults != 0) report(launch.bounds, faults);
 }
 
 // Negates and rotates the tile of Q, once its copies have landed.
@@ -225,8 +244,16 @@ struct WarpBlocks<C> {
   FLASH_DEVICE bool is_full(int block) const { return block < full_end; }
 };
 
-// A warp's step over a block of K: its probabilities rP, and rO to the new maxima. `sQ` is this
-// lane's address.
+// This lane's address in its warp's rows of Q. Found anew for each block: see epilogue().
+template <FwdConfig C>
+FLASH_DEVICE uint32_t lane_q(uint32_t sQ) {
+  using Q = typename SmemPlan<C>::Q;
+  const int thread = ptx::read_tid_x();
+  return lane_address<Q>(sQ + thread / 32 * C.rows_per_warp() * Q::kRowBytes,
+                         ptx::a_chunk(thread % 32));
+}
+
+// A warp's step over a block of K: its probabilities rP, and rO to the new maxima.
 template <FwdConfig C>
 FLASH_DEVICE void attend(typename WarpTile<C>::Probabilities& rP, typename WarpTile<C>::Output& rO,
                          typename WarpTile<C>::Rows& rows, const FwdParams& p,
@@ -236,7 +263,8 @@ FLASH_DEVICE void attend(typename WarpTile<C>::Probabilities& rP, typename WarpT
   typename W::Scores rS;
   float rescale[W::kM][2];
   const int first_key = block * C.tile().n;
-  gemm_qk<C>(rS, sQ, lane_address<typename SmemPlan<C>::K>(sK, ptx::b_chunk_n_major(here.lane)));
+  gemm_qk<C>(rS, lane_q<C>(sQ),
+             lane_address<typename SmemPlan<C>::K>(sK, ptx::b_chunk_n_major(here.lane)));
   if constexpr (C.scores == ScoreClass::kModified) {
     if (launch.modifies_scores)
       modify_scores<C>(rS, p, {here.batch, here.head, here.warp_row, here.mask}, first_key);
@@ -271,7 +299,8 @@ FLASH_DEVICE void mha_fwd(const FwdParams& p, const FwdLaunch& launch) {
   const uint32_t sQ = ptx::shared_address(smem) + offsetof(Plan, q);
 
   const Place<C> here(p, launch);
-  if (here.batch == p.b) return store_rows_of_no_sequence(p, launch, here);
+  if (here.batch == p.b) return store_rows_of_no_sequence(p, here);
+  report_faults(p, launch, here);
   if (here.cta_row >= here.seq.seqlen_q) return;
   const BlockRange blocks =
       block_range(here.mask, here.cta_row, here.cta_row + kTile.m - 1, kTile.n);
@@ -292,13 +321,11 @@ FLASH_DEVICE void mha_fwd(const FwdParams& p, const FwdLaunch& launch) {
   typename W::Output rO = {};
   typename W::Rows rows;
   clear_rows<C>(rows);
-  const uint32_t warp_sQ = lane_address<typename Plan::Q>(
-      sQ + here.warp * C.rows_per_warp() * Plan::Q::kRowBytes, ptx::a_chunk(here.lane));
   for (int block = blocks.end - 1; block >= blocks.begin; --block) {
     typename W::Probabilities rP;
     const bool is_full = mine.is_full(block);
     const uint32_t sK = keys.next_k(block);
-    if (mine.contains(block)) attend<C>(rP, rO, rows, p, launch, here, warp_sQ, sK, block, is_full);
+    if (mine.contains(block)) attend<C>(rP, rO, rows, p, launch, here, sQ, sK, block, is_full);
     const uint32_t sV = keys.next_v(block);
     if (mine.contains(block)) accumulate<C>(rO, rP, here, sV, block, is_full);
   }

@@ -4,6 +4,7 @@
 #include "common/dropout.h"
 #include "common/fast_divide.h"
 #include "common/flash.h"
+#include "common/index_tensors.h"
 #include "common/tile_scheduler.h"
 
 namespace flash::sm80 {
@@ -13,7 +14,7 @@ struct FwdParams : Operands, SequenceGeometry, ScoreParams, AppendParams {};
 
 // The host's plan of the launch.
 struct FwdLaunch {
-  Tile_scheduler scheduler;  // its heads are those of all sequences, then those of no sequence
+  Tile_scheduler scheduler;  // heads of all sequences; of a packed batch see packed_tile.h
   int heads;                 // query heads
   int group;                 // query heads for each key-value head
   bool modifies_scores;      // softcap, ALiBi, bias: scores become natural logits
@@ -23,6 +24,7 @@ struct FwdLaunch {
   bool q_aligned, k_aligned, v_aligned, o_aligned;  // rows are chunks of 16 bytes: load.h
   FastDivide page_size;
   Dropout dropout;
+  IndexBounds bounds;
 };
 
 // The limit of CUDA C++ Programming Guide, "Function Parameters", up to compute capability 6; 32 KB

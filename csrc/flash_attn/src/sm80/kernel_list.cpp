@@ -4,6 +4,9 @@
 
 // The fatbins that the build embeds.
 #define FLASH_KERNEL(name, ...) extern "C" const char name##_fatbin[];
+#include "generated/sm80_append.inc"
+#include "generated/sm80_combine.inc"
+#include "generated/sm80_dmask.inc"
 #include "generated/sm80_fwd.inc"
 #undef FLASH_KERNEL
 
@@ -16,13 +19,28 @@ constexpr FwdKernel fwd_kernel(const char* name, const void* fatbin) {
 }
 
 #define FLASH_KERNEL(name, ...) fwd_kernel<__VA_ARGS__>(#name, name##_fatbin),
-constexpr FwdKernel kernels[] = {
+constexpr FwdKernel fwd_kernels[] = {
 #include "generated/sm80_fwd.inc"
+};
+#undef FLASH_KERNEL
+
+#define FLASH_KERNEL(name, ...) RowKernel{__VA_ARGS__, {#name, name##_fatbin}},
+constexpr RowKernel append_kernels[] = {
+#include "generated/sm80_append.inc"
+};
+constexpr RowKernel combine_kernels[] = {
+#include "generated/sm80_combine.inc"
+};
+constexpr RowKernel dmask_kernels[] = {
+#include "generated/sm80_dmask.inc"
 };
 #undef FLASH_KERNEL
 
 }  // namespace
 
-const std::span<const FwdKernel> kFwdKernels = kernels;
+const std::span<const FwdKernel> kFwdKernels = fwd_kernels;
+const std::span<const RowKernel> kAppendKernels = append_kernels;
+const std::span<const RowKernel> kCombineKernels = combine_kernels;
+const std::span<const RowKernel> kDmaskKernels = dmask_kernels;
 
 }  // namespace flash::sm80

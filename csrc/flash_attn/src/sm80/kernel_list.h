@@ -4,6 +4,7 @@
 #include <span>
 
 #include "base/cuda_driver/device.h"
+#include "sm80/row_config.h"
 #include "sm80/tile_table.h"
 
 namespace flash::sm80 {
@@ -15,5 +16,13 @@ struct FwdKernel {
 };
 
 extern const std::span<const FwdKernel> kFwdKernels;
+
+// Without dynamic shared memory.
+struct RowKernel {
+  RowConfig config;
+  cuda::KernelImage image;
+};
+
+extern const std::span<const RowKernel> kAppendKernels, kCombineKernels, kDmaskKernels;
 
 }  // namespace flash::sm80

@@ -6,6 +6,8 @@
 #include "base/cuda_driver/device.h"
 #include "sm80/fwd_params.h"
 #include "sm80/kernel_list.h"
+#include "sm80/launch.h"
+#include "sm80/packed_tiles.h"
 #include "sm80/sm80_backend.h"
 #include "sm80/smem.h"
 
@@ -30,15 +32,6 @@ const FwdKernel& choose(const Flash_fwd_params& p) {
                        [&](const FwdKernel& kernel) { return kernel.config == wanted; });
 }
 
-// Whether the rows of x are chunks of 16 bytes that start at multiples of 16.
-bool is_aligned(const Operand& x, int64_t head_dim) {
-  bool aligned =
-      reinterpret_cast<uintptr_t>(x.ptr) % kChunkBytes == 0 && head_dim % kChunkElements == 0;
-  for (const int64_t stride : {x.batch_stride, x.row_stride, x.head_stride})
-    aligned &= stride % kChunkElements == 0;
-  return aligned;
-}
-
 // The unit of scores. At least the smallest normal, so that -inf stays -inf.
 void plan_scale(const Flash_fwd_params& p, FwdLaunch& launch) {
   launch.modifies_scores = modifies_scores(p);
@@ -48,32 +41,43 @@ void plan_scale(const Flash_fwd_params& p, FwdLaunch& launch) {
   launch.scale_log2 = std::max(launch.scale * kLog2e, std::numeric_limits<float>::min());
 }
 
-FwdLaunch plan(const Flash_fwd_params& p, const Tile& tile, int64_t l2_cache_bytes) {
-  // Packed batches may have rows that belong to no sequence.
-  const int64_t m_blocks = std::max<int64_t>((p.seqlen_q + tile.m - 1) / tile.m, 1);
-  const int64_t heads = (p.b + (p.cu_seqlens_q != nullptr ? 1 : 0)) * p.h;
+// Tiles of one head, and heads of all sequences; of a packed batch the kernel finds the sequences.
+Tile_scheduler schedule(const Flash_fwd_params& p, const Tile& tile, int64_t l2_cache_bytes) {
+  const bool is_packed = p.cu_seqlens_q != nullptr;
+  const int64_t m_blocks =
+      is_packed ? packed_tiles(p, p.b, tile.m) : (p.seqlen_q + tile.m - 1) / tile.m;
+  const int64_t heads = is_packed ? p.h : p.b * p.h;
   require(m_blocks * heads <= std::numeric_limits<int>::max(),
           "batch_size * num_heads * seqlen_q is too large");
+  const int64_t rows = is_packed ? p.total_k : p.seqlen_k;
+  const int64_t kv_bytes = rows * (p.d + p.d_v) * dtype_bytes(p.dtype);
+  // Half of the cache: queries and outputs pass through it too.
+  return {static_cast<int>(m_blocks), static_cast<int>(heads),
+          section_of(heads, p.h / p.h_k, kv_bytes, l2_cache_bytes / 2)};
+}
+
+// Whether the rows of x are chunks of 16 bytes that start at multiples of 16.
+bool is_in_chunks(const Operand& x, int64_t head_dim) {
+  return head_dim % kChunkElements == 0 && is_aligned(x);
+}
+
+FwdLaunch plan(const Flash_fwd_params& p, const Tile& tile, int64_t l2_cache_bytes) {
   FwdLaunch launch{};
+  launch.scheduler = schedule(p, tile, l2_cache_bytes);
   launch.heads = static_cast<int>(p.h);
   launch.group = static_cast<int>(p.h / p.h_k);
-  const int64_t kv_bytes = p.seqlen_k * (p.d + p.d_v) * dtype_bytes(p.dtype);
-  // Half of the cache: queries and outputs pass through it too.
-  launch.scheduler = {static_cast<int>(m_blocks), static_cast<int>(heads),
-                      section_of(heads, launch.group, kv_bytes, l2_cache_bytes / 2)};
   plan_scale(p, launch);
-  launch.q_aligned = is_aligned(p.q, p.d);
-  launch.k_aligned = is_aligned(p.k, p.d);
-  launch.v_aligned = is_aligned(p.v, p.d_v);
-  launch.o_aligned = is_aligned(p.o, p.d_v);
+  launch.q_aligned = is_in_chunks(p.q, p.d);
+  launch.k_aligned = is_in_chunks(p.k, p.d);
+  launch.v_aligned = is_in_chunks(p.v, p.d_v);
+  launch.o_aligned = is_in_chunks(p.o, p.d_v);
   if (p.block_table != nullptr) launch.page_size = FastDivide::by(static_cast<int>(p.page_size));
   launch.dropout = Dropout::make(p.p_dropout, p.seed, p.offset);
+  launch.bounds = index_bounds(p);
   return launch;
 }
 
-}  // namespace
-
-void mha_fwd(const Flash_fwd_params& p) {
+void attend(const Flash_fwd_params& p) {
   const bool is_packed = p.cu_seqlens_q != nullptr;
   if (is_packed ? p.total_q == 0 : p.b == 0 || p.seqlen_q == 0) return;
   const FwdKernel& kernel = choose(p);
@@ -86,6 +90,14 @@ void mha_fwd(const Flash_fwd_params& p) {
       {static_cast<unsigned>(launch.scheduler.tiles()), static_cast<unsigned>(kernel.threads),
        static_cast<unsigned>(kernel.shared_bytes)},
       p.target.stream, args);
+}
+
+}  // namespace
+
+void mha_fwd(const Flash_fwd_params& p) {
+  if (p.knew.ptr != nullptr) append_kv(p);
+  attend(p);
+  if (p.s_dmask != nullptr) store_dmask(p);
 }
 
 }  // namespace flash::sm80

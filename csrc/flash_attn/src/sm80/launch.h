@@ -1,0 +1,30 @@
+// What launches have in common, on the host.
+#pragma once
+
+#include <cstdint>
+#include <span>
+
+#include "base/target.h"
+#include "common/bounded_sequence.h"
+#include "sm80/kernel_list.h"
+
+namespace flash::sm80 {
+
+// Whether the rows of x start at multiples of 16 bytes.
+bool is_aligned(const Operand& x);
+
+IndexBounds index_bounds(const Flash_fwd_params& p);
+
+// Enqueues a kernel of `threads` threads, filled up to whole CTAs. Throws ApiError.
+void launch_rows(const RowKernel& kernel, int64_t threads, const Target& target, void** args);
+
+// The one of `kernels` for a dtype.
+const RowKernel& kernel_of(std::span<const RowKernel> kernels, Dtype dtype);
+
+// Enqueues what is to be appended to the cache; nothing if that is nothing. Throws ApiError.
+void append_kv(const Flash_fwd_params& p);
+
+// Enqueues what writes p.s_dmask. Throws ApiError.
+void store_dmask(const Flash_fwd_params& p);
+
+}  // namespace flash::sm80

@@ -1,0 +1,102 @@
+// Launches of kernels that work row by row.
+#include <algorithm>
+#include <bit>
+#include <cstdlib>
+#include <limits>
+
+#include "sm80/append_params.h"
+#include "sm80/dmask_params.h"
+#include "sm80/fwd_params.h"
+#include "sm80/launch.h"
+#include "sm80/sm80_backend.h"
+#include "sm80/smem.h"
+
+namespace flash::sm80 {
+namespace {
+
+constexpr int kWarp = 32;
+
+FastDivide page_size(const SequenceGeometry& p) {
+  return p.block_table != nullptr ? FastDivide::by(static_cast<int>(p.page_size)) : FastDivide{};
+}
+
+// Strides of rows that differ only where there is one row.
+bool same_rows(const Flash_fwd_params& p, const Operand& x, const Operand& y) {
+  const int64_t rows = p.block_table != nullptr ? p.page_size : p.seqlen_k;
+  return (p.k_entries <= 1 || x.batch_stride == y.batch_stride) &&
+         (rows <= 1 || x.row_stride == y.row_stride) &&
+         (p.h_k <= 1 || x.head_stride == y.head_stride);
+}
+
+AppendLaunch plan_append(const Flash_fwd_params& p) {
+  AppendLaunch launch{};
+  launch.rows = p.b * p.seqlen_knew * p.h_k;
+  const auto chunks =
+      static_cast<uint64_t>(std::max(p.d, p.d_v) + kChunkElements - 1) / kChunkElements;
+  launch.lanes = static_cast<int>(std::min<uint64_t>(std::bit_ceil(chunks), 32));
+  // One cache's rows within the other's are checked to get parts of the other's new rows.
+  const int64_t distance =
+      (reinterpret_cast<intptr_t>(p.v.ptr) - reinterpret_cast<intptr_t>(p.k.ptr)) / kElementBytes;
+  const bool same = same_rows(p, p.k, p.v);
+  const bool v_within_k = same && distance >= 0 && distance + p.d_v <= p.d;
+  launch.writes_v = !v_within_k;
+  launch.writes_k = v_within_k || !(same && distance <= 0 && p.d - distance <= p.d_v);
+  launch.k_aligned = is_aligned(p.k) && is_aligned(p.knew);
+  launch.v_aligned = is_aligned(p.v) && is_aligned(p.vnew);
+  launch.page_size = page_size(p);
+  launch.bounds = index_bounds(p);
+  return launch;
+}
+
+}  // namespace
+
+bool is_aligned(const Operand& x) {
+  bool aligned = reinterpret_cast<uintptr_t>(x.ptr) % kChunkBytes == 0;
+  for (const int64_t stride : {x.batch_stride, x.row_stride, x.head_stride})
+    aligned &= stride % kChunkElements == 0;
+  return aligned;
+}
+
+IndexBounds index_bounds(const Flash_fwd_params& p) {
+  return {max_cached(p, p, p), p.target.device->mailbox()};
+}
+
+void launch_rows(const RowKernel& kernel, int64_t threads, const Target& target, void** args) {
+  const int64_t ctas = (threads + RowConfig::threads() - 1) / RowConfig::threads();
+  require(ctas <= std::numeric_limits<int>::max(), "the tensors have too many rows for one launch");
+  target.device->launch(
+      kernel.image, {static_cast<unsigned>(ctas), static_cast<unsigned>(RowConfig::threads()), 0},
+      target.stream, args);
+}
+
+const RowKernel& kernel_of(std::span<const RowKernel> kernels, Dtype dtype) {
+  return *std::find_if(kernels.begin(), kernels.end(),
+                       [=](const RowKernel& kernel) { return kernel.config.dtype == dtype; });
+}
+
+void append_kv(const Flash_fwd_params& p) {
+  AppendLaunch launch = plan_append(p);
+  if (launch.rows == 0) return;
+  FwdParams params{p, p, p, p};
+  void* args[] = {&params, &launch};
+  launch_rows(kernel_of(kAppendKernels, p.dtype), 2 * launch.rows * launch.lanes, p.target, args);
+}
+
+void store_dmask(const Flash_fwd_params& p) {
+  DmaskLaunch launch{p.b * p.h * p.seqlen_q_rounded, static_cast<int>(p.h / p.h_k), page_size(p),
+                     Dropout::make(p.p_dropout, p.seed, p.offset), index_bounds(p)};
+  if (launch.rows == 0) return;
+  DmaskParams params{p, p, p, p};
+  void* args[] = {&params, &launch};
+  launch_rows(kernel_of(kDmaskKernels, p.dtype), kWarp * launch.rows, p.target, args);
+}
+
+void combine(const Combine_params& p) {
+  const int64_t rows = p.b * p.s * p.h;
+  if (rows == 0) return;
+  Combine_params params = p;
+  void* args[] = {&params};
+  launch_rows(kernel_of(kCombineKernels, Dtype::kFloat32), kWarp * rows, p.target, args);
+}
+
+}  // namespace flash::sm80

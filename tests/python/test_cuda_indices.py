@@ -1,0 +1,44 @@
+"""Index tensors on the device, which the host cannot check: no kernel follows an element that is
+out of range, and the next call says so."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from backends import needs_emulator
+from unchecked_indices import __file__ as SCRIPT
+from unchecked_indices import cases
+
+from flash_attn import _library
+
+pytestmark = needs_emulator
+
+
+@pytest.fixture(scope="module")
+def report():
+    """In a process of its own, whose driver the emulated GPU is."""
+    driver = _library.library_path().parent / "libgpu_emulator.so"
+    env = {**os.environ, "FLASH_ATTENTION_CUDA_DRIVER": str(driver)}
+    result = subprocess.run([sys.executable, SCRIPT], env=env, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+@pytest.mark.parametrize("name", cases())
+def test_element_out_of_range(report, name):
+    """The call does what it can, without an access outside; the next one raises, names the tensor
+    and does nothing; the one after that is served."""
+    tensor = cases()[name][1]
+    first, second, third = report[name]["calls"]
+    assert first == [0, ""]
+    status, sentence = second
+    assert status == 1
+    assert sentence.startswith(
+        f"an earlier call on CUDA device 0 was given values out of range in {tensor}: "
+    )
+    assert third == [0, ""]
+    assert report[name]["wrong"] == []

@@ -1,0 +1,135 @@
+"""flash_attn_with_kvcache of the CUDA kernels, on the emulated GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from backends import BF16, EMULATOR, FP16, needs_emulator
+from cache_cases import Case, Problem, check, sampled_cases
+
+import flash_attn
+from flash_attn import flash_attn_with_kvcache
+
+pytestmark = needs_emulator
+
+ANGLES = ("rotary_cos", "rotary_sin")
+
+
+@pytest.mark.parametrize("case", sampled_cases(60, seed=1, backend=EMULATOR), ids=str)
+def test_feature_product(case):
+    check(case, EMULATOR)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", sampled_cases(400, seed=2, backend=EMULATOR), ids=str)
+def test_feature_product_at_length(case):
+    check(case, EMULATOR)
+
+
+@pytest.mark.parametrize("rotary", ["interleaved", "halves"])
+@pytest.mark.parametrize("mask", [{}, {"causal": True}, {"window_size": (20, 3)}])
+@pytest.mark.parametrize("dtype", [FP16, BF16])
+def test_rotary(rotary, mask, dtype):
+    options = {"dtype": dtype, "rotary": rotary, "seqlen_q": 7, "seqlen_new": 7, "capacity": 80}
+    check(Case(**options, **mask, rotary_dim=64), EMULATOR)
+    check(Case(**options, **mask, rotary_dim=16, leftpad=True, seed=1), EMULATOR)
+    check(Case(**options, **mask, rotary_dim=34, page_size=16, seed=2), EMULATOR)
+
+
+@pytest.mark.parametrize("page_size", [1, 3, 16, 64, 256])
+@pytest.mark.parametrize("seed", range(3))  # one for each mode of the emulator
+def test_paged(page_size, seed):
+    options = {"page_size": page_size, "capacity": 140, "seqlen_new": 5, "seed": seed}
+    check(Case(dtype=FP16, seqlen_q=5, causal=True, leftpad=True, **options), EMULATOR)
+    check(Case(dtype=BF16, window_size=(90, 0), heads=(8, 1), dims=(128, 72), **options), EMULATOR)
+
+
+@pytest.mark.parametrize("dims", [(64, 64), (17, 9)])
+def test_launches(dims):
+    """One kernel appends, and there is none where nothing is appended."""
+
+    def kernels(seqlen_new):
+        problem = Problem(Case(dtype=FP16, dims=dims, seqlen_new=seqlen_new))
+        with flash_attn.emulator() as gpu:
+            problem.call()
+        return [name.split("_")[1] for name in gpu.counters]
+
+    assert kernels(0) == ["fwd"]
+    assert sorted(kernels(2)) == ["append", "fwd"]
+
+
+def test_append_moves_whole_sectors():
+    problem = Problem(Case(dtype=FP16, seqlen_new=33, heads=(8, 8), dims=(128, 128)))
+    with flash_attn.emulator() as gpu:
+        problem.call()
+    counted = gpu.counters["flash_append_sm80_fp16"]["global"]
+    assert counted["sectors"] == counted["ideal_sectors"] > 0
+
+
+@pytest.mark.parametrize("rotary_dim", [0, 16])
+def test_rows_that_are_in_place(rotary_dim):
+    """New keys and values that the caller has written to their places in the cache."""
+    gen = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, n, 2, 64, generator=gen).to(FP16) for n in (3, 40, 40))
+    lengths = torch.tensor([20, 20], dtype=torch.int32)
+    angles = torch.rand(40, rotary_dim // 2, generator=gen)
+    options = {"cache_seqlens": lengths, "causal": True}
+    if rotary_dim:
+        options |= {"rotary_cos": angles.cos().to(FP16), "rotary_sin": angles.sin().to(FP16)}
+    results = []
+    for in_place in (False, True):
+        caches = k.clone(), v.clone()
+        new = [x[:, 20:23] for x in (caches if in_place else (k, v))]
+        with flash_attn.emulator():
+            out = flash_attn_with_kvcache(q, *caches, *new, **options)
+        results.append((out, *caches))
+    assert all(torch.equal(x, y) for x, y in zip(*results))
+
+
+@pytest.mark.parametrize("values_within_keys", [True, False])
+@pytest.mark.parametrize("page_size", [0, 4])
+def test_caches_that_share_rows(values_within_keys, page_size):
+    """The values of latent attention are a part of the keys, which rotation leaves alone."""
+    gen = torch.Generator().manual_seed(0)
+
+    def parts(x):
+        whole, part = x, x[..., 16:] if values_within_keys else x[..., :48]
+        return (whole, part) if values_within_keys else (part, whole)
+
+    cache, new = (torch.randn(2, n, 1, 64, generator=gen).to(BF16) for n in (40, 4))
+    options = {"cache_seqlens": 20, "causal": True}
+    if values_within_keys:
+        options |= {name: torch.rand(40, 8, generator=gen).to(BF16) for name in ANGLES}
+    if page_size:
+        cache = cache.view(-1, page_size, 1, 64)
+        options["block_table"] = torch.randperm(20, generator=gen).int().view(2, 10)
+    k_cache, v_cache = (x.clone() for x in parts(cache))
+    q = torch.randn(2, 4, 3, k_cache.shape[-1], generator=gen).to(BF16)
+    with flash_attn.emulator():
+        apart = flash_attn_with_kvcache(q, k_cache, v_cache, *parts(new), **options)
+        shared = flash_attn_with_kvcache(q, *parts(cache), *parts(new), **options)
+    assert torch.equal(shared, apart)
+    assert torch.equal(parts(cache)[0], k_cache)
+    assert torch.equal(parts(cache)[1], v_cache)
+
+
+def test_strided_inputs():
+    """Caches laid out (b, hk, s, d), and new keys that are slices of one packed projection."""
+    gen = torch.Generator().manual_seed(0)
+    qkv = torch.randn(2, 3, 8, 64, generator=gen).to(FP16)
+    q, k, v = qkv[:, :, :4], qkv[:, :, 4:6], qkv[:, :, 6:]
+    dense = torch.randn(2, 2, 50, 2, 64, generator=gen).to(FP16)
+    strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in dense]
+    with flash_attn.emulator():
+        expected = flash_attn_with_kvcache(q, *dense, k, v, cache_seqlens=30, causal=True)
+        actual = flash_attn_with_kvcache(q, *strided, k, v, cache_seqlens=30, causal=True)
+    assert torch.equal(actual, expected)
+    assert all(torch.equal(x, y) for x, y in zip(strided, dense))
+
+
+def test_appends_without_queries():
+    k_cache, v_cache, k, v = (torch.randn(1, n, 1, 8).to(FP16) for n in (9, 9, 2, 2))
+    with flash_attn.emulator():
+        flash_attn_with_kvcache(k[:, :0], k_cache, v_cache, k, v, cache_seqlens=4)
+    assert torch.equal(k_cache[:, 4:6], k)
+    assert torch.equal(v_cache[:, 4:6], v)
