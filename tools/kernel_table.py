@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import re
 import sys
 from collections.abc import Iterator
@@ -26,7 +27,7 @@ import torch
 import flash_attn
 
 DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "cuda.md"
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = ("fp16", "bf16")
 
 
 def section(text: str, name: str, content: str) -> str:
@@ -96,11 +97,23 @@ def machine_code(path: Path) -> str:
     return markdown(["kernel", "block", *sm_pipes.COLUMNS, "issued", *bounds], alike(rows))
 
 
-def launch(dtype: str, headdim: int, causal: bool, seqlen_k: int) -> tuple[str, dict]:
+HEADDIMS = ((32, 32), (64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
+CALLS = {
+    "none": lambda n: {},
+    "causal": lambda n: {"causal": True},
+    "softcap": lambda n: {"softcap": 30.0},
+    "ALiBi": lambda n: {"alibi_slopes": torch.ones(1)},
+    "bias": lambda n: {"attn_bias": torch.zeros(256, n)},
+    "dropout": lambda n: {"dropout_p": 0.1},
+}
+
+
+def launch(headdims: tuple[int, int], call: str, seqlen_k: int) -> tuple[str, dict]:
     """Return the kernel and the counters of one head of 256 queries over ``seqlen_k`` keys."""
-    q, k, v = (torch.randn(1, n, 1, headdim).to(DTYPES[dtype]) for n in (256, seqlen_k, seqlen_k))
+    d, dv = headdims
+    q, k, v = (torch.randn(1, n, 1, d).bfloat16() for n in (256, seqlen_k, seqlen_k))
     with flash_attn.emulator(checks="none") as gpu:
-        flash_attn.flash_attn_func(q, k, v, causal=causal, return_attn_probs=True)
+        flash_attn.flash_attn_func(q, k, v[..., :dv], **CALLS[call](seqlen_k))
     ((name, kernel),) = gpu.counters.items()
     return name, kernel
 
@@ -113,26 +126,25 @@ def work(kernel: dict) -> tuple[int, int]:
 def counters() -> str:
     """Return the table of what the kernels do."""
     rows = []
-    for dtype in DTYPES:
-        for headdim in (64, 128):
-            for causal in (False, True):
-                _, short = launch(dtype, headdim, causal, 512)
-                name, long = launch(dtype, headdim, causal, 1024)
-                (mma, instructions), (more_mma, more) = work(short), work(long)
-                loop = (more - instructions) / (more_mma - mma)
-                shared, memory = long["shared"], long["global"]
-                rows.append(
-                    [
-                        f"`{name}`",
-                        more_mma,
-                        f"{loop:.2f}",
-                        f"{more / more_mma:.2f}",
-                        f"{shared['wavefronts']} of {shared['ideal_wavefronts']}",
-                        f"{memory['sectors']} of {memory['ideal_sectors']}",
-                    ]
-                )
+    for headdims, call in itertools.product(HEADDIMS, CALLS):
+        _, short = launch(headdims, call, 512)
+        name, long = launch(headdims, call, 1024)
+        (mma, instructions), (more_mma, more) = work(short), work(long)
+        shared, memory = long["shared"], long["global"]
+        rows.append(
+            [
+                f"`{name}`",
+                call,
+                more_mma,
+                f"{(more - instructions) / (more_mma - mma):.2f}",
+                f"{more / more_mma:.2f}",
+                f"{shared['wavefronts']} of {shared['ideal_wavefronts']}",
+                f"{memory['sectors']} of {memory['ideal_sectors']}",
+            ]
+        )
     header = [
         "kernel",
+        "scores",
         "mma",
         "instructions for each, loop",
         "instructions for each, launch",

@@ -4,13 +4,16 @@
 
 #include <algorithm>
 #include <array>
+#include <climits>
 #include <cmath>
+#include <iterator>
 #include <set>
 #include <utility>
 #include <vector>
 
 #include "base/ptx/fragments.h"
 #include "common/block_range.h"
+#include "common/fast_divide.h"
 #include "common/softmax.h"
 #include "common/tile_scheduler.h"
 #include "sm80/pipeline.h"
@@ -117,32 +120,69 @@ void expect_no_conflict(const std::array<int, 8>& offsets) {
 
 template <int kHeadDim>
 void check_swizzle() {
-  using Smem = flash::sm80::SmemTile<kHeadDim>;
+  using Smem = flash::sm80::SmemTile<kHeadDim, 32>;
   for (Chunk (*chunk_of)(int) : {+kAChunk, +kKChunk}) {
     for (int column = 0; column < kHeadDim / 16; ++column) {
       for (int block = 0; block < 4; ++block) {
         std::array<int, 8> offsets;
         for (int i = 0; i < 8; ++i) {
           const Chunk c = chunk_of(8 * block + i);
-          offsets[i] = Smem::offset(c.row, c.chunk) ^ (column * 32);
+          offsets[i] = (Smem::offset(c.row, c.chunk) ^ Smem::flip(column)) + Smem::ahead(column);
           EXPECT_EQ(offsets[i], Smem::offset(c.row, c.chunk + 2 * column));
         }
         expect_no_conflict(offsets);
       }
     }
   }
-  for (int row = 0; row < 16; ++row) {  // copies of whole rows, eight threads at a time
-    for (int first = 0; first < Smem::kChunks; first += 8) {
-      std::array<int, 8> offsets;
-      for (int i = 0; i < 8; ++i) offsets[i] = Smem::offset(row, first + i);
-      expect_no_conflict(offsets);
-    }
+  // Copies of a group, eight threads at a time, which have a row or two.
+  for (int first = 0; first < 16 * Smem::kChunks; first += 8) {
+    std::array<int, 8> offsets;
+    for (int i = 0; i < 8; ++i)
+      offsets[i] = Smem::offset((first + i) / Smem::kChunks, (first + i) % Smem::kChunks);
+    expect_no_conflict(offsets);
   }
 }
 
+template <int kHeadDim>
+void check_partition() {
+  using Smem = flash::sm80::SmemTile<kHeadDim, 32>;
+  std::set<int> seen;
+  for (int row = 0; row < 32; ++row)
+    for (int chunk = 0; chunk < kHeadDim / 8; ++chunk) seen.insert(Smem::offset(row, chunk));
+  EXPECT_EQ(seen.size(), static_cast<size_t>(32 * kHeadDim / 8));
+  EXPECT_EQ(*seen.rbegin(), Smem::kBytes - 16);
+}
+
 TEST(Smem, OperandsConflictNowhere) {
+  check_swizzle<32>();
   check_swizzle<64>();
+  check_swizzle<96>();
   check_swizzle<128>();
+  check_swizzle<192>();
+  check_swizzle<256>();
+}
+
+TEST(Smem, EveryChunkHasItsPlace) {
+  check_partition<32>();
+  check_partition<96>();
+  check_partition<128>();
+  check_partition<192>();
+}
+
+TEST(FastDivide, IsDivision) {
+  for (int divisor : {1, 2, 3, 5, 7, 16, 17, 64, 100, 255, 256, 257, 1 << 20, (1 << 20) + 1,
+                      (1 << 30) - 1, 1 << 30, INT_MAX - 1, INT_MAX}) {
+    const flash::FastDivide by = flash::FastDivide::by(divisor);
+    for (int64_t n : {0, 1, 2, 15, 16, 17, 12345, 1 << 24, (1 << 30) + 1, INT_MAX - 1, INT_MAX})
+      EXPECT_EQ(by.quotient(static_cast<int>(n)), n / divisor) << n << " / " << divisor;
+    for (int64_t q : {int64_t{1}, int64_t{2}, int64_t{INT_MAX} / divisor}) {
+      for (int64_t n : {q * divisor - 1, q * divisor, q * divisor + 1}) {
+        if (0 <= n && n <= INT_MAX) {
+          EXPECT_EQ(by.quotient(static_cast<int>(n)), n / divisor) << n << " / " << divisor;
+        }
+      }
+    }
+  }
 }
 
 TEST(Pipeline, TheFreedSlotIsTheOneReadBefore) {
@@ -158,14 +198,50 @@ TEST(Pipeline, TheFreedSlotIsTheOneReadBefore) {
   EXPECT_EQ(visits, (std::array<int, 3>{10, 10, 10}));
 }
 
-TEST(TileTable, HasABucketForEveryHeadDim) {
-  for (auto mask : {flash::sm80::MaskClass::kNone, flash::sm80::MaskClass::kCausalLocal}) {
+TEST(TileTable, HasABucketForEveryHeadDimAndClass) {
+  using flash::sm80::ScoreClass;
+  for (auto scores : {ScoreClass::kUnmasked, ScoreClass::kMasked, ScoreClass::kModified}) {
     for (int d = 1; d <= flash::sm80::kMaxHeadDim; ++d) {
-      const flash::sm80::Tile& tile = flash::sm80::tile_of(d, mask);
-      EXPECT_EQ(tile.head_dim, d <= 64 ? 64 : 128);
-      EXPECT_EQ(tile.mask, mask);
+      for (int d_v : {1, 32, 33, 64, 65, 96, 128, 129, 192, 193, 256}) {
+        const flash::sm80::Tile& tile = flash::sm80::tile_of(d, d_v, scores);
+        ASSERT_LT(&tile, std::end(flash::sm80::kTiles));
+        EXPECT_TRUE(flash::sm80::has(tile, d, d_v, scores));
+      }
     }
   }
+}
+
+TEST(TileTable, TakesTheSmallestBucket) {
+  using flash::sm80::ScoreClass;
+  const auto dims = [](int d, int d_v) {
+    const flash::sm80::Tile& tile = flash::sm80::tile_of(d, d_v, ScoreClass::kMasked);
+    return Place{tile.head_dim, tile.head_dim_v};
+  };
+  EXPECT_EQ(dims(1, 32), (Place{32, 32}));
+  EXPECT_EQ(dims(33, 8), (Place{64, 64}));
+  EXPECT_EQ(dims(80, 80), (Place{96, 96}));
+  EXPECT_EQ(dims(192, 128), (Place{192, 128}));
+  EXPECT_EQ(dims(128, 192), (Place{192, 192}));
+  EXPECT_EQ(dims(193, 16), (Place{256, 256}));
+  EXPECT_EQ(flash::sm80::tile_of(64, 64, ScoreClass::kUnmasked).n, 128);
+}
+
+// Shared memory that a CTA may have: 163 KiB on compute capability 8.0, 99 on 8.6, 8.9 and 12.0.
+template <flash::Dtype kDtype, size_t... kI>
+void expect_to_fit(std::index_sequence<kI...>) {
+  using flash::sm80::kTiles;
+  const size_t bytes[] = {
+      sizeof(flash::sm80::SmemPlan<flash::sm80::FwdConfig{
+                 kDtype, kTiles[kI].head_dim, kTiles[kI].head_dim_v, kTiles[kI].scores}>)...};
+  for (size_t i = 0; i < std::size(kTiles); ++i) {
+    EXPECT_LE(bytes[i], size_t{99} << 10) << kTiles[i].head_dim;
+    EXPECT_LE(kTiles[i].ctas_per_sm * (bytes[i] + 1024), size_t{164} << 10) << kTiles[i].head_dim;
+  }
+}
+
+TEST(TileTable, FitsIntoEveryDevice) {
+  expect_to_fit<flash::Dtype::kBFloat16>(
+      std::make_index_sequence<std::size(flash::sm80::kTiles)>());
 }
 
 // How many of the scores of queries first..last and keys of a block are visible, by the predicate

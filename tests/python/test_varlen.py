@@ -133,7 +133,7 @@ def sampled_lengths(case, seed):
         (sq, sk),
         (rng.randint(0, sq), rng.randint(0, sk)),
         rng.choice([(0, sk), (sq, 0), (0, 0), (1, sk)]),
-        (rng.randint(1, sq), rng.randint(1, sk)),
+        (rng.randint(min(1, sq), sq), rng.randint(min(1, sk), sk)),
     ]
     rng.shuffle(lengths)
     return lengths

@@ -7,13 +7,14 @@
 
 namespace flash::ptx {
 
-// cp.async.cg: 16 bytes past L1 to `shared` + kOffset, both addresses multiples of 16. Only the first
-// `bytes` (0..16) are read, the others become 0; of 0 bytes the source may lie anywhere (PTX ISA,
-// "Data Movement and Conversion Instructions: cp.async").
-template <int kOffset>
-FLASH_DEVICE void cp_async_16_bytes(uint32_t shared, const void* global, int bytes) {
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0 + %1], [%2], 16, %3;" ::"r"(shared),
-               "n"(kOffset), "l"(global), "r"(bytes)
+// cp.async.cg: 16 bytes past L1 from `global` + kFrom to `shared` + kTo, both addresses multiples
+// of 16; without `read` nothing is read and the bytes become 0 (PTX ISA, "Data Movement and
+// Conversion Instructions: cp.async"). Any other number of bytes would cost five instructions more:
+// sm_80 has it in the low bits of the address.
+template <int kTo, int kFrom>
+FLASH_DEVICE void cp_async_16_bytes(uint32_t shared, const void* global, bool read) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0 + %1], [%2 + %3], 16, %4;" ::"r"(shared),
+               "n"(kTo), "l"(global), "n"(kFrom), "r"(read ? 16 : 0)
                : "memory");
 }
 

@@ -1,5 +1,5 @@
-// Division of row numbers by a divisor that a whole launch shares, without the division (Granlund and
-// Montgomery, "Division by invariant integers using multiplication", PLDI 1994).
+// Division of row numbers by a divisor that a whole launch shares, without the division (Granlund
+// and Montgomery, "Division by invariant integers using multiplication", PLDI 1994).
 #pragma once
 
 #include <cstdint>

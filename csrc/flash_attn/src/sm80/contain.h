@@ -1,5 +1,5 @@
-// P V where V is not finite and some keys are hidden: 0 times NaN must not reach a row that does not
-// see the key.
+// P V where V is not finite and some keys are hidden: 0 times NaN must not reach a row that does
+// not see the key.
 #pragma once
 
 #include "base/ptx/special_registers.h"

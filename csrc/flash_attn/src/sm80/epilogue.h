@@ -28,7 +28,8 @@ FLASH_DEVICE float sink_logit(const ScoreParams& p, int head) {
 // state's scores. Returns what the row's output must be multiplied by.
 FLASH_DEVICE float add_sink(RowState& state, float& scale, float sink) {
   RowState natural{state.max == -INFINITY ? -INFINITY : state.max * scale, state.sum};
-  const MergeFactors factors = merge(natural, RowState{sink, 1.f}, [](float x) { return __expf(x); });
+  const MergeFactors factors =
+      merge(natural, RowState{sink, 1.f}, [](float x) { return __expf(x); });
   state = natural;
   scale = 1.f;
   return factors.total;
@@ -103,8 +104,7 @@ FLASH_DEVICE void store_o(const typename WarpTile<C>::Output& rO, uint32_t sO, c
 #pragma unroll
     for (int g = 0; g < O::kGroups; ++g) {
       const int column = g * O::kGroupCols + chunk * kChunkElements;
-      const uint4 x =
-          ptx::load_shared_16_bytes(sO + O::offset(row, chunk) + g * O::kGroupBytes);
+      const uint4 x = ptx::load_shared_16_bytes(sO + O::offset(row, chunk) + g * O::kGroupBytes);
       char* destination = gO + row * row_bytes + column * kElementBytes;
       if (aligned && column + kChunkElements <= head_dim) {
         *reinterpret_cast<uint4*>(destination) = x;

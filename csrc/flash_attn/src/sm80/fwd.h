@@ -35,25 +35,38 @@
 
 namespace flash::sm80 {
 
+// Puts this CTA's sequence into shared memory. One thread reads index tensors and checks them: the
+// others need no registers for it, and the compiler knows that all find the same.
+FLASH_DEVICE void find_sequence(Sequence& sequence, const FwdParams& p, const FwdLaunch& launch) {
+  if (ptx::read_tid_x() == 0) {
+    const int batch = launch.scheduler.tile(ptx::read_ctaid_x()).batch_head / launch.heads;
+    IndexFaults faults = 0;
+    sequence = batch < p.b ? bounded_sequence(p, batch, launch.bounds.max_cached, faults)
+                           : Sequence{};  // the rows of no sequence
+    if (faults != 0) report(launch.bounds, faults);
+  }
+  __syncthreads();
+}
+
 // Where this CTA and this warp are.
 template <FwdConfig C>
 struct Place {
   int batch, head, head_k;
   Sequence seq;
-  IndexFaults faults = 0;  // of the sequence
   Mask mask;
   int m_block;
   int cta_row, warp_row;  // their first queries
   int warp, lane;
 
-  FLASH_DEVICE Place(const FwdParams& p, const FwdLaunch& launch) {
+  // `sequence`: what find_sequence has found.
+  FLASH_DEVICE Place(const FwdParams& p, const FwdLaunch& launch, const Sequence& sequence)
+      : seq(sequence) {
     const Tile_coordinates tile = launch.scheduler.tile(ptx::read_ctaid_x());
     const int thread = ptx::read_tid_x();
     batch = tile.batch_head / launch.heads;
     head = tile.batch_head % launch.heads;
     head_k = head / launch.group;
     m_block = tile.m_block;
-    if (batch < p.b) seq = bounded_sequence(p, batch, launch.bounds.max_cached, faults);
     mask = mask_of(p, seq);
     warp = __shfl_sync(0xffffffffu, thread / 32, 0);  // which tells the compiler that it is uniform
     lane = thread % 32;
@@ -173,12 +186,11 @@ FLASH_DEVICE void store_rows_of_no_sequence(const FwdParams& p, const FwdLaunch&
   }
 }
 
-// One CTA of each sequence tells the host what is wrong with its index tensors.
+// One CTA of each sequence looks for pages that do not exist.
 template <FwdConfig C>
-FLASH_DEVICE void report_faults(const FwdParams& p, const FwdLaunch& launch, const Place<C>& here) {
-  if (here.m_block != 0 || here.head != 0) return;
-  const IndexFaults faults =
-      here.faults | page_faults(here.seq, launch.page_size, p.k_entries, C.threads());
+FLASH_DEVICE void check_pages(const FwdParams& p, const FwdLaunch& launch, const Place<C>& here) {
+  if (here.seq.pages == nullptr || here.m_block != 0 || here.head != 0) return;
+  const IndexFaults faults = page_faults(here.seq, launch.page_size, p.k_entries, C.threads());
   if (faults != 0) report(launch.bounds, faults);
 }
 
@@ -201,9 +213,10 @@ FLASH_DEVICE void prepare_q(const FwdParams& p, const FwdLaunch& launch, const P
 // Writes out and softmax_lse. Finds its place anew: during the loop over keys every register
 // counts.
 template <FwdConfig C>
-FLASH_DEVICE void epilogue(const FwdParams& p, const FwdLaunch& launch, uint32_t sO,
-                           typename WarpTile<C>::Output& rO, typename WarpTile<C>::Rows& rows) {
-  const Place<C> here(p, launch);
+FLASH_DEVICE void epilogue(const FwdParams& p, const FwdLaunch& launch, const Sequence& sequence,
+                           uint32_t sO, typename WarpTile<C>::Output& rO,
+                           typename WarpTile<C>::Rows& rows) {
+  const Place<C> here(p, launch, sequence);
   const int valid_rows = min(C.rows_per_warp(), here.seq.seqlen_q - here.warp_row);
   const int64_t first_lse = here.batch * p.lse_batch_stride + here.head * p.lse_head_stride +
                             here.seq.lse_row + here.warp_row;
@@ -227,8 +240,10 @@ FLASH_DEVICE void attend(typename WarpTile<C>::Probabilities& rP, typename WarpT
   float rescale[W::kM][2];
   const int first_key = block * C.tile().n;
   gemm_qk<C>(rS, sQ, lane_address<typename SmemPlan<C>::K>(sK, ptx::b_chunk_n_major(here.lane)));
-  if constexpr (C.scores == ScoreClass::kModified)
-    modify_scores<C>(rS, p, {here.batch, here.head, here.warp_row, here.mask}, first_key);
+  if constexpr (C.scores == ScoreClass::kModified) {
+    if (launch.modifies_scores)
+      modify_scores<C>(rS, p, {here.batch, here.head, here.warp_row, here.mask}, first_key);
+  }
   if (!is_full) apply_mask<C>(rS, here.mask, here.warp_row, first_key);
   softmax_step<C>(rP, rescale, rS, rows, launch.scale_log2);
   if constexpr (C.scores == ScoreClass::kModified) {
@@ -258,9 +273,11 @@ FLASH_DEVICE void mha_fwd(const FwdParams& p, const FwdLaunch& launch) {
   extern __shared__ __align__(1024) char smem[];
   const uint32_t sQ = ptx::shared_address(smem) + offsetof(Plan, q);
 
-  const Place<C> here(p, launch);
+  Sequence& sequence = reinterpret_cast<Plan*>(smem)->sequence;
+  find_sequence(sequence, p, launch);
+  const Place<C> here(p, launch, sequence);
   if (here.batch == p.b) return store_rows_of_no_sequence(p, launch, here);
-  report_faults(p, launch, here);
+  check_pages(p, launch, here);
   if (here.cta_row >= here.seq.seqlen_q) return;
   const BlockRange blocks =
       block_range(here.mask, here.cta_row, here.cta_row + kTile.m - 1, kTile.n);
@@ -293,7 +310,7 @@ FLASH_DEVICE void mha_fwd(const FwdParams& p, const FwdLaunch& launch) {
     if (mine.contains(block)) accumulate<C>(rO, rP, here, sV, block, is_full);
   }
 
-  epilogue<C>(p, launch, sQ, rO, rows);
+  epilogue<C>(p, launch, sequence, sQ, rO, rows);
 }
 
 }  // namespace flash::sm80

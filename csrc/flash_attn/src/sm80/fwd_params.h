@@ -17,10 +17,11 @@ struct FwdLaunch {
   Tile_scheduler scheduler;  // its heads are those of all sequences, then those of no sequence
   int heads;                 // query heads
   int group;                 // query heads for each key-value head
-  float scale;               // of scores to natural logits; where they are modified, 1
+  bool modifies_scores;      // softcap, ALiBi, bias: scores become natural logits
+  float scale;               // of scores to natural logits, 1 if they are
   float scale_log2;          // times log2(e): exp is 2^x
   bool negate_q;             // softmax_scale < 0
-  bool q_aligned, k_aligned, v_aligned, o_aligned;  // rows start at multiples of 16 bytes
+  bool q_aligned, k_aligned, v_aligned, o_aligned;  // rows are chunks of 16 bytes: load.h
   FastDivide page_size;
   Dropout dropout;
   IndexBounds bounds;

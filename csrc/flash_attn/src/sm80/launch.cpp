@@ -15,9 +15,12 @@ namespace {
 
 constexpr float kLog2e = 1.4426950408889634f;
 
+bool modifies_scores(const ScoreParams& p) {
+  return p.softcap > 0.f || p.alibi_slopes != nullptr || p.bias.ptr != nullptr;
+}
+
 ScoreClass score_class(const Flash_fwd_params& p) {
-  if (p.softcap > 0.f || p.alibi_slopes != nullptr || p.bias.ptr != nullptr || p.p_dropout > 0.f)
-    return ScoreClass::kModified;
+  if (modifies_scores(p) || p.p_dropout > 0.f) return ScoreClass::kModified;
   return p.window_left < 0 && p.window_right < 0 ? ScoreClass::kUnmasked : ScoreClass::kMasked;
 }
 
@@ -30,9 +33,9 @@ const FwdKernel& choose(const Flash_fwd_params& p) {
 
 // The unit of scores. At least the smallest normal, so that -inf stays -inf.
 void plan_scale(const Flash_fwd_params& p, FwdLaunch& launch) {
-  const bool is_modified = score_class(p) == ScoreClass::kModified;  // then they are natural logits
-  const float scale = is_modified ? 1.f : std::fabs(p.scale_softmax);
-  launch.negate_q = !is_modified && p.scale_softmax < 0.f;
+  launch.modifies_scores = modifies_scores(p);
+  const float scale = launch.modifies_scores ? 1.f : std::fabs(p.scale_softmax);
+  launch.negate_q = !launch.modifies_scores && p.scale_softmax < 0.f;
   launch.scale = std::max(scale, std::numeric_limits<float>::min());
   launch.scale_log2 = std::max(launch.scale * kLog2e, std::numeric_limits<float>::min());
 }
@@ -51,10 +54,10 @@ FwdLaunch plan(const Flash_fwd_params& p, const Tile& tile, int64_t l2_cache_byt
   launch.scheduler = {static_cast<int>(m_blocks), static_cast<int>(heads),
                       section_of(heads, launch.group, kv_bytes, l2_cache_bytes / 2)};
   plan_scale(p, launch);
-  launch.q_aligned = is_aligned(p.q);
-  launch.k_aligned = is_aligned(p.k);
-  launch.v_aligned = is_aligned(p.v);
-  launch.o_aligned = is_aligned(p.o);
+  launch.q_aligned = is_aligned(p.q, p.d);
+  launch.k_aligned = is_aligned(p.k, p.d);
+  launch.v_aligned = is_aligned(p.v, p.d_v);
+  launch.o_aligned = is_aligned(p.o, p.d_v);
   if (p.block_table != nullptr) launch.page_size = FastDivide::by(static_cast<int>(p.page_size));
   launch.dropout = Dropout::make(p.p_dropout, p.seed, p.offset);
   launch.bounds = index_bounds(p);

@@ -46,8 +46,8 @@ class TileLoader {
         head_dim_(head_dim) {}
 
   // Copies rows first_row.. to the tile at `shared`. Rows and columns beyond the matrix become 0.
-  // `aligned`: rows start at multiples of 16 bytes; others are copied element by element, by
-  // ordinary loads and stores.
+  // `aligned`: rows start at multiples of 16 bytes and have head dims that are multiples of 8;
+  // others are copied element by element, by ordinary loads and stores.
   FLASH_DEVICE void copy(uint32_t shared, int first_row, int64_t row_bytes, bool aligned) const {
     const char* first = source_ + (first_row + row()) * row_bytes;
     copy_rows(shared, rows_ - first_row, aligned,
@@ -84,19 +84,19 @@ class TileLoader {
   // row_at(i): the row i rows from this thread's first. The first `rows` are the matrix's.
   template <class RowAt>
   FLASH_DEVICE void copy_rows(uint32_t shared, int rows, bool aligned, const RowAt& row_at) const {
-    const uint32_t destination = shared + Smem::offset(row(), chunk());
-    const int columns = head_dim_ - chunk() * kChunkElements;
-    // Of this thread's chunk of a group, those that belong to the matrix.
-    const auto bytes_of = [&](int group) {
-      return min(max(columns - group * Smem::kGroupCols, 0), kChunkElements) * kElementBytes;
-    };
+    const int thread = ptx::read_tid_x();
+    const uint32_t destination =
+        shared + Smem::offset(thread / Smem::kChunks, thread % Smem::kChunks);
+    // From this thread's chunk of the first group on.
+    const int columns = head_dim_ - thread % Smem::kChunks * kChunkElements;
     if (aligned) {
       static_for<kRows / kRowStep>([&](auto i) {
         const Row source = row_at(i * kRowStep);
-        const bool is_read = i * kRowStep < rows && source.exists;
+        const bool exists = i * kRowStep < rows && source.exists;
         static_for<Smem::kGroups>([&](auto g) {
-          ptx::cp_async_16_bytes<i * kRowStep * Smem::kRowBytes + g * Smem::kGroupBytes>(
-              destination, source.address + g * Smem::kRowBytes, is_read ? bytes_of(g) : 0);
+          ptx::cp_async_16_bytes<i * kRowStep * Smem::kRowBytes + g * Smem::kGroupBytes,
+                                 g * Smem::kRowBytes>(destination, source.address,
+                                                      exists && g * Smem::kGroupCols < columns);
         });
       });
       return;
@@ -104,11 +104,12 @@ class TileLoader {
 #pragma unroll 1
     for (int i = 0; i < kRows; i += kRowStep) {
       const Row source = row_at(i);
-      const bool is_read = i < rows && source.exists;
+      const bool exists = i < rows && source.exists;
 #pragma unroll 1
       for (int g = 0; g < Smem::kGroups; ++g)
         copy_elements(destination + i * Smem::kRowBytes + g * Smem::kGroupBytes,
-                      source.address + g * Smem::kRowBytes, is_read ? bytes_of(g) : 0);
+                      source.address + g * Smem::kRowBytes,
+                      exists ? (columns - g * Smem::kGroupCols) * kElementBytes : 0);
     }
   }
 

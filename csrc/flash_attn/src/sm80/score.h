@@ -1,4 +1,5 @@
-// What scores go through before the softmax, and probabilities after it: softcap, ALiBi, bias, dropout.
+// What scores go through before the softmax, and probabilities after it: softcap, ALiBi, bias,
+// dropout.
 #pragma once
 
 #include "sm80/query.h"
@@ -8,22 +9,6 @@ namespace flash::sm80 {
 
 inline constexpr float kLog2e = 1.4426950408889634f;
 
-// 1 - 2 / (e^(2 x) + 1): absolute error about 2^-23, which softcap multiplies.
-FLASH_DEVICE float tanh(float x) {
-  return 1.f - __fdividef(2.f, ptx::ex2(x * (2.f * kLog2e)) + 1.f);
-}
-
-FLASH_DEVICE float load_bias(const Bias& bias, int64_t index) {
-  switch (bias.dtype) {
-    case Dtype::kFloat16:
-      return to_float<Dtype::kFloat16>(static_cast<const uint16_t*>(bias.ptr)[index]);
-    case Dtype::kBFloat16:
-      return to_float<Dtype::kBFloat16>(static_cast<const uint16_t*>(bias.ptr)[index]);
-    default:
-      return static_cast<const float*>(bias.ptr)[index];
-  }
-}
-
 // What the modifiers of a warp's scores depend on.
 struct ScorePlace {
   int batch, head;
@@ -31,48 +16,87 @@ struct ScorePlace {
   const Mask& mask;
 };
 
-// rS: products of q and k become natural logits, softcap(softmax_scale s) - slope |distance| + bias.
-// `first_key` is that of the block.
+// f(score, m, half, column) of each of this lane's scores: row m * 16 + half * 8 from the lane's
+// first, `column` from the lane's first.
+template <FwdConfig C, class F>
+FLASH_DEVICE void for_each_score(typename WarpTile<C>::Scores& rS, const F& f) {
+  using W = WarpTile<C>;
+#pragma unroll
+  for (int m = 0; m < W::kM; ++m)
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+      for (int n = 0; n < W::kS; ++n)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) f(rS[m][n][2 * half + i], m * 16 + half * 8, n * 8 + i);
+}
+
+// rS: products of q and k become softcap * tanh(scale s / softcap), by 1 - 2 / (e^(2 x) + 1): an
+// absolute error of about 2^-23 softcap.
+template <FwdConfig C>
+FLASH_DEVICE void cap_scores(typename WarpTile<C>::Scores& rS, const ScoreParams& p) {
+  const float cap = p.softcap, exponent = p.scale_softmax / cap * (2.f * kLog2e);
+  for_each_score<C>(rS, [=](float& s, int, int) {
+    s = fmaf(-2.f * cap, ptx::rcp(ptx::ex2(s * exponent) + 1.f), cap);
+  });
+}
+
+// rS -= slope |distance|. Distances are exact up to 2^24.
+template <FwdConfig C>
+FLASH_DEVICE void add_alibi(typename WarpTile<C>::Scores& rS, const ScoreParams& p,
+                            const ScorePlace& place, int first_key) {
+  const float slope = p.alibi_slopes[place.batch * p.alibi_batch_stride + place.head];
+  const ptx::Element first = ptx::accumulator_element(ptx::read_tid_x() % 32, 0);
+  const int diagonal =
+      ptx::opaque(place.first_row) + first.row + place.mask.seqlen_k - place.mask.seqlen_q;
+  const float distance = static_cast<float>(diagonal - first_key - first.col);
+  for_each_score<C>(rS, [=](float& s, int row, int column) {
+    s = fmaf(-slope, fabsf(distance + static_cast<float>(row - column)), s);
+  });
+}
+
+// rS += bias, of elements of kBytes; to_float(bits) is an element's value.
+template <FwdConfig C, class Element, class ToFloat>
+FLASH_DEVICE void add_bias(typename WarpTile<C>::Scores& rS, const Bias& bias,
+                           const ScorePlace& place, int first_key, const ToFloat& to_float) {
+  const ptx::Element first = ptx::accumulator_element(ptx::read_tid_x() % 32, 0);
+  const int query = ptx::opaque(place.first_row) + first.row, key = first_key + first.col;
+  const Element* row_of_bias = static_cast<const Element*>(bias.ptr) +
+                               place.batch * bias.batch_stride + place.head * bias.head_stride +
+                               query * bias.row_stride + key * bias.col_stride;
+  const int rows = place.mask.seqlen_q - query, columns = place.mask.seqlen_k - key;
+  for_each_score<C>(rS, [&](float& s, int row, int column) {
+    if (column == 0) {
+      if (row > 0) row_of_bias += 8 * bias.row_stride;
+      asm volatile("" ::: "memory");  // a row at a time, for the registers' sake
+    }
+    if (row < rows && column < columns) s += to_float(row_of_bias[column * bias.col_stride]);
+  });
+}
+
+// rS: products of q and k become natural logits, softcap(softmax_scale s) - slope |distance| +
+// bias. `first_key` is that of the block.
 template <FwdConfig C>
 FLASH_DEVICE void modify_scores(typename WarpTile<C>::Scores& rS, const ScoreParams& p,
                                 const ScorePlace& place, int first_key) {
-  using W = WarpTile<C>;
-  const int lane = ptx::read_tid_x() % 32;
-  // f(score, query, key) of each element of this lane.
-  const auto for_each = [&](const auto& f) {
-#pragma unroll
-    for (int m = 0; m < W::kM; ++m) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const ptx::Element first = ptx::accumulator_element(lane, 2 * half);
-        const int query = place.first_row + m * 16 + first.row;
-#pragma unroll
-        for (int n = 0; n < W::kS; ++n)
-#pragma unroll
-          for (int i = 0; i < 2; ++i)
-            f(rS[m][n][2 * half + i], query, first_key + n * 8 + first.col + i);
-      }
-    }
-  };
-  for_each([&](float& s, int, int) { s *= p.scale_softmax; });
   if (p.softcap > 0.f) {
-    const float inverse = 1.f / p.softcap;
-    for_each([&](float& s, int, int) { s = p.softcap * tanh(s * inverse); });
+    cap_scores<C>(rS, p);
+  } else {
+    for_each_score<C>(rS, [&](float& s, int, int) { s *= p.scale_softmax; });
   }
-  if (p.alibi_slopes != nullptr) {
-    const float slope = p.alibi_slopes[place.batch * p.alibi_batch_stride + place.head];
-    const int shift = place.mask.seqlen_k - place.mask.seqlen_q;
-    for_each([&](float& s, int query, int key) {
-      s = fmaf(-slope, fabsf(static_cast<float>(query + shift - key)), s);
-    });
+  if (p.alibi_slopes != nullptr) add_alibi<C>(rS, p, place, first_key);
+  if (p.bias.ptr == nullptr) return;
+  if (p.bias.dtype == Dtype::kFloat32) {
+    add_bias<C, float>(rS, p.bias, place, first_key, [](float x) { return x; });
+  } else {  // otherwise the dtype of q
+    add_bias<C, uint16_t>(rS, p.bias, place, first_key, to_float<C.dtype>);
   }
-  if (p.bias.ptr != nullptr) {
-    const int64_t base = place.batch * p.bias.batch_stride + place.head * p.bias.head_stride;
-    for_each([&](float& s, int query, int key) {
-      if (query < place.mask.seqlen_q && key < place.mask.seqlen_k)
-        s += load_bias(p.bias, base + query * p.bias.row_stride + key * p.bias.col_stride);
-    });
-  }
+}
+
+// 0x80 in each byte of x that is at most the byte of `limit`; other bits are anything.
+FLASH_DEVICE uint32_t at_most(uint32_t x, uint32_t limit) {
+  const uint32_t low = (limit | 0x80808080u) - (x & 0x7f7f7f7fu);  // no borrow between bytes
+  return (limit & ~x) | (~(limit ^ x) & low);
 }
 
 // rP: 0 where dropout drops. One call of Philox serves the 16 probabilities that this lane holds of
@@ -83,18 +107,18 @@ FLASH_DEVICE void drop(typename WarpTile<C>::Probabilities& rP, const Dropout& d
   using W = WarpTile<C>;
   const int lane = ptx::read_tid_x() % 32;
   const uint32_t threshold = dropout.keep_threshold * 0x01010101u;
+  const int row = ptx::opaque(first_row) + lane / 4;
 #pragma unroll
   for (int m = 0; m < W::kM; ++m) {
 #pragma unroll
     for (int block = 0; block < W::kS / 4; ++block) {
-      const Philox4 random = dropout.random(batch_head, first_row + m * 16 + lane / 4,
-                                            first_key / 32 + block, lane % 4);
+      const Philox4 random =
+          dropout.random(batch_head, row + m * 16, first_key / 32 + block, lane % 4);
 #pragma unroll
       for (int t = 0; t < 4; ++t) {
-        const uint32_t kept = __vcmpleu4(random.x[t], threshold);  // 0xff or 0x00 a byte
-#pragma unroll
-        for (int half = 0; half < 2; ++half)
-          rP[m][4 * block + t][half] &= __byte_perm(kept, 0, half == 0 ? 0x1100 : 0x3322);
+        const uint32_t kept = at_most(random.x[t], threshold);
+        rP[m][4 * block + t][0] &= ptx::prmt<0x9988>(kept);
+        rP[m][4 * block + t][1] &= ptx::prmt<0xbbaa>(kept);
       }
     }
   }

@@ -11,6 +11,7 @@
 #include <cstdint>
 
 #include "base/host_device.h"
+#include "common/seqlen.h"
 #include "sm80/tile_table.h"
 
 namespace flash::sm80 {
@@ -18,6 +19,9 @@ namespace flash::sm80 {
 inline constexpr int kChunkBytes = 16;
 inline constexpr int kElementBytes = 2;  // fp16, bf16
 inline constexpr int kChunkElements = kChunkBytes / kElementBytes;
+
+// Of a tile: the permutation of chunks is one of address bits below it.
+inline constexpr int kSmemAlignment = 128;
 
 template <int kHeadDim, int kRows>
 struct SmemTile {
@@ -50,8 +54,9 @@ struct SmemPlan {
   static constexpr int kSlotBytes = std::max(K::kBytes, V::kBytes);
 
   // Q until the last block of keys; then O on its way to memory, each warp in its own rows.
-  alignas(1024) char q[std::max(Q::kBytes, O::kBytes)];
-  alignas(1024) char ring[kTile.stages][kSlotBytes];
+  alignas(kSmemAlignment) char q[std::max(Q::kBytes, O::kBytes)];
+  alignas(kSmemAlignment) char ring[kTile.stages][kSlotBytes];
+  Sequence sequence;  // the CTA's
 };
 
 }  // namespace flash::sm80

@@ -29,8 +29,8 @@ struct Tile {
 // Two CTAs of 128 threads leave each thread 255 registers. A warp of 32 queries holds n scores and
 // head_dim_v elements of the output a lane: at d = 64 without a mask 128 and 64; under a mask
 // blocks of 64 keys, which waste less along the diagonal; at d = 128 64 and 128. Above that 16
-// queries, since an output of 32 would fill the registers. Shared memory holds m rows of Q and three
-// blocks: 80 KiB at most, so that a device with 99 KiB for a CTA runs them all, and one with
+// queries, since an output of 32 would fill the registers. Shared memory holds m rows of Q and
+// three blocks: 80 KiB at most, so that a device with 99 KiB for a CTA runs them all, and one with
 // 163 KiB or more two of them on an SM.
 inline constexpr Tile kTiles[] = {
     {.head_dim = 32,
@@ -154,9 +154,8 @@ constexpr bool has(const Tile& tile, int64_t head_dim, int64_t head_dim_v, Score
 
 // The first that has head dims 1..kMaxHeadDim and a class of scores.
 constexpr const Tile& tile_of(int64_t head_dim, int64_t head_dim_v, ScoreClass scores) {
-  return *std::find_if(std::begin(kTiles), std::end(kTiles), [=](const Tile& tile) {
-    return has(tile, head_dim, head_dim_v, scores);
-  });
+  return *std::find_if(std::begin(kTiles), std::end(kTiles),
+                       [=](const Tile& tile) { return has(tile, head_dim, head_dim_v, scores); });
 }
 
 constexpr bool is_valid(const Tile& t) {
