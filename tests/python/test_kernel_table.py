@@ -129,7 +129,7 @@ def test_without_nvdisasm_the_tool_says_so(sass, no_nvdisasm, monkeypatch, tmp_p
 @needs_kernels
 def test_built_kernels(sass, sm_pipes):
     """Each has one inner loop, whose products fit its exponentials, and in which the other
-    instructions leave the tensor pipe of an A100 the bound."""
+    instructions leave the tensor pipe of an A100 the bound, but where docs/cuda.md says otherwise."""
     library = next(_library.library_path().parent.glob("libflash_attn.so*"))
     cubins = sass.cubins(library.read_bytes())
     functions = [function for cubin in cubins for function in sass.disassemble(cubin)]
@@ -138,9 +138,13 @@ def test_built_kernels(sass, sm_pipes):
     for kernel in kernels:
         (full, full_trip), (masked, masked_trip) = sm_pipes.trips(kernel)
         assert (full, masked) == ("full", "masked")
-        head_dim = int(re.search(r"_d(\d+)_", kernel.name)[1])
-        keys = full_trip.counts["MUFU"] - 4  # a lane has as many scores, and four rows to rescale
-        assert full_trip.counts["tensor"] == masked_trip.counts["tensor"] == keys * head_dim / 32
-        assert masked_trip.counts["ALU"] >= full_trip.counts["ALU"] + keys
+        head_dim, head_dim_v = re.search(r"_d(\d+)(?:x(\d+))?_", kernel.name).groups()
+        head_dim, head_dim_v = int(head_dim), int(head_dim_v or head_dim)
+        rows = 4 if head_dim <= 128 else 2  # of a lane: one exponential each, to rescale
+        scores = full_trip.counts["MUFU"] - rows
+        assert full_trip.counts["tensor"] == scores * (head_dim + head_dim_v) / 64
+        assert masked_trip.counts["tensor"] == full_trip.counts["tensor"]
+        assert masked_trip.counts["ALU"] >= full_trip.counts["ALU"] + scores
         assert sum(full_trip.counts.values()) == full_trip.cycles("8.0")["issue"]
-        assert sm_pipes.bound(masked_trip.cycles("8.0")).startswith("tensor ")
+        bound = "tensor" if 32 < head_dim <= 128 else "LSU" if head_dim > 128 else "issue"
+        assert sm_pipes.bound(full_trip.cycles("8.0")).startswith(bound + " "), kernel.name

@@ -18,14 +18,29 @@ struct Philox4 {
   uint32_t x[4];
 };
 
+// Both halves of the product of 32-bit numbers.
+struct WideProduct {
+  uint32_t low, high;
+
+  FLASH_INLINE WideProduct(uint32_t a, uint32_t b) {
+#if defined(__CUDA_ARCH__)
+    asm("{\n .reg .b64 p;\n mul.wide.u32 p, %2, %3;\n mov.b64 {%0, %1}, p;\n}"
+        : "=r"(low), "=r"(high)
+        : "r"(a), "r"(b));
+#else
+    const uint64_t product = static_cast<uint64_t>(a) * b;
+    low = static_cast<uint32_t>(product);
+    high = static_cast<uint32_t>(product >> 32);
+#endif
+  }
+};
+
 FLASH_INLINE Philox4 philox_4x32_7(uint64_t key, Philox4 counter) {
   uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
   Philox4 c = counter;
   for (int round = 0; round < 7; ++round) {
-    const uint64_t p0 = static_cast<uint64_t>(0xD2511F53u) * c.x[0];
-    const uint64_t p1 = static_cast<uint64_t>(0xCD9E8D57u) * c.x[2];
-    c = {{static_cast<uint32_t>(p1 >> 32) ^ c.x[1] ^ k0, static_cast<uint32_t>(p1),
-          static_cast<uint32_t>(p0 >> 32) ^ c.x[3] ^ k1, static_cast<uint32_t>(p0)}};
+    const WideProduct p0(0xD2511F53u, c.x[0]), p1(0xCD9E8D57u, c.x[2]);
+    c = {{p1.high ^ c.x[1] ^ k0, p1.low, p0.high ^ c.x[3] ^ k1, p0.low}};
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
   }

@@ -228,6 +228,27 @@ FLASH_DEVICE void epilogue(const FwdParams& p, const FwdLaunch& launch, const Se
              p.o.row_stride * kElementBytes, launch.o_aligned, valid_rows, static_cast<int>(p.d_v));
 }
 
+// The blocks that a warp visits, among those of its CTA.
+template <FwdConfig C>
+struct WarpBlocks : BlockRange {
+  FLASH_DEVICE explicit WarpBlocks(const Place<C>& here)
+      : BlockRange(block_range(here.mask, here.warp_row, here.warp_row + C.rows_per_warp() - 1,
+                               C.tile().n)) {}
+};
+
+// Without a mask, all or none: of less state.
+template <FwdConfig C>
+  requires(C.scores == ScoreClass::kUnmasked)
+struct WarpBlocks<C> {
+  bool has_rows;
+  int full_end;
+
+  FLASH_DEVICE explicit WarpBlocks(const Place<C>& here)
+      : has_rows(here.warp_row < here.seq.seqlen_q), full_end(here.seq.seqlen_k / C.tile().n) {}
+  FLASH_DEVICE bool contains(int) const { return has_rows; }
+  FLASH_DEVICE bool is_full(int block) const { return block < full_end; }
+};
+
 // A warp's step over a block of K: its probabilities rP, and rO to the new maxima. `sQ` is this
 // lane's address.
 template <FwdConfig C>
@@ -281,8 +302,7 @@ FLASH_DEVICE void mha_fwd(const FwdParams& p, const FwdLaunch& launch) {
   if (here.cta_row >= here.seq.seqlen_q) return;
   const BlockRange blocks =
       block_range(here.mask, here.cta_row, here.cta_row + kTile.m - 1, kTile.n);
-  const BlockRange mine =
-      block_range(here.mask, here.warp_row, here.warp_row + C.rows_per_warp() - 1, kTile.n);
+  const WarpBlocks<C> mine(here);
 
   KeyBlocks<C> keys(p, launch, here, ptx::shared_address(smem) + offsetof(Plan, ring),
                     blocks.begin);

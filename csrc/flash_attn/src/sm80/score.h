@@ -41,9 +41,9 @@ FLASH_DEVICE void cap_scores(typename WarpTile<C>::Scores& rS, const ScoreParams
   });
 }
 
-// rS -= slope |distance|. Distances are exact up to 2^24.
+// rS = scale rS - slope |distance|. Distances are exact up to 2^24.
 template <FwdConfig C>
-FLASH_DEVICE void add_alibi(typename WarpTile<C>::Scores& rS, const ScoreParams& p,
+FLASH_DEVICE void add_alibi(typename WarpTile<C>::Scores& rS, float scale, const ScoreParams& p,
                             const ScorePlace& place, int first_key) {
   const float slope = p.alibi_slopes[place.batch * p.alibi_batch_stride + place.head];
   const ptx::Element first = ptx::accumulator_element(ptx::read_tid_x() % 32, 0);
@@ -51,26 +51,29 @@ FLASH_DEVICE void add_alibi(typename WarpTile<C>::Scores& rS, const ScoreParams&
       ptx::opaque(place.first_row) + first.row + place.mask.seqlen_k - place.mask.seqlen_q;
   const float distance = static_cast<float>(diagonal - first_key - first.col);
   for_each_score<C>(rS, [=](float& s, int row, int column) {
-    s = fmaf(-slope, fabsf(distance + static_cast<float>(row - column)), s);
+    s = fmaf(-slope, fabsf(distance + static_cast<float>(row - column)), scale * s);
   });
 }
 
-// rS += bias, of elements of kBytes; to_float(bits) is an element's value.
+// rS = scale rS + bias, whose elements to_float(element) makes floats. Rows of no query take the
+// last one's.
 template <FwdConfig C, class Element, class ToFloat>
-FLASH_DEVICE void add_bias(typename WarpTile<C>::Scores& rS, const Bias& bias,
+FLASH_DEVICE void add_bias(typename WarpTile<C>::Scores& rS, float scale, const Bias& bias,
                            const ScorePlace& place, int first_key, const ToFloat& to_float) {
   const ptx::Element first = ptx::accumulator_element(ptx::read_tid_x() % 32, 0);
   const int query = ptx::opaque(place.first_row) + first.row, key = first_key + first.col;
-  const Element* row_of_bias = static_cast<const Element*>(bias.ptr) +
-                               place.batch * bias.batch_stride + place.head * bias.head_stride +
-                               query * bias.row_stride + key * bias.col_stride;
-  const int rows = place.mask.seqlen_q - query, columns = place.mask.seqlen_k - key;
+  const Element* head_of_bias = static_cast<const Element*>(bias.ptr) +
+                                place.batch * bias.batch_stride + place.head * bias.head_stride +
+                                key * bias.col_stride;
+  const int columns = place.mask.seqlen_k - key;
+  const Element* row_of_bias = nullptr;
   for_each_score<C>(rS, [&](float& s, int row, int column) {
     if (column == 0) {
-      if (row > 0) row_of_bias += 8 * bias.row_stride;
+      row_of_bias = head_of_bias + min(query + row, place.mask.seqlen_q - 1) * bias.row_stride;
       asm volatile("" ::: "memory");  // a row at a time, for the registers' sake
     }
-    if (row < rows && column < columns) s += to_float(row_of_bias[column * bias.col_stride]);
+    const float b = column < columns ? to_float(row_of_bias[column * bias.col_stride]) : 0.f;
+    s = fmaf(s, scale, b);
   });
 }
 
@@ -79,17 +82,20 @@ FLASH_DEVICE void add_bias(typename WarpTile<C>::Scores& rS, const Bias& bias,
 template <FwdConfig C>
 FLASH_DEVICE void modify_scores(typename WarpTile<C>::Scores& rS, const ScoreParams& p,
                                 const ScorePlace& place, int first_key) {
+  float scale = p.scale_softmax;  // that is still to come
   if (p.softcap > 0.f) {
     cap_scores<C>(rS, p);
-  } else {
-    for_each_score<C>(rS, [&](float& s, int, int) { s *= p.scale_softmax; });
+    scale = 1.f;
   }
-  if (p.alibi_slopes != nullptr) add_alibi<C>(rS, p, place, first_key);
+  if (p.alibi_slopes != nullptr) {
+    add_alibi<C>(rS, scale, p, place, first_key);
+    scale = 1.f;
+  }
   if (p.bias.ptr == nullptr) return;
   if (p.bias.dtype == Dtype::kFloat32) {
-    add_bias<C, float>(rS, p.bias, place, first_key, [](float x) { return x; });
+    add_bias<C, float>(rS, scale, p.bias, place, first_key, [](float x) { return x; });
   } else {  // otherwise the dtype of q
-    add_bias<C, uint16_t>(rS, p.bias, place, first_key, to_float<C.dtype>);
+    add_bias<C, uint16_t>(rS, scale, p.bias, place, first_key, to_float<C.dtype>);
   }
 }
 
