@@ -5,6 +5,7 @@
 #include "api/select_kernel.h"
 #include "api_calls.h"
 #include "base/cuda_driver/emulated.h"
+#include "common/index_tensors.h"
 
 namespace flash_test {
 namespace {
@@ -61,7 +62,8 @@ TEST(CudaDriver, LaunchesOnTheCallersStreamAndDoesNothingElse) {
   const unsigned* shape = fake<const unsigned* (*)()>("fake_last_shape")();
   EXPECT_EQ(shape[0], 2u * 4 * 2);  // batch, heads, blocks of 128 queries
   EXPECT_EQ(shape[1], 128u);
-  EXPECT_EQ(shape[2], (128u + 3 * 128) * 128);  // Q and a ring of three blocks, rows of 128 bytes
+  // Q and a ring of three blocks, rows of 128 bytes; what the CTA's sequence is.
+  EXPECT_EQ(shape[2], (128u + 3 * 128 + 1) * 128);
 }
 
 TEST(CudaDriver, LoadsAKernelAtItsFirstLaunchWhileStreamsMayBeCaptured) {
@@ -86,6 +88,21 @@ TEST(CudaDriver, ErrorsNameCallErrorAndKernel) {
                "CUDA_ERROR_ILLEGAL_ADDRESS (700, an error of the fake driver)");
   EXPECT_EQ(fake<int (*)()>("fake_contexts")(), 0);
   reset();
+}
+
+TEST(CudaDriver, ElementsOutOfRangeAreTheNextCallsError) {
+  CudaForward c;
+  ASSERT_EQ(c.run(), FLASH_ATTN_OK);
+  uint32_t* faults = flash::cuda::Device::get(flash::cuda::Driver::machine(), 0).mailbox();
+  for (const auto tensor : {flash::IndexTensor::kBlockTable, flash::IndexTensor::kSequsedK})
+    faults[static_cast<int>(tensor)] = 1;
+  reset();
+  EXPECT_EQ(c.run(), FLASH_ATTN_INVALID_ARGUMENT);
+  EXPECT_STREQ(flash_attn_last_error(),
+               "an earlier call on CUDA device 0 was given values out of range in seqused_k, "
+               "block_table: sequences and pages that they do not name were left out");
+  EXPECT_EQ(calls(), "");
+  EXPECT_EQ(c.run(), FLASH_ATTN_OK) << flash_attn_last_error();
 }
 
 TEST(CudaDriver, OldAndMissingDevicesAreTurnedDown) {

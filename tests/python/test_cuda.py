@@ -16,7 +16,7 @@ from reference import attention
 
 import flash_attn
 import flash_attn_2_cuda
-from flash_attn import flash_attn_func, flash_attn_with_kvcache
+from flash_attn import flash_attn_func
 
 
 @needs_emulator
@@ -235,16 +235,13 @@ def _lacking(name):
     calls = {
         "fp32": lambda: flash_attn_func(q.float(), k.float(), v.float()),
         "head dimension 264": lambda: flash_attn_func(*[torch.ones(1, 8, 1, 264, dtype=BF16)] * 3),
-        "attention with a KV cache": lambda: flash_attn_with_kvcache(q, k, v),
         "the backward pass": lambda: flash_attn_func(q.requires_grad_(), k, v).sum().backward(),
     }
     return calls[name]
 
 
 @needs_emulator
-@pytest.mark.parametrize(
-    "feature", ["fp32", "head dimension 264", "attention with a KV cache", "the backward pass"]
-)
+@pytest.mark.parametrize("feature", ["fp32", "head dimension 264", "the backward pass"])
 def test_what_is_missing_is_named(feature):
     call = _lacking(feature)
     with (

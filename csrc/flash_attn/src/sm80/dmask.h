@@ -11,8 +11,8 @@
 #include "common/softmax.h"
 #include "sm80/cache_place.h"
 #include "sm80/dmask_params.h"
+#include "sm80/query.h"
 #include "sm80/row_config.h"
-#include "sm80/score.h"
 
 namespace flash::sm80 {
 
@@ -32,6 +32,15 @@ FLASH_DEVICE float dot(const void* x, const void* y, int64_t n) {
   return sum;
 }
 
+// kDtype's or fp32.
+template <Dtype kDtype>
+FLASH_DEVICE float bias_of(const Bias& bias, const DmaskRow& row, int key) {
+  const int64_t i = row.batch * bias.batch_stride + row.head * bias.head_stride +
+                    row.query * bias.row_stride + key * bias.col_stride;
+  if (bias.dtype == Dtype::kFloat32) return static_cast<const float*>(bias.ptr)[i];
+  return to_float<kDtype>(static_cast<const uint16_t*>(bias.ptr)[i]);
+}
+
 // A natural logit.
 template <Dtype kDtype>
 FLASH_DEVICE float score_of(const DmaskParams& p, const DmaskLaunch& launch, const DmaskRow& row,
@@ -47,15 +56,13 @@ FLASH_DEVICE float score_of(const DmaskParams& p, const DmaskLaunch& launch, con
         dot<kDtype>(operand_row(p.q, kDtype, row.batch, row.seq.q_row + row.query, row.head),
                     operand_row(p.k, kDtype, place.entry, place.row, row.head / launch.group), p.d);
   }
-  if (p.softcap > 0.f) s = p.softcap * tanh(s / p.softcap);
+  if (p.softcap > 0.f) s = p.softcap * tanhf(s / p.softcap);
   if (p.alibi_slopes != nullptr) {
     const int distance = row.query + row.mask.seqlen_k - row.mask.seqlen_q - key;
     s -= p.alibi_slopes[row.batch * p.alibi_batch_stride + row.head] *
          fabsf(static_cast<float>(distance));
   }
-  if (p.bias.ptr != nullptr)
-    s += load_bias(p.bias, row.batch * p.bias.batch_stride + row.head * p.bias.head_stride +
-                               row.query * p.bias.row_stride + key * p.bias.col_stride);
+  if (p.bias.ptr != nullptr) s += bias_of<kDtype>(p.bias, row, key);
   return s;
 }
 

@@ -36,34 +36,45 @@
 
 namespace flash::sm80 {
 
+// Puts this CTA's tile into shared memory. One thread reads index tensors and checks them: the
+// others need no registers for it, and the compiler knows that all find the same.
+template <FwdConfig C>
+FLASH_DEVICE void find_tile(CtaTile& tile, const FwdParams& p, const FwdLaunch& launch) {
+  if (ptx::read_tid_x() < 32) {
+    const Tile_coordinates number = launch.scheduler.tile(ptx::read_ctaid_x());
+    PackedTile found{number.batch_head / launch.heads, number.m_block, 0};
+    if (p.cu_seqlens_q != nullptr)
+      found = packed_tile<C.tile().m>(p, static_cast<int>(p.b), number.m_block,
+                                      launch.scheduler.m_blocks);
+    if (ptx::read_tid_x() == 0) {
+      IndexFaults faults = 0;
+      tile.place = found;
+      tile.sequence = found.batch < p.b
+                          ? bounded_sequence(p, found.batch, launch.bounds.max_cached, faults)
+                          : Sequence{};  // the rows of no sequence
+      if (faults != 0) report(launch.bounds, faults);
+    }
+  }
+  __syncthreads();
+}
+
 // Where this CTA and this warp are.
 template <FwdConfig C>
 struct Place {
   int batch, head, head_k;
   Sequence seq;
-  IndexFaults faults = 0;  // of the sequence
   Mask mask;
   int m_block;            // of the sequence
-  int others = 0;         // tiles for rows of no sequence
   int cta_row, warp_row;  // their first queries
   int warp, lane;
 
-  FLASH_DEVICE Place(const FwdParams& p, const FwdLaunch& launch) {
-    const Tile_coordinates tile = launch.scheduler.tile(ptx::read_ctaid_x());
-    batch = tile.batch_head / launch.heads;
-    head = tile.batch_head % launch.heads;
-    head_k = head / launch.group;
-    m_block = tile.m_block;
-    if (p.cu_seqlens_q != nullptr) {
-      const PackedTile packed =
-          packed_tile<C.tile().m>(p, static_cast<int>(p.b), m_block, launch.scheduler.m_blocks);
-      batch = packed.batch;
-      m_block = packed.m_block;
-      others = packed.others;
-    }
-    if (batch < p.b) seq = bounded_sequence(p, batch, launch.bounds.max_cached, faults);
-    mask = mask_of(p, seq);
+  // `tile`: what find_tile has found.
+  FLASH_DEVICE Place(const FwdParams& p, const FwdLaunch& launch, const CtaTile& tile)
+      : batch(tile.place.batch), seq(tile.sequence), m_block(tile.place.m_block) {
     const int thread = ptx::read_tid_x();
+    head = launch.scheduler.tile(ptx::read_ctaid_x()).batch_head % launch.heads;
+    head_k = head / launch.group;
+    mask = mask_of(p, seq);
     warp = __shfl_sync(0xffffffffu, thread / 32, 0);  // which tells the compiler that it is uniform
     lane = thread % 32;
     cta_row = m_block * C.tile().m;
@@ -170,10 +181,11 @@ class KeyBlocks {
 // Rows of out that belong to no sequence become 0, their softmax_lse -inf: those of this CTA's
 // head, this CTA's share of them.
 template <FwdConfig C>
-FLASH_DEVICE void store_rows_of_no_sequence(const FwdParams& p, const Place<C>& here) {
+FLASH_DEVICE void store_rows_of_no_sequence(const FwdParams& p, const Place<C>& here,
+                                            const PackedTile& tile) {
   const int first = p.cu_seqlens_q[p.b];
   if (first < 0) return;
-  for (int64_t row = first + here.m_block; row < p.total_q; row += here.others) {
+  for (int64_t row = first + here.m_block; row < p.total_q; row += tile.others) {
     auto* o = reinterpret_cast<uint16_t*>(operand_row(p.o, C.dtype, 0, row, here.head));
     for (int i = threadIdx.x; i < p.d_v; i += C.threads()) o[i] = 0;
     if (p.softmax_lse != nullptr && threadIdx.x == 0)
@@ -181,12 +193,11 @@ FLASH_DEVICE void store_rows_of_no_sequence(const FwdParams& p, const Place<C>& 
   }
 }
 
-// One CTA of each sequence tells the host what is wrong with its index tensors.
+// One CTA of each sequence looks for pages that do not exist.
 template <FwdConfig C>
-FLASH_DEVICE void report_faults(const FwdParams& p, const FwdLaunch& launch, const Place<C>& here) {
-  if (here.m_block != 0 || here.head != 0) return;
-  const IndexFaults faults =
-      here.faults | page_faults(here.seq, launch.page_size, p.k_entries, C.threads());
+FLASH_DEVICE void check_pages(const FwdParams& p, const FwdLaunch& launch, const Place<C>& here) {
+  if (here.seq.pages == nullptr || here.m_block != 0 || here.head != 0) return;
+  const IndexFaults faults = page_faults(here.seq, launch.page_size, p.k_entries, C.threads());
   if (faults != 0) report(launch.bounds, faults);
 }
 
@@ -209,9 +220,10 @@ FLASH_DEVICE void prepare_q(const FwdParams& p, const FwdLaunch& launch, const P
 // Writes out and softmax_lse. Finds its place anew: during the loop over keys every register
 // counts.
 template <FwdConfig C>
-FLASH_DEVICE void epilogue(const FwdParams& p, const FwdLaunch& launch, uint32_t sO,
-                           typename WarpTile<C>::Output& rO, typename WarpTile<C>::Rows& rows) {
-  const Place<C> here(p, launch);
+FLASH_DEVICE void epilogue(const FwdParams& p, const FwdLaunch& launch, const CtaTile& tile,
+                           uint32_t sO, typename WarpTile<C>::Output& rO,
+                           typename WarpTile<C>::Rows& rows) {
+  const Place<C> here(p, launch, tile);
   const int valid_rows = min(C.rows_per_warp(), here.seq.seqlen_q - here.warp_row);
   const int64_t first_lse = here.batch * p.lse_batch_stride + here.head * p.lse_head_stride +
                             here.seq.lse_row + here.warp_row;
@@ -244,16 +256,8 @@ struct WarpBlocks<C> {
   FLASH_DEVICE bool is_full(int block) const { return block < full_end; }
 };
 
-// This lane's address in its warp's rows of Q. Found anew for each block: see epilogue().
-template <FwdConfig C>
-FLASH_DEVICE uint32_t lane_q(uint32_t sQ) {
-  using Q = typename SmemPlan<C>::Q;
-  const int thread = ptx::read_tid_x();
-  return lane_address<Q>(sQ + thread / 32 * C.rows_per_warp() * Q::kRowBytes,
-                         ptx::a_chunk(thread % 32));
-}
-
-// A warp's step over a block of K: its probabilities rP, and rO to the new maxima.
+// A warp's step over a block of K: its probabilities rP, and rO to the new maxima. `sQ` is this
+// lane's address.
 template <FwdConfig C>
 FLASH_DEVICE void attend(typename WarpTile<C>::Probabilities& rP, typename WarpTile<C>::Output& rO,
                          typename WarpTile<C>::Rows& rows, const FwdParams& p,
@@ -263,8 +267,7 @@ FLASH_DEVICE void attend(typename WarpTile<C>::Probabilities& rP, typename WarpT
   typename W::Scores rS;
   float rescale[W::kM][2];
   const int first_key = block * C.tile().n;
-  gemm_qk<C>(rS, lane_q<C>(sQ),
-             lane_address<typename SmemPlan<C>::K>(sK, ptx::b_chunk_n_major(here.lane)));
+  gemm_qk<C>(rS, sQ, lane_address<typename SmemPlan<C>::K>(sK, ptx::b_chunk_n_major(here.lane)));
   if constexpr (C.scores == ScoreClass::kModified) {
     if (launch.modifies_scores)
       modify_scores<C>(rS, p, {here.batch, here.head, here.warp_row, here.mask}, first_key);
@@ -298,9 +301,11 @@ FLASH_DEVICE void mha_fwd(const FwdParams& p, const FwdLaunch& launch) {
   extern __shared__ __align__(1024) char smem[];
   const uint32_t sQ = ptx::shared_address(smem) + offsetof(Plan, q);
 
-  const Place<C> here(p, launch);
-  if (here.batch == p.b) return store_rows_of_no_sequence(p, here);
-  report_faults(p, launch, here);
+  CtaTile& tile = reinterpret_cast<Plan*>(smem)->tile;
+  find_tile<C>(tile, p, launch);
+  const Place<C> here(p, launch, tile);
+  if (here.batch == p.b) return store_rows_of_no_sequence(p, here, tile.place);
+  check_pages(p, launch, here);
   if (here.cta_row >= here.seq.seqlen_q) return;
   const BlockRange blocks =
       block_range(here.mask, here.cta_row, here.cta_row + kTile.m - 1, kTile.n);
@@ -321,16 +326,18 @@ FLASH_DEVICE void mha_fwd(const FwdParams& p, const FwdLaunch& launch) {
   typename W::Output rO = {};
   typename W::Rows rows;
   clear_rows<C>(rows);
+  const uint32_t warp_sQ = lane_address<typename Plan::Q>(
+      sQ + here.warp * C.rows_per_warp() * Plan::Q::kRowBytes, ptx::a_chunk(here.lane));
   for (int block = blocks.end - 1; block >= blocks.begin; --block) {
     typename W::Probabilities rP;
     const bool is_full = mine.is_full(block);
     const uint32_t sK = keys.next_k(block);
-    if (mine.contains(block)) attend<C>(rP, rO, rows, p, launch, here, sQ, sK, block, is_full);
+    if (mine.contains(block)) attend<C>(rP, rO, rows, p, launch, here, warp_sQ, sK, block, is_full);
     const uint32_t sV = keys.next_v(block);
     if (mine.contains(block)) accumulate<C>(rO, rP, here, sV, block, is_full);
   }
 
-  epilogue<C>(p, launch, sQ, rO, rows);
+  epilogue<C>(p, launch, tile, sQ, rO, rows);
 }
 
 }  // namespace flash::sm80

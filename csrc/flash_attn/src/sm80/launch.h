@@ -10,8 +10,8 @@
 
 namespace flash::sm80 {
 
-// Whether the rows of x start at multiples of 16 bytes.
-bool is_aligned(const Operand& x);
+// Whether the rows of x are chunks of 16 bytes that start at multiples of 16.
+bool is_aligned(const Operand& x, int64_t head_dim);
 
 IndexBounds index_bounds(const Flash_fwd_params& p);
 

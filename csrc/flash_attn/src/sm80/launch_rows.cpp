@@ -41,8 +41,8 @@ AppendLaunch plan_append(const Flash_fwd_params& p) {
   const bool v_within_k = same && distance >= 0 && distance + p.d_v <= p.d;
   launch.writes_v = !v_within_k;
   launch.writes_k = v_within_k || !(same && distance <= 0 && p.d - distance <= p.d_v);
-  launch.k_aligned = is_aligned(p.k) && is_aligned(p.knew);
-  launch.v_aligned = is_aligned(p.v) && is_aligned(p.vnew);
+  launch.k_aligned = is_aligned(p.k, p.d) && is_aligned(p.knew, p.d);
+  launch.v_aligned = is_aligned(p.v, p.d_v) && is_aligned(p.vnew, p.d_v);
   launch.page_size = page_size(p);
   launch.bounds = index_bounds(p);
   return launch;
@@ -50,8 +50,9 @@ AppendLaunch plan_append(const Flash_fwd_params& p) {
 
 }  // namespace
 
-bool is_aligned(const Operand& x) {
-  bool aligned = reinterpret_cast<uintptr_t>(x.ptr) % kChunkBytes == 0;
+bool is_aligned(const Operand& x, int64_t head_dim) {
+  bool aligned =
+      reinterpret_cast<uintptr_t>(x.ptr) % kChunkBytes == 0 && head_dim % kChunkElements == 0;
   for (const int64_t stride : {x.batch_stride, x.row_stride, x.head_stride})
     aligned &= stride % kChunkElements == 0;
   return aligned;

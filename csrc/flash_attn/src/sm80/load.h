@@ -41,8 +41,8 @@ class TileLoader {
   // The matrix has `rows` rows of `head_dim` elements. `matrix` is its first row, with pages the
   // first of page 0.
   FLASH_DEVICE TileLoader(const void* matrix, int rows, int head_dim)
-      : source_(static_cast<const char*>(matrix) + threadIdx.x % Smem::kChunks * kChunkBytes),
-        rows_(rows - static_cast<int>(threadIdx.x / Smem::kChunks)),
+      : source_(static_cast<const char*>(matrix) + chunk() * kChunkBytes),
+        rows_(rows - row()),
         head_dim_(head_dim) {}
 
   // Copies rows first_row.. to the tile at `shared`. Rows and columns beyond the matrix become 0.
@@ -79,6 +79,7 @@ class TileLoader {
   };
 
   FLASH_DEVICE static int row() { return ptx::read_tid_x() / Smem::kChunks; }
+  FLASH_DEVICE static int chunk() { return ptx::read_tid_x() % Smem::kChunks; }
 
   // row_at(i): the row i rows from this thread's first. The first `rows` are the matrix's.
   template <class RowAt>

@@ -1,17 +1,11 @@
-// Which sequence of a packed batch a tile of queries belongs to, found by each warp for itself: no
-// kernel before, no host that waits.
+// Which sequence of a packed batch a tile of queries belongs to, found by a warp: no kernel before,
+// no host that waits.
 #pragma once
 
 #include "base/ptx/special_registers.h"
-#include "common/flash.h"
+#include "sm80/packed_tiles.h"
 
 namespace flash::sm80 {
-
-struct PackedTile {
-  int batch;    // p.b: rows of no sequence
-  int m_block;  // of the sequence; of the tiles for rows of no sequence, which one
-  int others;   // how many tiles there are for those, if it is one of them
-};
 
 // Tile `number` of `tiles`. Lengths that cannot be count as 0.
 template <int kM>

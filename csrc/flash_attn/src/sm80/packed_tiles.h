@@ -1,4 +1,4 @@
-// How many tiles a packed batch takes, known without its lengths.
+// The tiles of a packed batch, as far as they are known without its lengths.
 #pragma once
 
 #include <cstdint>
@@ -6,6 +6,12 @@
 #include "common/flash.h"
 
 namespace flash::sm80 {
+
+struct PackedTile {
+  int batch;    // p.b: rows of no sequence
+  int m_block;  // of the sequence; of the tiles for rows of no sequence, which one
+  int others;   // how many tiles there are for those, if it is one of them
+};
 
 // For all sequences, each of which has at least one, and at least one for rows of no sequence; `m`
 // queries in each.

@@ -7,11 +7,12 @@
 
 namespace flash::sm80 {
 
-// Of the pages that hold a sequence's keys: this thread's share, of the `threads` of a CTA.
+// Of the pages that hold the keys of a sequence in pages: this thread's share, of the `threads` of
+// a CTA.
 FLASH_DEVICE IndexFaults page_faults(const Sequence& seq, const FastDivide& page_size,
                                      int64_t pages, int threads) {
   IndexFaults faults = 0;
-  if (seq.pages == nullptr || seq.seqlen_k == 0) return faults;
+  if (seq.seqlen_k == 0) return faults;
   const int last = page_size.quotient(seq.leftpad + seq.seqlen_k - 1);
   for (int i = page_size.quotient(seq.leftpad) + threadIdx.x; i <= last; i += threads)
     faults |= fault_of(IndexTensor::kBlockTable, seq.pages[i] < 0 || seq.pages[i] >= pages);

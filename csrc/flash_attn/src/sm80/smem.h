@@ -11,6 +11,8 @@
 #include <cstdint>
 
 #include "base/host_device.h"
+#include "common/seqlen.h"
+#include "sm80/packed_tiles.h"
 #include "sm80/tile_table.h"
 
 namespace flash::sm80 {
@@ -18,6 +20,9 @@ namespace flash::sm80 {
 inline constexpr int kChunkBytes = 16;
 inline constexpr int kElementBytes = 2;  // fp16, bf16
 inline constexpr int kChunkElements = kChunkBytes / kElementBytes;
+
+// Of a tile: the permutation of chunks is one of address bits below it.
+inline constexpr int kSmemAlignment = 128;
 
 template <int kHeadDim, int kRows>
 struct SmemTile {
@@ -40,6 +45,12 @@ struct SmemTile {
   FLASH_INLINE static constexpr int ahead(int k) { return k / (kChunks / 2) * kGroupBytes; }
 };
 
+// A CTA's tile of queries: one thread finds it for all.
+struct CtaTile {
+  PackedTile place;
+  Sequence sequence;
+};
+
 template <FwdConfig C>
 struct SmemPlan {
   static constexpr Tile kTile = C.tile();
@@ -50,8 +61,9 @@ struct SmemPlan {
   static constexpr int kSlotBytes = std::max(K::kBytes, V::kBytes);
 
   // Q until the last block of keys; then O on its way to memory, each warp in its own rows.
-  alignas(1024) char q[std::max(Q::kBytes, O::kBytes)];
-  alignas(1024) char ring[kTile.stages][kSlotBytes];
+  alignas(kSmemAlignment) char q[std::max(Q::kBytes, O::kBytes)];
+  alignas(kSmemAlignment) char ring[kTile.stages][kSlotBytes];
+  CtaTile tile;
 };
 
 }  // namespace flash::sm80
