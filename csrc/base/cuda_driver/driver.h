@@ -25,6 +25,7 @@ struct DriverApi {
   decltype(&::cuModuleGetFunction) module_get_function;
   decltype(&::cuFuncSetAttribute) func_set_attribute;
   decltype(&::cuLaunchKernel) launch_kernel;
+  decltype(&::cuMemsetD32Async) memset_d32_async;
   decltype(&::cuMemHostRegister) mem_host_register;
   decltype(&::cuMemHostUnregister) mem_host_unregister;
   decltype(&::cuStreamSynchronize) stream_synchronize;

@@ -54,6 +54,9 @@ CUresult cuDeviceGetAttribute(int* value, CUdevice_attribute which, CUdevice dev
   *value = which == CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR   ? 8 - device
            : which == CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR ? 5 * device
            : which == CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE            ? 40 << 20
+           : which == CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT     ? 108
+           : which == CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR ? 164 << 10
+           : which == CU_DEVICE_ATTRIBUTE_RESERVED_SHARED_MEMORY_PER_BLOCK     ? 1 << 10
                                                                    : 0;
   return CUDA_SUCCESS;
 }
@@ -87,6 +90,9 @@ CUresult cuLaunchKernel(CUfunction, unsigned grid, unsigned, unsigned, unsigned 
   last_shape[1] = threads;
   last_shape[2] = shared_bytes;
   return note("cuLaunchKernel");
+}
+CUresult cuMemsetD32Async(CUdeviceptr, unsigned, size_t, CUstream) {
+  return note("cuMemsetD32Async");
 }
 CUresult cuMemHostRegister(void*, size_t, unsigned) { return note("cuMemHostRegister"); }
 CUresult cuMemHostUnregister(void*) { return note("cuMemHostUnregister"); }

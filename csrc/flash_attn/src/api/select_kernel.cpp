@@ -101,7 +101,8 @@ void add_cpu_kernels(std::vector<Kernel>& kernels) {
 
 void add_cuda_kernels([[maybe_unused]] std::vector<Kernel>& kernels) {
 #if defined(FLASH_ATTN_HAVE_CUDA)
-  for (const Operation operation : {Operation::kMhaFwd, Operation::kMhaVarlenFwd}) {
+  for (const Operation operation :
+       {Operation::kMhaFwd, Operation::kMhaVarlenFwd, Operation::kMhaFwdKvcache}) {
     kernels.push_back({.operation = operation,
                        .device_type = FLASH_ATTN_CUDA,
                        .backend = "cuda",
@@ -111,7 +112,8 @@ void add_cuda_kernels([[maybe_unused]] std::vector<Kernel>& kernels) {
                        .max_d = sm80::kMaxHeadDim,
                        .max_d_v = sm80::kMaxHeadDim,
                        .features = kAllFeatures,
-                       .mha_fwd = sm80::mha_fwd});
+                       .mha_fwd = sm80::mha_fwd,
+                       .fwd_workspace_bytes = sm80::mha_fwd_workspace_bytes});
   }
 #endif
 }

@@ -1,9 +1,11 @@
 #include "sm80/kernel_list.h"
 
+#include "sm80/decode_smem.h"
 #include "sm80/smem.h"
 
 // The fatbins that the build embeds.
 #define FLASH_KERNEL(name, ...) extern "C" const char name##_fatbin[];
+#include "generated/sm80_decode.inc"
 #include "generated/sm80_fwd.inc"
 #undef FLASH_KERNEL
 
@@ -15,14 +17,31 @@ constexpr FwdKernel fwd_kernel(const char* name, const void* fatbin) {
   return {C, {name, fatbin}, C.threads(), sizeof(SmemPlan<C>)};
 }
 
+template <DecodeConfig C>
+constexpr DecodeKernel decode_kernel(const char* name, const void* fatbin) {
+  return {C,
+          {name, fatbin},
+          C.threads(),
+          static_cast<int>(SmemPlan<C>::bytes()),
+          C.ctas_per_sm(),
+          C.block_keys()};
+}
+
 #define FLASH_KERNEL(name, ...) fwd_kernel<__VA_ARGS__>(#name, name##_fatbin),
-constexpr FwdKernel kernels[] = {
+constexpr FwdKernel fwd_kernels[] = {
 #include "generated/sm80_fwd.inc"
+};
+#undef FLASH_KERNEL
+
+#define FLASH_KERNEL(name, ...) decode_kernel<__VA_ARGS__>(#name, name##_fatbin),
+constexpr DecodeKernel decode_kernels[] = {
+#include "generated/sm80_decode.inc"
 };
 #undef FLASH_KERNEL
 
 }  // namespace
 
-const std::span<const FwdKernel> kFwdKernels = kernels;
+const std::span<const FwdKernel> kFwdKernels = fwd_kernels;
+const std::span<const DecodeKernel> kDecodeKernels = decode_kernels;
 
 }  // namespace flash::sm80

@@ -1,6 +1,8 @@
 // The sm80 backend as the rest of the library sees it.
 #pragma once
 
+#include <cstddef>
+
 #include "common/flash.h"
 
 namespace flash::sm80 {
@@ -10,5 +12,8 @@ inline constexpr int kMinComputeCapability = 80;
 // Forward of a dense or packed batch, enqueued on p.target. fp16, bf16; head dims at most
 // kMaxHeadDim (tile_table.h). Throws ApiError.
 void mha_fwd(const Flash_fwd_params& p);
+
+// Bytes of workspace that mha_fwd needs for a call on p.target.
+size_t mha_fwd_workspace_bytes(const Flash_fwd_params& p);
 
 }  // namespace flash::sm80
