@@ -103,13 +103,12 @@ FLASH_DEVICE void load_q(const FwdParams& p, const DecodeLaunch& launch,
   for (int i = threadIdx.x; i < kDecodeRows * kChunksOfRow; i += C.threads()) {
     const int row = i / kChunksOfRow, chunk = i % kChunksOfRow;
     const uint32_t destination = sQ + SmemPlan<C>::Q::offset(row, chunk);
-    const int elements = min(max(static_cast<int>(p.d) - chunk * kChunkElements, 0), kChunkElements);
-    const int bytes = row < here.rows ? elements * kElementBytes : 0;
-    const char* source = here.row_of(p.q, row < here.rows ? row : 0) + chunk * kChunkBytes;
+    const int columns = row < here.rows ? static_cast<int>(p.d) - chunk * kChunkElements : 0;
+    const char* source = here.row_of(p.q, min(row, here.rows - 1)) + chunk * kChunkBytes;
     if (launch.q_aligned) {
-      ptx::cp_async_16_bytes<0>(destination, source, bytes);
+      ptx::cp_async_16_bytes<0, 0>(destination, source, columns > 0);
     } else {
-      copy_elements(destination, source, bytes);
+      copy_elements(destination, source, columns * kElementBytes);
     }
   }
   ptx::cp_async_commit_group();
@@ -184,34 +183,50 @@ FLASH_DEVICE void gemm_qk(typename WarpTile<C>::Scores& rS, const QueryTile<C>& 
   });
 }
 
-// rS: products of q and k become natural logits, softcap(softmax_scale s) - slope |distance|.
+// Hides the scores of keys that their row does not see.
 template <DecodeConfig C>
-FLASH_DEVICE void modify_scores(typename WarpTile<C>::Scores& rS, const ScoreParams& p,
-                                const DecodePlace<C>& here, int first_key) {
+FLASH_DEVICE void apply_mask(typename WarpTile<C>::Scores& rS, const FoldedMask& mask,
+                             int first_row, int first_key) {
   const int lane = ptx::read_tid_x() % 32;
-  const float inverse_cap = p.softcap > 0.f ? 1.f / p.softcap : 0.f;
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const ptx::Element first = ptx::accumulator_element(lane, 2 * half);
-    const int row = min(first.row, here.rows - 1);
-    const float slope =
-        p.alibi_slopes == nullptr
-            ? 0.f
-            : p.alibi_slopes[here.batch * p.alibi_batch_stride + here.head(row)];
-    const int diagonal = here.query(row) + here.seq.seqlen_k - here.seq.seqlen_q;
+    const KeyRange keys = mask.keys(first_row + first.row);
+    const int begin = keys.begin - (first_key + first.col);
+    const int end = keys.end - (first_key + first.col);
 #pragma unroll
     for (int n = 0; n < WarpTile<C>::kS; ++n) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        float& s = rS[0][n][2 * half + i];
-        s *= p.scale_softmax;
-        if (p.softcap > 0.f) s = p.softcap * tanh(s * inverse_cap);
-        if (p.alibi_slopes == nullptr) continue;
-        const int key = first_key + n * 8 + first.col + i;
-        s = fmaf(-slope, fabsf(static_cast<float>(diagonal - key)), s);
+        const int key = n * 8 + i;
+        if (key < begin || key >= end) rS[0][n][2 * half + i] = -INFINITY;
       }
     }
   }
+}
+
+// rS: products of q and k become natural logits, softcap(softmax_scale s) - slope |distance|.
+template <DecodeConfig C>
+FLASH_DEVICE void modify_scores(typename WarpTile<C>::Scores& rS, const ScoreParams& p,
+                                const DecodePlace<C>& here, int first_key) {
+  if (p.softcap > 0.f) {
+    cap_scores<C>(rS, p);
+  } else {
+    for_each_score<C>(rS, [&](float& s, int, int) { s *= p.scale_softmax; });
+  }
+  if (p.alibi_slopes == nullptr) return;
+  const ptx::Element first = ptx::accumulator_element(ptx::read_tid_x() % 32, 0);
+  float slope[2], distance[2];
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int row = min(first.row + 8 * half, here.rows - 1);
+    slope[half] = p.alibi_slopes[here.batch * p.alibi_batch_stride + here.head(row)];
+    const int diagonal = here.query(row) + here.seq.seqlen_k - here.seq.seqlen_q;
+    distance[half] = static_cast<float>(diagonal - first_key - first.col);
+  }
+  for_each_score<C>(rS, [&](float& s, int row, int column) {
+    s = fmaf(-slope[row / 8], fabsf(distance[row / 8] - static_cast<float>(column)), s);
+  });
 }
 
 // What a warp's steps need to know beside its keys.
@@ -234,7 +249,7 @@ struct DecodeSteps {
     typename WarpTile<C>::Scores rS;
     float rescale[1][2];
     gemm_qk<C>(rS, q, lane_address<typename SmemPlan<C>::K>(sK, ptx::b_chunk_n_major(lane)));
-    if (launch.is_modified) modify_scores<C>(rS, p, here, key);
+    if (launch.modifies_scores) modify_scores<C>(rS, p, here, key);
     if (!is_full(key)) apply_mask<C>(rS, here.mask, here.first_row, key);
     softmax_step<C>(rP, rescale, rS, rows, launch.scale_log2);
     rescale_o<C>(rO, rescale);

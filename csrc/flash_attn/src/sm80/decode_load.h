@@ -14,7 +14,7 @@ struct KeyRows {
   const char* first;  // dense: of key 0; with pages the first row of page 0
   int64_t row_bytes, page_bytes;
   int head_dim;
-  bool aligned;  // rows start at multiples of 16 bytes
+  bool aligned;  // rows are chunks of 16 bytes that start at multiples of 16
 };
 
 // Where a sequence's keys lie in its pages.
@@ -79,7 +79,7 @@ class WarpLoader {
     if (rows >= kRows && x.aligned && x.head_dim == Smem::kGroups * Smem::kGroupCols) {
       mine += chunk() * kChunkBytes;
       for_each_row([&](auto i) {
-        copy_row<i>(shared, mine, [](int) { return kChunkBytes; });
+        copy_row<i>(shared, mine, Smem::kGroups * Smem::kGroupCols);
         mine += kRowStep * x.row_bytes;
       });
       return;
@@ -91,29 +91,34 @@ class WarpLoader {
   template <class RowAt>
   FLASH_DEVICE static void copy_rows(uint32_t shared, const KeyRows& x, const RowAt& row_at) {
     const int columns = x.head_dim - chunk() * kChunkElements;
-    for_each_row([&](auto i) {
-      const Row source = row_at(i * kRowStep);
-      const auto bytes_of = [&](int group) {
-        const int elements = min(max(columns - group * Smem::kGroupCols, 0), kChunkElements);
-        return source.exists ? elements * kElementBytes : 0;
-      };
-      const char* mine = source.address + chunk() * kChunkBytes;
-      if (x.aligned) return copy_row<i>(shared, mine, bytes_of);
+    if (x.aligned) {
+      for_each_row([&](auto i) {
+        const Row source = row_at(i * kRowStep);
+        copy_row<i>(shared, source.address + chunk() * kChunkBytes, source.exists ? columns : 0);
+      });
+      return;
+    }
+#pragma unroll 1
+    for (int i = 0; i < kRows; i += kRowStep) {
+      const Row source = row_at(i);
 #pragma unroll 1
       for (int g = 0; g < Smem::kGroups; ++g)
-        copy_elements(shared + Smem::offset(row() + i * kRowStep, chunk()) + g * Smem::kGroupBytes,
-                      mine + g * Smem::kRowBytes, bytes_of(g));
-    });
+        copy_elements(shared + Smem::offset(row() + i, chunk()) + g * Smem::kGroupBytes,
+                      source.address + chunk() * kChunkBytes + g * Smem::kRowBytes,
+                      source.exists ? (columns - g * Smem::kGroupCols) * kElementBytes : 0);
+    }
   }
 
-  template <int kI, class BytesOf>
-  FLASH_DEVICE static void copy_row(uint32_t shared, const char* source, const BytesOf& bytes_of) {
+  // Columns from `columns` on, counted from this lane's first, become 0.
+  template <int kI>
+  FLASH_DEVICE static void copy_row(uint32_t shared, const char* source, int columns) {
     // The permutation of chunks depends on row % 8, here on whether i is odd.
     const uint32_t destination =
         (shared + Smem::offset(row(), chunk())) ^ (kI % 2 * kRowStep * kChunkBytes);
     static_for<Smem::kGroups>([&](auto g) {
-      ptx::cp_async_16_bytes<kI * kRowStep * Smem::kRowBytes + g * Smem::kGroupBytes>(
-          destination, source + g * Smem::kRowBytes, bytes_of(g));
+      ptx::cp_async_16_bytes<kI * kRowStep * Smem::kRowBytes + g * Smem::kGroupBytes,
+                             g * Smem::kRowBytes>(destination, source,
+                                                  g * Smem::kGroupCols < columns);
     });
   }
 

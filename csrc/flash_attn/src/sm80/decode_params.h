@@ -14,11 +14,11 @@ struct DecodeLaunch {
   int max_units;      // of a tile
   int num_splits;     // the caller's wish; 0: none
   FastDivide group;   // query heads for each key-value head
-  float scale;        // of scores to natural logits; where they are modified, 1
-  float scale_log2;   // times log2(e)
-  bool is_modified;   // by softcap or ALiBi
-  bool negate_q;      // softmax_scale < 0
-  bool q_aligned, k_aligned, v_aligned, o_aligned;  // rows start at multiples of 16 bytes
+  bool modifies_scores;  // softcap, ALiBi: scores become natural logits
+  float scale;           // of scores to natural logits, 1 if they are
+  float scale_log2;      // times log2(e): exp is 2^x
+  bool negate_q;         // softmax_scale < 0
+  bool q_aligned, k_aligned, v_aligned, o_aligned;  // rows are chunks of 16 bytes: load.h
   FastDivide page_size;
   // Results of single units where several CTAs share a tile, [tile, unit, row]: row maxima and sums,
   // unnormalised outputs of the kernel's head_dim_v. Tiles count over the launch.

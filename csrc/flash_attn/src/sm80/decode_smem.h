@@ -22,7 +22,7 @@ struct SmemPlan<C> {
 
   alignas(1024) char ring[kTile.warps][kTile.stages][kSlotBytes];
   alignas(1024) float output[kDecodeRows][kOutputStride];  // of a unit, summed over the warps
-  RowState warp_states[kTile.warps][kDecodeRows];
+  float warp_max[kTile.warps][kDecodeRows], warp_sum[kTile.warps][kDecodeRows];
   RowState states[kDecodeRows];  // of a unit
   int is_last;
 

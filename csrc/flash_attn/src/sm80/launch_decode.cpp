@@ -81,8 +81,8 @@ DecodeLaunch plan(const Flash_fwd_params& p, const Cut& c, const DecodeKernel& k
   launch.num_splits = static_cast<int>(
       std::min<int64_t>(p.num_splits, std::numeric_limits<int>::max()));
   launch.group = FastDivide::by(static_cast<int>(p.h / p.h_k));
-  launch.is_modified = p.softcap > 0.f || p.alibi_slopes != nullptr;
-  plan_scale(p, launch.is_modified, launch);
+  launch.modifies_scores = modifies_scores(p);
+  plan_scale(p, launch);
   plan_alignment(p, launch);
   if (p.block_table != nullptr) launch.page_size = FastDivide::by(static_cast<int>(p.page_size));
   launch.unit_rows = static_cast<int>(c.unit_rows());

@@ -92,7 +92,9 @@ class WarpSum {
     for (int half = 0; half < 2; ++half) {
       RowState& state = rows[0][half];
       state.sum = quad_sum(state.sum);
-      if (lane_ % 4 == 0) plan_.warp_states[warp_][row(half)] = state;
+      if (lane_ % 4 != 0) continue;
+      plan_.warp_max[warp_][row(half)] = state.max;
+      plan_.warp_sum[warp_][row(half)] = state.sum;
     }
     __syncthreads();
 #pragma unroll
@@ -114,12 +116,12 @@ class WarpSum {
                                   float scale_log2) const {
     RowState unit{-INFINITY, 0.f};
 #pragma unroll
-    for (int w = 0; w < kWarps; ++w) unit.max = fmaxf(unit.max, plan_.warp_states[w][row(half)].max);
+    for (int w = 0; w < kWarps; ++w) unit.max = fmaxf(unit.max, plan_.warp_max[w][row(half)]);
     const auto factor_of = [&](float x) { return ptx::ex2((x - unit.anchor()) * scale_log2); };
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) {
-      const RowState part = plan_.warp_states[w][row(half)];
-      unit.sum = fmaf(part.sum, factor_of(part.max), unit.sum);
+      const float factor = factor_of(plan_.warp_max[w][row(half)]);
+      unit.sum = fmaf(plan_.warp_sum[w][row(half)], factor, unit.sum);
     }
     if (warp_ == 0 && lane_ % 4 == 0) plan_.states[row(half)] = unit;
     const float factor = factor_of(max);

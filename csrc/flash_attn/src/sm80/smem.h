@@ -40,7 +40,7 @@ struct SmemTile {
   FLASH_INLINE static constexpr int ahead(int k) { return k / (kChunks / 2) * kGroupBytes; }
 };
 
-template <FwdConfig C>
+template <auto C>
 struct SmemPlan {
   static constexpr Tile kTile = C.tile();
   using Q = SmemTile<C.head_dim, kTile.m>;
