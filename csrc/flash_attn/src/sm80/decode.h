@@ -357,8 +357,8 @@ FLASH_DEVICE void attend_units(Total<C>& total, const FwdParams& p, const Decode
   const uint32_t sQ = ptx::shared_address(&plan) + SmemPlan<C>::q_offset();
   load_q<C>(p, launch, here, sQ);
   WarpBlocks<C> keys(key_source<C>(p, launch, here, units, warp),
-                     ptx::shared_address(plan.ring[warp]), units.mine.begin * units.blocks_of_unit,
-                     units.end_block(units.mine.end - 1));
+                     ptx::shared_address(plan.ring[warp]), lane,
+                     units.mine.begin * units.blocks_of_unit, units.end_block(units.mine.end - 1));
   ptx::cp_async_wait_group<C.tile().stages - 1>();
   __syncthreads();
   prepare_q<C>(p, launch, here, sQ);
@@ -401,9 +401,10 @@ FLASH_DEVICE void mha_decode(const FwdParams& p, const DecodeLaunch& launch) {
   if (units.count > 0) attend_units<C>(total, p, launch, here, units, plan);
   if (units.mine.sharers > 1) {
     if (!arrives_last(launch.arrivals + here.tile, units.mine.sharers, plan.is_last)) return;
+    Unit unit = kept_unit<C>(launch, here.tile, 0);
 #pragma unroll 4
-    for (int unit = 0; unit < units.count; ++unit)
-      total.take(kept_unit<C>(launch, here.tile, unit), here.rows, launch.scale_log2);
+    for (int i = 0; i < units.count; ++i, unit.skip(launch.unit_rows))
+      total.take(unit, here.rows, launch.scale_log2);
   }
   store_total<C>(p, launch, here, total);
 }

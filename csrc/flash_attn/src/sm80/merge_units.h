@@ -17,6 +17,12 @@ struct Unit {
   RowState* states;  // [row]
   float* outputs;    // [row, column]
   int row_stride;    // of outputs
+
+  // To the unit `rows` rows further on.
+  FLASH_DEVICE void skip(int rows) {
+    states += rows;
+    outputs += rows * row_stride;
+  }
 };
 
 // What a thread takes care of: some quads of columns of one row.
