@@ -16,6 +16,7 @@ import torch  # before the library, so that both share torch's OpenMP threads
 
 _FILE_NAME = "libflash_attn_ffi.so"
 _NO_EXTENSION = "TVM_FFI_DISABLE_TORCH_C_DLPACK"  # read by tvm_ffi when it is imported
+_CPU = 1  # DLPack's number of the device
 _FUNCTIONS = (
     "arguments",
     "bind",
@@ -25,6 +26,7 @@ _FUNCTIONS = (
     "cpu_isa",
     "set_cpu_isa",
     "cpu_threads",
+    "set_allocator",
     "use_emulator",
     "emulator_counters",
 )
@@ -74,7 +76,14 @@ def _load() -> SimpleNamespace:
     return SimpleNamespace(**functions)
 
 
+def _allocate(size: int, device_type: int, device_id: int) -> torch.Tensor:
+    """Return ``size`` bytes on a device of DLPack's: what a kernel needs while it runs."""
+    device = torch.device("cpu") if device_type == _CPU else torch.device("cuda", device_id)
+    return torch.empty(size, dtype=torch.uint8, device=device)
+
+
 lib = _load()
+lib.set_allocator(_allocate)
 
 
 def bind(function: str, names: str) -> Callable[..., None]:

@@ -7,12 +7,15 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 #include <limits>
 #include <sstream>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "flash_attn/flash_attn.h"
@@ -123,8 +126,12 @@ template <class Args>
 constexpr std::array<Argument<Args>, 0> kArguments{};
 #include "generated/arguments.inc"
 
+// A function of the C interface, and the one that tells the workspace it needs; null: none.
 template <class Args>
-using Run = flash_attn_status (*)(const Args*);
+struct Entry {
+  flash_attn_status (*run)(const Args*);
+  flash_attn_status (*workspace_size)(const Args*, size_t*) = nullptr;
+};
 
 // The stream that the caller's framework works on now, for the device of the result; tvm-ffi asks
 // the framework when tensors cross.
@@ -133,10 +140,41 @@ void* current_stream(const flash_attn_tensor* out) {
   return TVMFFIEnvGetStream(kDLCUDA, out->device_id);
 }
 
+// Whether CPU tensors of some thread may go to the emulated device.
+std::atomic<bool> may_be_emulated{[] {
+  const char* description = std::getenv("FLASH_ATTENTION_EMULATOR");
+  return description != nullptr && *description != '\0';
+}()};
+
+// (bytes, device type of DLPack, device id) -> a tensor of uint8; set when the package is imported.
+Function& allocator() {
+  static auto& function = *new Function;
+  return function;
+}
+
+// The workspace that a call needs, allocated by the caller's framework; null where none is needed, as
+// always on the CPU. The framework may reuse it as soon as work on the current stream is done with
+// it: it may go when the call returns.
+template <class Args>
+Any add_workspace(const Entry<Args>& entry, Args& args) {
+  if constexpr (requires { args.workspace; }) {
+    const bool is_cuda = args.out != nullptr && args.out->device_type == FLASH_ATTN_CUDA;
+    if (entry.workspace_size == nullptr || !(is_cuda || may_be_emulated)) return nullptr;
+    check_status(entry.workspace_size(&args, &args.workspace_bytes));
+    if (args.workspace_bytes == 0) return nullptr;
+    Any tensor = allocator()(static_cast<int64_t>(args.workspace_bytes),
+                             static_cast<int64_t>(is_cuda ? kDLCUDA : kDLCPU),
+                             static_cast<int64_t>(is_cuda ? args.out->device_id : 0));
+    args.workspace = tensor.cast<TensorView>().data_ptr();
+    return tensor;
+  }
+  return nullptr;
+}
+
 // Arguments that are not in the order are NULL or 0; a null pointer in it takes an argument that
 // the library does without.
 template <class Args>
-void call(Run<Args> run, const std::vector<const Argument<Args>*>& order, PackedArgs given) {
+void call(const Entry<Args>& entry, const std::vector<const Argument<Args>*>& order, PackedArgs given) {
   const int count = static_cast<int>(order.size());
   if (given.size() != count) {
     raise("TypeError",
@@ -151,7 +189,8 @@ void call(Run<Args> run, const std::vector<const Argument<Args>*>& order, Packed
     order[i]->set(args, {order[i]->name, given[i], &tensor});
   }
   args.stream = current_stream(args.out);
-  check_status(run(&args));
+  const Any workspace = add_workspace(entry, args);
+  check_status(entry.run(&args));
 }
 
 template <class Args>
@@ -166,30 +205,30 @@ const Argument<Args>* find_argument(const std::string& name) {
 // Returns visit(function of this name).
 template <class Visit>
 auto with_function(const std::string& name, const Visit& visit) {
-  if (name == "mha_fwd") return visit(flash_attn_mha_fwd);
-  if (name == "mha_varlen_fwd") return visit(flash_attn_mha_varlen_fwd);
-  if (name == "mha_bwd") return visit(flash_attn_mha_bwd);
-  if (name == "mha_varlen_bwd") return visit(flash_attn_mha_varlen_bwd);
-  if (name == "mha_fwd_kvcache") return visit(flash_attn_mha_fwd_kvcache);
-  if (name == "combine") return visit(flash_attn_combine);
+  if (name == "mha_fwd") return visit(Entry{flash_attn_mha_fwd, flash_attn_mha_fwd_workspace_size});
+  if (name == "mha_varlen_fwd") return visit(Entry{flash_attn_mha_varlen_fwd, flash_attn_mha_varlen_fwd_workspace_size});
+  if (name == "mha_bwd") return visit(Entry{flash_attn_mha_bwd, flash_attn_mha_bwd_workspace_size});
+  if (name == "mha_varlen_bwd") return visit(Entry{flash_attn_mha_varlen_bwd, flash_attn_mha_varlen_bwd_workspace_size});
+  if (name == "mha_fwd_kvcache") return visit(Entry{flash_attn_mha_fwd_kvcache, flash_attn_mha_fwd_kvcache_workspace_size});
+  if (name == "combine") return visit(Entry<flash_attn_combine_args>{flash_attn_combine});
   raise("ValueError", "there is no function " + name);
 }
 
 // A function of the C interface that takes the arguments `names`, separated by spaces, by position;
 // "_" stands for one that is not passed on.
 Function bind(const String& function, const String& names) {
-  return with_function(function, [&]<class Args>(Run<Args> run) {
+  return with_function(function, [&]<class Args>(const Entry<Args>& entry) {
     std::vector<const Argument<Args>*> order;
     std::istringstream words(names);
     for (std::string name; words >> name;) order.push_back(find_argument<Args>(name));
     return Function::FromPacked(
-        [run, order](PackedArgs given, Any*) { call<Args>(run, order, given); });
+        [entry, order](PackedArgs given, Any*) { call<Args>(entry, order, given); });
   });
 }
 
 // The names of a function's arguments, separated by spaces.
 String arguments(const String& function) {
-  return with_function(function, []<class Args>(Run<Args>) {
+  return with_function(function, []<class Args>(const Entry<Args>&) {
     std::string names;
     for (const auto& argument : kArguments<Args>) names.append(argument.name).append(" ");
     return String(names);
@@ -202,7 +241,10 @@ void set_cpu_isa(Optional<String> name) {
   check_status(flash_attn_set_cpu_isa(name.has_value() ? name.value().c_str() : nullptr));
 }
 
+void set_allocator(Function function) { allocator() = std::move(function); }
+
 void use_emulator(String description, Optional<String> library) {
+  if (!description.empty()) may_be_emulated = true;
   check_status(flash_attn_use_emulator(description.c_str(),
                                        library.has_value() ? library.value().c_str() : nullptr));
 }
@@ -224,5 +266,6 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(cpu_isas, cpu_isas);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(cpu_isa, cpu_isa);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(cpu_threads, cpu_threads);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(kernels, kernels);
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(set_allocator, set_allocator);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(use_emulator, use_emulator);
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(emulator_counters, emulator_counters);

@@ -141,6 +141,14 @@ KINDS = [
         parameters=("DmaskParams", "DmaskLaunch"),
         entry="dmask",
     ),
+    Kind(
+        backend="sm80",
+        name="decode",
+        config="DecodeConfig",
+        configs=((64, 64), (128, 128), (256, 256)),
+        parameters=("FwdParams", "DecodeLaunch"),
+        entry="mha_decode",
+    ),
 ]
 
 KERNELS = [kernel for kind in KINDS for kernel in kind.kernels()]

@@ -29,6 +29,11 @@ Device::Device(const Driver& driver, int ordinal) : driver_(driver), ordinal_(or
       10 * attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, "compute capability") +
       attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, "compute capability");
   l2_cache_bytes_ = attribute(CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE, "L2 cache size");
+  sms_ = attribute(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, "number of SMs");
+  shared_bytes_of_sm_ =
+      attribute(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR, "shared memory");
+  reserved_shared_bytes_ =
+      attribute(CU_DEVICE_ATTRIBUTE_RESERVED_SHARED_MEMORY_PER_BLOCK, "reserved shared memory");
   driver.check(driver->device_primary_ctx_retain(&context_, handle_), "cuDevicePrimaryCtxRetain",
                name);
   allocate_mailbox();
@@ -39,6 +44,11 @@ int Device::attribute(CUdevice_attribute which, const char* name) const {
   driver_.check(driver_->device_get_attribute(&value, which, handle_), "cuDeviceGetAttribute",
                 name);
   return value;
+}
+
+int64_t Device::cta_slots(int ctas_per_sm, int64_t shared_bytes) const {
+  const int64_t in_shared = shared_bytes_of_sm_ / (shared_bytes + reserved_shared_bytes_);
+  return std::max<int64_t>(sms_ * std::min<int64_t>(ctas_per_sm, in_shared), 1);
 }
 
 Device::CurrentContext::CurrentContext(const Device& device) : device_(device) {
@@ -115,6 +125,13 @@ void Device::launch(const KernelImage& kernel, const LaunchShape& shape, void* s
   if (result != CUDA_SUCCESS) [[unlikely]] {
     driver_.check(result, "cuLaunchKernel", std::string("kernel ") + kernel.name);
   }
+}
+
+void Device::clear(uint32_t* words, size_t count, void* stream) {
+  const CurrentContext current(*this);
+  driver_.check(driver_->memset_d32_async(reinterpret_cast<CUdeviceptr>(words), 0, count,
+                                          static_cast<CUstream>(stream)),
+                "cuMemsetD32Async", "the workspace");
 }
 
 void Device::synchronise(void* stream) {

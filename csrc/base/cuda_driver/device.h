@@ -33,6 +33,9 @@ class Device {
   int ordinal() const { return ordinal_; }
   int compute_capability() const { return compute_capability_; }  // 80, 90, ...
   int64_t l2_cache_bytes() const { return l2_cache_bytes_; }
+  // CTAs that run at a time where an SM's registers have room for `ctas_per_sm` of them and each
+  // takes `shared_bytes` of shared memory; at least one.
+  int64_t cta_slots(int ctas_per_sm, int64_t shared_bytes) const;
 
   // Words of host memory that kernels can write to, 0 at first.
   static constexpr int kMailboxWords = 16;
@@ -42,6 +45,9 @@ class Device {
   // later launches neither allocate nor wait, and can be captured into a CUDA graph. The calling
   // thread needs no current context. Throws ApiError(FLASH_ATTN_DEVICE_ERROR).
   void launch(const KernelImage& kernel, const LaunchShape& shape, void* stream, void** args);
+
+  // Enqueues zeros for `count` words of device memory; like a launch, can be captured.
+  void clear(uint32_t* words, size_t count, void* stream);
 
   // Waits for `stream`.
   void synchronise(void* stream);
@@ -78,6 +84,8 @@ class Device {
   int compute_capability_ = 0;
   int64_t l2_cache_bytes_ = 0;
   uint32_t* mailbox_ = nullptr;
+  int sms_ = 0;
+  int64_t shared_bytes_of_sm_ = 0, reserved_shared_bytes_ = 0;  // the latter by each CTA
 
   struct Loaded {
     const KernelImage* kernel;

@@ -43,6 +43,7 @@ DriverApi find_all(void* handle, const std::string& library) {
   get(FLASH_DRIVER_NAME(cuFuncSetAttribute), api.func_set_attribute);
   get(FLASH_DRIVER_NAME(cuLaunchKernel), api.launch_kernel);
   get(FLASH_DRIVER_NAME(cuMemHostAlloc), api.mem_host_alloc);
+  get(FLASH_DRIVER_NAME(cuMemsetD32Async), api.memset_d32_async);
   get(FLASH_DRIVER_NAME(cuMemHostRegister), api.mem_host_register);
   get(FLASH_DRIVER_NAME(cuMemHostUnregister), api.mem_host_unregister);
   get(FLASH_DRIVER_NAME(cuStreamSynchronize), api.stream_synchronize);

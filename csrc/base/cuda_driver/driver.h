@@ -26,6 +26,7 @@ struct DriverApi {
   decltype(&::cuFuncSetAttribute) func_set_attribute;
   decltype(&::cuLaunchKernel) launch_kernel;
   decltype(&::cuMemHostAlloc) mem_host_alloc;
+  decltype(&::cuMemsetD32Async) memset_d32_async;
   decltype(&::cuMemHostRegister) mem_host_register;
   decltype(&::cuMemHostUnregister) mem_host_unregister;
   decltype(&::cuStreamSynchronize) stream_synchronize;

@@ -55,6 +55,9 @@ CUresult cuDeviceGetAttribute(int* value, CUdevice_attribute which, CUdevice dev
   *value = which == CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR   ? 8 - device
            : which == CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR ? 5 * device
            : which == CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE            ? 40 << 20
+           : which == CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT     ? 108
+           : which == CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR ? 164 << 10
+           : which == CU_DEVICE_ATTRIBUTE_RESERVED_SHARED_MEMORY_PER_BLOCK     ? 1 << 10
                                                                    : 0;
   return CUDA_SUCCESS;
 }
@@ -92,6 +95,10 @@ CUresult cuLaunchKernel(CUfunction, unsigned grid, unsigned, unsigned, unsigned 
 CUresult cuMemHostAlloc(void** memory, size_t bytes, unsigned) {
   *memory = std::malloc(bytes);
   return note("cuMemHostAlloc");
+}
+
+CUresult cuMemsetD32Async(CUdeviceptr, unsigned, size_t, CUstream) {
+  return note("cuMemsetD32Async");
 }
 CUresult cuMemHostRegister(void*, size_t, unsigned) { return note("cuMemHostRegister"); }
 CUresult cuMemHostUnregister(void*) { return note("cuMemHostUnregister"); }

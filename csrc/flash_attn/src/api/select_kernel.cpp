@@ -112,7 +112,8 @@ void add_cuda_kernels([[maybe_unused]] std::vector<Kernel>& kernels) {
                        .max_d = sm80::kMaxHeadDim,
                        .max_d_v = sm80::kMaxHeadDim,
                        .features = kAllFeatures,
-                       .mha_fwd = sm80::mha_fwd});
+                       .mha_fwd = sm80::mha_fwd,
+                       .fwd_workspace_bytes = sm80::mha_fwd_workspace_bytes});
   }
   kernels.push_back({.operation = Operation::kCombine,
                      .device_type = FLASH_ATTN_CUDA,

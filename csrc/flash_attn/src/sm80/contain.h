@@ -9,7 +9,7 @@
 namespace flash::sm80 {
 
 // Whether a tile of V holds inf or NaN. The warp reads all of it.
-template <FwdConfig C>
+template <auto C>
 FLASH_DEVICE bool is_finite(uint32_t sV) {
   constexpr uint32_t kExponent = C.dtype == Dtype::kFloat16 ? 0x7c00u : 0x7f80u;
   // Adding one to a full exponent carries into the sign bit, which the masks leave 0.
@@ -30,11 +30,11 @@ FLASH_DEVICE float unpack(uint32_t pair, int i) {
   return to_float<kDtype>(static_cast<uint16_t>(i == 0 ? pair : pair >> 16));
 }
 
-// rO += rP V over the keys that each row sees, one key after another. `sV` is the tile.
-template <FwdConfig C>
+// rO += rP V over the keys that each row sees, mask.keys(row), one key after another. `sV` is the tile.
+template <auto C, class RowMask>
 FLASH_DEVICE void gemm_pv_by_keys(typename WarpTile<C>::Output& rO,
                                   const typename WarpTile<C>::Probabilities& rP, uint32_t sV,
-                                  const Mask& mask, int first_row, int first_key) {
+                                  const RowMask& mask, int first_row, int first_key) {
   using W = WarpTile<C>;
   using V = typename SmemPlan<C>::V;
   const int lane = ptx::read_tid_x() % 32;

@@ -1,5 +1,6 @@
 #include "sm80/kernel_list.h"
 
+#include "sm80/decode_smem.h"
 #include "sm80/smem.h"
 
 // The fatbins that the build embeds.
@@ -7,6 +8,7 @@
 #include "generated/sm80_append.inc"
 #include "generated/sm80_combine.inc"
 #include "generated/sm80_dmask.inc"
+#include "generated/sm80_decode.inc"
 #include "generated/sm80_fwd.inc"
 #undef FLASH_KERNEL
 
@@ -16,6 +18,16 @@ namespace {
 template <FwdConfig C>
 constexpr FwdKernel fwd_kernel(const char* name, const void* fatbin) {
   return {C, {name, fatbin}, C.threads(), sizeof(SmemPlan<C>)};
+}
+
+template <DecodeConfig C>
+constexpr DecodeKernel decode_kernel(const char* name, const void* fatbin) {
+  return {C,
+          {name, fatbin},
+          C.threads(),
+          static_cast<int>(SmemPlan<C>::bytes()),
+          C.ctas_per_sm(),
+          C.block_keys()};
 }
 
 #define FLASH_KERNEL(name, ...) fwd_kernel<__VA_ARGS__>(#name, name##_fatbin),
@@ -36,11 +48,18 @@ constexpr RowKernel dmask_kernels[] = {
 };
 #undef FLASH_KERNEL
 
+#define FLASH_KERNEL(name, ...) decode_kernel<__VA_ARGS__>(#name, name##_fatbin),
+constexpr DecodeKernel decode_kernels[] = {
+#include "generated/sm80_decode.inc"
+};
+#undef FLASH_KERNEL
+
 }  // namespace
 
 const std::span<const FwdKernel> kFwdKernels = fwd_kernels;
 const std::span<const RowKernel> kAppendKernels = append_kernels;
 const std::span<const RowKernel> kCombineKernels = combine_kernels;
 const std::span<const RowKernel> kDmaskKernels = dmask_kernels;
+const std::span<const DecodeKernel> kDecodeKernels = decode_kernels;
 
 }  // namespace flash::sm80

@@ -5,6 +5,7 @@
 
 #include "base/cuda_driver/device.h"
 #include "sm80/row_config.h"
+#include "sm80/decode_table.h"
 #include "sm80/tile_table.h"
 
 namespace flash::sm80 {
@@ -15,7 +16,16 @@ struct FwdKernel {
   int threads, shared_bytes;  // of a CTA
 };
 
+struct DecodeKernel {
+  DecodeConfig config;
+  cuda::KernelImage image;
+  int threads, shared_bytes;  // of a CTA
+  int ctas_per_sm;            // for which an SM has registers
+  int block_keys;
+};
+
 extern const std::span<const FwdKernel> kFwdKernels;
+extern const std::span<const DecodeKernel> kDecodeKernels;
 
 // Without dynamic shared memory.
 struct RowKernel {

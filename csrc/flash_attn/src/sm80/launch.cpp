@@ -1,24 +1,19 @@
 // From checked arguments to a launch.
 #include <algorithm>
-#include <cmath>
 #include <limits>
 
 #include "base/cuda_driver/device.h"
 #include "sm80/fwd_params.h"
 #include "sm80/kernel_list.h"
 #include "sm80/launch.h"
+#include "sm80/launch_decode.h"
+#include "sm80/launch_plan.h"
 #include "sm80/packed_tiles.h"
 #include "sm80/sm80_backend.h"
 #include "sm80/smem.h"
 
 namespace flash::sm80 {
 namespace {
-
-constexpr float kLog2e = 1.4426950408889634f;
-
-bool modifies_scores(const ScoreParams& p) {
-  return p.softcap > 0.f || p.alibi_slopes != nullptr || p.bias.ptr != nullptr;
-}
 
 ScoreClass score_class(const Flash_fwd_params& p) {
   if (modifies_scores(p) || p.p_dropout > 0.f) return ScoreClass::kModified;
@@ -30,15 +25,6 @@ const FwdKernel& choose(const Flash_fwd_params& p) {
   const FwdConfig wanted{p.dtype, tile.head_dim, tile.head_dim_v, tile.scores};
   return *std::find_if(kFwdKernels.begin(), kFwdKernels.end(),
                        [&](const FwdKernel& kernel) { return kernel.config == wanted; });
-}
-
-// The unit of scores. At least the smallest normal, so that -inf stays -inf.
-void plan_scale(const Flash_fwd_params& p, FwdLaunch& launch) {
-  launch.modifies_scores = modifies_scores(p);
-  const float scale = launch.modifies_scores ? 1.f : std::fabs(p.scale_softmax);
-  launch.negate_q = !launch.modifies_scores && p.scale_softmax < 0.f;
-  launch.scale = std::max(scale, std::numeric_limits<float>::min());
-  launch.scale_log2 = std::max(launch.scale * kLog2e, std::numeric_limits<float>::min());
 }
 
 // Tiles of one head, and heads of all sequences; of a packed batch the kernel finds the sequences.
@@ -56,21 +42,14 @@ Tile_scheduler schedule(const Flash_fwd_params& p, const Tile& tile, int64_t l2_
           section_of(heads, p.h / p.h_k, kv_bytes, l2_cache_bytes / 2)};
 }
 
-// Whether the rows of x are chunks of 16 bytes that start at multiples of 16.
-bool is_in_chunks(const Operand& x, int64_t head_dim) {
-  return head_dim % kChunkElements == 0 && is_aligned(x);
-}
-
 FwdLaunch plan(const Flash_fwd_params& p, const Tile& tile, int64_t l2_cache_bytes) {
   FwdLaunch launch{};
   launch.scheduler = schedule(p, tile, l2_cache_bytes);
   launch.heads = static_cast<int>(p.h);
   launch.group = static_cast<int>(p.h / p.h_k);
+  launch.modifies_scores = modifies_scores(p);
   plan_scale(p, launch);
-  launch.q_aligned = is_in_chunks(p.q, p.d);
-  launch.k_aligned = is_in_chunks(p.k, p.d);
-  launch.v_aligned = is_in_chunks(p.v, p.d_v);
-  launch.o_aligned = is_in_chunks(p.o, p.d_v);
+  plan_alignment(p, launch);
   if (p.block_table != nullptr) launch.page_size = FastDivide::by(static_cast<int>(p.page_size));
   launch.dropout = Dropout::make(p.p_dropout, p.seed, p.offset);
   launch.bounds = index_bounds(p);
@@ -80,6 +59,7 @@ FwdLaunch plan(const Flash_fwd_params& p, const Tile& tile, int64_t l2_cache_byt
 void attend(const Flash_fwd_params& p) {
   const bool is_packed = p.cu_seqlens_q != nullptr;
   if (is_packed ? p.total_q == 0 : p.b == 0 || p.seqlen_q == 0) return;
+  if (takes_decode(p)) return launch_decode(p);
   const FwdKernel& kernel = choose(p);
   FwdParams params{p, p, p, p};
   FwdLaunch launch =

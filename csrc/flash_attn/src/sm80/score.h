@@ -18,7 +18,7 @@ struct ScorePlace {
 
 // f(score, m, half, column) of each of this lane's scores: row m * 16 + half * 8 from the lane's
 // first, `column` from the lane's first.
-template <FwdConfig C, class F>
+template <auto C, class F>
 FLASH_DEVICE void for_each_score(typename WarpTile<C>::Scores& rS, const F& f) {
   using W = WarpTile<C>;
 #pragma unroll
@@ -33,7 +33,7 @@ FLASH_DEVICE void for_each_score(typename WarpTile<C>::Scores& rS, const F& f) {
 
 // rS: products of q and k become softcap * tanh(scale s / softcap), by 1 - 2 / (e^(2 x) + 1): an
 // absolute error of about 2^-23 softcap.
-template <FwdConfig C>
+template <auto C>
 FLASH_DEVICE void cap_scores(typename WarpTile<C>::Scores& rS, const ScoreParams& p) {
   const float cap = p.softcap, exponent = p.scale_softmax / cap * (2.f * kLog2e);
   for_each_score<C>(rS, [=](float& s, int, int) {

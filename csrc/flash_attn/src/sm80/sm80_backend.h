@@ -1,6 +1,8 @@
 // The sm80 backend as the rest of the library sees it.
 #pragma once
 
+#include <cstddef>
+
 #include "common/flash.h"
 
 namespace flash::sm80 {
@@ -13,5 +15,7 @@ void mha_fwd(const Flash_fwd_params& p);
 
 // Merge of partial results into fp16, bf16 or fp32; any head dim. Throws ApiError.
 void combine(const Combine_params& p);
+// Bytes of workspace that mha_fwd needs for a call on p.target.
+size_t mha_fwd_workspace_bytes(const Flash_fwd_params& p);
 
 }  // namespace flash::sm80

@@ -51,7 +51,7 @@ struct CtaTile {
   Sequence sequence;
 };
 
-template <FwdConfig C>
+template <auto C>
 struct SmemPlan {
   static constexpr Tile kTile = C.tile();
   using Q = SmemTile<C.head_dim, kTile.m>;

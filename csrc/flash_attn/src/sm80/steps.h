@@ -19,7 +19,7 @@ namespace flash::sm80 {
 
 // Accumulators of a warp: m16 tile, n8 tile, register (fragments.h: accumulator_element). A lane
 // holds two rows of each m16 tile, `half` 0 and 1: registers 2 half and 2 half + 1.
-template <FwdConfig C>
+template <auto C>
 struct WarpTile {
   static constexpr int kM = C.row_tiles();
   static constexpr int kS = C.tile().n / 8;
@@ -38,7 +38,7 @@ FLASH_DEVICE uint32_t lane_address(uint32_t tile, ptx::Chunk chunk) {
 }
 
 // rS = sQ sK^T. `sQ` and `sK` are this lane's addresses in the first blocks.
-template <FwdConfig C>
+template <auto C>
 FLASH_DEVICE void gemm_qk(typename WarpTile<C>::Scores& rS, uint32_t sQ, uint32_t sK) {
   using W = WarpTile<C>;
   using Q = typename SmemPlan<C>::Q;
@@ -74,7 +74,7 @@ FLASH_DEVICE int saturate(int64_t x) {
 
 // Hides the scores of keys that their query does not see. `first_row` and `first_key` are those of
 // the warp's tile.
-template <FwdConfig C>
+template <auto C>
 FLASH_DEVICE void apply_mask(typename WarpTile<C>::Scores& rS, const Mask& mask, int first_row,
                              int first_key) {
   using W = WarpTile<C>;
@@ -120,7 +120,7 @@ FLASH_DEVICE float quad_sum(float x) {
 
 // Rows that have seen nothing. By assignment: of a two-dimensional array nvcc 13.0 gives the
 // members' default values to the first row alone, and leaves 0 in the others.
-template <FwdConfig C>
+template <auto C>
 FLASH_DEVICE void clear_rows(typename WarpTile<C>::Rows& rows) {
 #pragma unroll
   for (int m = 0; m < WarpTile<C>::kM; ++m)
@@ -135,7 +135,7 @@ constexpr float kMaxFusedAnchor = 1024.f;
 // these scores; `sum` counts this lane's columns alone. `rescale` is what outputs of earlier blocks
 // must be multiplied by. rS is used up: a large anchor is subtracted from it before the scale is
 // multiplied, a small one by the same FMA.
-template <FwdConfig C>
+template <auto C>
 FLASH_DEVICE void softmax_step(typename WarpTile<C>::Probabilities& rP,
                                float (&rescale)[WarpTile<C>::kM][2],
                                typename WarpTile<C>::Scores& rS, typename WarpTile<C>::Rows& rows,
@@ -177,7 +177,7 @@ FLASH_DEVICE void softmax_step(typename WarpTile<C>::Probabilities& rP,
 }
 
 // The warp's maxima seldom grow after the first blocks.
-template <FwdConfig C>
+template <auto C>
 FLASH_DEVICE void rescale_o(typename WarpTile<C>::Output& rO,
                             const float (&rescale)[WarpTile<C>::kM][2]) {
   using W = WarpTile<C>;
@@ -195,7 +195,7 @@ FLASH_DEVICE void rescale_o(typename WarpTile<C>::Output& rO,
 
 // rO += rP sV. The accumulators of two n8 tiles of scores are operand A of 16 keys. `sV` is this
 // lane's address in the first block.
-template <FwdConfig C>
+template <auto C>
 FLASH_DEVICE void gemm_pv(typename WarpTile<C>::Output& rO,
                           const typename WarpTile<C>::Probabilities& rP, uint32_t sV) {
   using W = WarpTile<C>;

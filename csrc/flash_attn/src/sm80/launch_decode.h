@@ -1,0 +1,16 @@
+// The decode kernel as the forward's launch code sees it.
+#pragma once
+
+#include <cstddef>
+
+#include "common/flash.h"
+
+namespace flash::sm80 {
+
+// Whether the decode kernel is the one for a call: few queries over more keys.
+bool takes_decode(const Flash_fwd_params& p);
+
+// Of a call that takes it. Throws ApiError.
+void launch_decode(const Flash_fwd_params& p);
+
+}  // namespace flash::sm80
