@@ -152,9 +152,9 @@ Function& allocator() {
   return function;
 }
 
-// The workspace that a call needs, allocated by the caller's framework; null where none is needed, as
-// always on the CPU. The framework may reuse it as soon as work on the current stream is done with
-// it: it may go when the call returns.
+// The workspace that a call needs, allocated by the caller's framework; null where none is needed,
+// as always on the CPU. The framework may reuse it as soon as work on the current stream is done
+// with it: it may go when the call returns.
 template <class Args>
 Any add_workspace(const Entry<Args>& entry, Args& args) {
   if constexpr (requires { args.workspace; }) {
@@ -174,7 +174,8 @@ Any add_workspace(const Entry<Args>& entry, Args& args) {
 // Arguments that are not in the order are NULL or 0; a null pointer in it takes an argument that
 // the library does without.
 template <class Args>
-void call(const Entry<Args>& entry, const std::vector<const Argument<Args>*>& order, PackedArgs given) {
+void call(const Entry<Args>& entry, const std::vector<const Argument<Args>*>& order,
+          PackedArgs given) {
   const int count = static_cast<int>(order.size());
   if (given.size() != count) {
     raise("TypeError",
@@ -206,10 +207,13 @@ const Argument<Args>* find_argument(const std::string& name) {
 template <class Visit>
 auto with_function(const std::string& name, const Visit& visit) {
   if (name == "mha_fwd") return visit(Entry{flash_attn_mha_fwd, flash_attn_mha_fwd_workspace_size});
-  if (name == "mha_varlen_fwd") return visit(Entry{flash_attn_mha_varlen_fwd, flash_attn_mha_varlen_fwd_workspace_size});
+  if (name == "mha_varlen_fwd")
+    return visit(Entry{flash_attn_mha_varlen_fwd, flash_attn_mha_varlen_fwd_workspace_size});
   if (name == "mha_bwd") return visit(Entry{flash_attn_mha_bwd, flash_attn_mha_bwd_workspace_size});
-  if (name == "mha_varlen_bwd") return visit(Entry{flash_attn_mha_varlen_bwd, flash_attn_mha_varlen_bwd_workspace_size});
-  if (name == "mha_fwd_kvcache") return visit(Entry{flash_attn_mha_fwd_kvcache, flash_attn_mha_fwd_kvcache_workspace_size});
+  if (name == "mha_varlen_bwd")
+    return visit(Entry{flash_attn_mha_varlen_bwd, flash_attn_mha_varlen_bwd_workspace_size});
+  if (name == "mha_fwd_kvcache")
+    return visit(Entry{flash_attn_mha_fwd_kvcache, flash_attn_mha_fwd_kvcache_workspace_size});
   if (name == "combine") return visit(Entry<flash_attn_combine_args>{flash_attn_combine});
   raise("ValueError", "there is no function " + name);
 }

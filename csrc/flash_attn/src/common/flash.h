@@ -58,7 +58,8 @@ struct SequenceGeometry {
   int64_t block_table_batch_stride = 0;
   int64_t page_size = 0;
   int64_t max_pages = 0;  // of a sequence: columns of block_table
-  int64_t k_entries = 0;  // first extent of k and v: batch entries, pages, or rows of a packed batch
+  int64_t k_entries =
+      0;  // first extent of k and v: batch entries, pages, or rows of a packed batch
 };
 
 // From products of q and k to the weights of v.

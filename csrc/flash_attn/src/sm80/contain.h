@@ -30,7 +30,8 @@ FLASH_DEVICE float unpack(uint32_t pair, int i) {
   return to_float<kDtype>(static_cast<uint16_t>(i == 0 ? pair : pair >> 16));
 }
 
-// rO += rP V over the keys that each row sees, mask.keys(row), one key after another. `sV` is the tile.
+// rO += rP V over the keys that each row sees, mask.keys(row), one key after another. `sV` is the
+// tile.
 template <auto C, class RowMask>
 FLASH_DEVICE void gemm_pv_by_keys(typename WarpTile<C>::Output& rO,
                                   const typename WarpTile<C>::Probabilities& rP, uint32_t sV,

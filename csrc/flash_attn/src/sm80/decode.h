@@ -1,26 +1,27 @@
 // Attention of few queries over many keys, forward, for compute capability 8.0 and newer.
 //
-// The query heads that share a key-value head are rows of one tile: row r is query r / group of head
-// r % group. A CTA of 4 warps owns 16 such rows, the height of an mma, and some units of the
+// The query heads that share a key-value head are rows of one tile: row r is query r / group of
+// head r % group. A CTA of 4 warps owns 16 such rows, the height of an mma, and some units of the
 // sequence's keys (common/split_heuristic.h). Its warps share no key: each takes every fourth block
-// of 16 or 32 keys, which it fetches itself into a ring of its own, with Q, scores and the output in
-// registers, so no warp waits for another until a unit ends. Then the warps' outputs are summed in
-// shared memory (merge_units.h) and merged into what the CTA has so far; where several CTAs share a
-// tile, they go to the workspace instead, and the last CTA to arrive merges them all.
+// of 16 or 32 keys, which it fetches itself into a ring of its own, with Q, scores and the output
+// in registers, so no warp waits for another until a unit ends. Then the warps' outputs are summed
+// in shared memory (merge_units.h) and merged into what the CTA has so far; where several CTAs
+// share a tile, they go to the workspace instead, and the last CTA to arrive merges them all.
 //
-// What bounds it is memory: K and V are read once, from 108 SMs of an A100 at 10 to 13 bytes a cycle
-// of each. 512 bytes of them, a warp's cp.async, take one ldmatrix, two mma of which group / 16 is of
-// use, and the rest of a softmax; docs/cuda.md has the sum. Copies under way, three of four slots of
-// a ring, are 48 KiB for a CTA and cover the latency.
+// What bounds it is memory: K and V are read once, from 108 SMs of an A100 at 10 to 13 bytes a
+// cycle of each. 512 bytes of them, a warp's cp.async, take one ldmatrix, two mma of which group /
+// 16 is of use, and the rest of a softmax; docs/cuda.md has the sum. Copies under way, three of
+// four slots of a ring, are 48 KiB for a CTA and cover the latency.
 #pragma once
 
 #include "base/ptx/special_registers.h"
 #include "common/block_range.h"
-#include "common/seqlen.h"
-#include "sm80/merge_units.h"
+#include "common/bounded_sequence.h"
 #include "sm80/contain.h"
 #include "sm80/decode_load.h"
+#include "sm80/merge_units.h"
 #include "sm80/query.h"
+#include "sm80/report.h"
 #include "sm80/score.h"
 #include "sm80/steps.h"
 
@@ -57,7 +58,9 @@ struct DecodePlace {
     const int tile_of_head = cta - group_of_tiles * launch.tiles;
     tile = group_of_ctas * launch.tiles + tile_of_head;
     first_row = tile_of_head * kDecodeRows;
-    if (batch < p.b) seq = sequence(p, batch);
+    IndexFaults faults = 0;
+    if (batch < p.b) seq = bounded_sequence(p, batch, launch.bounds.max_cached, faults);
+    if (faults != 0 && ptx::read_tid_x() == 0) report(launch.bounds, faults);
     mask = {mask_of(p, seq), launch.group, seq.seqlen_k};
     rows = min(seq.seqlen_q * launch.group.divisor - first_row, kDecodeRows);
   }
@@ -78,7 +81,7 @@ struct KeyUnits {
   BlockRange seen;  // of single keys
   int first_key;    // of block 0
   int blocks, blocks_of_unit;
-  int count;        // of units
+  int count;  // of units
   UnitShare mine;
 
   FLASH_DEVICE KeyUnits(const DecodeLaunch& launch, const DecodePlace<C>& here) {
@@ -96,8 +99,8 @@ struct KeyUnits {
 
 // Q's rows to shared memory, by the whole CTA.
 template <DecodeConfig C>
-FLASH_DEVICE void load_q(const FwdParams& p, const DecodeLaunch& launch,
-                         const DecodePlace<C>& here, uint32_t sQ) {
+FLASH_DEVICE void load_q(const FwdParams& p, const DecodeLaunch& launch, const DecodePlace<C>& here,
+                         uint32_t sQ) {
   constexpr int kChunksOfRow = C.head_dim / kChunkElements;
 #pragma unroll 1
   for (int i = threadIdx.x; i < kDecodeRows * kChunksOfRow; i += C.threads()) {
@@ -135,8 +138,7 @@ FLASH_DEVICE void prepare_q(const FwdParams& p, const DecodeLaunch& launch,
 template <DecodeConfig C>
 class QueryTile {
  public:
-  FLASH_DEVICE QueryTile(uint32_t sQ, int lane)
-      : sQ_(lane_address<Q>(sQ, ptx::a_chunk(lane))) {
+  FLASH_DEVICE QueryTile(uint32_t sQ, int lane) : sQ_(lane_address<Q>(sQ, ptx::a_chunk(lane))) {
     if constexpr (kInRegisters) static_for<C.head_dim / 16>([&](auto k) { read<k>(rQ_[k]); });
   }
 
@@ -271,9 +273,9 @@ template <DecodeConfig C>
 FLASH_DEVICE KeyRows key_rows(const DecodePlace<C>& here, const Operand& x, int64_t head_dim,
                               bool aligned) {
   const Sequence& seq = here.seq;
-  const char* first = seq.pages ? operand_row(x, C.dtype, 0, 0, here.head_k)
-                                : operand_row(x, C.dtype, seq.k_batch, seq.k_row + seq.leftpad,
-                                              here.head_k);
+  const char* first =
+      seq.pages ? operand_row(x, C.dtype, 0, 0, here.head_k)
+                : operand_row(x, C.dtype, seq.k_batch, seq.k_row + seq.leftpad, here.head_k);
   return {first, x.row_stride * kElementBytes, x.batch_stride * kElementBytes,
           static_cast<int>(head_dim), aligned};
 }
@@ -331,6 +333,7 @@ FLASH_DEVICE void store_rows_of_no_sequence(const FwdParams& p, const DecodeLaun
                                             const DecodePlace<C>& here) {
   const int step = launch.tiles * launch.ctas_per_tile, group = launch.group.divisor;
   const int64_t first = p.cu_seqlens_q[p.b], rows = (p.total_q - first) * group;
+  if (first < 0) return;
   for (int64_t i = ptx::read_ctaid_x() % step; i < rows; i += step) {
     const int64_t row = first + i / group, head = here.head_k * group + i % group;
     auto* o = reinterpret_cast<uint16_t*>(operand_row(p.o, C.dtype, 0, row, head));
@@ -387,12 +390,23 @@ FLASH_DEVICE void attend_units(Total<C>& total, const FwdParams& p, const Decode
   }
 }
 
+// One CTA of each sequence looks for pages that do not exist.
+template <DecodeConfig C>
+FLASH_DEVICE void check_pages(const FwdParams& p, const DecodeLaunch& launch,
+                              const DecodePlace<C>& here) {
+  if (here.seq.pages == nullptr || here.head_k != 0 || here.sharer != 0 || here.first_row != 0)
+    return;
+  const IndexFaults faults = page_faults(here.seq, launch.page_size, p.k_entries, C.threads());
+  if (faults != 0) report(launch.bounds, faults);
+}
+
 template <DecodeConfig C>
 FLASH_DEVICE void mha_decode(const FwdParams& p, const DecodeLaunch& launch) {
   extern __shared__ __align__(1024) char smem[];
   auto& plan = *reinterpret_cast<SmemPlan<C>*>(smem);
   const DecodePlace<C> here(p, launch);
   if (here.batch == p.b) return store_rows_of_no_sequence<C>(p, launch, here);
+  check_pages<C>(p, launch, here);
   if (here.rows <= 0) return;
   const KeyUnits<C> units(launch, here);
   if (here.sharer >= units.mine.sharers) return;

@@ -56,9 +56,8 @@ class WarpLoader {
     const int first = pages.first_row + key, last = first + min(rows, kRows) - 1;
     const int index = pages.size.quotient(first);
     if (index != pages.size.quotient(last)) return copy_scattered(shared, first, rows, pages);
-    pages.at(first, index, [&](int page, int row) {
-      copy_run(shared, place(page, row), page < 0 ? 0 : rows);
-    });
+    pages.at(first, index,
+             [&](int page, int row) { copy_run(shared, place(page, row), page < 0 ? 0 : rows); });
   }
 
  private:
@@ -125,10 +124,10 @@ class WarpLoader {
     });
   }
 
-  int row_;           // this lane's first
-  int columns_;       // of the head, from this lane's chunk on
-  uint32_t offset_;   // of this lane's chunk of its first row in a tile
-  const char* first_; // it, of key 0
+  int row_;            // this lane's first
+  int columns_;        // of the head, from this lane's chunk on
+  uint32_t offset_;    // of this lane's chunk of its first row in a tile
+  const char* first_;  // it, of key 0
   int64_t row_bytes_, page_bytes_;
   bool aligned_, is_whole_;
 };

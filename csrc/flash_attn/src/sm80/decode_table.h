@@ -22,8 +22,8 @@ struct DecodeTile {
 
 // A warp's slot has 4 KiB at d <= 128: three of four are under way, 48 KiB for a CTA, and two CTAs
 // fit on an SM of compute capability 8.0. At d = 256 the output takes 128 registers and Q has to
-// stay in shared memory; more than two slots of 8 KiB a warp would not fit into the 99 KiB that some
-// devices have.
+// stay in shared memory; more than two slots of 8 KiB a warp would not fit into the 99 KiB that
+// some devices have.
 inline constexpr DecodeTile kDecodeTiles[] = {
     {.head_dim = 64,
      .head_dim_v = 64,

@@ -7,8 +7,8 @@
 #define FLASH_KERNEL(name, ...) extern "C" const char name##_fatbin[];
 #include "generated/sm80_append.inc"
 #include "generated/sm80_combine.inc"
-#include "generated/sm80_dmask.inc"
 #include "generated/sm80_decode.inc"
+#include "generated/sm80_dmask.inc"
 #include "generated/sm80_fwd.inc"
 #undef FLASH_KERNEL
 

@@ -4,8 +4,8 @@
 #include <span>
 
 #include "base/cuda_driver/device.h"
-#include "sm80/row_config.h"
 #include "sm80/decode_table.h"
+#include "sm80/row_config.h"
 #include "sm80/tile_table.h"
 
 namespace flash::sm80 {

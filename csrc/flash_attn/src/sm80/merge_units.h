@@ -1,8 +1,9 @@
 // From units' results to out and softmax_lse.
 //
 // A unit's result is a state and an unnormalised output for each row. The threads of a CTA share
-// rows and columns out among themselves and merge unit after unit into registers: the same arithmetic whether a unit comes from shared memory or, computed by another
-// CTA, from the workspace.
+// rows and columns out among themselves and merge unit after unit into registers: the same
+// arithmetic whether a unit comes from shared memory or, computed by another CTA, from the
+// workspace.
 #pragma once
 
 #include "base/ptx/atomic.h"
@@ -50,8 +51,8 @@ struct Total {
   FLASH_DEVICE void take(const Unit& unit, int rows, float scale_log2) {
     using Q = Quads<C>;
     if (Q::row() >= rows) return;
-    const MergeFactors factors = merge(state, unit.states[Q::row()],
-                                       [=](float x) { return ptx::ex2(x * scale_log2); });
+    const MergeFactors factors =
+        merge(state, unit.states[Q::row()], [=](float x) { return ptx::ex2(x * scale_log2); });
 #pragma unroll
     for (int i = 0; i < Q::kCount; ++i) {
       const float4 x = Q::of(unit, i);
@@ -84,8 +85,8 @@ FLASH_DEVICE bool arrives_last(uint32_t* arrivals, int sharers, int& is_last) {
   return is_last;
 }
 
-// Sums up the warps' outputs of a unit, each warp's to its own maxima, as one unit in shared memory.
-// Every warp adds another part of the columns at a time.
+// Sums up the warps' outputs of a unit, each warp's to its own maxima, as one unit in shared
+// memory. Every warp adds another part of the columns at a time.
 template <DecodeConfig C>
 class WarpSum {
  public:
