@@ -110,7 +110,9 @@ def test_lengths_of_a_cache(lengths):
             q, k, v, cache_seqlens=used, causal=True, return_softmax_lse=True
         )
     for i, n in enumerate(lengths):
-        exact, exact_lse = attention(q[i:i + 1].double(), k[i:i + 1, :n].double(), v[i:i + 1, :n].double(), causal=True)
+        exact, exact_lse = attention(
+            q[i : i + 1].double(), k[i : i + 1, :n].double(), v[i : i + 1, :n].double(), causal=True
+        )
         torch.testing.assert_close(out[i].double(), exact[0], atol=1e-2, rtol=0)
         torch.testing.assert_close(lse[i].double(), exact_lse[0], atol=1e-5, rtol=0)
     if not any(lengths):
@@ -246,9 +248,7 @@ def counters(dims, seqlen_k, *, heads=(1, 1), page_size=0, num_splits=0, batch=1
         options["block_table"] = pages
     used = torch.full((batch,), seqlen_k, dtype=torch.int32)
     with decode_emulator(checks="none") as gpu:
-        flash_attn_with_kvcache(
-            q, k, v, cache_seqlens=used, num_splits=num_splits, **options
-        )
+        flash_attn_with_kvcache(q, k, v, cache_seqlens=used, num_splits=num_splits, **options)
     (kernel,) = gpu.counters.values()
     return kernel
 
@@ -263,9 +263,11 @@ def test_memory_is_read_once_and_without_waste(dims, page_size):
     assert kernel["ctas"] == 1
     assert kernel["shared"]["wavefronts"] == kernel["shared"]["ideal_wavefronts"] > 0
     assert kernel["global"]["sectors"] == kernel["global"]["ideal_sectors"] > 0
-    table = 0 if not page_size else 8192 // min(page_size, dims[0] == 64 and 32 or 16)
+    # A warp's block looks up its page, or, where it has several, those of four rows at a time.
+    block = 32 if dims == (64, 64) else 16
+    lookups = 2 * 8192 // (block if page_size >= block else 4) if page_size else 0
     fewest = 8192 * sum(dims) * 2 // 32
-    assert fewest <= kernel["global"]["sectors"] <= 1.02 * fewest + 4 * table
+    assert fewest <= kernel["global"]["sectors"] <= 1.02 * fewest + lookups
 
 
 # Warp instructions for 512 bytes of K and V, moves not counted: of these 4 are a copy, an ldmatrix
@@ -276,10 +278,10 @@ BUDGET = {(64, 64): 21.0, (128, 128): 20.0, (256, 256): 13.5}
 @pytest.mark.parametrize("dims", DIMS)
 @pytest.mark.parametrize(("page_size", "more"), [(0, 0.0), (64, 3.5)])
 def test_instructions(dims, page_size, more):
-    """Of the loop, whose units are 1024 keys long here."""
+    """Of the loop: the difference between two lengths of one unit."""
 
     def total(seqlen_k):
-        kernel = counters(dims, seqlen_k, page_size=page_size, num_splits=seqlen_k // 1024)
+        kernel = counters(dims, seqlen_k, page_size=page_size, num_splits=1)
         return kernel["warp_instructions"] - kernel["classes"]["move"]
 
     read = 4096 * sum(dims) * 2
@@ -349,7 +351,7 @@ def test_errors_of_the_allocation_reach_the_caller():
 
     _library.lib.set_allocator(allocate)
     try:
-        with flash_attn.emulator(), pytest.raises(MemoryError, match="no 4232 bytes"):
+        with flash_attn.emulator(), pytest.raises(MemoryError, match="no 2116 bytes"):
             flash_attn_func(*qkv(cuda_case(seqlens=(1, 1024), heads=(1, 1), batch=1)))
     finally:
         _library.lib.set_allocator(_library._allocate)

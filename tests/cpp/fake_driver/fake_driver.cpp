@@ -52,13 +52,13 @@ CUresult cuDeviceGet(CUdevice* device, int ordinal) {
 }
 // Device 0 is of compute capability 8.0, device 1 of 7.5.
 CUresult cuDeviceGetAttribute(int* value, CUdevice_attribute which, CUdevice device) {
-  *value = which == CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR   ? 8 - device
-           : which == CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR ? 5 * device
-           : which == CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE            ? 40 << 20
-           : which == CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT     ? 108
+  *value = which == CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR               ? 8 - device
+           : which == CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR             ? 5 * device
+           : which == CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE                        ? 40 << 20
+           : which == CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT                 ? 108
            : which == CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR ? 164 << 10
            : which == CU_DEVICE_ATTRIBUTE_RESERVED_SHARED_MEMORY_PER_BLOCK     ? 1 << 10
-                                                                   : 0;
+                                                                               : 0;
   return CUDA_SUCCESS;
 }
 CUresult cuDevicePrimaryCtxRetain(CUcontext* context, CUdevice) {

@@ -37,7 +37,8 @@ FLASH_INLINE constexpr int max_unit_count(int keys, int num_splits, int block_ke
   // Shorter sequences have shorter units.
   const int shortest = num_splits > 0 ? block_keys : kMinUnitKeys;
   const int most = num_splits > 0 ? num_splits : kFewUnits;
-  const int of_shorter = (keys + shortest - 1) / shortest < most ? (keys + shortest - 1) / shortest : most;
+  const int of_shorter =
+      (keys + shortest - 1) / shortest < most ? (keys + shortest - 1) / shortest : most;
   return of_all > of_shorter ? of_all : of_shorter;
 }
 

@@ -52,12 +52,11 @@ Cut cut(const Flash_fwd_params& p, const DecodeKernel& kernel) {
   c.tiles_of_head = std::max<int64_t>((c.rows + kDecodeRows - 1) / kDecodeRows, 1);
   c.heads = (p.b + (p.cu_seqlens_q != nullptr ? 1 : 0)) * p.h_k;
   const auto largest = std::numeric_limits<int>::max();
-  c.max_units = max_unit_count(static_cast<int>(p.seqlen_k + p.seqlen_knew),
-                               static_cast<int>(std::min<int64_t>(p.num_splits, largest)),
-                               kernel.block_keys);
+  c.max_units =
+      max_unit_count(static_cast<int>(p.seqlen_k + p.seqlen_knew),
+                     static_cast<int>(std::min<int64_t>(p.num_splits, largest)), kernel.block_keys);
   c.ctas_per_tile = ctas_per_tile(
-      c.tiles(), c.max_units,
-      p.target.device->cta_slots(kernel.ctas_per_sm, kernel.shared_bytes));
+      c.tiles(), c.max_units, p.target.device->cta_slots(kernel.ctas_per_sm, kernel.shared_bytes));
   require(c.ctas() <= largest, "batch_size * num_heads is too large");
   return c;
 }
@@ -85,8 +84,8 @@ DecodeLaunch plan(const Flash_fwd_params& p, const Cut& c, const DecodeKernel& k
   launch.tiles = static_cast<int>(c.tiles_of_head);
   launch.ctas_per_tile = c.ctas_per_tile;
   launch.max_units = c.max_units;
-  launch.num_splits = static_cast<int>(
-      std::min<int64_t>(p.num_splits, std::numeric_limits<int>::max()));
+  launch.num_splits =
+      static_cast<int>(std::min<int64_t>(p.num_splits, std::numeric_limits<int>::max()));
   launch.group = FastDivide::by(static_cast<int>(p.h / p.h_k));
   launch.modifies_scores = modifies_scores(p);
   plan_scale(p, launch);
@@ -102,9 +101,9 @@ DecodeLaunch plan(const Flash_fwd_params& p, const Cut& c, const DecodeKernel& k
 bool takes_decode(const Flash_fwd_params& p) {
   const int64_t rows = p.seqlen_q * (p.h / std::max<int64_t>(p.h_k, 1));
   const DecodeTile& largest = *std::prev(std::end(kDecodeTiles));
-  return rows > 0 && rows <= kMaxDecodeRows &&
-         (p.seqlen_k >= kMinDecodeKeys || is_cache_call(p)) && p.d <= largest.head_dim &&
-         p.d_v <= largest.head_dim_v && p.p_dropout == 0.f && p.bias.ptr == nullptr;
+  return rows > 0 && rows <= kMaxDecodeRows && (p.seqlen_k >= kMinDecodeKeys || is_cache_call(p)) &&
+         p.d <= largest.head_dim && p.d_v <= largest.head_dim_v && p.p_dropout == 0.f &&
+         p.bias.ptr == nullptr;
 }
 
 size_t mha_fwd_workspace_bytes(const Flash_fwd_params& p) {
