@@ -13,9 +13,16 @@
 namespace flash::sm80 {
 namespace {
 
-// Above, the prefill kernel reads keys less often.
+// Of more rows the prefill kernel reads keys less often; of fewer keys there is little to share.
 constexpr int64_t kMaxDecodeRows = 64;
-constexpr int64_t kMinKeysOfQuery = 4;
+constexpr int64_t kMinDecodeKeys = 512;
+
+// Of a cache only the capacity is known here.
+bool is_cache_call(const Flash_fwd_params& p) {
+  return p.cu_seqlens_q == nullptr &&
+         (p.seqused_k != nullptr || p.block_table != nullptr || p.cache_batch_idx != nullptr ||
+          p.leftpad_k != nullptr || p.knew.ptr != nullptr);
+}
 
 const DecodeKernel& choose(const Flash_fwd_params& p) {
   const DecodeTile& tile = decode_tile_of(p.d, p.d_v);
@@ -95,7 +102,7 @@ DecodeLaunch plan(const Flash_fwd_params& p, const Cut& c, const DecodeKernel& k
 bool takes_decode(const Flash_fwd_params& p) {
   const int64_t rows = p.seqlen_q * (p.h / std::max<int64_t>(p.h_k, 1));
   const DecodeTile& largest = *std::prev(std::end(kDecodeTiles));
-  return rows > 0 && rows <= kMaxDecodeRows && p.seqlen_k >= kMinKeysOfQuery * p.seqlen_q &&
+  return rows > 0 && rows <= kMaxDecodeRows && (p.seqlen_k >= kMinDecodeKeys || is_cache_call(p)) &&
          p.d <= largest.head_dim && p.d_v <= largest.head_dim_v && p.p_dropout == 0.f &&
          p.bias.ptr == nullptr;
 }

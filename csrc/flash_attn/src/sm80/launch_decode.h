@@ -7,7 +7,8 @@
 
 namespace flash::sm80 {
 
-// Whether the decode kernel is the one for a call: few queries over more keys.
+// Whether the decode kernel is the one for a call: few queries over many keys, or over a cache. A
+// function of shapes, not of the lengths within a batch.
 bool takes_decode(const Flash_fwd_params& p);
 
 // Of a call that takes it. Throws ApiError.
