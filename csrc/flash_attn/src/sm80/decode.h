@@ -16,11 +16,12 @@
 
 #include "base/ptx/special_registers.h"
 #include "common/block_range.h"
-#include "common/seqlen.h"
+#include "common/bounded_sequence.h"
 #include "sm80/merge_units.h"
 #include "sm80/contain.h"
 #include "sm80/decode_load.h"
 #include "sm80/query.h"
+#include "sm80/report.h"
 #include "sm80/score.h"
 #include "sm80/steps.h"
 
@@ -47,6 +48,7 @@ struct DecodePlace {
   Sequence seq;
   FoldedMask mask;
 
+  // Has its sequence yet to be found.
   FLASH_DEVICE DecodePlace(const FwdParams& p, const DecodeLaunch& launch) {
     const int cta = ptx::read_ctaid_x();
     const int group_of_tiles = cta / launch.tiles;
@@ -57,7 +59,10 @@ struct DecodePlace {
     const int tile_of_head = cta - group_of_tiles * launch.tiles;
     tile = group_of_ctas * launch.tiles + tile_of_head;
     first_row = tile_of_head * kDecodeRows;
-    if (batch < p.b) seq = sequence(p, batch);
+  }
+
+  FLASH_DEVICE void take(const FwdParams& p, const DecodeLaunch& launch, const Sequence& found) {
+    seq = found;
     mask = {mask_of(p, seq), launch.group, seq.seqlen_k};
     rows = min(seq.seqlen_q * launch.group.divisor - first_row, kDecodeRows);
   }
@@ -71,6 +76,29 @@ struct DecodePlace {
     return operand_row(x, C.dtype, batch, seq.q_row + query(row), head(row));
   }
 };
+
+// One thread reads index tensors and checks them: the others need no registers for it.
+template <DecodeConfig C>
+FLASH_DEVICE void find_sequence(DecodePlace<C>& here, const FwdParams& p,
+                                const DecodeLaunch& launch, Sequence& found) {
+  if (ptx::read_tid_x() == 0) {
+    IndexFaults faults;
+    found = bounded_sequence(p, here.batch, launch.bounds.max_cached, faults);
+    if (faults != 0) report(launch.bounds, faults);
+  }
+  __syncthreads();
+  here.take(p, launch, found);
+}
+
+// One CTA of each sequence looks for pages that do not exist.
+template <DecodeConfig C>
+FLASH_DEVICE void check_pages(const FwdParams& p, const DecodeLaunch& launch,
+                              const DecodePlace<C>& here) {
+  if (here.seq.pages == nullptr || here.sharer != 0 || here.first_row != 0 || here.head_k != 0)
+    return;
+  const IndexFaults faults = page_faults(here.seq, launch.page_size, p.k_entries, C.threads());
+  if (faults != 0) report(launch.bounds, faults);
+}
 
 // The blocks of keys that a tile's rows see, and this CTA's units of them.
 template <DecodeConfig C>
@@ -331,6 +359,7 @@ FLASH_DEVICE void store_rows_of_no_sequence(const FwdParams& p, const DecodeLaun
                                             const DecodePlace<C>& here) {
   const int step = launch.tiles * launch.ctas_per_tile, group = launch.group.divisor;
   const int64_t first = p.cu_seqlens_q[p.b], rows = (p.total_q - first) * group;
+  if (first < 0) return;
   for (int64_t i = ptx::read_ctaid_x() % step; i < rows; i += step) {
     const int64_t row = first + i / group, head = here.head_k * group + i % group;
     auto* o = reinterpret_cast<uint16_t*>(operand_row(p.o, C.dtype, 0, row, head));
@@ -391,8 +420,10 @@ template <DecodeConfig C>
 FLASH_DEVICE void mha_decode(const FwdParams& p, const DecodeLaunch& launch) {
   extern __shared__ __align__(1024) char smem[];
   auto& plan = *reinterpret_cast<SmemPlan<C>*>(smem);
-  const DecodePlace<C> here(p, launch);
+  DecodePlace<C> here(p, launch);
   if (here.batch == p.b) return store_rows_of_no_sequence<C>(p, launch, here);
+  find_sequence(here, p, launch, plan.sequence);
+  check_pages(p, launch, here);
   if (here.rows <= 0) return;
   const KeyUnits<C> units(launch, here);
   if (here.sharer >= units.mine.sharers) return;

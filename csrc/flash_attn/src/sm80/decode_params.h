@@ -20,6 +20,7 @@ struct DecodeLaunch {
   bool negate_q;         // softmax_scale < 0
   bool q_aligned, k_aligned, v_aligned, o_aligned;  // rows are chunks of 16 bytes: load.h
   FastDivide page_size;
+  IndexBounds bounds;
   // Results of single units where several CTAs share a tile, [tile, unit, row]: row maxima and sums,
   // unnormalised outputs of the kernel's head_dim_v. Tiles count over the launch.
   RowState* unit_states;
