@@ -5,14 +5,12 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 
+import cache_cases
 import pytest
 import torch
 from attention_cases import BF16, FP16, check, cuda_case, make_tensors, qkv, sampled_cases
 from backends import CUDA, EmulatedBackend, needs_emulator
 from reference import INF, attention
-from test_kvcache import Case as CacheCase
-from test_kvcache import Problem, check_attention
-from test_kvcache import sampled_cases as sampled_cache_cases
 
 import flash_attn
 from flash_attn import _library, flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
@@ -24,10 +22,11 @@ NAN = float("nan")
 
 @contextlib.contextmanager
 def decode_emulator(**options):
-    """The emulated GPU, on which nothing but the decode kernel may run."""
+    """The emulated GPU, on which no attention but the decode kernel's may run."""
     with flash_attn.emulator(**options) as gpu:
         yield gpu
-    assert gpu.counters and all("_decode_" in name for name in gpu.counters)
+    kinds = {name.split("_")[1] for name in gpu.counters}
+    assert "decode" in kinds and kinds <= {"append", "decode"}
 
 
 class DecodeBackend(EmulatedBackend):
@@ -59,43 +58,39 @@ def test_feature_product_at_length(case):
     check(case, backend=DECODE)
 
 
-def cache_cases(count, seed):
-    """Those of the CPU that only read, of few queries."""
+def sampled_caches(count, seed):
+    """The cases of the CPU, of few queries."""
     cases = []
-    for i, case in enumerate(sampled_cache_cases(count, seed)):
+    for i, case in enumerate(cache_cases.sampled_cases(count, seed)):
         rows = 64 * case.heads[1] // case.heads[0]
-        dims = case.dims if case.dims[0] <= 256 else (128, 128)
-        changes = {"dtype": (FP16, BF16)[i % 2], "seqlen_new": 0, "rotary": "", "dims": dims}
+        changes = {"dtype": (FP16, BF16)[i % 2], "seqlen_q": min(case.seqlen_q, rows)}
+        if case.dims[0] > 256:
+            changes["dims"] = (128, 128)
         if case.lengths == "none" and case.capacity < 512:
             changes["lengths"] = "tensor"  # else few keys, not known to be a cache
-        cases.append(dataclasses.replace(case, seqlen_q=min(case.seqlen_q, rows), **changes))
+        cases.append(dataclasses.replace(case, **changes))
     return cases
 
 
-def check_cache(case):
-    problem = Problem(case)
-    with DECODE.calls(case.seed):
-        out, lse = problem.call()
-    check_attention(problem, out, lse)
-
-
-@pytest.mark.parametrize("case", cache_cases(60, seed=1), ids=str)
+@pytest.mark.parametrize("case", sampled_caches(60, seed=1), ids=str)
 def test_cache(case):
-    check_cache(case)
+    cache_cases.check(case, DECODE)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", cache_cases(400, seed=2), ids=str)
+@pytest.mark.parametrize("case", sampled_caches(400, seed=2), ids=str)
 def test_cache_at_length(case):
-    check_cache(case)
+    cache_cases.check(case, DECODE)
 
 
 @pytest.mark.parametrize("page_size", [1, 3, 16, 64, 256])
 @pytest.mark.parametrize("dims", [(64, 64), (128, 128), (256, 256), (33, 17)])
 def test_pages(page_size, dims):
     options = {"dtype": BF16, "dims": dims, "page_size": page_size, "capacity": 700}
-    check_cache(CacheCase(**options, heads=(8, 1), leftpad=True, seed=1))
-    check_cache(CacheCase(**options, seqlen_q=3, causal=True, num_splits=3, seed=2))
+    few = cache_cases.Case(**options, heads=(8, 1), leftpad=True, seed=1)
+    cache_cases.check(few, DECODE)
+    more = cache_cases.Case(**options, seqlen_q=3, causal=True, num_splits=3, seed=2)
+    cache_cases.check(more, DECODE)
 
 
 @pytest.mark.parametrize("lengths", [(0, 0, 0), (0, 1, 64), (128, 129, 700)])

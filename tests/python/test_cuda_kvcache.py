@@ -54,8 +54,8 @@ def test_launches(dims):
             problem.call()
         return [name.split("_")[1] for name in gpu.counters]
 
-    assert kernels(0) == ["fwd"]
-    assert sorted(kernels(2)) == ["append", "fwd"]
+    assert kernels(0) == ["decode"]
+    assert sorted(kernels(2)) == ["append", "decode"]
 
 
 def test_append_moves_whole_sectors():

@@ -111,9 +111,7 @@ void add_cuda_kernels([[maybe_unused]] std::vector<Kernel>& kernels) {
                        .dtypes = bit(Dtype::kFloat16) | bit(Dtype::kBFloat16),
                        .max_d = sm80::kMaxHeadDim,
                        .max_d_v = sm80::kMaxHeadDim,
-                       .features = operation == Operation::kMhaFwdKvcache
-                                       ? kAllFeatures & ~(kAppend | kRotary)
-                                       : kAllFeatures,
+                       .features = kAllFeatures,
                        .mha_fwd = sm80::mha_fwd,
                        .fwd_workspace_bytes = sm80::mha_fwd_workspace_bytes});
   }

@@ -48,6 +48,7 @@ struct DecodePlace {
   Sequence seq;
   FoldedMask mask;
 
+  // Has its sequence yet to be found.
   FLASH_DEVICE DecodePlace(const FwdParams& p, const DecodeLaunch& launch) {
     const int cta = ptx::read_ctaid_x();
     const int group_of_tiles = cta / launch.tiles;
@@ -58,9 +59,10 @@ struct DecodePlace {
     const int tile_of_head = cta - group_of_tiles * launch.tiles;
     tile = group_of_ctas * launch.tiles + tile_of_head;
     first_row = tile_of_head * kDecodeRows;
-    IndexFaults faults = 0;
-    if (batch < p.b) seq = bounded_sequence(p, batch, launch.bounds.max_cached, faults);
-    if (faults != 0 && ptx::read_tid_x() == 0) report(launch.bounds, faults);
+  }
+
+  FLASH_DEVICE void take(const FwdParams& p, const DecodeLaunch& launch, const Sequence& found) {
+    seq = found;
     mask = {mask_of(p, seq), launch.group, seq.seqlen_k};
     rows = min(seq.seqlen_q * launch.group.divisor - first_row, kDecodeRows);
   }
@@ -74,6 +76,29 @@ struct DecodePlace {
     return operand_row(x, C.dtype, batch, seq.q_row + query(row), head(row));
   }
 };
+
+// One thread reads index tensors and checks them: the others need no registers for it.
+template <DecodeConfig C>
+FLASH_DEVICE void find_sequence(DecodePlace<C>& here, const FwdParams& p,
+                                const DecodeLaunch& launch, Sequence& found) {
+  if (ptx::read_tid_x() == 0) {
+    IndexFaults faults;
+    found = bounded_sequence(p, here.batch, launch.bounds.max_cached, faults);
+    if (faults != 0) report(launch.bounds, faults);
+  }
+  __syncthreads();
+  here.take(p, launch, found);
+}
+
+// One CTA of each sequence looks for pages that do not exist.
+template <DecodeConfig C>
+FLASH_DEVICE void check_pages(const FwdParams& p, const DecodeLaunch& launch,
+                              const DecodePlace<C>& here) {
+  if (here.seq.pages == nullptr || here.sharer != 0 || here.first_row != 0 || here.head_k != 0)
+    return;
+  const IndexFaults faults = page_faults(here.seq, launch.page_size, p.k_entries, C.threads());
+  if (faults != 0) report(launch.bounds, faults);
+}
 
 // The blocks of keys that a tile's rows see, and this CTA's units of them.
 template <DecodeConfig C>
@@ -390,23 +415,14 @@ FLASH_DEVICE void attend_units(Total<C>& total, const FwdParams& p, const Decode
   }
 }
 
-// One CTA of each sequence looks for pages that do not exist.
-template <DecodeConfig C>
-FLASH_DEVICE void check_pages(const FwdParams& p, const DecodeLaunch& launch,
-                              const DecodePlace<C>& here) {
-  if (here.seq.pages == nullptr || here.head_k != 0 || here.sharer != 0 || here.first_row != 0)
-    return;
-  const IndexFaults faults = page_faults(here.seq, launch.page_size, p.k_entries, C.threads());
-  if (faults != 0) report(launch.bounds, faults);
-}
-
 template <DecodeConfig C>
 FLASH_DEVICE void mha_decode(const FwdParams& p, const DecodeLaunch& launch) {
   extern __shared__ __align__(1024) char smem[];
   auto& plan = *reinterpret_cast<SmemPlan<C>*>(smem);
-  const DecodePlace<C> here(p, launch);
+  DecodePlace<C> here(p, launch);
   if (here.batch == p.b) return store_rows_of_no_sequence<C>(p, launch, here);
-  check_pages<C>(p, launch, here);
+  find_sequence(here, p, launch, plan.sequence);
+  check_pages(p, launch, here);
   if (here.rows <= 0) return;
   const KeyUnits<C> units(launch, here);
   if (here.sharer >= units.mine.sharers) return;

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 
+#include "common/seqlen.h"
 #include "common/softmax.h"
 #include "sm80/decode_table.h"
 #include "sm80/smem.h"
@@ -24,7 +25,8 @@ struct SmemPlan<C> {
   alignas(1024) float output[kDecodeRows][kOutputStride];  // of a unit, summed over the warps
   float warp_max[kTile.warps][kDecodeRows], warp_sum[kTile.warps][kDecodeRows];
   RowState states[kDecodeRows];  // of a unit
-  int is_last;
+  Sequence sequence;             // the CTA's
+  int is_last;                   // of those that share the tile
 
   // Q lies where units' outputs will be, unless it is needed until the end.
   FLASH_INLINE static constexpr size_t q_offset() {

@@ -53,7 +53,7 @@ Cut cut(const Flash_fwd_params& p, const DecodeKernel& kernel) {
   c.heads = (p.b + (p.cu_seqlens_q != nullptr ? 1 : 0)) * p.h_k;
   const auto largest = std::numeric_limits<int>::max();
   c.max_units =
-      max_unit_count(static_cast<int>(p.seqlen_k + p.seqlen_knew),
+      max_unit_count(static_cast<int>(p.seqlen_k),
                      static_cast<int>(std::min<int64_t>(p.num_splits, largest)), kernel.block_keys);
   c.ctas_per_tile = ctas_per_tile(
       c.tiles(), c.max_units, p.target.device->cta_slots(kernel.ctas_per_sm, kernel.shared_bytes));
@@ -91,8 +91,8 @@ DecodeLaunch plan(const Flash_fwd_params& p, const Cut& c, const DecodeKernel& k
   plan_scale(p, launch);
   plan_alignment(p, launch);
   if (p.block_table != nullptr) launch.page_size = FastDivide::by(static_cast<int>(p.page_size));
-  launch.bounds = index_bounds(p);
   launch.unit_rows = static_cast<int>(c.unit_rows());
+  launch.bounds = index_bounds(p);
   if (c.is_shared()) place_workspace(c, kernel, p.workspace.ptr, launch);
   return launch;
 }

@@ -15,11 +15,6 @@ inline bool modifies_scores(const ScoreParams& p) {
   return p.softcap > 0.f || p.alibi_slopes != nullptr || p.bias.ptr != nullptr;
 }
 
-// Whether the rows of x are chunks of 16 bytes that start at multiples of 16.
-inline bool is_in_chunks(const Operand& x, int64_t head_dim) {
-  return head_dim % kChunkElements == 0 && is_aligned(x);
-}
-
 template <class Launch>
 void plan_alignment(const Flash_fwd_params& p, Launch& launch) {
   launch.q_aligned = is_in_chunks(p.q, p.d);
