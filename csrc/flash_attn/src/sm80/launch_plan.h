@@ -17,10 +17,10 @@ inline bool modifies_scores(const ScoreParams& p) {
 
 template <class Launch>
 void plan_alignment(const Flash_fwd_params& p, Launch& launch) {
-  launch.q_aligned = is_in_chunks(p.q, p.d);
-  launch.k_aligned = is_in_chunks(p.k, p.d);
-  launch.v_aligned = is_in_chunks(p.v, p.d_v);
-  launch.o_aligned = is_in_chunks(p.o, p.d_v);
+  launch.q_aligned = is_aligned(p.q, p.d);
+  launch.k_aligned = is_aligned(p.k, p.d);
+  launch.v_aligned = is_aligned(p.v, p.d_v);
+  launch.o_aligned = is_aligned(p.o, p.d_v);
 }
 
 // The unit of scores: 1 where launch.modifies_scores makes natural logits of them. At least the
