@@ -42,3 +42,11 @@ def test_element_out_of_range(report, name):
     )
     assert third == [0, ""]
     assert report[name]["wrong"] == []
+
+
+def test_sequences_that_overlap(report):
+    """cu_seqlens_q falls and rises: rows of two sequences are one's or the other's."""
+    first, second = report["overlapping"]
+    assert first == [0, ""]
+    assert second[0] == 1
+    assert "in cu_seqlens_q: " in second[1]

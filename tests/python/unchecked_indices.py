@@ -20,7 +20,14 @@ import torch
 from flash_attn import _library
 
 INT32_MIN, INT32_MAX = -(2**31), 2**31 - 1
-DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.int32: 3, torch.int64: 4}
+DTYPES = {
+    torch.float16: 0,
+    torch.bfloat16: 1,
+    torch.float32: 2,
+    torch.int32: 3,
+    torch.int64: 4,
+    torch.uint8: 5,
+}
 
 
 class Tensor(ctypes.Structure):
@@ -93,6 +100,9 @@ class Device:
              c_size_t(x.numel() * x.element_size()))  # fmt: skip
         return x
 
+    def checks(self, kinds):
+        self("gpuEmulatorSetOption", 0, b"checks", kinds.encode())
+
     def free(self):
         while self.allocations:
             self("cuMemFree_v2", self.allocations.pop())
@@ -112,8 +122,8 @@ class KvcacheCall:
     function, arguments = "flash_attn_mha_fwd_kvcache", Cache
     written = ("out", "softmax_lse", "k_cache", "v_cache")
 
-    def __init__(self, paged):
-        self.scalars = {"is_rotary_interleaved": 1}
+    def __init__(self, paged, seqlen_q, num_splits=0):
+        self.scalars = {"is_rotary_interleaved": 1, "num_splits": num_splits}
         self.entries = [[2], [0], [3]]  # batch entries or pages of each sequence
         shape = (4, 48)
         self.tensors = {
@@ -126,15 +136,15 @@ class KvcacheCall:
         else:
             self.tensors["cache_batch_idx"] = int32(2, 0, 3)
         self.tensors |= {
-            "q": normal(3, 9, 2, 64),
+            "q": normal(3, seqlen_q, 2, 64),
             "k_cache": normal(*shape, 1, 64),
             "v_cache": normal(*shape, 1, 64),
             "k": normal(3, 2, 1, 64),
             "v": normal(3, 2, 1, 64),
-            "rotary_cos": normal(48, 8),
-            "rotary_sin": normal(48, 8),
-            "out": torch.zeros(3, 9, 2, 64, dtype=torch.float16),
-            "softmax_lse": torch.zeros(3, 2, 9),
+            "rotary_cos": normal(40 + seqlen_q, 8),
+            "rotary_sin": normal(40 + seqlen_q, 8),
+            "out": torch.zeros(3, seqlen_q, 2, 64, dtype=torch.float16),
+            "softmax_lse": torch.zeros(3, 2, seqlen_q),
         }
 
     def of_sequence(self, results, i):
@@ -149,25 +159,28 @@ class KvcacheCall:
 
 
 class VarlenCall:
-    """Packed sequences of 5, 0 and 70 queries over 30, 20 and 100 keys; 5 rows of none."""
+    """Packed sequences of 5, 0 and 70 or 7 queries over 30, 20 and 100 keys; 5 rows of none."""
 
     function, arguments = "flash_attn_mha_varlen_fwd", Forward
-    rows = ((0, 5), (5, 5), (5, 75))
 
-    def __init__(self, paged, dropout):
-        self.scalars = {"max_seqlen_q": 70, "max_seqlen_k": 100, "p_dropout": 0.3 * dropout}
+    def __init__(self, paged, dropout=False, longest=(70, 100)):
+        last = 5 + longest[0]
+        self.rows = ((0, 5), (5, 5), (5, last))
+        self.scalars = {"max_seqlen_q": longest[0], "max_seqlen_k": longest[1]}
+        if dropout:
+            self.scalars["p_dropout"] = 0.3
         self.written = ("out", "softmax_lse", *(["s_dmask"] if dropout else []))
         shape = (12, 16, 1, 64) if paged else (150, 1, 64)
         self.tensors = {
-            "cu_seqlens_q": int32(0, 5, 5, 75),
+            "cu_seqlens_q": int32(0, 5, 5, last),
             "cu_seqlens_k": int32(0, 30, 50, 150),
             "seqused_k": int32(30, 10, 100),
             "leftpad_k": int32(0, 2, 7),
-            "q": normal(80, 2, 64),
+            "q": normal(last + 5, 2, 64),
             "k": normal(*shape),
             "v": normal(*shape),
-            "out": torch.zeros(80, 2, 64, dtype=torch.float16),
-            "softmax_lse": torch.zeros(2, 80),
+            "out": torch.zeros(last + 5, 2, 64, dtype=torch.float16),
+            "softmax_lse": torch.zeros(2, last + 5),
         }
         if paged:
             pages = [0, 9, 4, 4, 4, 4, 4], [3, 3, 3, 3, 3, 3, 3], [1, 2, 5, 6, 7, 8, 11]
@@ -185,32 +198,46 @@ class VarlenCall:
 
 
 CALLS = {
-    "kvcache": lambda: KvcacheCall(False),
-    "paged_kvcache": lambda: KvcacheCall(True),
-    "varlen": lambda: VarlenCall(False, False),
+    "kvcache": lambda: KvcacheCall(False, 70),
+    "paged_kvcache": lambda: KvcacheCall(True, 70),
+    "decode": lambda: KvcacheCall(False, 9),
+    "paged_decode": lambda: KvcacheCall(True, 9),
+    "shared_decode": lambda: KvcacheCall(False, 9, num_splits=3),
+    "paged_shared_decode": lambda: KvcacheCall(True, 9, num_splits=3),
+    "varlen": lambda: VarlenCall(False),
     "varlen_dropout": lambda: VarlenCall(False, True),
-    "paged_varlen": lambda: VarlenCall(True, False),
+    "paged_varlen": lambda: VarlenCall(True),
     "paged_varlen_dropout": lambda: VarlenCall(True, True),
+    # Few queries of sequences that might be long.
+    "packed_decode": lambda: VarlenCall(False, longest=(7, 600)),
+    "paged_packed_decode": lambda: VarlenCall(True, longest=(7, 600)),
 }
 
-# Call, tensor, index, values; the sequences that are then without keys or queries.
+
+def outside(*more):
+    return (INT32_MIN, -1, *more, INT32_MAX)
+
+
+DENSE, PAGED = "kvcache decode shared_decode", "paged_kvcache paged_decode paged_shared_decode"
+# Calls, tensor, index, values; the sequences that are then without keys or queries.
 MALFORMED = [
     # Of 45 cached rows the queries' positions reach beyond the rotary tables.
-    ("kvcache paged_kvcache", "cache_seqlens", (1,), (INT32_MIN, -1, 45, 47, INT32_MAX), [1]),
-    ("kvcache paged_kvcache", "cache_leftpad", (2,), (INT32_MIN, -1, 40, INT32_MAX), [2]),
-    ("kvcache", "cache_batch_idx", (0,), (INT32_MIN, -1, 4, INT32_MAX), [0]),
-    ("paged_kvcache", "block_table", (1, 1), (INT32_MIN, -1, 10, INT32_MAX), [1]),
-    ("varlen varlen_dropout", "cu_seqlens_q", (0,), (INT32_MIN, -1, 1, INT32_MAX), [0]),
-    ("varlen varlen_dropout", "cu_seqlens_q", (3,), (INT32_MIN, -1, 81, INT32_MAX), [2]),
-    ("varlen", "cu_seqlens_q", (1,), (INT32_MIN, -1, INT32_MAX), [0, 1]),
-    ("varlen", "cu_seqlens_q", (2,), (INT32_MIN, -1, 4, INT32_MAX), [1, 2]),
-    ("varlen paged_varlen", "cu_seqlens_k", (0,), (INT32_MIN, -1, 1, INT32_MAX), [0]),
-    ("varlen", "cu_seqlens_k", (3,), (INT32_MIN, -1, 151, INT32_MAX), [2]),
-    ("varlen paged_varlen", "cu_seqlens_k", (2,), (INT32_MIN, -1, INT32_MAX), [1, 2]),
-    ("paged_varlen varlen_dropout", "seqused_k", (2,), (INT32_MIN, -1, 101, INT32_MAX), [2]),
-    ("varlen paged_varlen_dropout", "leftpad_k", (2,), (INT32_MIN, -1, 101, INT32_MAX), [2]),
-    ("paged_varlen paged_varlen_dropout", "block_table", (2, 3), (INT32_MIN, -1, 12, INT32_MAX),
-     [2]),
+    (f"{DENSE} {PAGED}", "cache_seqlens", (1,), outside(45, 47), [1]),
+    (f"{DENSE} {PAGED}", "cache_leftpad", (2,), outside(40), [2]),
+    (DENSE, "cache_batch_idx", (0,), outside(4), [0]),
+    (PAGED, "block_table", (1, 1), outside(10), [1]),
+    ("varlen varlen_dropout", "cu_seqlens_q", (0,), outside(1), [0]),
+    ("varlen varlen_dropout", "cu_seqlens_q", (3,), outside(81), [2]),
+    ("packed_decode", "cu_seqlens_q", (3,), outside(18), [2]),
+    ("varlen packed_decode", "cu_seqlens_q", (1,), outside(), [0, 1]),
+    ("varlen packed_decode", "cu_seqlens_q", (2,), outside(4), [1, 2]),
+    ("varlen paged_varlen packed_decode", "cu_seqlens_k", (0,), outside(1), [0]),
+    ("varlen packed_decode", "cu_seqlens_k", (3,), outside(151), [2]),
+    ("varlen paged_varlen", "cu_seqlens_k", (2,), outside(), [1, 2]),
+    ("paged_varlen varlen_dropout paged_packed_decode", "seqused_k", (2,), outside(101), [2]),
+    ("varlen paged_varlen_dropout packed_decode", "leftpad_k", (2,), outside(101), [2]),
+    ("paged_varlen paged_varlen_dropout paged_packed_decode", "block_table", (2, 3),
+     outside(12), [2]),
 ]  # fmt: skip
 
 
@@ -242,7 +269,14 @@ class Runner:
         arguments = call.arguments(
             **pointers, **pointers_of_host, **call.scalars, score=Score(0.125, 0, -1, -1, 1)
         )
-        status = getattr(self.library, call.function)(ctypes.byref(arguments))
+        size = c_size_t()
+        function = getattr(self.library, call.function + "_workspace_size")
+        status = function(ctypes.byref(arguments), ctypes.byref(size))
+        if status == 0:
+            if size.value:
+                workspace = self.device.put(torch.zeros(size.value, dtype=torch.uint8))
+                arguments.workspace, arguments.workspace_bytes = workspace.data, size.value
+            status = getattr(self.library, call.function)(ctypes.byref(arguments))
         sentence = self.library.flash_attn_last_error().decode() if status else ""
         results = {n: self.device.get(on_device[n], call.tensors[n]) for n in call.written}
         self.device.free()
@@ -286,6 +320,11 @@ def main():
         if not all(torch.equal(results[n], expected[kind][n]) for n in results):
             wrong.append("a later call differs")
         report[name] = {"calls": [bad, second, third], "wrong": wrong}
+    # Two sequences write the same rows.
+    runner.device.checks("all-race")
+    call = CALLS["varlen"]()
+    call.tensors["cu_seqlens_q"] = int32(0, 70, 5, 75)
+    report["overlapping"] = [runner.run(call)[:2], runner.run(CALLS["varlen"]())[:2]]
     print(json.dumps(report))
 
 
