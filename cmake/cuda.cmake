@@ -33,6 +33,7 @@ else()
   message(STATUS "CUDA: ${cuda_lacks}: building without CUDA kernels")
 endif()
 
+set(FLASH_ATTN_FATBINS "" CACHE PATH "Take the kernels from here, the folder cuda of another build that is up to date")
 set(FLASH_ATTN_NVCC_FLAGS -std=c++20 -O3 -lineinfo)
 
 # Compiles the kernels of generate_kernels.py and adds them, embedded, to `target`, with the host's side of their backends.
@@ -44,6 +45,17 @@ function(flash_attn_add_cuda_kernels target)
   execute_process(COMMAND ${Python_EXECUTABLE} ${generator} ${out} COMMAND_ERROR_IS_FATAL ANY)
   include(${out}/generated/kernels.cmake)
   foreach(name IN LISTS FLASH_ATTN_KERNELS)
+    list(APPEND fatbins ${out}/${name}.fatbin)
+    list(APPEND rows ${out}/${name}.csv)
+    if(FLASH_ATTN_FATBINS)
+      foreach(file ${name}.fatbin ${name}.csv)
+        add_custom_command(
+          OUTPUT ${out}/${file}
+          COMMAND ${CMAKE_COMMAND} -E copy ${FLASH_ATTN_FATBINS}/${file} ${out}/${file}
+          DEPENDS ${FLASH_ATTN_FATBINS}/${file} VERBATIM)
+      endforeach()
+      continue()
+    endif()
     add_custom_command(
       OUTPUT ${out}/${name}.fatbin ${out}/${name}.csv
       COMMAND ${CMAKE_COMMAND} "-DNVCC=${FLASH_ATTN_NVCC}"
@@ -52,8 +64,6 @@ function(flash_attn_add_cuda_kernels target)
       DEPENDS ${out}/generated/${name}.cu ${PROJECT_SOURCE_DIR}/cmake/compile_kernel.cmake
       DEPFILE ${out}/${name}.d
       COMMENT "Compiling CUDA kernel ${name}" VERBATIM)
-    list(APPEND fatbins ${out}/${name}.fatbin)
-    list(APPEND rows ${out}/${name}.csv)
   endforeach()
   add_custom_command(
     OUTPUT ${out}/kernels.csv
