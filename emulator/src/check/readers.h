@@ -162,6 +162,9 @@ class GlobalReaders {
       if (cluster != now.cluster && !actor.clock(lane).foreign) return false;
       return same_moment(now) || actor.comes_after(previous(), lane);
     }
+    Entry moved_by(uint32_t by) const {
+      return lanes ? Entry{record.moved_by(by), lanes << by, cluster} : Entry();
+    }
     bool merge(const Entry& now) {
       if (!same_moment(now)) return false;
       lanes |= now.lanes;
@@ -179,6 +182,15 @@ class GlobalReaders {
   void clear(uint32_t unit) {
     if (!entries_.empty()) entries_[unit] = {};
     if (!lists_.empty()) free_list(unit);
+  }
+  // The readers of a unit that has none become those of a unit of `other`, each `lanes` further on.
+  void copy(uint32_t unit, const GlobalReaders& other, uint32_t from, uint32_t lanes) {
+    if (!other.any(from)) return;
+    if (entries_.empty()) entries_.resize(units_);
+    for (size_t i = 0; i < entries_[unit].size(); ++i) {
+      entries_[unit][i] = other.entries_[from][i].moved_by(lanes);
+    }
+    if (!other.lists_.empty()) copy_list(unit, other, from, lanes);
   }
 
   bool add(uint32_t unit, const Actor& actor, int lane) {
@@ -264,12 +276,7 @@ class GlobalReaders {
   };
 
   void add_to_list(uint32_t unit, const Entry& now, const Actor& actor, int lane) {
-    if (lists_.empty()) {
-      lists_.resize(units_);
-      nodes_.reserve(units_);
-      nodes_.resize(1);
-    }
-    List& list = lists_[unit];
+    List& list = list_of(unit);
     const bool is_first_of_cluster = !list.head || now.cluster > list.last_cluster;
     list.last_cluster = std::max(list.last_cluster, now.cluster);
     if (!is_first_of_cluster && replace_own(list, now, actor, lane)) return;
@@ -278,6 +285,25 @@ class GlobalReaders {
     } else {
       push(list, now);
     }
+  }
+
+  List& list_of(uint32_t unit) {
+    if (lists_.empty()) {
+      lists_.resize(units_);
+      nodes_.reserve(units_);
+      nodes_.resize(1);
+    }
+    return lists_[unit];
+  }
+
+  void copy_list(uint32_t unit, const GlobalReaders& other, uint32_t from, uint32_t lanes) {
+    List& list = list_of(unit);
+    std::vector<Entry> newest_first;
+    for (uint32_t at = other.lists_[from].head; at; at = other.nodes_[at].next) {
+      newest_first.push_back(other.nodes_[at].entry.moved_by(lanes));
+    }
+    for (size_t i = newest_first.size(); i-- > 0;) push(list, newest_first[i]);
+    list.last_cluster = other.lists_[from].last_cluster;
   }
 
   // Where a reader of the list is of the same warp, and `now` can stand for it.

@@ -61,6 +61,12 @@ class Record {
     record.bits_ |= uint64_t{lane} << kLaneShift;
     return record;
   }
+  // The same of the lane `lanes` further on.
+  Record moved_by(uint32_t lanes) const {
+    Record record = *this;
+    record.bits_ += uint64_t{lanes} << kLaneShift;
+    return record;
+  }
   // Warp, stamp and state: not the lane, and not where in the code.
   uint64_t moment() const {
     constexpr uint64_t kMoment =
