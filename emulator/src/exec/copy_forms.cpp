@@ -88,10 +88,8 @@ void land(Warp& warp, const PendingCopy& copy, uint32_t mask) {
   });
 }
 
-uint32_t source_bytes(const Warp& warp, const Instruction& in, int lane) {
-  if (options<CopyOptions>(in).ignores_source) {
-    return warp.predicate(in.b) >> lane & 1 ? 0 : in.bytes;
-  }
+uint32_t source_bytes(const Warp& warp, const Instruction& in, const CopyOptions& how, int lane) {
+  if (how.ignores_source) return warp.predicate(in.b) >> lane & 1 ? 0 : in.bytes;
   if (in.b == kNoSlot) return in.bytes;
   const uint32_t given = warp.lanes<uint32_t>(in.b)[lane];
   if (given > in.bytes) {
@@ -111,9 +109,10 @@ Step run_copy(Warp& warp, const Instruction& in, uint32_t mask) {
   uint64_t destination[kWarpSize];
   addresses(warp, in.d, options<CopyOptions>(in).wide_destination, in.option_offset, destination);
   addresses(warp, in.a, in.wide_address, in.imm, copy.source.data());
+  const CopyOptions how = options<CopyOptions>(in);
   for_each_lane(mask, [&](int lane) {
     copy.destination[lane] = static_cast<uint32_t>(destination[lane]);
-    copy.source_bytes[lane] = static_cast<uint8_t>(source_bytes(warp, in, lane));
+    copy.source_bytes[lane] = static_cast<uint8_t>(source_bytes(warp, in, how, lane));
   });
   copy.is_moved = !defers(*warp.cta->cluster);
   CopyPlaces places;
