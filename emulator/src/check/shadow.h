@@ -30,7 +30,7 @@ inline constexpr uint32_t kCellsPerLine = 4, kLineBytes = kCellsPerLine * kCellB
 template <class Readers>
 class Shadow {
  public:
-  // starts_undefined: bytes never written hold no value.
+  // starts_undefined: bytes never written hold no value. bytes: of global memory, whole lines.
   Shadow(exec::Space space, uint64_t base, uint32_t bytes, bool starts_undefined)
       : space_(space),
         base_(base),
