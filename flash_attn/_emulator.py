@@ -28,7 +28,7 @@ class emulator:
 
         with flash_attn.emulator(mode="late", seed=1) as gpu:
             out = flash_attn.flash_attn_func(q, k, v, causal=True)
-        print(gpu.counters)  # {'flash_fwd_sm80_fp16_d64_causal_local': {'launches': 1, 'ctas': 4, ...
+        print(gpu.counters)  # {'flash_fwd_sm80_bf16_d64_causal_local': {'launches': 1, ...
 
     ``gpu.line_counters`` tells the same of every line of the kernels' PTX.
 
