@@ -479,6 +479,14 @@ def test_sentence(arguments, changes, sentence):
     memory.assert_unchanged()
 
 
+def test_autocast_casts_nothing():
+    arguments = dense()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert flash_attn.flash_attn_func(**arguments).dtype == torch.float32
+        with pytest.raises(RuntimeError, match="q has fp32, k has bf16"):
+            flash_attn.flash_attn_func(**{**arguments, "k": arguments["k"].bfloat16()})
+
+
 @pytest.mark.parametrize("name", ["fwd", "varlen_fwd", "bwd", "varlen_bwd"])
 def test_extension_takes_no_generator(name):
     entry = next(e for e in ENTRIES if e.name == f"flash_attn_2_cuda.{name}")

@@ -9,6 +9,8 @@ import subprocess
 import pytest
 from scripts import ROOT
 
+import flash_attn
+
 PYPROJECT = ROOT / "pyproject.toml"
 NVCC = {"nvidia-cuda-nvcc", "nvidia-cuda-crt", "nvidia-nvvm", "nvidia-cuda-runtime"}
 OF_TESTS = {"nvidia-cuda-nvdisasm"}
@@ -70,3 +72,9 @@ def test_pip_installs_what_make_has_built(target):
     commands = commands_of_make(target)
     pip = commands.index("--config-settings=build-dir=build/release .")
     assert all(match.start() < pip for match in re.finditer(r"cmake --build", commands))
+
+
+def test_the_c_header_names_the_version():
+    header = ROOT / "csrc" / "flash_attn" / "include" / "flash_attn" / "flash_attn.h"
+    comment = re.search(r"flash_attn_version\(void\); /\* \"(.*)\" \*/", header.read_text())
+    assert comment[1] == flash_attn.__version__
