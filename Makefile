@@ -3,6 +3,7 @@ SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .DEFAULT_GOAL := help
+.NOTPARALLEL:  # targets share build/release; cmake --build runs the compilers in parallel
 
 PYTHON ?= python3
 JOBS ?= $(shell nproc)
@@ -20,6 +21,7 @@ CUTLASS := 4.2.0.0
 CMAKE_FLAGS := -G Ninja -DPython_EXECUTABLE=$(CURDIR)/.venv/bin/python -DFLASH_ATTN_CUDA=$(FLASH_ATTN_CUDA)
 
 VENV := .venv/.complete
+LIBRARIES := build/.libraries
 RELEASE := build/.release
 INSTALLED := build/.installed
 
@@ -35,17 +37,23 @@ $(VENV): tools/constraints-dev.txt tools/install_system_packages.sh
 	.venv/bin/pip install -qq --disable-pip-version-check --no-deps nvidia-cutlass==$(CUTLASS)
 	touch $@
 
-$(RELEASE): $(VENV) $(SOURCES)
+# What the Python package holds: the library and the emulated GPU.
+$(LIBRARIES): $(VENV) $(SOURCES)
 	cmake -S . -B build/release $(CMAKE_FLAGS) -DFLASH_ATTN_WERROR=ON
+	cmake --build build/release -j $(JOBS) --target flash_attn_ffi
+	touch $@
+
+# All of it, the C++ tests too.
+$(RELEASE): $(LIBRARIES)
 	cmake --build build/release -j $(JOBS)
 	touch $@
 
 # pip takes over the objects of build/release, so nothing is compiled twice.
-$(INSTALLED): $(RELEASE)
+$(INSTALLED): $(LIBRARIES)
 	pip install -qq --disable-pip-version-check --no-build-isolation --no-deps --config-settings=build-dir=build/release .
 	touch $@
 
-dev: $(RELEASE) ## build, to work on the Python files in place
+dev: $(LIBRARIES) ## build, to work on the Python files in place
 	@echo 'export PATH=$(CURDIR)/.venv/bin:$$PATH PYTHONPATH=$(CURDIR) FLASH_ATTN_LIBRARY_DIR=$(CURDIR)/build/release/lib'
 
 demo: $(INSTALLED) ## train a small GPT, generate text with it, compare speed and memory (build/demo)
@@ -53,7 +61,7 @@ demo: $(INSTALLED) ## train a small GPT, generate text with it, compare speed an
 	.venv/bin/python examples/train_text.py
 
 # The CUDA kernels' tests load a driver and run its threads: in a process of their own.
-test: $(INSTALLED) ## C++ tests, then Python tests of the installed package
+test: $(RELEASE) $(INSTALLED) ## C++ tests, then Python tests of the installed package
 	ctest --test-dir build/release --output-on-failure
 	cd build && pytest --config-file=../pyproject.toml ../tests/python --ignore-glob='../tests/python/test_cuda*.py'
 	cd build && pytest --config-file=../pyproject.toml ../tests/python/test_cuda*.py ../emulator/tests/mutation

@@ -14,6 +14,10 @@ install(FILES ${CMAKE_CURRENT_BINARY_DIR}/flash_attnConfig.cmake
               ${CMAKE_CURRENT_BINARY_DIR}/flash_attnConfigVersion.cmake
         DESTINATION ${package_dir} COMPONENT cpp)
 
+if(TARGET gpu_emulator)
+  install(TARGETS gpu_emulator LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR} COMPONENT cpp)
+endif()
+
 # A wheel cannot hold links: only libflash_attn.so.N, which libflash_attn_ffi.so finds beside itself.
 if(TARGET flash_attn_ffi)
   install(TARGETS flash_attn LIBRARY DESTINATION flash_attn COMPONENT python NAMELINK_SKIP EXCLUDE_FROM_ALL)

@@ -1,5 +1,6 @@
 """Exact attention for PyTorch on CPUs and GPUs, with the interface of FlashAttention-2."""
 
+import importlib
 from pkgutil import extend_path
 
 import torch.nn.attention
@@ -30,6 +31,13 @@ __all__ = [
     "flash_attn_varlen_qkvpacked_func",
     "flash_attn_with_kvcache",
 ]
+
+
+def __getattr__(name: str):
+    """Import ``flash_attn.integrations`` when it is first asked for."""
+    if name == "integrations":
+        return importlib.import_module("flash_attn.integrations")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def _activate():

@@ -1,12 +1,15 @@
-"""``python -m flash_attn``: what a bug report needs; with ``--kernels``, every kernel."""
+"""``python -m flash_attn``: what a bug report needs; with ``--kernels``, every kernel instead."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
 import sys
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
+from typing import Optional
 
 import torch
 
@@ -83,15 +86,15 @@ def _instruction_sets() -> str:
     )
 
 
-def kernels(whole: bool) -> str:
-    """Return the list of kernels: a line for each backend, or all of it."""
-    table = str(_library.lib.kernels()).strip()
-    if whole:
-        return "backend, instruction set, operation, dtypes, head dims\n  " + table.replace(
-            "\n", "\n  "
-        )
+def every_kernel() -> str:
+    """Return the list of kernels under a line of headings, one a line."""
+    return "backend isa operation dtypes head_dims\n" + str(_library.lib.kernels()).strip()
+
+
+def _kernels() -> str:
+    """Return a line for each backend."""
     backends = {}
-    for line in table.splitlines():
+    for line in str(_library.lib.kernels()).strip().splitlines():
         backend, _isa, operation, dtypes, head_dims = line.split()
         backends.setdefault((backend, dtypes, head_dims), {})[operation] = None
     return "".join(
@@ -100,8 +103,8 @@ def kernels(whole: bool) -> str:
     )
 
 
-def report(whole: bool = False) -> str:
-    """Return the versions, the machine and the kernels, one item a line; ``whole``: each kernel."""
+def report() -> str:
+    """Return the versions, the machine and the kernels, one item a line."""
     lib = _library.lib
     items = {
         "flash_attn": f"{flash_attn.__version__} in {Path(flash_attn.__file__).parent}",
@@ -116,10 +119,23 @@ def report(whole: bool = False) -> str:
         "OpenMP": _openmp(),
         "GPUs": _gpus(),
         "emulated GPU": _emulator(),
-        "kernels": kernels(whole),
+        "kernels": _kernels(),
     }
-    return "\n".join(f"{name}: {value}" for name, value in items.items())
+    return "\n".join(
+        f"{name}:{value}" if value.startswith("\n") else f"{name}: {value}"
+        for name, value in items.items()
+    )
+
+
+def main(arguments: Optional[Sequence[str]] = None) -> None:
+    """Print what the command line's arguments ask for."""
+    parser = argparse.ArgumentParser(
+        prog="python -m flash_attn",
+        description="Print what a bug report needs: versions, machine, kernels.",
+    )
+    parser.add_argument("--kernels", action="store_true", help="print every kernel instead")
+    print(every_kernel() if parser.parse_args(arguments).kernels else report())
 
 
 if __name__ == "__main__":
-    print(report(whole="--kernels" in sys.argv[1:]))
+    main()

@@ -6,6 +6,7 @@ of a conjugate) has the sign of its elements in a bit of its own, which DLPack d
 
 from __future__ import annotations
 
+import re
 from operator import index
 from typing import Any, Optional
 
@@ -159,4 +160,16 @@ def explained(error: Exception, arguments: dict) -> Exception:
                 return found
         if isinstance(x, int) and x not in _INT64:
             return ValueError(f"{name} must be an integer of 64 bits, got {x}")
-    return error
+    return _with_dtype(error, arguments)
+
+
+def _with_dtype(error: Exception, arguments: dict) -> Exception:
+    """Return an error about a dtype that the library has no name for with torch's name of it."""
+    found = re.search(r"(\w+) has another dtype|(\w+) must have .*, got another dtype", str(error))
+    x = arguments.get(found[1] or found[2]) if found else None
+    if not isinstance(x, Tensor):
+        return error
+    text = str(error).replace("another dtype", str(x.dtype))
+    if found[1] == "attn_bias" and x.dtype == torch.bool:
+        text += "; it is added to the scores: torch.where(mask, 0.0, -torch.inf) hides as a mask"
+    return type(error)(text)

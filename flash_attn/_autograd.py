@@ -200,9 +200,8 @@ def _composed_gradients(ctx, saved):
 
 
 def _settings(call: _Call, rng_state, sequences) -> composition.Settings:
-    names = (call.operator.names[place] for place in call.operator.numbers)
-    numbers = dict(zip(names, call.numbers))
-    return composition.Settings(numbers, tuple(map(unwrapped, sequences)), unwrapped(rng_state))
+    sequences = tuple(map(unwrapped, sequences))
+    return composition.Settings(call.operator, call.numbers, sequences, unwrapped(rng_state))
 
 
 def _without_gaps(f, inputs):

@@ -16,6 +16,17 @@ from flash_attn._arguments import is_plain
 from flash_attn._functions import FORWARD, VARLEN_FORWARD
 from flash_attn._schema import Operator
 
+# The forward operators' numbers: those that ``attention`` applies, and those that change nothing.
+_APPLIED = {
+    "dropout_p",
+    "softmax_scale",
+    "causal",
+    "window_size_left",
+    "window_size_right",
+    "softcap",
+}
+_WITHOUT_EFFECT = {"return_softmax", "max_seqlen_q", "max_seqlen_k", "zero_tensors", "num_splits"}
+
 
 class Settings:
     """What an attention call is besides its differentiable tensors.
@@ -26,8 +37,19 @@ class Settings:
         dropout_p, softmax_scale and so on: the operator's numbers by their names.
     """
 
-    def __init__(self, numbers: dict, cu_seqlens: tuple, rng_state: Optional[Tensor]):
-        vars(self).update(numbers, cu_seqlens=cu_seqlens, rng_state=rng_state)
+    def __init__(self, operator: Operator, numbers, cu_seqlens: tuple, rng_state: Optional[Tensor]):
+        """Make the settings of a call of ``operator`` with ``numbers``, in its order.
+
+        Raises RuntimeError for a number that is unknown here and not its default.
+        """
+        by_name = dict(zip((operator.names[place] for place in operator.numbers), numbers))
+        for name in by_name.keys() - _APPLIED - _WITHOUT_EFFECT:
+            if by_name[name] != operator.signature.parameters[name].default:
+                raise RuntimeError(
+                    f"{operator.name} has no derivative by torch operations with {name}: "
+                    "flash_attn/_composition.py does not apply it"
+                )
+        vars(self).update(by_name, cu_seqlens=cu_seqlens, rng_state=rng_state)
 
 
 def attention(settings: Settings, q, k, v, s_aux=None, attn_bias=None, alibi_slopes=None):

@@ -28,7 +28,9 @@ class emulator:
 
         with flash_attn.emulator(mode="late", seed=1) as gpu:
             out = flash_attn.flash_attn_func(q, k, v, causal=True)
-        print(gpu.counters)
+        print(gpu.counters)  # {'flash_fwd_sm80_bf16_d64_causal_local': {'launches': 1, ...
+
+    ``gpu.line_counters`` tells the same of every line of the kernels' PTX.
 
     - arch: "sm_80" (an A100) or "sm_90a" (an H100).
     - mode: when asynchronous operations take effect: "eager", at once; "late", as late as their
@@ -101,6 +103,20 @@ class emulator:
 
         Of the launches since the context was entered; after it, of those until it was left.
         """
+        return {
+            name: {key: x for key, x in kernel.items() if key != "lines"}
+            for name, kernel in self._all_counters().items()
+        }
+
+    @property
+    def line_counters(self) -> dict:
+        """The same of every line of PTX that was executed, by kernel name: a list of dicts.
+
+        Each has "line", "class", "executed" and "text", and what the line moved.
+        """
+        return {name: kernel["lines"] for name, kernel in self._all_counters().items()}
+
+    def _all_counters(self) -> dict:
         if self in getattr(_local, "stack", ()):
             self._counters = str(lib.emulator_counters())
         return json.loads(self._counters or "{}")

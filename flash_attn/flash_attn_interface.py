@@ -12,7 +12,8 @@ the bottom right corner. A query that sees no key gives out 0 and softmax_lse +i
 Arguments shared by all functions:
 
 - q, k, v: fp16, bf16 or fp32, all the same, on one device; head dims 1 to 576. A tensor whose last
-  dimension lacks unit stride is copied.
+  dimension lacks unit stride is copied. ``torch.autocast`` does not change them, as it does not
+  for FlashAttention-2: cast what differs, ``k.to(q.dtype)``; mixed dtypes raise RuntimeError.
 - dropout_p: probability in [0, 1) to drop an attention weight; 0.0 in evaluation. The random
   numbers come from torch's default CPU generator (``torch.manual_seed``).
 - softmax_scale: default ``headdim ** -0.5``.
@@ -25,7 +26,8 @@ Arguments shared by all functions:
 - s_aux: "attention sinks", (nheads,) fp16, bf16 or fp32: a logit without value that joins each
   row's softmax denominator and softmax_lse. Differentiable.
 - attn_bias: dtype of q or fp32, broadcastable to (batch, nheads, seqlen_q, seqlen_k) (varlen: the
-  longest seqlens, indexed within each sequence). Differentiable.
+  longest seqlens, indexed within each sequence); -inf hides a key, so ``torch.where(mask, 0.0,
+  -torch.inf)`` is the bias of a boolean mask. Differentiable.
 - return_attn_probs: also return softmax_lse and S_dmask.
 
 Numbers may be Python's, numpy's or tensors of one element. A batch may hold no sequence.
@@ -180,8 +182,8 @@ def flash_attn_func(
 
     Args:
         q: (batch, seqlen_q, nheads, headdim).
-        k: (batch, seqlen_k, nheads_k, headdim).
-        v: (batch, seqlen_k, nheads_k, headdim_v).
+        k: (batch, seqlen_k, nheads_k, headdim), dtype of q under ``torch.autocast``, too.
+        v: (batch, seqlen_k, nheads_k, headdim_v), likewise.
 
     The other arguments are described at the head of this module.
 
@@ -423,7 +425,8 @@ def flash_attn_with_kvcache(
         v: (batch, seqlen_new, nheads_k, headdim_v), written to v_cache; needed with k.
         rotary_cos: (seqlen_rotary, rotary_dim / 2), dtype of q, rotary_dim <= headdim: rotates k at
             positions ``cache_seqlens + i``, and q likewise if causal or windowed, else at
-            ``cache_seqlens``. Needs k.
+            ``cache_seqlens``. Needs k; seqlen_rotary >= seqlen_cache, with block_table >=
+            max_pages_per_sequence * page_size.
         rotary_sin: as rotary_cos.
         cache_seqlens: tokens in the cache before k is appended, an int or int32 (batch,). None,
             only without k: the whole cache.

@@ -112,6 +112,11 @@ bool has_contiguous_last_dim(const Arg& x) {
   return x.stride(last) == 1 || x.size(last) <= 1 || x.empty();
 }
 
+void check_last_stride(const Arg& x, const char* sentence) {
+  if (has_contiguous_last_dim(x)) return;
+  fail(sentence, ": ", x.name, " has stride ", x.stride(x.t->ndim - 1));
+}
+
 bool is_contiguous(const Arg& x) {
   int64_t expected = 1;
   for (int i = x.t->ndim - 1; i >= 0; --i) {
@@ -119,6 +124,16 @@ bool is_contiguous(const Arg& x) {
     expected *= x.size(i);
   }
   return true;
+}
+
+void check_dtype(const Arg& x, flash_attn_dtype dtype, const char* sentence) {
+  if (x.t->dtype == dtype) return;
+  fail(sentence, ": ", x.name, " has ", dtype_name(x));
+}
+
+void check_dtype_of_q(const Arg& x, const Arg& q, const char* sentence) {
+  if (x.t->dtype == q.t->dtype) return;
+  fail(sentence, ": ", q.name, " has ", dtype_name(q), ", ", x.name, " has ", dtype_name(x));
 }
 
 Dtype check_float_dtype(const Arg& x, const char* sentence) {
@@ -130,13 +145,13 @@ Dtype check_float_dtype(const Arg& x, const char* sentence) {
     case FLASH_ATTN_FLOAT32:
       return Dtype::kFloat32;
     default:
-      fail(sentence);
+      fail(sentence, ": ", x.name, " has ", dtype_name(x));
   }
 }
 
 void check_int32(const Arg& x, const Arg& q, std::initializer_list<Dim> dims) {
   require(x.given(), x.name, " must be given");
-  require(x.t->dtype == FLASH_ATTN_INT32, x.name, " must have dtype int32");
+  if (x.t->dtype != FLASH_ATTN_INT32) fail(x.name, " must have dtype int32, got ", dtype_name(x));
   check_device(x, q);
   check_shape(x, dims);
   require(is_contiguous(x), x.name, " must be contiguous");
@@ -150,7 +165,7 @@ const int32_t* check_per_sequence(const Arg& x, const Arg& q, int64_t batch_size
 
 void check_fp32(const Arg& x, const Arg& q, std::initializer_list<Dim> dims) {
   require(x.given(), x.name, " must be given");
-  require(x.t->dtype == FLASH_ATTN_FLOAT32, x.name, " must have dtype fp32");
+  if (x.t->dtype != FLASH_ATTN_FLOAT32) fail(x.name, " must have dtype fp32, got ", dtype_name(x));
   check_device(x, q);
   check_shape(x, dims);
 }

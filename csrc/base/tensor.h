@@ -60,7 +60,14 @@ void check_no_self_overlap(const Arg& x);
 // No output shares memory with an input or another output.
 void check_distinct(std::span<const Region> outputs, std::span<const Region> inputs);
 
-// fp16, bf16 or fp32; anything else is rejected with `sentence`.
+inline const char* dtype_name(const Arg& x) { return dtype_name(static_cast<Dtype>(x.t->dtype)); }
+// x has `dtype`; otherwise it is rejected with `sentence` and x's name and dtype.
+void check_dtype(const Arg& x, flash_attn_dtype dtype, const char* sentence);
+// x has q's dtype; otherwise it is rejected with `sentence` and both dtypes.
+void check_dtype_of_q(const Arg& x, const Arg& q, const char* sentence);
+// Unit stride in the last dimension; otherwise x is rejected with `sentence`, its name and stride.
+void check_last_stride(const Arg& x, const char* sentence);
+// fp16, bf16 or fp32; anything else is rejected with `sentence` and x's name and dtype.
 Dtype check_float_dtype(const Arg& x, const char* sentence);
 // An int32 index tensor on q's device, contiguous.
 void check_int32(const Arg& x, const Arg& q, std::initializer_list<Dim> dims);

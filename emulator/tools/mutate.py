@@ -74,7 +74,7 @@ class Emulator:
                 self._device, name.encode(), str(value).encode()
             )
             if status:
-                raise ValueError(f"the emulator has no option {name}={value}")
+                raise ValueError(f"the emulator does not take {name}={value}")
 
     def report(self) -> str:
         return self._text(self._library.gpuEmulatorLastReport)

@@ -5,12 +5,22 @@
 - ``sdpa.register()``: ``torch.nn.functional.scaled_dot_product_attention`` on the CPU
   (``sdpa.py``).
 
-Importing this package imports neither of the other libraries.
+``import flash_attn`` is enough to name both; what they need is imported when they are. Importing
+this package imports neither of the other libraries.
 """
 
 from __future__ import annotations
 
+import importlib
+
 __all__ = ["register"]
+
+
+def __getattr__(name: str):
+    """Import ``flash_attn.integrations.sdpa`` when it is first asked for."""
+    if name == "sdpa":
+        return importlib.import_module("flash_attn.integrations.sdpa")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def register(name: str = "exact_attention", *, flash_attention_2: bool = False) -> str:

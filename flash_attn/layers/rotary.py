@@ -357,6 +357,9 @@ class RotaryEmbedding(torch.nn.Module):
         self._sin_cached = None
         self._cos_k_cached = None
         self._sin_k_cached = None
+        # Tables of inference mode, in which gradients are off, cannot be saved for a backward.
+        # torch.compile traces whether gradients are on, but not is_inference().
+        self._cached_without_grad = False
 
     def _compute_inv_freq(self, device=None) -> Tensor:
         exponents = torch.arange(0, self.dim, 2, device=device, dtype=torch.float32) / self.dim
@@ -369,7 +372,7 @@ class RotaryEmbedding(torch.nn.Module):
             and seqlen <= self._seq_len_cached
             and cos.device == device
             and cos.dtype == dtype
-            and not (self.training and cos.is_inference())
+            and not (torch.is_grad_enabled() and self._cached_without_grad)
         )
 
     def _update_cos_sin_cache(self, seqlen: int, device=None, dtype=None) -> None:
@@ -377,6 +380,7 @@ class RotaryEmbedding(torch.nn.Module):
         if self._is_cached(seqlen, device, dtype):
             return
         self._seq_len_cached = seqlen
+        self._cached_without_grad = not torch.is_grad_enabled()
         positions = torch.arange(seqlen, device=device, dtype=torch.float32)
         # A model cast to half precision has its buffers rounded: positions need fp32.
         inv_freq = self.inv_freq

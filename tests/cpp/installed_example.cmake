@@ -1,4 +1,5 @@
-# Installs the library, then builds examples/cpp against it with find_package, and checks what the program prints.
+# Installs the library, then builds examples/cpp against it with find_package, and checks what the program prints. The
+# emulated GPU, if EMULATOR, is beside the library.
 file(REMOVE_RECURSE ${WORK})
 set(ENV{DESTDIR})
 
@@ -7,6 +8,11 @@ function(run)
 endfunction()
 
 run(${CMAKE_COMMAND} --install ${BUILD} --component cpp --prefix ${WORK}/prefix)
+file(GLOB_RECURSE library ${WORK}/prefix/libflash_attn.so)
+cmake_path(REPLACE_FILENAME library libgpu_emulator.so OUTPUT_VARIABLE emulator)
+if(EMULATOR AND NOT EXISTS ${emulator})
+  message(FATAL_ERROR "${emulator} is missing")
+endif()
 run(${CMAKE_COMMAND} -S ${EXAMPLE} -B ${WORK}/build -G ${GENERATOR} -DCMAKE_MAKE_PROGRAM=${MAKE_PROGRAM}
     -DCMAKE_CXX_COMPILER=${CXX} -DCMAKE_PREFIX_PATH=${WORK}/prefix)
 run(${CMAKE_COMMAND} --build ${WORK}/build)

@@ -137,7 +137,10 @@ TEST(CudaDriver, EmptyBatchesOfQueriesLaunchNothing) {
 
 TEST(CudaDriver, LibrariesThatCannotBeLoadedAreNamed) {
   EXPECT_EQ(flash_attn_use_emulator("sm_80", "/nowhere/libgpu.so"), FLASH_ATTN_DEVICE_ERROR);
-  EXPECT_NE(std::string(flash_attn_last_error()).find("/nowhere/libgpu.so"), std::string::npos);
+  const std::string sentence = flash_attn_last_error();
+  EXPECT_TRUE(sentence.starts_with("the emulated GPU's library, libgpu_emulator.so, cannot be "))
+      << sentence;
+  EXPECT_NE(sentence.find("/nowhere/libgpu.so"), std::string::npos);
   EXPECT_STREQ(flash_attn_emulator_counters(), "");
 }
 

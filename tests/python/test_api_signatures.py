@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -164,7 +165,9 @@ def test_maybe_contiguous_copies_only_for_the_last_stride():
 def test_report(monkeypatch):
     """``python -m flash_attn`` names what is in use, and warns of two OpenMP runtimes."""
     lines = report.report().splitlines()
-    items = dict(line.split(": ", 1) for line in lines if not line.startswith(" "))
+    assert not any(line.endswith(" ") for line in lines)
+    items = dict(line.split(":", 1) for line in lines if not line.startswith(" "))
+    items = {name: value.strip() for name, value in items.items()}
     assert items["flash_attn"].startswith(flash_attn.__version__)
     assert items["library"].startswith(str(_library.lib.version()))
     assert items["torch"].startswith(torch.__version__)
@@ -174,10 +177,29 @@ def test_report(monkeypatch):
         "  cpu: mha_fwd, mha_varlen_fwd, mha_bwd, mha_varlen_bwd, mha_fwd_kvcache, combine "
         "(fp16,bf16,fp32; head dims 1-576)"
     )
-    every = str(_library.lib.kernels()).splitlines()
-    assert all(f"  {line}" in report.report(whole=True).splitlines() for line in every)
     assert "libgomp" in items["OpenMP"]
 
     two = ["/usr/lib/libgomp.so.1", "/opt/torch/lib/libgomp-0123abcd.so.1"]
     monkeypatch.setattr(report, "_mapped_openmp_libraries", lambda: two)
     assert "More than one OpenMP runtime" in report.report()
+
+
+def test_report_of_kernels_alone(capsys):
+    report.main(["--kernels"])
+    assert capsys.readouterr().out.splitlines() == [
+        "backend isa operation dtypes head_dims",
+        *str(_library.lib.kernels()).splitlines(),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("argument", "status", "text"),
+    [("--help", 0, "--kernels print every kernel instead"), ("--kernel-list", 2, "--kernel-list")],
+)
+def test_command_line_of_the_report(capsys, argument, status, text):
+    with pytest.raises(SystemExit) as exit:
+        report.main([argument])
+    assert exit.value.code == status
+    printed = "".join(capsys.readouterr())
+    assert printed.startswith("usage: python -m flash_attn [-h] [--kernels]")
+    assert text in re.sub(" +", " ", printed)

@@ -246,9 +246,31 @@ FUNCTIONS = {
     paged_cache: flash_attn.flash_attn_with_kvcache,
 }
 SENTENCES = [
-    (dense, {"q": torch.Tensor.double}, "FlashAttention only support fp16, bf16 and fp32"),
-    (dense, {"k": torch.Tensor.half}, "query and key must have the same dtype"),
-    (dense, {"v": torch.Tensor.half}, "query and value must have the same dtype"),
+    (
+        dense,
+        {"q": torch.Tensor.double},
+        "FlashAttention only support fp16, bf16 and fp32 data type: q has torch.float64",
+    ),
+    (
+        dense,
+        {"q": torch.Tensor.int},
+        "FlashAttention only support fp16, bf16 and fp32 data type: q has int32",
+    ),
+    (
+        dense,
+        {"k": torch.Tensor.half},
+        "query and key must have the same dtype: q has fp32, k has fp16",
+    ),
+    (
+        dense,
+        {"k": torch.Tensor.double},
+        "query and key must have the same dtype: q has fp32, k has torch.float64",
+    ),
+    (
+        dense,
+        {"v": torch.Tensor.half},
+        "query and value must have the same dtype: q has fp32, v has fp16",
+    ),
     (
         dense,
         {"q": lambda q: q[0]},
@@ -265,21 +287,21 @@ SENTENCES = [
     (
         dense,
         {x: lambda t: t.repeat(1, 1, 1, 37) for x in "qkv"},
-        "FlashAttention forward only supports head dimension at most 576",
+        "FlashAttention forward only supports head dimension at most 576, got 592",
     ),
     (
         dense,
         {"q": lambda q: q[:, :, :3]},
-        "Number of heads in key/value must divide number of heads in query",
+        "Number of heads in key/value must divide number of heads in query: 2 does not divide 3",
     ),
-    (dense, {"dropout_p": 1.0}, "p_dropout must be at least 0 and below 1, got 1"),
-    (dense, {"dropout_p": -0.5}, "p_dropout must be at least 0 and below 1, got -0.5"),
+    (dense, {"dropout_p": 1.0}, "dropout_p (p_dropout) must be at least 0 and below 1, got 1"),
+    (dense, {"dropout_p": -0.5}, "dropout_p (p_dropout) must be at least 0 and below 1, got -0.5"),
     (dense, {"softmax_scale": float("nan")}, "softmax_scale must be finite"),
     (dense, {"softcap": float("inf")}, "softcap must be finite"),
     (
         dense,
         {"return_attn_probs": True, "alibi_slopes": torch.zeros(4).half()},
-        "ALiBi slopes must have dtype fp32",
+        "ALiBi slopes must have dtype fp32: alibi_slopes has fp16",
     ),
     (dense, {"alibi_slopes": torch.zeros(2)}, "alibi_slopes must have shape (num_heads) = (4)"),
     (
@@ -294,9 +316,23 @@ SENTENCES = [
     ),
     (dense, {"s_aux": torch.zeros(3)}, "s_aux must have shape (num_heads) = (4), got (3)"),
     (dense, {"attn_bias": torch.zeros(2, 4, 3, 4)}, "attn_bias must be broadcastable"),
-    (dense, {"attn_bias": torch.zeros(1).half()}, "attn_bias must have the dtype of query or fp32"),
-    (varlen, {"cu_seqlens_q": torch.Tensor.long}, "cu_seqlens_q must have dtype int32"),
-    (varlen, {"cu_seqlens_k": torch.Tensor.long}, "cu_seqlens_k must have dtype int32"),
+    (
+        dense,
+        {"attn_bias": torch.zeros(1).half()},
+        "attn_bias must have the dtype of query or fp32: q has fp32, attn_bias has fp16",
+    ),
+    (
+        dense,
+        {"attn_bias": torch.ones(3, 5, dtype=torch.bool)},
+        "attn_bias must have the dtype of query or fp32: attn_bias has torch.bool; it is added to "
+        "the scores: torch.where(mask, 0.0, -torch.inf)",
+    ),
+    (varlen, {"cu_seqlens_q": torch.Tensor.long}, "cu_seqlens_q must have dtype int32, got int64"),
+    (
+        varlen,
+        {"cu_seqlens_k": torch.Tensor.double},
+        "cu_seqlens_k must have dtype int32, got torch.float64",
+    ),
     (varlen, {"cu_seqlens_k": int32(0, 5)}, "cu_seqlens_k must have shape (batch_size + 1) = (3)"),
     (varlen, {"cu_seqlens_q": strided}, "cu_seqlens_q must be contiguous"),
     (varlen, {"cu_seqlens_q": int32(0)}, "cu_seqlens_k must have shape (batch_size + 1) = (1)"),
@@ -308,8 +344,16 @@ SENTENCES = [
     (varlen, {"max_seqlen_k": -1}, "max_seqlen_k must not be negative"),
     (varlen, {"max_seqlen_q": 2**31}, "max_seqlen_q is too large"),
     (varlen, {"q": lambda q: q[None]}, "q must have shape (total_q, num_heads, head_size)"),
-    (paged, {"block_table": torch.Tensor.long}, "block_table must have dtype torch.int32"),
-    (paged, {"block_table": strided}, "block_table must have contiguous last dimension"),
+    (
+        paged,
+        {"block_table": torch.Tensor.long},
+        "block_table must have dtype torch.int32: block_table has int64",
+    ),
+    (
+        paged,
+        {"block_table": strided},
+        "block_table must have contiguous last dimension: block_table has stride 2",
+    ),
     (paged, {"block_table": lambda t: t[:1]}, "block_table must have shape (batch_size, "),
     (paged, {"block_table": lambda t: t[:, :1]}, "the capacity addressable by block_table"),
     (
@@ -319,15 +363,52 @@ SENTENCES = [
     ),
     (paged, {"block_table": lambda t: t - 1}, "block_table[1][0] = -1 is outside"),
     (cache, {"v": None}, "If key is supplied, value must also be passed in"),
-    (cache, {"cache_seqlens": None}, "If key is supplied, seqlens_k must also be passed in"),
+    (
+        cache,
+        {"cache_seqlens": None},
+        "If key is supplied, seqlens_k must also be passed in (cache_seqlens)",
+    ),
     (
         cache,
         {x: lambda t: t.repeat(1, 4, 1, 1) for x in "kv"},
-        "If key is supplied, it must have seqlen <= the seqlen of the KV cache",
+        "If key is supplied, it must have seqlen <= the seqlen of the KV cache: k has 8 rows, "
+        "the cache 6",
     ),
-    (cache, {"k": torch.Tensor.half}, "Key must have the same dtype as query"),
-    (cache, {"v": torch.Tensor.half}, "Value must have the same dtype as query"),
-    (cache, {"cache_seqlens": torch.Tensor.long}, "seqlens_k must have dtype int32"),
+    (
+        cache,
+        {"k_cache": torch.Tensor.half},
+        "query and key must have the same dtype: q has fp32, k_cache has fp16",
+    ),
+    (
+        cache,
+        {"v_cache": torch.Tensor.bfloat16},
+        "query and value must have the same dtype: q has fp32, v_cache has bf16",
+    ),
+    (
+        cache,
+        {"k": torch.Tensor.half},
+        "Key must have the same dtype as query: q has fp32, k has fp16",
+    ),
+    (
+        cache,
+        {"v": torch.Tensor.half},
+        "Value must have the same dtype as query: q has fp32, v has fp16",
+    ),
+    (
+        cache,
+        {"cache_seqlens": torch.Tensor.long},
+        "seqlens_k must have dtype int32: cache_seqlens has int64",
+    ),
+    (
+        cache,
+        {"cache_seqlens": int32(3, 3, 3)},
+        "cache_seqlens must have shape (batch_size) = (2), got (3)",
+    ),
+    (
+        cache,
+        {"cache_leftpad": torch.zeros(2)},
+        "leftpad_k must have dtype int32: cache_leftpad has fp32",
+    ),
     (cache, {"cache_seqlens": int32(3, 5)}, "exceeds the 6 rows of the KV cache"),
     (cache, {"cache_seqlens": int32(-1, 0)}, "cache_seqlens[0] must not be negative"),
     (cache, {"cache_leftpad": int32(0, 5)}, "cache_leftpad[1] = 5 is outside"),
@@ -339,7 +420,8 @@ SENTENCES = [
     (cache, {"cache_batch_idx": int32(1, 1)}, "cache_batch_idx appends twice to row 1"),
     (cache, {"cache_batch_idx": torch.zeros(2)}, "cache_batch_idx must have dtype int32"),
     (cache, {"k_cache": lambda t: t[:1].expand(3, -1, -1, -1)}, "k_cache must not overlap itself"),
-    (cache, {"num_splits": 129}, "num_splits > 128 not supported"),
+    (cache, {"num_splits": 129}, "num_splits > 128 not supported, got 129"),
+    (cache, {"num_splits": -1}, "num_splits must not be negative, got -1"),
     (
         cache,
         {"rotary_cos": torch.zeros(9, 8)},
@@ -358,17 +440,18 @@ SENTENCES = [
     (
         cache,
         {"rotary_cos": torch.zeros(9, 16), "rotary_sin": torch.zeros(9, 16)},
-        "rotary_dim must be <= headdim",
+        "rotary_dim must be <= headdim: 2 * 16 > 16",
     ),
     (
         cache,
         {"rotary_cos": torch.zeros(5, 8), "rotary_sin": torch.zeros(5, 8)},
-        "cos/sin seqlen must be at least the seqlen of KV cache",
+        "cos/sin seqlen must be at least the seqlen of KV cache: rotary_cos has 5 rows, the "
+        "cache 6",
     ),
     (
         cache,
         {"rotary_cos": torch.zeros(9, 8).half(), "rotary_sin": torch.zeros(9, 8)},
-        "rotary_cos must have the same dtype as query",
+        "rotary_cos must have the same dtype as query: q has fp32, rotary_cos has fp16",
     ),
     (
         paged_cache,
@@ -394,6 +477,14 @@ def test_sentence(arguments, changes, sentence):
         FUNCTIONS[arguments](**broken)
     assert sentence in str(error.value)
     memory.assert_unchanged()
+
+
+def test_autocast_casts_nothing():
+    arguments = dense()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert flash_attn.flash_attn_func(**arguments).dtype == torch.float32
+        with pytest.raises(RuntimeError, match="q has fp32, k has bf16"):
+            flash_attn.flash_attn_func(**{**arguments, "k": arguments["k"].bfloat16()})
 
 
 @pytest.mark.parametrize("name", ["fwd", "varlen_fwd", "bwd", "varlen_bwd"])

@@ -104,7 +104,10 @@ def test_report_names_a_bad_value():
     ("value", "sentence"),
     [
         ("sm80", 'no device of architecture "sm80": sm_80 and sm_90a exist'),
-        ("sm_80,mode=lazy", "the emulator has no option mode=lazy"),
+        (
+            "sm_80,mode=lazy",
+            "the emulator does not take mode=lazy: Option mode has no value 'lazy': it is eager",
+        ),
         ("sm_80,late", 'option of the emulator without a value: "late"'),
         (",", 'no device of architecture ""'),
     ],

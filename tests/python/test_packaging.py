@@ -1,11 +1,15 @@
-"""What the build asks pip for."""
+"""What the build asks pip for, and what of it each target of the Makefile builds."""
 
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 
 import pytest
 from scripts import ROOT
+
+import flash_attn
 
 PYPROJECT = ROOT / "pyproject.toml"
 NVCC = {"nvidia-cuda-nvcc", "nvidia-cuda-crt", "nvidia-nvvm", "nvidia-cuda-runtime"}
@@ -42,3 +46,35 @@ def test_the_switch(pyproject, value, expected):
     (override,) = pyproject["tool"]["scikit-build"]["overrides"]
     pattern = override["if"]["env"]["FLASH_ATTN_CUDA"]
     assert bool(re.search(pattern, value)) == expected
+
+
+def commands_of_make(target):
+    """Return what ``make target`` runs in a fresh clone, which ``make -n`` only prints."""
+    command = ["make", "--dry-run", "--always-make", "--no-print-directory", target]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize(
+    ("target", "builds_all"),
+    [("demo", False), ("bench", False), ("dev", False), ("test", True), ("lint", True)],
+)
+def test_make_builds_the_tests_only_for_targets_that_run_them(target, builds_all):
+    builds = re.findall(r"^cmake --build build/release .*$", commands_of_make(target), re.MULTILINE)
+    assert builds[0].endswith("--target flash_attn_ffi")
+    assert [b for b in builds if "--target" not in b] == builds[1:]
+    assert len(builds) == 1 + builds_all
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize("target", ["demo", "test"])
+def test_pip_installs_what_make_has_built(target):
+    commands = commands_of_make(target)
+    pip = commands.index("--config-settings=build-dir=build/release .")
+    assert all(match.start() < pip for match in re.finditer(r"cmake --build", commands))
+
+
+def test_the_c_header_names_the_version():
+    header = ROOT / "csrc" / "flash_attn" / "include" / "flash_attn" / "flash_attn.h"
+    comment = re.search(r"flash_attn_version\(void\); /\* \"(.*)\" \*/", header.read_text())
+    assert comment[1] == flash_attn.__version__

@@ -1,5 +1,6 @@
 """README.md's support table is the library's, and its pictures are the ones that are kept."""
 
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -7,6 +8,8 @@ import sys
 
 import pytest
 from scripts import ROOT
+
+import flash_attn
 
 
 def test_support_table_is_up_to_date():
@@ -24,3 +27,21 @@ def test_pictures_in_git_are_those_of_the_readme():
     command = ["git", "-c", "safe.directory=*", "ls-files", "*.png"]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert listed.stdout.split() == shown
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/integrations.md"])
+def test_switches_of_integrations_run_as_typed(page):
+    """After ``import flash_attn`` alone."""
+    calls = re.findall(r"`(flash_attn\.integrations\.[\w.]+\(.*?\))`", (ROOT / page).read_text())
+    assert any("sdpa" in call for call in calls)
+    if importlib.util.find_spec("transformers") is None:
+        calls = [call for call in calls if "sdpa" in call]
+    program = "\n".join(["import flash_attn", *calls])
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+def test_unknown_attributes_are_errors():
+    for module in (flash_attn, flash_attn.integrations):
+        with pytest.raises(AttributeError, match=f"module '{module.__name__}' has no .* 'nothing'"):
+            _ = module.nothing

@@ -480,10 +480,38 @@ def test_half_precision_module_keeps_its_frequencies():
     assert_close(module._cos_cached, expected_tables(300, 16)[0])
 
 
-def test_tables_made_in_inference_mode_can_be_trained_with():
-    module = rotary.RotaryEmbedding(16)
+@pytest.mark.parametrize("is_training", [True, False])
+def test_tables_made_in_inference_mode_can_be_trained_with(is_training):
+    module = rotary.RotaryEmbedding(16).train(is_training)
     with torch.inference_mode():
         module(torch.zeros(1, 5, 3, 2, 16))
     qkv = torch.randn(1, 5, 3, 2, 16, requires_grad=True)
     module(qkv.clone()).sum().backward()
     assert qkv.grad is not None
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_tables_are_made_once(mode):
+    module = rotary.RotaryEmbedding(16)
+    with mode():
+        module(torch.zeros(1, 5, 3, 2, 16))
+        cos = module._cos_cached
+        module(torch.zeros(1, 5, 3, 2, 16))
+    assert module._cos_cached is cos
+
+
+@pytest.mark.parametrize("warmed_in", [None, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("is_training", [True, False])
+def test_module_compiles_in_one_graph(warmed_in, is_training):
+    """Whatever made its tables, if anything did."""
+    module = rotary.RotaryEmbedding(16).train(is_training)
+    if warmed_in is not None:
+        with warmed_in():
+            module(torch.zeros(1, 5, 3, 2, 16))
+    qkv = torch.randn(1, 5, 3, 2, 16, requires_grad=is_training)
+    compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
+    out = compiled(qkv.clone())
+    assert_close(out, rotary.RotaryEmbedding(16)(qkv.detach().clone()))
+    if is_training:
+        out.sum().backward()
+        assert qkv.grad is not None

@@ -54,29 +54,28 @@ DriverApi find_all(void* handle, const std::string& library) {
 
 }  // namespace
 
-Driver::Driver(const std::string& library)
+Driver::Driver(const std::string& library, const char* what)
     : library_(library), handle_(dlopen(library.c_str(), RTLD_NOW | RTLD_LOCAL)) {
-  if (handle_ == nullptr)
-    fail_device("CUDA tensors need NVIDIA's driver, which cannot be loaded: " +
-                std::string(dlerror()));
+  if (handle_ == nullptr) fail_device(std::string(what) + " cannot be loaded: " + dlerror());
   api_ = find_all(handle_, library_);
   check(api_.init(0), "cuInit", "the driver " + library_);
 }
 
-const Driver& Driver::load(const std::string& library) {
+const Driver& Driver::load(const std::string& library, const char* what) {
   // Never destroyed: other threads may still be using them when the process ends.
   static auto& mutex = *new std::mutex;
   static auto& drivers = *new std::map<std::string, std::unique_ptr<Driver>>;
   const std::lock_guard<std::mutex> lock(mutex);
   std::unique_ptr<Driver>& driver = drivers[library];
-  if (driver == nullptr) driver.reset(new Driver(library));
+  if (driver == nullptr) driver.reset(new Driver(library, what));
   return *driver;
 }
 
 const Driver& Driver::machine() {
   static const Driver& driver = []() -> const Driver& {
     const char* library = std::getenv("FLASH_ATTENTION_CUDA_DRIVER");
-    return load(library != nullptr && *library != '\0' ? library : "libcuda.so.1");
+    return load(library != nullptr && *library != '\0' ? library : "libcuda.so.1",
+                "CUDA tensors need NVIDIA's driver, which");
   }();
   return driver;
 }

@@ -36,8 +36,9 @@ struct DriverApi {
 class Driver {
  public:
   // Loads `library` at the first call, with dlopen, for the rest of the process. Throws
-  // ApiError(FLASH_ATTN_DEVICE_ERROR) if that fails or its cuInit does.
-  static const Driver& load(const std::string& library);
+  // ApiError(FLASH_ATTN_DEVICE_ERROR) if that fails, with a sentence that begins with `what` it is,
+  // or if its cuInit does.
+  static const Driver& load(const std::string& library, const char* what);
 
   // Of $FLASH_ATTENTION_CUDA_DRIVER, or libcuda.so.1.
   static const Driver& machine();
@@ -56,7 +57,7 @@ class Driver {
   }
 
  private:
-  explicit Driver(const std::string& library);
+  Driver(const std::string& library, const char* what);
   [[noreturn]] void fail(CUresult result, const char* call, const std::string& what) const;
 
   std::string library_;

@@ -54,7 +54,7 @@ void set_option(const Device& device, const std::string& option) {
   const auto set = reinterpret_cast<SetOption>(device.driver().symbol("gpuEmulatorSetOption"));
   require(set != nullptr, "the emulator ", device.driver().library(), " has no options");
   const int result = set(device.ordinal(), name.c_str(), value.c_str());
-  require(result == CUDA_SUCCESS, "the emulator has no option ", name, "=", value, ": ",
+  require(result == CUDA_SUCCESS, "the emulator does not take ", name, "=", value, ": ",
           text_of(device, "gpuEmulatorLastReport"));
 }
 
@@ -76,7 +76,8 @@ std::vector<std::string> words_of(const std::string& description) {
 
 Device* find(const std::string& description, const std::string& library) {
   if (description.empty()) return nullptr;
-  const Driver& driver = Driver::load(library.empty() ? library_beside_this() : library);
+  const Driver& driver = Driver::load(library.empty() ? library_beside_this() : library,
+                                      "the emulated GPU's library, libgpu_emulator.so,");
   const std::vector<std::string> words = words_of(description);
   Device& device = device_of_architecture(driver, words.front());
   for (size_t i = 1; i < words.size(); ++i) set_option(device, words[i]);

@@ -263,10 +263,11 @@ void Propagation::shuffle() {
   const uint32_t by = register_lanes(in_.b) | register_lanes(in_.c);
   const uint32_t from[2] = {word(in_.a, 0), word(in_.a, 1)};
   define_results();
+  const exec::ShuffleMode mode = exec::options<exec::ShuffleOptions>(in_).mode;
   for (uint32_t k = 0; k < 2 && is_register(in_.d); ++k) {
     uint32_t lanes = by;
     for_each_lane(mask_, [&](int lane) {
-      const int source = exec::shuffle_source(in_.option[0], lane, b[lane], c[lane]).lane;
+      const int source = exec::shuffle_source(mode, lane, b[lane], c[lane]).lane;
       lanes |= (from[k] >> source & 1) << lane;
     });
     set(in_.d, k, lanes);

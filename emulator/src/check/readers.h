@@ -15,8 +15,10 @@
 
 namespace gpu_emulator::check {
 
-// Reads of one warp since the last write. Lanes with another stamp than the entry's, and warps
-// after the first kMostWarps, do not fit: add() then says so, and the unit is kept in detail.
+// Reads of one warp since the last write: a record of one lane; where there are more, their mask
+// lies elsewhere, as it is rare and shadow memory should stay in the cache. Lanes with another
+// stamp than the entry's, and warps after the first kMostWarps, do not fit: add() then says so, and
+// the unit is kept in detail.
 class SharedReaders {
  public:
   static constexpr bool kHasClusters = false;
@@ -31,9 +33,9 @@ class SharedReaders {
   bool any(uint32_t unit) const { return !bits_.empty() && bits_[unit]; }
   // Whether all readers are known to come before the actor.
   bool all_known(uint32_t unit, const Actor& actor) const {
-    const Entry* entries = &entries_[size_t{unit} << shift_];
+    const Record* records = &records_[size_t{unit} << shift_];
     for (uint64_t left = bits_[unit]; left; left &= left - 1) {
-      if (!actor.knows(entries[__builtin_ctzll(left)].record)) return false;
+      if (!actor.knows(records[__builtin_ctzll(left)])) return false;
     }
     return true;
   }
@@ -47,21 +49,21 @@ class SharedReaders {
     if (index < 0) return false;
     const uint32_t bit = is_async(actor.state) ? ~0u : 1u << lane;
     uint64_t& present = bits_[unit];
-    auto& [record, lanes] = entry(unit, static_cast<uint32_t>(index));
+    const size_t place = place_of(unit, static_cast<uint32_t>(index));
     if (!(present >> index & 1)) {
       present |= uint64_t{1} << index;
-      record = now;
-      lanes = bit;
+      set(place, now, bit);
       return true;
     }
+    const Record record = records_[place];
+    const uint32_t lanes = lanes_of(place);
     if (record.stamp() == now.stamp() && record.state() == now.state()) {
-      lanes |= bit;
+      set(place, record, lanes | bit);
       return true;
     }
     if ((lanes & ~bit) == 0 ||
-        actor.comes_after({record, lanes, actor.order->cluster->index, false}, lane)) {
-      record = now;
-      lanes = bit;
+        actor.comes_after(previous(place, actor.order->cluster->index), lane)) {
+      set(place, now, bit);
       return true;
     }
     return false;
@@ -85,10 +87,11 @@ class SharedReaders {
       if (index_ < 0) return false;
       const uint64_t own = uint64_t{1} << index_;
       uint64_t& present = readers_.bits_[unit];
-      Entry& entry = readers_.entry(unit, static_cast<uint32_t>(index_));
-      if ((present & own) && entry.lanes != 1u << lane) return false;
+      Record& record = readers_.records_[readers_.place_of(unit, static_cast<uint32_t>(index_))];
+      const Record now = record_.of_lane(static_cast<uint32_t>(lane));
+      if ((present & own) && (record.has_more_lanes() || record.lane() != now.lane())) return false;
       present |= own;
-      entry = {record_.of_lane(static_cast<uint32_t>(lane)), 1u << lane};
+      record = now;
       return true;
     }
 
@@ -102,20 +105,29 @@ class SharedReaders {
   template <class F>
   void for_each(uint32_t unit, uint64_t cluster, F&& f) const {
     if (bits_.empty()) return;
-    const Entry* entries = &entries_[size_t{unit} << shift_];
     for (uint64_t left = bits_[unit]; left; left &= left - 1) {
-      const Entry& entry = entries[__builtin_ctzll(left)];
-      f(Previous{entry.record, entry.lanes, cluster, false});
+      f(previous(place_of(unit, static_cast<uint32_t>(__builtin_ctzll(left))), cluster));
     }
   }
 
  private:
-  struct Entry {
-    Record record;
-    uint32_t lanes;
-  };
-
-  Entry& entry(uint32_t unit, uint32_t index) { return entries_[(size_t{unit} << shift_) + index]; }
+  size_t place_of(uint32_t unit, uint32_t index) const { return (size_t{unit} << shift_) + index; }
+  uint32_t lanes_of(size_t place) const {
+    const Record record = records_[place];
+    return record.has_more_lanes() ? lanes_[place] : 1u << record.lane();
+  }
+  Previous previous(size_t place, uint64_t cluster) const {
+    Record record = records_[place];
+    record.set_more_lanes(false);
+    return {record, lanes_of(place), cluster, false};
+  }
+  void set(size_t place, Record record, uint32_t lanes) {
+    record.set_more_lanes(lanes != 1u << record.lane());
+    records_[place] = record;
+    if (!record.has_more_lanes()) return;
+    if (!lanes_) lanes_ = std::make_unique_for_overwrite<uint32_t[]>(size_t{units_} << shift_);
+    lanes_[place] = lanes;
+  }
 
   int index_of(uint32_t agent, bool is_async) {
     const uint32_t key = agent << 1 | is_async;
@@ -123,26 +135,35 @@ class SharedReaders {
     if (warps_ == kMostWarps) return -1;
     if (bits_.empty()) bits_.resize(units_);
     if (key >= index_.size()) index_.resize(key + 1, -1);
-    if (!entries_ || warps_ == 1u << shift_) grow();
+    if (!records_ || warps_ == 1u << shift_) grow();
     index_[key] = static_cast<int8_t>(warps_++);
     return index_[key];
   }
 
   void grow() {
-    const uint32_t before = entries_ ? 1u << shift_ : 0;
-    const auto old = std::move(entries_);
+    const uint32_t before = records_ ? 1u << shift_ : 0;
     if (before) ++shift_;
-    entries_ = std::make_unique_for_overwrite<Entry[]>(size_t{units_} << shift_);
+    spread(records_, before);
+    if (lanes_) spread(lanes_, before);
+  }
+
+  // From `before` entries of each unit to more; what is not in use stays unset.
+  template <class T>
+  void spread(std::unique_ptr<T[]>& entries, uint32_t before) {
+    const auto old = std::move(entries);
+    entries = std::make_unique_for_overwrite<T[]>(size_t{units_} << shift_);
     for (uint32_t unit = 0; before && unit < units_; ++unit) {
-      if (bits_[unit]) std::copy_n(&old[size_t{unit} * before], before, &entry(unit, 0));
+      if (bits_[unit])
+        std::copy_n(&old[size_t{unit} * before], before, &entries[place_of(unit, 0)]);
     }
   }
 
   uint32_t units_ = 0, warps_ = 0;
-  uint32_t shift_ = 2;                // log2 of the entries of each unit
-  std::vector<uint64_t> bits_;        // bit = index of a warp
-  std::vector<int8_t> index_;         // by agent * 2 + async
-  std::unique_ptr<Entry[]> entries_;  // by unit, then by index
+  uint32_t shift_ = 2;                 // log2 of the entries of each unit
+  std::vector<uint64_t> bits_;         // bit = index of a warp
+  std::vector<int8_t> index_;          // by agent * 2 + async
+  std::unique_ptr<Record[]> records_;  // by unit, then by index
+  std::unique_ptr<uint32_t[]> lanes_;  // the same, where a record has more lanes
 };
 
 // The first readers not known to have happened before the others; one list for each unit that more
@@ -162,6 +183,9 @@ class GlobalReaders {
       if (cluster != now.cluster && !actor.clock(lane).foreign) return false;
       return same_moment(now) || actor.comes_after(previous(), lane);
     }
+    Entry moved_by(uint32_t by) const {
+      return lanes ? Entry{record.moved_by(by), lanes << by, cluster} : Entry();
+    }
     bool merge(const Entry& now) {
       if (!same_moment(now)) return false;
       lanes |= now.lanes;
@@ -179,6 +203,15 @@ class GlobalReaders {
   void clear(uint32_t unit) {
     if (!entries_.empty()) entries_[unit] = {};
     if (!lists_.empty()) free_list(unit);
+  }
+  // The readers of a unit that has none become those of a unit of `other`, each `lanes` further on.
+  void copy(uint32_t unit, const GlobalReaders& other, uint32_t from, uint32_t lanes) {
+    if (!other.any(from)) return;
+    if (entries_.empty()) entries_.resize(units_);
+    for (size_t i = 0; i < entries_[unit].size(); ++i) {
+      entries_[unit][i] = other.entries_[from][i].moved_by(lanes);
+    }
+    if (!other.lists_.empty()) copy_list(unit, other, from, lanes);
   }
 
   bool add(uint32_t unit, const Actor& actor, int lane) {
@@ -264,12 +297,7 @@ class GlobalReaders {
   };
 
   void add_to_list(uint32_t unit, const Entry& now, const Actor& actor, int lane) {
-    if (lists_.empty()) {
-      lists_.resize(units_);
-      nodes_.reserve(units_);
-      nodes_.resize(1);
-    }
-    List& list = lists_[unit];
+    List& list = list_of(unit);
     const bool is_first_of_cluster = !list.head || now.cluster > list.last_cluster;
     list.last_cluster = std::max(list.last_cluster, now.cluster);
     if (!is_first_of_cluster && replace_own(list, now, actor, lane)) return;
@@ -278,6 +306,25 @@ class GlobalReaders {
     } else {
       push(list, now);
     }
+  }
+
+  List& list_of(uint32_t unit) {
+    if (lists_.empty()) {
+      lists_.resize(units_);
+      nodes_.reserve(units_);
+      nodes_.resize(1);
+    }
+    return lists_[unit];
+  }
+
+  void copy_list(uint32_t unit, const GlobalReaders& other, uint32_t from, uint32_t lanes) {
+    List& list = list_of(unit);
+    std::vector<Entry> newest_first;
+    for (uint32_t at = other.lists_[from].head; at; at = other.nodes_[at].next) {
+      newest_first.push_back(other.nodes_[at].entry.moved_by(lanes));
+    }
+    for (size_t i = newest_first.size(); i-- > 0;) push(list, newest_first[i]);
+    list.last_cluster = other.lists_[from].last_cluster;
   }
 
   // Where a reader of the list is of the same warp, and `now` can stand for it.

@@ -52,6 +52,9 @@ class Record {
   void set_undefined(uint32_t halves) {
     bits_ = (bits_ & ~(uint64_t{3} << kUndefinedShift)) | uint64_t{halves} << kUndefinedShift;
   }
+  // Of reads: more lanes than lane() of the warp.
+  bool has_more_lanes() const { return bits_ >> kUndefinedShift & 1; }
+  void set_more_lanes(bool more) { set_undefined(more); }
   // Of a cell: some of its granules have been written on their own since the launch began.
   bool has_granules() const { return bits_ >> kGranulesShift & 1; }
   void set_has_granules() { bits_ |= uint64_t{1} << kGranulesShift; }
@@ -59,6 +62,12 @@ class Record {
   Record of_lane(uint32_t lane) const {
     Record record = *this;
     record.bits_ |= uint64_t{lane} << kLaneShift;
+    return record;
+  }
+  // The same of the lane `lanes` further on.
+  Record moved_by(uint32_t lanes) const {
+    Record record = *this;
+    record.bits_ += uint64_t{lanes} << kLaneShift;
     return record;
   }
   // Warp, stamp and state: not the lane, and not where in the code.

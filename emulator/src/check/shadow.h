@@ -7,6 +7,10 @@
 // neither of which happened before the other (FastTrack, Flanagan and Freund, PLDI 2009); two
 // strong accesses do not conflict (PTX ISA 8.7.1).
 //
+// Of global memory that nothing has written yet, what four neighbouring lanes read at once in four
+// neighbouring cells (cp.async of rows) is kept once, for the line of 64 bytes, until another
+// access needs to know it cell by cell.
+//
 // An older entry of the other unit size may stay behind a newer one: it happened before the newer
 // one, or that would have been reported; so it makes no false report.
 
@@ -21,11 +25,12 @@
 namespace gpu_emulator::check {
 
 inline constexpr uint32_t kCellBytes = 16, kGranuleBytes = 4, kGranulesPerCell = 4;
+inline constexpr uint32_t kCellsPerLine = 4, kLineBytes = kCellsPerLine * kCellBytes;
 
 template <class Readers>
 class Shadow {
  public:
-  // starts_undefined: bytes never written hold no value.
+  // starts_undefined: bytes never written hold no value. bytes: of global memory, whole lines.
   Shadow(exec::Space space, uint64_t base, uint32_t bytes, bool starts_undefined)
       : space_(space),
         base_(base),
@@ -33,6 +38,7 @@ class Shadow {
         starts_undefined_(starts_undefined) {
     cell_readers_.allocate(cells_);
     granule_readers_.allocate(cells_ * kGranulesPerCell);
+    line_readers_.allocate(cells_ / kCellsPerLine);
   }
 
   // As new, for a region of the same size; keeps the memory.
@@ -96,6 +102,7 @@ class Shadow {
     cell_writes_.resize(cells_);
     granule_writes_.resize(cells_ * kGranulesPerCell);
     if (!Readers::kHasClusters) return;
+    split_lines();
     cell_clusters_.resize(cells_);
     granule_clusters_.resize(cells_ * kGranulesPerCell);
   }
@@ -136,6 +143,11 @@ class Shadow {
   uint64_t write_of(uint32_t cell) const {
     return cell_writes_.empty() ? 0 : cell_writes_[cell].moment_and_granules();
   }
+  // Lanes of mask whose cells were kept by lines.
+  uint32_t read_lines(const Actor& actor, uint32_t mask, const uint64_t* address);
+  bool takes_lines(const Actor& actor) const;
+  void split_line(uint32_t line);
+  void split_lines();
   [[gnu::noinline]] uint64_t read_one_cell(const Context& c, uint32_t cell, CellReads& reads);
   [[gnu::noinline]] void write_any_cell(const Context& c, uint32_t cell, Record record);
   bool is_known_write(const Actor& actor, uint32_t cell) const;
@@ -160,6 +172,8 @@ class Shadow {
   std::vector<Record> cell_writes_, granule_writes_;
   std::vector<uint32_t> cell_clusters_, granule_clusters_;
   Readers cell_readers_, granule_readers_;
+  Readers line_readers_;                      // lanes: those of the line's first cell
+  std::vector<bool> lines_split_;             // their readers are in cell_readers_
   std::vector<uint8_t> has_granule_readers_;  // by cell
   std::unordered_map<uint32_t, Detail> details_;
   struct FlightRead {

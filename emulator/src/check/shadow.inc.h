@@ -73,6 +73,7 @@ inline uint64_t Shadow<Readers>::read_cell(const Context& c, uint32_t cell) {
     }
     if (write.empty() && starts_undefined_) undefined = 0xffff;
   }
+  if (Readers::kHasClusters) split_line(cell / kCellsPerLine);
   if (!cell_readers_.add(cell, c.actor, c.lane)) {
     for (uint32_t k = 0; k < kGranulesPerCell; ++k) {
       read_granule(c, cell * kGranulesPerCell + k);
@@ -310,13 +311,66 @@ uint64_t Shadow<Readers>::read_one_cell(const Context& c, uint32_t cell, CellRea
   return 0;
 }
 
+// Whether an actor's reads of neighbouring cells by neighbouring lanes are alike: nothing is known
+// of some of its warp's lanes only, nor of other clusters.
+template <class Readers>
+inline bool Shadow<Readers>::takes_lines(const Actor& actor) const {
+  return Readers::kHasClusters && cell_writes_.empty() && !starts_undefined_ && actor.common &&
+         !actor.common->foreign && actor.common->own.partial.empty();
+}
+
+template <class Readers>
+inline uint32_t Shadow<Readers>::read_lines(const Actor& actor, uint32_t mask,
+                                            const uint64_t* address) {
+  constexpr uint32_t kLanes = (1u << kCellsPerLine) - 1;
+  typename Readers::Own own(line_readers_, actor);
+  uint32_t done = 0;
+  for (uint32_t left = mask; left;) {
+    const int lane = exec::first_lane(left);
+    const uint64_t* at = address + lane;
+    const bool is_line = (left >> lane & kLanes) == kLanes && at[0] % kLineBytes == 0 &&
+                         at[1] == at[0] + kCellBytes && at[2] == at[0] + 2 * kCellBytes &&
+                         at[3] == at[0] + 3 * kCellBytes;
+    const auto line = static_cast<uint32_t>((at[0] - base_) / kLineBytes);
+    if (is_line && (lines_split_.empty() || !lines_split_[line])) {
+      own.add(line, lane);
+      done |= kLanes << lane;
+      left &= ~(kLanes << lane);
+    } else {
+      left &= left - 1;
+    }
+  }
+  return done;
+}
+
+// The line's readers become those of its cells, where they stay.
+template <class Readers>
+void Shadow<Readers>::split_line(uint32_t line) {
+  if constexpr (Readers::kHasClusters) {
+    if (lines_split_.empty()) lines_split_.resize(cells_ / kCellsPerLine);
+    if (lines_split_[line]) return;
+    lines_split_[line] = true;
+    for (uint32_t k = 0; k < kCellsPerLine; ++k) {
+      cell_readers_.copy(line * kCellsPerLine + k, line_readers_, line, k);
+    }
+  }
+}
+
+template <class Readers>
+void Shadow<Readers>::split_lines() {
+  for (uint32_t line = 0; line < cells_ / kCellsPerLine; ++line) split_line(line);
+}
+
 template <class Readers>
 template <class F>
 void Shadow<Readers>::read_cells(const Actor& actor, uint32_t mask, const uint64_t* address,
                                  Reporter& reporter, F&& f) {
+  if (takes_lines(actor)) mask &= ~read_lines(actor, mask, address);
+  if (!mask) return;
   CellReads reads(cell_readers_, actor);
   exec::for_each_lane(mask, [&](int lane) __attribute__((always_inline)) {
     const auto cell = static_cast<uint32_t>((address[lane] - base_) / kCellBytes);
+    if (Readers::kHasClusters) split_line(cell / kCellsPerLine);
     const uint64_t write = write_of(cell);
     if (write == reads.known || is_known_write(actor, cell)) {
       if (!Readers::kHasClusters || !write) reads.known = write;

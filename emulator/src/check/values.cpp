@@ -70,7 +70,7 @@ uint64_t stored_row(const Warp& warp, const Frame& frame, int lane) {
   const Instruction& in = warp.function->code[warp.pc];
   const Slot slot = warp.list(in)[lane / 8];
   if (slot & kConstantBit) return 0;
-  const bool transposed = in.option[0];
+  const bool transposed = exec::options<exec::MatrixMoveOptions>(in).transposed;
   const int row = lane % 8;
   uint64_t undefined = 0;
   for (int column = 0; column < 8; ++column) {

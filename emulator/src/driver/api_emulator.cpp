@@ -26,10 +26,6 @@ uint64_t number_of(const std::string& value, uint64_t most) {
   return number;
 }
 
-[[noreturn]] void fail_value(const std::string& name, const std::string& value) {
-  fail(CUDA_ERROR_INVALID_VALUE, "Option " + name + " has no value '" + value.substr(0, 60) + "'.");
-}
-
 void set_mode(Options& options, const std::string& value) {
   if (value == "eager") {
     options.mode = Mode::kEager;
@@ -38,7 +34,8 @@ void set_mode(Options& options, const std::string& value) {
   } else if (value == "random") {
     options.mode = Mode::kRandom;
   } else {
-    fail_value("mode", value);
+    fail(CUDA_ERROR_INVALID_VALUE,
+         "Option mode has no value '" + value.substr(0, 60) + "': it is eager, late or random.");
   }
 }
 

@@ -77,23 +77,23 @@ struct SubSaturated {
 
 // -------------------------------------------------------------------------------- carry and borrow
 
-// option[0]: carry in, option[1]: carry out, option[2]: subtract; e: the carry flag's lanes.
+// e: the carry flag's lanes.
 template <class T>
 Step run_carry(Warp& warp, const Instruction& in, uint32_t mask) {
   const auto* a = warp.lanes<T>(in.a);
   const auto* b = warp.lanes<T>(in.b);
   auto* d = warp.lanes<T>(in.d);
   auto* flag = warp.lanes<uint32_t>(in.e);
-  const bool subtract = in.option[2];
+  const CarryOptions how = options<CarryOptions>(in);
   for_each_lane(mask, [&](int i) {
     // A borrow is kept as the missing carry: a - b = a + ~b + 1.
-    const T y = subtract ? static_cast<T>(~b[i]) : b[i];
-    const T carry_in = in.option[0] ? flag[i] & 1 : (subtract ? 1 : 0);
+    const T y = how.subtract ? static_cast<T>(~b[i]) : b[i];
+    const T carry_in = how.carry_in ? flag[i] & 1 : (how.subtract ? 1 : 0);
     T sum;
     const bool first = __builtin_add_overflow(a[i], y, &sum);
     const bool second = __builtin_add_overflow(sum, carry_in, &sum);
     d[i] = sum;
-    if (in.option[1]) flag[i] = first || second;
+    if (how.carry_out) flag[i] = first || second;
   });
   return Step::kNext;
 }
@@ -104,12 +104,10 @@ void decode_carry(Decoder& decoder, bool carry_in, bool carry_out, bool subtract
   Handler handler = size_of(type) == 8 ? run_carry<uint64_t> : run_carry<uint32_t>;
   decode_binary(decoder, handler, type, type);
   decoder.out.e = decoder.function.special("%carry", 4);
-  decoder.out.option[0] = carry_in;
-  decoder.out.option[1] = carry_out;
-  decoder.out.option[2] = subtract;
+  make_options<CarryOptions>(decoder.out) = {carry_in, carry_out, subtract, false};
 }
 
-// mad.cc, madc: the product's half, then add with carry. option[3]: high half.
+// mad.cc, madc: the product's half, then add with carry.
 template <class T, class W>
 Step run_mad_carry(Warp& warp, const Instruction& in, uint32_t mask) {
   const auto* a = warp.lanes<std::make_unsigned_t<T>>(in.a);
@@ -117,15 +115,16 @@ Step run_mad_carry(Warp& warp, const Instruction& in, uint32_t mask) {
   const auto* c = warp.lanes<std::make_unsigned_t<T>>(in.c);
   auto* d = warp.lanes<std::make_unsigned_t<T>>(in.d);
   auto* flag = warp.lanes<uint32_t>(in.e);
+  const CarryOptions how = options<CarryOptions>(in);
   for_each_lane(mask, [&](int i) {
     const W product = static_cast<W>(static_cast<T>(a[i])) * static_cast<W>(static_cast<T>(b[i]));
     using U = std::make_unsigned_t<T>;
-    const U half = static_cast<U>(in.option[3] ? product >> (8 * sizeof(T)) : product);
+    const U half = static_cast<U>(how.high ? product >> (8 * sizeof(T)) : product);
     U sum;
     const bool first = __builtin_add_overflow(half, c[i], &sum);
-    const bool second = __builtin_add_overflow(sum, U(in.option[0] ? flag[i] & 1 : 0), &sum);
+    const bool second = __builtin_add_overflow(sum, U(how.carry_in ? flag[i] & 1 : 0), &sum);
     d[i] = sum;
-    if (in.option[1]) flag[i] = first || second;
+    if (how.carry_out) flag[i] = first || second;
   });
   return Step::kNext;
 }
@@ -141,9 +140,7 @@ void decode_mad_carry(Decoder& decoder, bool carry_in, bool carry_out) {
   if (!handler) throw Unsupported("mad with carry of this type");
   decode_ternary(decoder, handler, type, type);
   decoder.out.e = decoder.function.special("%carry", 4);
-  decoder.out.option[0] = carry_in;
-  decoder.out.option[1] = carry_out;
-  decoder.out.option[3] = high;
+  make_options<CarryOptions>(decoder.out) = {carry_in, carry_out, false, high};
 }
 
 // -------------------------------------------------------------------------- packed 16-bit integers
@@ -189,15 +186,14 @@ bool decode_packed_integer(Decoder& decoder, LaneOp op) {
 
 // ---------------------------------------------------------------------- min and max with modifiers
 
-// option[0]: maximum, option[1]: NaN wins, option[2]: xorsign.abs, option[3]: ftz.
-float min_max(const Instruction& in, float x, float y) {
-  if (in.option[3]) x = flush(x), y = flush(y);
+float min_max(const MinMaxOptions& how, float x, float y) {
+  if (how.flush) x = flush(x), y = flush(y);
   uint32_t a = __builtin_bit_cast(uint32_t, x), b = __builtin_bit_cast(uint32_t, y);
   const uint32_t sign = (a ^ b) & 0x80000000;
-  if (in.option[2]) a &= 0x7fffffff, b &= 0x7fffffff;
+  if (how.xorsign_abs) a &= 0x7fffffff, b &= 0x7fffffff;
   x = __builtin_bit_cast(float, a);
   y = __builtin_bit_cast(float, b);
-  if (in.option[1] && (x != x || y != y)) return __builtin_bit_cast(float, 0x7fffffff);
+  if (how.nan && (x != x || y != y)) return __builtin_bit_cast(float, 0x7fffffff);
   if (x != x && y != y) return __builtin_bit_cast(float, 0x7fffffff);
   float result;
   if (x != x) {
@@ -205,19 +201,20 @@ float min_max(const Instruction& in, float x, float y) {
   } else if (y != y) {
     result = x;
   } else if (x == y) {
-    result = __builtin_bit_cast(float, in.option[0] ? (a & b) : (a | b));
+    result = __builtin_bit_cast(float, how.maximum ? (a & b) : (a | b));
   } else {
-    result = (x > y) == static_cast<bool>(in.option[0]) ? x : y;
+    result = (x > y) == how.maximum ? x : y;
   }
-  if (!in.option[2]) return result;
+  if (!how.xorsign_abs) return result;
   return __builtin_bit_cast(float, __builtin_bit_cast(uint32_t, result) | sign);
 }
 
 Step run_min_max(Warp& warp, const Instruction& in, uint32_t mask) {
   const auto* a = warp.lanes<uint32_t>(in.a);
   const auto* b = warp.lanes<uint32_t>(in.b);
-  write_lanes<uint32_t>(warp, in.d, mask, [=, &in](int i) {
-    return pack<float>(min_max(in, unpack<float>(a[i]), unpack<float>(b[i])));
+  const MinMaxOptions how = options<MinMaxOptions>(in);
+  write_lanes<uint32_t>(warp, in.d, mask, [=](int i) {
+    return pack<float>(min_max(how, unpack<float>(a[i]), unpack<float>(b[i])));
   });
   return Step::kNext;
 }
@@ -230,10 +227,7 @@ void decode_min_max(Decoder& decoder, LaneOp op) {
   const Type type = decoder.take_type();
   if (is_half(type)) {
     if (xorsign) decoder.take("abs");
-    decoder.out.option[0] = ftz;
-    decoder.out.option[1] = nan;
-    decoder.out.option[2] = xorsign;
-    decode_half(decoder, op, type);
+    decode_half(decoder, op, type, {.flush = ftz, .nan = nan, .xorsign_abs = xorsign});
     return;
   }
   if (type == Type::kS32 && decoder.take("relu")) {
@@ -246,10 +240,7 @@ void decode_min_max(Decoder& decoder, LaneOp op) {
   if (type == Type::kF32 && (nan || xorsign)) {
     if (xorsign && !decoder.take("abs")) throw Unsupported("xorsign without abs");
     decode_binary(decoder, run_min_max, type, type);
-    decoder.out.option[0] = op == LaneOp::kMax;
-    decoder.out.option[1] = nan;
-    decoder.out.option[2] = xorsign;
-    decoder.out.option[3] = ftz;
+    make_options<MinMaxOptions>(decoder.out) = {op == LaneOp::kMax, nan, xorsign, ftz};
     return;
   }
   decode_binary(decoder, decoder.isa.lanes({op, type, ftz}), type, type);
@@ -266,24 +257,23 @@ bool take_nearest(Decoder& decoder, Rounding* rounding) {
 }
 
 // add, sub, mul of floats and fma; `operands` without the destination.
-void decode_float(Decoder& decoder, LaneOp op, int operands) {
+void decode_float(Decoder& decoder, LaneOp op, int operands, bool relu = false) {
   Rounding rounding;
   const bool nearest = take_nearest(decoder, &rounding);
   const bool ftz = decoder.take("ftz");
   const bool saturate = decoder.take("sat");
   const Type type = decoder.take_type();
   if (is_half(type)) {
-    decoder.out.option[0] = ftz;
-    decoder.out.option[1] = saturate;
-    decode_half(decoder, op, type);
+    decode_half(decoder, op, type, {.flush = ftz, .saturate = saturate, .relu = relu});
     return;
   }
   if (type != Type::kF32 && type != Type::kF64) throw Unsupported("operation of this type");
+  if (relu) throw Unsupported("relu of this type");
   Handler handler = nearest ? decoder.isa.lanes({op, type, ftz, saturate})
                             : rounded_handler(op, type, ftz, saturate);
   if (operands == 2) decode_binary(decoder, handler, type, type);
   if (operands == 3) decode_ternary(decoder, handler, type, type);
-  decoder.out.option[0] = static_cast<uint8_t>(rounding);
+  make_options<RoundingOptions>(decoder.out).rounding = rounding;
   decoder.out.counter_class = InstructionClass::kFloat;
 }
 
@@ -364,8 +354,8 @@ void decode_mad(Decoder& decoder) {
 void decode_madc(Decoder& decoder) { decode_mad_carry(decoder, true, decoder.take("cc")); }
 
 void decode_fma(Decoder& decoder) {
-  if (decoder.take("relu")) decoder.out.option[2] = 1;
-  decode_float(decoder, LaneOp::kFma, 3);
+  const bool relu = decoder.take("relu");
+  decode_float(decoder, LaneOp::kFma, 3, relu);
 }
 
 void decode_min(Decoder& decoder) { decode_min_max(decoder, LaneOp::kMin); }
@@ -374,10 +364,7 @@ void decode_max(Decoder& decoder) { decode_min_max(decoder, LaneOp::kMax); }
 void decode_sign(Decoder& decoder, LaneOp op) {
   const bool ftz = decoder.take("ftz");
   const Type type = decoder.take_type();
-  if (is_half(type)) {
-    decoder.out.option[0] = ftz;
-    return decode_half(decoder, op, type);
-  }
+  if (is_half(type)) return decode_half(decoder, op, type, {.flush = ftz});
   decode_unary(decoder, decoder.isa.lanes({op, type, ftz}), type, type);
 }
 

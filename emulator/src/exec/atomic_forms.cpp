@@ -16,7 +16,7 @@ namespace {
 
 using ptx::Type;
 
-enum AtomicOp : uint8_t { kAdd, kExch, kCas, kMin, kMax, kAnd, kOr, kXor, kInc, kDec };
+using enum AtomicOp;
 
 // ----------------------------------------------------------------------------- one element's value
 
@@ -88,7 +88,7 @@ uint64_t float_result(AtomicOp op, Type type, uint64_t old, uint64_t b) {
 }
 
 uint64_t result_of(const Instruction& in, uint64_t old, uint64_t b, uint64_t c) {
-  const auto op = static_cast<AtomicOp>(in.option[0]);
+  const AtomicOp op = options<AtomicOptions>(in).op;
   if (op == kCas) return old == b ? c : old;
   if (op == kExch) return b;
   return is_float(in.type) ? float_result(op, in.type, old, b)
@@ -113,7 +113,10 @@ T update(const Instruction& in, std::byte* place, T b, T c) {
 // --------------------------------------------------------------------------------------- execution
 
 // Loops that take a lock poll with these.
-bool polls(const Instruction& in) { return in.option[0] == kCas || in.option[0] == kExch; }
+bool polls(const Instruction& in) {
+  const AtomicOp op = options<AtomicOptions>(in).op;
+  return op == kCas || op == kExch;
+}
 
 // Function::lists: count slots of b, then of d (kNoSlot without a result). c: the value of cas.
 template <class T>
@@ -212,16 +215,17 @@ void decode_atomic(Decoder& decoder, bool has_result) {
   decoder.memory_order();
   out.space = decoder.take_space();
   const bool has_policy = decoder.take("L2::cache_hint");
-  const int op =
+  const int found =
       decoder.take_any({"add", "exch", "cas", "min", "max", "and", "or", "xor", "inc", "dec"});
-  if (op < 0) throw Unsupported("atomic operation");
+  if (found < 0) throw Unsupported("atomic operation");
+  const auto op = static_cast<AtomicOp>(found);
   decoder.take("noftz");
   constexpr int kCounts[] = {2, 4, 8};
   const int vector = decoder.take_any({"v2", "v4", "v8"});
   out.type = decoder.take_type();
   out.count = static_cast<uint16_t>(vector < 0 ? 1 : kCounts[vector]);
-  out.option[0] = static_cast<uint8_t>(op);
-  check_operation(static_cast<AtomicOp>(op), out.type, out.count);
+  make_options<AtomicOptions>(out).op = op;
+  check_operation(op, out.type, out.count);
   const size_t first = has_result ? 1 : 0;
   decoder.set_address(decoder.operand(first));
   const auto sources = decoder.elements(decoder.operand(first + 1));

@@ -14,8 +14,6 @@ namespace {
 using ptx::Operand;
 using ptx::Type;
 
-enum BarrierKind : uint8_t { kSync, kArrive, kReduceAnd, kReduceOr, kReducePopc };
-
 void tell(Warp& warp, SyncKind kind, uint32_t mask, uint32_t id) {
   if (Observer* observer = observer_of(warp)) {
     observer->synchronise(warp, {kind, mask, id, Order::kAcqRel, Scope::kCta});
@@ -52,7 +50,7 @@ void complete(Warp& warp, NamedBarrier& barrier, uint32_t id) {
 uint32_t thread_count(const Warp& warp, const Instruction& in, uint32_t mask) {
   if (in.b == kNoSlot) return 0;
   const uint32_t count = uniform(warp, in.b, mask, "the thread count of the barrier");
-  if (count % kWarpSize || (!count && in.option[0] == kArrive)) {
+  if (count % kWarpSize || (!count && options<BarrierOptions>(in).kind == BarrierKind::kArrive)) {
     fail(warp, first_lane(mask), ReportKind::kBarrier,
          format("The thread count of a barrier must be a multiple of 32, not %u%s.", count,
                 count ? "" : ", in barrier.arrive"));
@@ -125,20 +123,20 @@ void come(Warp& warp, const Instruction& in, uint32_t mask, uint32_t id) {
   warp.fragment().wait = {Wait::Kind::kBarrier, id, kNotArrived, ""};
   if (in.c == kNoSlot) return;
   uint32_t predicate = warp.predicate(in.c);
-  if (in.option[1]) predicate = ~predicate;
+  if (options<BarrierOptions>(in).negated) predicate = ~predicate;
   add(coming.votes, {static_cast<uint32_t>(__builtin_popcount(mask)),
                      static_cast<uint32_t>(__builtin_popcount(predicate & mask))});
 }
 
 void write_result(Warp& warp, const Instruction& in, uint32_t mask, const Votes& votes) {
-  switch (in.option[0]) {
-    case kReduceAnd:
+  switch (options<BarrierOptions>(in).kind) {
+    case BarrierKind::kReduceAnd:
       warp.set_predicate(in.d, mask, votes.yes == votes.all ? kAllLanes : 0);
       break;
-    case kReduceOr:
+    case BarrierKind::kReduceOr:
       warp.set_predicate(in.d, mask, votes.yes ? kAllLanes : 0);
       break;
-    case kReducePopc: {
+    case BarrierKind::kReducePopc: {
       uint32_t* d = warp.lanes<uint32_t>(in.d);
       for_each_lane(mask, [&](int lane) { d[lane] = votes.yes; });
       break;
@@ -148,7 +146,6 @@ void write_result(Warp& warp, const Instruction& in, uint32_t mask, const Votes&
   }
 }
 
-// option[2]: .aligned.
 Step run_barrier(Warp& warp, const Instruction& in, uint32_t mask) {
   const uint32_t id = uniform(warp, in.a, mask, "the barrier");
   if (id >= warp.cta->barriers.size()) {
@@ -156,7 +153,7 @@ Step run_barrier(Warp& warp, const Instruction& in, uint32_t mask) {
          format("There is no barrier %u: a CTA has 16.", id));
   }
   if (warp.fragment().wait.kind != Wait::Kind::kBarrier) {
-    if (in.option[2]) require_aligned(warp, mask, "An aligned barrier");
+    if (options<BarrierOptions>(in).aligned) require_aligned(warp, mask, "An aligned barrier");
     if (split_off(warp, mask)) return Step::kJump;
     come(warp, in, mask, id);
   }
@@ -169,7 +166,7 @@ Step run_barrier(Warp& warp, const Instruction& in, uint32_t mask) {
   }
   const bool is_current = wait.generation == barrier.generation;
   if (is_current && is_complete(*warp.cta, barrier.phase)) complete(warp, barrier, id);
-  if (in.option[0] != kArrive) {
+  if (options<BarrierOptions>(in).kind != BarrierKind::kArrive) {
     if (wait.generation == barrier.generation) return Step::kRetry;
     write_result(warp, in, mask, wait.votes);
     tell(warp, SyncKind::kBarrierLeave, mask, id);
@@ -184,15 +181,18 @@ void decode_barrier(Decoder& decoder, bool aligned) {
   decoder.take("cta");
   const int what = decoder.take_any({"sync", "arrive", "red"});
   if (what < 0) throw Unsupported("barrier of this kind");
-  out.option[0] = static_cast<uint8_t>(what);
-  out.option[2] = decoder.take("aligned") || aligned;
+  BarrierOptions& how = make_options<BarrierOptions>(out);
+  how.kind = static_cast<BarrierKind>(what);
+  how.aligned = decoder.take("aligned") || aligned;
   out.run = run_barrier;
   size_t next = 0;
   if (what == 2) {
     const int op = decoder.take_any({"and", "or", "popc"});
     if (op < 0) throw Unsupported("reduction of this kind");
     decoder.take_type();
-    out.option[0] = static_cast<uint8_t>(kReduceAnd + op);
+    constexpr BarrierKind kOf[] = {BarrierKind::kReduceAnd, BarrierKind::kReduceOr,
+                                   BarrierKind::kReducePopc};
+    how.kind = kOf[op];
     out.d = decoder.destination(0, op == 2 ? 4 : 0);
     next = 1;
   }
@@ -200,9 +200,7 @@ void decode_barrier(Decoder& decoder, bool aligned) {
   const size_t predicates = what == 2 ? 1 : 0;
   if (decoder.operands() > next + predicates) out.b = decoder.source(next++, Type::kU32);
   if (what == 2) {
-    bool negated = false;
-    out.c = decoder.source_predicate(decoder.operand(next), &negated);
-    out.option[1] = negated;
+    out.c = decoder.source_predicate(decoder.operand(next), &how.negated);
   }
 }
 

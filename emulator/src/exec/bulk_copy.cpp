@@ -72,12 +72,12 @@ void write_shared(const BulkCopy& copy, uint64_t address, std::byte* host) {
 
 void plan(BulkCopy& copy) {
   const auto store = copy.reduction ? AccessKind::kAtomic : AccessKind::kStore;
-  if (copy.direction == BulkCopy::Direction::kGlobalToShared) {
+  if (copy.direction == BulkDirection::kGlobalToShared) {
     copy.loads.push_back(global_ranges(copy, AccessKind::kLoad));
-  } else if (copy.direction != BulkCopy::Direction::kRegistersToShared) {
+  } else if (copy.direction != BulkDirection::kRegistersToShared) {
     copy.loads.push_back(shared_range(copy.source, copy.bytes, AccessKind::kLoad));
   }
-  if (copy.direction == BulkCopy::Direction::kSharedToGlobal) {
+  if (copy.direction == BulkDirection::kSharedToGlobal) {
     copy.stores.push_back(global_ranges(copy, store));
   }
   for (uint64_t address : copy.destinations) {
@@ -99,7 +99,7 @@ void plan(BulkCopy& copy) {
 void read(BulkCopy& copy) {
   if (std::exchange(copy.was_read, true)) return;
   copy.box.resize(copy.bytes);
-  if (copy.direction != BulkCopy::Direction::kGlobalToShared) {
+  if (copy.direction != BulkDirection::kGlobalToShared) {
     from_swizzled(copy.box.data(), copy.bytes, static_cast<uint32_t>(copy.source), copy.swizzle,
                   copy.loads[0].host[0]);
     return;
@@ -116,7 +116,7 @@ void read(BulkCopy& copy) {
 
 void write(BulkCopy& copy) {
   if (std::exchange(copy.was_written, true)) return;
-  if (copy.direction != BulkCopy::Direction::kSharedToGlobal) {
+  if (copy.direction != BulkDirection::kSharedToGlobal) {
     for (size_t i = 0; i < copy.destinations.size(); ++i) {
       write_shared(copy, copy.destinations[i], copy.stores[i].host[0]);
     }
@@ -138,7 +138,7 @@ std::vector<std::byte> undefined_of_box(const BulkCopy& copy, const std::vector<
   std::vector<std::byte> undefined;
   if (found.empty()) return undefined;
   undefined.resize(copy.bytes);
-  if (copy.direction != BulkCopy::Direction::kGlobalToShared) {
+  if (copy.direction != BulkDirection::kGlobalToShared) {
     from_swizzled(undefined.data(), copy.bytes, static_cast<uint32_t>(copy.source), copy.swizzle,
                   found.data());
     return undefined;
@@ -155,7 +155,7 @@ std::vector<std::byte> undefined_of_box(const BulkCopy& copy, const std::vector<
 std::vector<std::byte> undefined_of_destination(const BulkCopy& copy, uint64_t address) {
   std::vector<std::byte> undefined;
   if (copy.undefined.empty()) return undefined;
-  if (copy.direction == BulkCopy::Direction::kSharedToGlobal) {
+  if (copy.direction == BulkDirection::kSharedToGlobal) {
     for (const Segment& segment : copy.segments) {
       const auto begin = copy.undefined.begin() + segment.linear;
       undefined.insert(undefined.end(), begin, begin + segment.bytes);
@@ -170,7 +170,7 @@ std::vector<std::byte> undefined_of_destination(const BulkCopy& copy, uint64_t a
 }
 
 void poison(BulkCopy& copy) {
-  if (copy.reduction || copy.direction == BulkCopy::Direction::kSharedToGlobal) return;
+  if (copy.reduction || copy.direction == BulkDirection::kSharedToGlobal) return;
   for (AsyncRanges& ranges : copy.stores) std::memset(ranges.host[0], kPoison, ranges.bytes);
 }
 

@@ -36,16 +36,9 @@ void from_swizzled(std::byte* box, uint32_t bytes, uint32_t address, uint32_t wi
                    const std::byte* host);
 
 struct BulkCopy {
-  enum class Direction : uint8_t {
-    kGlobalToShared,
-    kSharedToGlobal,
-    kSharedToShared,
-    kRegistersToShared,  // st.async, red.async: `box` is filled when it is issued
-  };
-
   IssueSite site;
   Proxy proxy = Proxy::kAsync;
-  Direction direction = Direction::kGlobalToShared;
+  BulkDirection direction = BulkDirection::kGlobalToShared;
   uint32_t bytes = 0;             // in shared memory
   std::vector<Segment> segments;  // in global memory
   uint64_t source = 0;            // shared address, where the source is shared memory
@@ -57,7 +50,7 @@ struct BulkCopy {
   std::optional<Reduction> reduction;
 
   std::vector<AsyncRanges> loads, stores;      // made when it is issued
-  std::vector<std::byte> box;                  // linear
+  std::vector<std::byte> box;                  // linear; of kRegistersToShared filled when issued
   std::vector<std::byte> undefined;            // as Access::undefined, of the bytes of `box`
   bool was_read = false, was_written = false;  // the bytes were moved
   bool reads_complete = false;                 // by the rules of PTX

@@ -11,9 +11,7 @@
 namespace gpu_emulator::exec {
 namespace {
 
-using Direction = BulkCopy::Direction;
-
-// list: as in bulk_operands.h, then the size. option[0]: Direction. type: of a reduction.
+// list: as in bulk_operands.h, then the size. type: of a reduction.
 enum Place : int { kDestination, kSource };
 constexpr int kSize = kCtaMask + 1;
 
@@ -29,8 +27,14 @@ void require_multiple(const Warp& warp, int lane, const char* what, uint64_t val
               static_cast<unsigned long long>(value)));
 }
 
+std::optional<Reduction> reduction_of(const Instruction& in) {
+  const std::optional<ReductionOp> op = options<BulkOptions>(in).reduction;
+  if (!op) return std::nullopt;
+  return Reduction{*op, in.type};
+}
+
 Step run_copy(Warp& warp, const Instruction& in, uint32_t mask) {
-  const auto direction = static_cast<Direction>(in.option[0]);
+  const BulkDirection direction = options<BulkOptions>(in).direction;
   for_each_lane(mask, [&](int lane) {
     auto copy = std::make_shared<BulkCopy>();
     copy->site = issue_site(warp, lane);
@@ -42,17 +46,15 @@ Step run_copy(Warp& warp, const Instruction& in, uint32_t mask) {
     require_multiple(warp, lane, "source address", source);
     require_multiple(warp, lane, "destination address", destination);
     if (copy->bytes == 0) return;
-    if (in.option[2] != kNoReduction) {
-      copy->reduction = Reduction{static_cast<ReductionOp>(in.option[2]), in.type};
-    }
+    copy->reduction = reduction_of(in);
     count_bytes(warp, copy->bytes);
-    if (direction == Direction::kSharedToGlobal) {
+    if (direction == BulkDirection::kSharedToGlobal) {
       copy->source = source;
       copy->segments = {{destination, 0, copy->bytes}};
       issue_to_group(std::move(copy));
       return;
     }
-    if (direction == Direction::kGlobalToShared) {
+    if (direction == BulkDirection::kGlobalToShared) {
       copy->segments = {{source, 0, copy->bytes}};
     } else {
       copy->source = source;
@@ -78,10 +80,10 @@ Step run_commit_group(Warp& warp, const Instruction&, uint32_t mask) {
   return Step::kNext;
 }
 
-// imm: newest groups that may be incomplete; option[0]: .read.
+// imm: newest groups that may be incomplete.
 Step run_wait_group(Warp& warp, const Instruction& in, uint32_t mask) {
   HopperWarpState& state = hopper(warp);
-  const bool reads_only = in.option[0];
+  const bool reads_only = options<BulkWaitOptions>(in).reads_only;
   std::erase_if(state.bulk, [&](BulkGroupCopy& entry) {
     const int lane = entry.copy->site.lane;
     const bool awaited =
@@ -113,7 +115,7 @@ Step run_store_async(Warp& warp, const Instruction& in, uint32_t mask) {
     auto copy = std::make_shared<BulkCopy>();
     copy->site = issue_site(warp, lane);
     copy->proxy = Proxy::kGeneric;
-    copy->direction = Direction::kRegistersToShared;
+    copy->direction = BulkDirection::kRegistersToShared;
     copy->was_read = true;
     copy->bytes = static_cast<uint32_t>(values) * in.bytes;
     copy->box.resize(copy->bytes);
@@ -128,9 +130,7 @@ Step run_store_async(Warp& warp, const Instruction& in, uint32_t mask) {
         std::memset(copy->undefined.data() + i * in.bytes, 1, in.bytes);
       }
     }
-    if (in.option[2] != kNoReduction) {
-      copy->reduction = Reduction{static_cast<ReductionOp>(in.option[2]), in.type};
-    }
+    copy->reduction = reduction_of(in);
     const uint64_t destination = listed_address(warp, in, 0, lane);
     const uint64_t barrier = listed_address(warp, in, 1, lane);
     if (destination % copy->bytes) {
@@ -157,7 +157,7 @@ void decode_operands(Decoder& decoder, const ptx::Operand* const (&places)[3],
 }
 
 // The state spaces: the first two modifiers after `before` others.
-Direction take_direction(Decoder& decoder, size_t before) {
+BulkDirection take_direction(Decoder& decoder, size_t before) {
   const std::vector<std::string>& words = decoder.ast.modifiers;
   if (words.size() < before + 2) throw Unsupported("state spaces");
   const std::string& to = words[before];
@@ -165,32 +165,33 @@ Direction take_direction(Decoder& decoder, size_t before) {
   decoder.take(to);
   decoder.take(from);
   const bool to_shared = to == "shared::cluster" || to == "shared::cta";
-  if (to_shared && from == "global") return Direction::kGlobalToShared;
-  if (to == "shared::cluster" && from == "shared::cta") return Direction::kSharedToShared;
-  if (to == "global" && from == "shared::cta") return Direction::kSharedToGlobal;
+  if (to_shared && from == "global") return BulkDirection::kGlobalToShared;
+  if (to == "shared::cluster" && from == "shared::cta") return BulkDirection::kSharedToShared;
+  if (to == "global" && from == "shared::cta") return BulkDirection::kSharedToGlobal;
   throw Unsupported("state spaces");
 }
 
-void decode_copy_of(Decoder& decoder, size_t before, uint8_t reduction) {
-  const Direction direction = take_direction(decoder, before);
-  const bool to_group = direction == Direction::kSharedToGlobal;
+void decode_copy_of(Decoder& decoder, size_t before, std::optional<ReductionOp> reduction) {
+  const BulkDirection direction = take_direction(decoder, before);
+  const bool to_group = direction == BulkDirection::kSharedToGlobal;
   if (!decoder.take(to_group ? "bulk_group" : "mbarrier::complete_tx::bytes")) {
     throw Unsupported("completion mechanism");
   }
   const bool multicast =
-      direction == Direction::kGlobalToShared && decoder.take("multicast::cluster");
+      direction == BulkDirection::kGlobalToShared && decoder.take("multicast::cluster");
   decoder.take("L2::cache_hint");
   decode_operands(
       decoder, {&decoder.operand(0), &decoder.operand(1), to_group ? nullptr : &decoder.operand(3)},
       decoder.operand(2), multicast ? &decoder.operand(4) : nullptr);
-  decoder.out.option[0] = static_cast<uint8_t>(direction);
-  decoder.out.option[2] = reduction;
+  BulkOptions& bulk = make_options<BulkOptions>(decoder.out);
+  bulk.direction = direction;
+  bulk.reduction = reduction;
   decoder.out.run = run_copy;
 }
 
 void decode_copy(Decoder& decoder) {
   constexpr size_t kBefore = 2;  // async.bulk
-  decode_copy_of(decoder, kBefore, kNoReduction);
+  decode_copy_of(decoder, kBefore, std::nullopt);
 }
 
 bool is_defined(ReductionOp op, ptx::Type type, bool in_shared) {
@@ -216,8 +217,9 @@ void decode_reduce(Decoder& decoder) {
   const ReductionOp op = take_reduction(decoder);
   decoder.take("noftz");
   decoder.out.type = decoder.take_type();
-  decode_copy_of(decoder, kBefore, static_cast<uint8_t>(op));
-  const bool in_shared = decoder.out.option[0] == static_cast<uint8_t>(Direction::kSharedToShared);
+  decode_copy_of(decoder, kBefore, op);
+  const bool in_shared =
+      options<BulkOptions>(decoder.out).direction == BulkDirection::kSharedToShared;
   if (!is_defined(op, decoder.out.type, in_shared)) {
     throw Unsupported("type of the reduction");
   }
@@ -235,13 +237,13 @@ void decode_commit_group(Decoder& decoder) {
 }
 
 void decode_wait_group(Decoder& decoder) {
-  decoder.out.option[0] = decoder.take("read");
+  make_options<BulkWaitOptions>(decoder.out).reads_only = decoder.take("read");
   decoder.out.imm = decoder.immediate(0);
   decoder.out.counter_class = InstructionClass::kBarrier;
   decoder.out.run = run_wait_group;
 }
 
-void decode_register_values(Decoder& decoder, uint8_t reduction) {
+void decode_register_values(Decoder& decoder, std::optional<ReductionOp> reduction) {
   decoder.take_any({"weak", "relaxed"});
   decoder.take("cluster");
   decoder.take_any({"shared::cluster", "shared"});
@@ -257,16 +259,16 @@ void decode_register_values(Decoder& decoder, uint8_t reduction) {
     slots.push_back(decoder.source(value, decoder.out.type));
   }
   decoder.list(slots);
-  decoder.out.option[2] = reduction;
+  make_options<BulkOptions>(decoder.out).reduction = reduction;
   decoder.out.counter_class = InstructionClass::kAsyncCopy;
   decoder.out.run = run_store_async;
 }
 
-void decode_store_async(Decoder& decoder) { decode_register_values(decoder, kNoReduction); }
+void decode_store_async(Decoder& decoder) { decode_register_values(decoder, std::nullopt); }
 
 void decode_reduce_async(Decoder& decoder) {
   const ReductionOp op = take_reduction(decoder);
-  decode_register_values(decoder, static_cast<uint8_t>(op));
+  decode_register_values(decoder, op);
   if (!is_defined(op, decoder.out.type, true)) {
     throw Unsupported("type of the reduction");
   }

@@ -10,7 +10,7 @@ void append_address(Decoder& decoder, const ptx::Operand& operand, int index,
   const Decoder::Address address = decoder.address(operand);
   slots.push_back(address.slot);
   slots.push_back(decoder.function.constant(static_cast<uint64_t>(address.offset), 8));
-  if (address.wide) decoder.out.option[1] |= static_cast<uint8_t>(1 << index);
+  make_options<BulkOptions>(decoder.out).wide_bases |= static_cast<uint8_t>(address.wide << index);
 }
 
 void append_places(Decoder& decoder, const ptx::Operand* const (&places)[3],
@@ -34,7 +34,8 @@ ReductionOp take_reduction(Decoder& decoder) {
 uint64_t listed_address(const Warp& warp, const Instruction& in, int index, int lane) {
   const Slot* slots = warp.list(in) + 2 * index;
   const uint64_t offset = warp.lanes<uint64_t>(slots[1])[lane];
-  if (in.option[1] >> index & 1) return warp.lanes<uint64_t>(slots[0])[lane] + offset;
+  if (options<BulkOptions>(in).wide_bases >> index & 1)
+    return warp.lanes<uint64_t>(slots[0])[lane] + offset;
   return static_cast<uint32_t>(warp.lanes<uint32_t>(slots[0])[lane] + offset);
 }
 

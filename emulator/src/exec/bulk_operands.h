@@ -1,9 +1,8 @@
 #pragma once
 
 // Operands of asynchronous copies: addresses, two slots each (a base and a constant offset) at the
-// beginning of the instruction's list; option[1]: bit i is set where base i has 64 bits. Of
-// cp.async.bulk and cp.async.bulk.tensor three of them and the CTA mask of a multicast; option[2]:
-// ReductionOp or kNoReduction.
+// beginning of the instruction's list. Of cp.async.bulk and cp.async.bulk.tensor three of them and
+// the CTA mask of a multicast.
 
 #include <vector>
 
@@ -15,7 +14,6 @@ namespace gpu_emulator::exec {
 
 inline constexpr int kBarrierPlace = 2;  // of the mbarrier among the three addresses
 inline constexpr int kCtaMask = 6;       // in the list; kNoSlot: no multicast
-inline constexpr uint8_t kNoReduction = 0xff;
 
 void append_address(Decoder& decoder, const ptx::Operand& operand, int index,
                     std::vector<Slot>& slots);

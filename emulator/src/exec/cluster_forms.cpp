@@ -43,9 +43,9 @@ void complete_if_all_arrived(Warp& warp) {
   tell(warp, SyncKind::kClusterComplete, kAllLanes);
 }
 
-// option[0]: .aligned
 Step run_cluster_arrive(Warp& warp, const Instruction& in, uint32_t mask) {
-  if (in.option[0]) require_aligned(warp, mask, "barrier.cluster.arrive.aligned");
+  if (options<ClusterBarrierOptions>(in).aligned)
+    require_aligned(warp, mask, "barrier.cluster.arrive.aligned");
   HopperWarpState& state = hopper(warp);
   if (const uint32_t again = state.cluster_arrived & mask) {
     fail(warp, first_lane(again), ReportKind::kBarrier,
@@ -60,7 +60,8 @@ Step run_cluster_arrive(Warp& warp, const Instruction& in, uint32_t mask) {
 }
 
 Step run_cluster_wait(Warp& warp, const Instruction& in, uint32_t mask) {
-  if (in.option[0]) require_aligned(warp, mask, "barrier.cluster.wait.aligned");
+  if (options<ClusterBarrierOptions>(in).aligned)
+    require_aligned(warp, mask, "barrier.cluster.wait.aligned");
   if (split_off(warp, mask)) return Step::kJump;
   HopperWarpState& state = hopper(warp);
   if (const uint32_t absent = mask & ~state.cluster_arrived) {
@@ -85,7 +86,7 @@ Step run_cluster_wait(Warp& warp, const Instruction& in, uint32_t mask) {
 void decode_cluster_barrier(Decoder& decoder, Handler handler, Order order) {
   decoder.out.order = order;
   decoder.memory_order();
-  decoder.out.option[0] = decoder.take("aligned");
+  make_options<ClusterBarrierOptions>(decoder.out).aligned = decoder.take("aligned");
   decoder.out.counter_class = InstructionClass::kBarrier;
   decoder.out.run = handler;
 }
@@ -153,16 +154,17 @@ int launched_registers(const Warp& warp) {
                         static_cast<int>(launch.launch->threads_per_cta()));
 }
 
-// imm: registers; option[0]: .inc
+// imm: registers.
 Step run_setmaxnreg(Warp& warp, const Instruction& in, uint32_t mask) {
   require_converged(warp, mask, "setmaxnreg");
   HopperWarpState& state = hopper(warp);
   HopperCtaState& cta = hopper(*warp.cta);
   const int before = state.registers ? state.registers : launched_registers(warp);
   const int after = static_cast<int>(in.imm);
-  if (in.option[0] ? after < before : after > before) {
+  const bool increases = options<RegisterCountOptions>(in).increases;
+  if (increases ? after < before : after > before) {
     fail(warp, -1, ReportKind::kInvalidOperand,
-         format("setmaxnreg.%s to %d registers: the thread has %d.", in.option[0] ? "inc" : "dec",
+         format("setmaxnreg.%s to %d registers: the thread has %d.", increases ? "inc" : "dec",
                 after, before));
   }
   const int64_t more = int64_t{after - before} * kWarpSize;
@@ -193,7 +195,7 @@ void decode_setmaxnreg(Decoder& decoder) {
   if (decoder.out.imm < 24 || decoder.out.imm > 256 || decoder.out.imm % 8) {
     throw Unsupported("register count: 24 to 256, a multiple of 8");
   }
-  decoder.out.option[0] = static_cast<uint8_t>(action);
+  make_options<RegisterCountOptions>(decoder.out).increases = action == 1;
   decoder.out.counter_class = InstructionClass::kControl;
   decoder.out.run = run_setmaxnreg;
 }

@@ -27,31 +27,24 @@ namespace {
 #include "lane_access.inc.h"
 #include "lane_operations.inc.h"
 
-enum HalfFlag : uint8_t { kBf16 = 1, kFlush = 2 };  // option[2]
-
-uint8_t half_flags(Type type, bool ftz) {
-  const bool is_bf16 = type == Type::kBf16 || type == Type::kBf16x2;
-  return static_cast<uint8_t>((is_bf16 ? kBf16 : 0) | (ftz ? kFlush : 0));
-}
-
 // The comparison of f16 and bf16 is that of their f32 values.
-float half_value(const Instruction& in, uint32_t bits) {
-  if (in.option[2] & kBf16) return bf16_to_float(bits);
+float half_value(const CompareOptions& how, uint32_t bits) {
+  if (how.is_bf16) return bf16_to_float(bits);
   const bool is_subnormal = !(bits & 0x7c00);
-  return f16_to_float(in.option[2] & kFlush && is_subnormal ? bits & 0x8000 : bits);
+  return f16_to_float(how.flush && is_subnormal ? bits & 0x8000 : bits);
 }
 
-// option[3]: Compare. Scalar halves: d and the complement e; packed: d of the low, e of the high.
+// Scalar halves: d and the complement e; packed: d of the low, e of the high.
 template <bool kPacked>
 Step run_setp_half(Warp& warp, const Instruction& in, uint32_t mask) {
   const auto* a = warp.lanes<uint32_t>(in.a);
   const auto* b = warp.lanes<uint32_t>(in.b);
-  const auto how = static_cast<Compare>(in.option[3]);
+  const CompareOptions how = options<CompareOptions>(in);
   uint32_t low = 0, high = 0;
   for (int i = 0; i < kWarpSize; ++i) {
     const auto half = [&](int shift) {
-      return static_cast<uint32_t>(compare(how, half_value(in, a[i] >> shift & 0xffff),
-                                           half_value(in, b[i] >> shift & 0xffff)));
+      return static_cast<uint32_t>(compare(how.compare, half_value(how, a[i] >> shift & 0xffff),
+                                           half_value(how, b[i] >> shift & 0xffff)));
     };
     low |= half(0) << i;
     if (kPacked) high |= half(16) << i;
@@ -60,13 +53,15 @@ Step run_setp_half(Warp& warp, const Instruction& in, uint32_t mask) {
   return Step::kNext;
 }
 
-// The combining predicate; `with` is the index of and, or, xor, -1 without one.
-void decode_combination(Decoder& decoder, int with) {
+// `with` is the index of and, or, xor, the combination with a predicate, -1 without one.
+void decode_comparison(Decoder& decoder, Compare compare, int with, Type type, bool ftz) {
+  CompareOptions& how = make_options<CompareOptions>(decoder.out);
+  how.compare = compare;
+  how.is_bf16 = type == Type::kBf16 || type == Type::kBf16x2;
+  how.flush = ftz;
   if (with < 0) return;
-  bool negated = false;
-  decoder.out.c = decoder.source_predicate(decoder.operand(3), &negated);
-  decoder.out.option[0] = static_cast<uint8_t>(with + 1);
-  decoder.out.option[1] = negated;
+  decoder.out.c = decoder.source_predicate(decoder.operand(3), &how.negated);
+  how.combination = static_cast<Combination>(with + 1);
 }
 
 void decode_setp(Decoder& decoder) {
@@ -80,10 +75,8 @@ void decode_setp(Decoder& decoder) {
   if (results.size() > 1) out.e = decoder.destination(results[1], 0, true);
   out.a = decoder.source(1, type);
   out.b = decoder.source(2, type);
-  decode_combination(decoder, with);
+  decode_comparison(decoder, compare, with, type, ftz);
   if (is_half(type)) {
-    out.option[2] = half_flags(type, ftz);
-    out.option[3] = static_cast<uint8_t>(compare);
     out.run = size_of(type) == 4 ? run_setp_half<true> : run_setp_half<false>;
   } else {
     out.run = decoder.isa.lanes({LaneOp::kSetp, type, ftz, false, compare});
@@ -92,7 +85,7 @@ void decode_setp(Decoder& decoder) {
   out.counter_class = InstructionClass::kCompare;
 }
 
-// set: the comparison as all ones or 1.0. option[3]: Compare.
+// set: the comparison as all ones or 1.0.
 
 void write_set(Warp& warp, const Instruction& in, uint32_t mask, uint32_t result) {
   constexpr uint32_t kOneF32 = 0x3f800000;
@@ -104,17 +97,20 @@ void write_set(Warp& warp, const Instruction& in, uint32_t mask, uint32_t result
 
 template <class T, bool kFtz = false>
 Step run_set(Warp& warp, const Instruction& in, uint32_t mask) {
-  write_set(warp, in, mask, compare_lanes<T, kFtz>(static_cast<Compare>(in.option[3]), warp, in));
+  const Compare how = options<CompareOptions>(in).compare;
+  write_set(warp, in, mask, compare_lanes<T, kFtz>(how, warp, in));
   return Step::kNext;
 }
 
 Step run_set_half(Warp& warp, const Instruction& in, uint32_t mask) {
   const auto* a = warp.lanes<uint32_t>(in.a);
   const auto* b = warp.lanes<uint32_t>(in.b);
-  const auto how = static_cast<Compare>(in.option[3]);
+  const CompareOptions how = options<CompareOptions>(in);
   uint32_t result = 0;
   for (int i = 0; i < kWarpSize; ++i) {
-    result |= static_cast<uint32_t>(compare(how, half_value(in, a[i]), half_value(in, b[i]))) << i;
+    result |=
+        static_cast<uint32_t>(compare(how.compare, half_value(how, a[i]), half_value(how, b[i])))
+        << i;
   }
   write_set(warp, in, mask, result);
   return Step::kNext;
@@ -160,9 +156,7 @@ void decode_set(Decoder& decoder) {
   out.d = decoder.destination(0, 4);
   out.a = decoder.source(1, out.from);
   out.b = decoder.source(2, out.from);
-  decode_combination(decoder, with);
-  out.option[2] = half_flags(out.from, ftz);
-  out.option[3] = static_cast<uint8_t>(compare);
+  decode_comparison(decoder, compare, with, out.from, ftz);
   out.run = set_handler(out.from, ftz);
   out.counter_class = InstructionClass::kCompare;
 }
@@ -180,16 +174,17 @@ void decode_selp(Decoder& decoder) {
   out.counter_class = InstructionClass::kCompare;
 }
 
-// slct: a where c >= 0, else b. option[0]: c is a float, option[1]: flushed.
+// slct: a where c >= 0, else b.
 template <class C>
 Step run_slct(Warp& warp, const Instruction& in, uint32_t mask) {
   const auto* a = warp.lanes<C>(in.a);
   const auto* b = warp.lanes<C>(in.b);
   const auto* c = warp.lanes<uint32_t>(in.c);
-  const bool is_float = in.option[0], ftz = in.option[1];
+  const SelectOptions how = options<SelectOptions>(in);
   write_lanes<C>(warp, in.d, mask, [=](int i) {
     const float x = unpack<float>(c[i]);
-    const bool first = is_float ? (ftz ? flush(x) : x) >= 0.0f : static_cast<int32_t>(c[i]) >= 0;
+    const bool first =
+        how.float_selector ? (how.flush ? flush(x) : x) >= 0.0f : static_cast<int32_t>(c[i]) >= 0;
     return first ? a[i] : b[i];
   });
   return Step::kNext;
@@ -197,34 +192,33 @@ Step run_slct(Warp& warp, const Instruction& in, uint32_t mask) {
 
 void decode_slct(Decoder& decoder) {
   Instruction& out = decoder.out;
-  out.option[1] = decoder.take("ftz");
+  SelectOptions& how = make_options<SelectOptions>(out);
+  how.flush = decoder.take("ftz");
   const Type type = decoder.take_type();
   const Type selector = decoder.take_type();
   out.d = decoder.destination(0, size_of(type));
   out.a = decoder.source(1, type);
   out.b = decoder.source(2, type);
   out.c = decoder.source(3, selector);
-  out.option[0] = selector == Type::kF32;
+  how.float_selector = selector == Type::kF32;
   out.run = size_of(type) == 8 ? run_slct<uint64_t> : run_slct<uint32_t>;
   out.counter_class = InstructionClass::kCompare;
 }
 
 // ------------------------------------------------------------------------ and, or, xor, not of all
 
-enum PredicateOp : uint8_t { kPredAnd, kPredOr, kPredXor, kPredNot };
-
 Step run_predicate(Warp& warp, const Instruction& in, uint32_t mask) {
   const uint32_t a = warp.predicate(in.a);
   const uint32_t b = in.b == kNoSlot ? 0 : warp.predicate(in.b);
   uint32_t result = 0;
-  switch (in.option[0]) {
-    case kPredAnd:
+  switch (options<PredicateOptions>(in).op) {
+    case PredicateOp::kAnd:
       result = a & b;
       break;
-    case kPredOr:
+    case PredicateOp::kOr:
       result = a | b;
       break;
-    case kPredXor:
+    case PredicateOp::kXor:
       result = a ^ b;
       break;
     default:
@@ -241,24 +235,24 @@ void decode_logic(Decoder& decoder, LaneOp op, PredicateOp predicate_op) {
   if (type == Type::kPred) {
     out.d = decoder.destination(0, 0);
     out.a = decoder.source(1, type);
-    if (predicate_op != kPredNot) out.b = decoder.source(2, type);
-    out.option[0] = predicate_op;
+    if (predicate_op != PredicateOp::kNot) out.b = decoder.source(2, type);
+    make_options<PredicateOptions>(out).op = predicate_op;
     out.run = run_predicate;
     out.counter_class = InstructionClass::kCompare;
     return;
   }
   if (is_float(type)) throw Unsupported("logic on this type");
-  if (predicate_op == kPredNot) {
+  if (predicate_op == PredicateOp::kNot) {
     decode_unary(decoder, decoder.isa.lanes({op, type}), type, type);
   } else {
     decode_binary(decoder, decoder.isa.lanes({op, type}), type, type);
   }
 }
 
-void decode_and(Decoder& decoder) { decode_logic(decoder, LaneOp::kAnd, kPredAnd); }
-void decode_or(Decoder& decoder) { decode_logic(decoder, LaneOp::kOr, kPredOr); }
-void decode_xor(Decoder& decoder) { decode_logic(decoder, LaneOp::kXor, kPredXor); }
-void decode_not(Decoder& decoder) { decode_logic(decoder, LaneOp::kNot, kPredNot); }
+void decode_and(Decoder& decoder) { decode_logic(decoder, LaneOp::kAnd, PredicateOp::kAnd); }
+void decode_or(Decoder& decoder) { decode_logic(decoder, LaneOp::kOr, PredicateOp::kOr); }
+void decode_xor(Decoder& decoder) { decode_logic(decoder, LaneOp::kXor, PredicateOp::kXor); }
+void decode_not(Decoder& decoder) { decode_logic(decoder, LaneOp::kNot, PredicateOp::kNot); }
 
 constexpr Form kForms[] = {
     {"setp", decode_setp}, {"set", decode_set}, {"selp", decode_selp}, {"slct", decode_slct},

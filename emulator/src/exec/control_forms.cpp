@@ -98,10 +98,10 @@ void decode_exit(Decoder& decoder) {
 // ------------------------------------------------------------------------------------------- calls
 
 // Function::lists: slots of the local addresses of the caller's arguments, then of its results.
-// imm: the callee; option[0]: indirect through a.
+// imm: the callee, or a: its address.
 const Function& callee_of(const Warp& warp, const Instruction& in, int lane) {
   const auto& functions = launch_of(warp).launch->program->functions;
-  if (!in.option[0]) return functions[in.imm];
+  if (!options<CallOptions>(in).indirect) return functions[in.imm];
   const uint64_t target = warp.lanes<uint64_t>(in.a)[lane];
   if ((target & kWindowMask) != kFunctionWindow || (target & ~kWindowMask) >= functions.size()) {
     fail(warp, lane, ReportKind::kInvalidOperand,
@@ -112,7 +112,7 @@ const Function& callee_of(const Warp& warp, const Instruction& in, int lane) {
 
 // Lanes of mask that call the same function as its first lane.
 uint32_t same_callee(const Warp& warp, const Instruction& in, uint32_t mask) {
-  if (!in.option[0]) return mask;
+  if (!options<CallOptions>(in).indirect) return mask;
   const uint64_t* target = warp.lanes<uint64_t>(in.a);
   uint32_t same = 0;
   for_each_lane(mask, [&](int lane) {
@@ -151,16 +151,18 @@ void run_body_less(Warp& warp, const Instruction& in, const Function& callee, ui
   std::vector<uint64_t> places;
   for (int i = 0; i < in.count; ++i) places.push_back(local_offset(warp, list[i]));
   run_system_call(warp, callee.name, places, mask);
-  const size_t given = places.size() - in.option[1];
-  for (size_t i = 0; i < in.option[1] && i < callee.returns.size(); ++i) {
+  const size_t results = options<CallOptions>(in).results;
+  const size_t given = places.size() - results;
+  for (size_t i = 0; i < results && i < callee.returns.size(); ++i) {
     show_copied(warp, mask, places[given + i], callee.returns[i].bytes);
   }
 }
 
 void enter(Warp& warp, const Instruction& in, const Function& callee, uint32_t mask) {
   const Slot* list = warp.list(in);
-  const size_t given = in.count - in.option[1];
-  if (given != callee.params.size() || in.option[1] != callee.returns.size()) {
+  const size_t results = options<CallOptions>(in).results;
+  const size_t given = in.count - results;
+  if (given != callee.params.size() || results != callee.returns.size()) {
     fail(warp, first_lane(mask), ReportKind::kInvalidOperand,
          "Call of " + callee.name + " with another number of arguments or results.");
   }
@@ -181,9 +183,10 @@ void enter(Warp& warp, const Instruction& in, const Function& callee, uint32_t m
 
 // Behind the call, when the lanes are back: copies the results from where the callee left them.
 void copy_results(Warp& warp, const Instruction& call, const Function& callee, uint32_t mask) {
-  const Slot* results = warp.list(call) + (call.count - call.option[1]);
+  const int count = options<CallOptions>(call).results;
+  const Slot* results = warp.list(call) + (call.count - count);
   const uint32_t base = warp.frames[warp.fragment().frame].local_base + warp.function->local_bytes;
-  for (int i = 0; i < call.option[1]; ++i) {
+  for (int i = 0; i < count; ++i) {
     const uint64_t place = local_offset(warp, results[i]);
     for_each_lane(mask, [&](int lane) {
       std::byte* memory = warp.local_memory(lane);
@@ -228,6 +231,7 @@ Step run_call_or_return(Warp& warp, const Instruction& in, uint32_t mask) {
 void decode_call(Decoder& decoder) {
   Instruction& out = decoder.out;
   decoder.take("uni");
+  CallOptions& how = make_options<CallOptions>(out);
   std::vector<Operand> results, arguments;
   size_t next = 0;
   if (decoder.operand(0).kind == Operand::Kind::kVector) {
@@ -239,7 +243,7 @@ void decode_call(Decoder& decoder) {
     out.imm = callee.index;
   } else {
     out.a = decoder.source(callee, ptx::Type::kU64);
-    out.option[0] = 1;
+    how.indirect = true;
   }
   if (next < decoder.operands() && decoder.operand(next).kind == Operand::Kind::kVector) {
     arguments = decoder.operand(next).elements;
@@ -252,7 +256,7 @@ void decode_call(Decoder& decoder) {
   for (const Operand& argument : arguments) append(argument);
   for (const Operand& result : results) append(result);
   decoder.list(slots);
-  out.option[1] = static_cast<uint8_t>(results.size());
+  how.results = static_cast<uint8_t>(results.size());
   out.e = decoder.function.special("%returned", 4);
   out.run = run_call_or_return;
   out.counter_class = InstructionClass::kControl;

@@ -15,19 +15,9 @@ namespace {
 
 using ptx::Type;
 
-// Instruction::option[0] is the Rounding, option[1] these flags.
-enum ConvertFlag : uint8_t {
-  kToInteger = 1,  // .rni, .rzi, ...: round to an integer, also where the result is a float
-  kSaturate = 2,
-  kFlush = 4,
-  kRelu = 8,
-  kSatFinite = 16,
-  kAwayFromTies = 32,  // .rna
-};
-
 RoundTo round_to(const Instruction& in) {
-  return {static_cast<Rounding>(in.option[0]), (in.option[1] & kAwayFromTies) != 0,
-          (in.option[1] & kSatFinite) != 0};
+  const ConvertOptions how = options<ConvertOptions>(in);
+  return {how.rounding, how.away_from_ties, how.saturate_to_finite};
 }
 
 long double to_integer(long double x, Rounding rounding) {
@@ -53,7 +43,7 @@ long double float_of(const Instruction& in, uint64_t bits) {
       return __builtin_bit_cast(double, bits);
     default: {
       const float x = __builtin_bit_cast(float, static_cast<uint32_t>(bits));
-      return in.option[1] & kFlush ? flushed(x) : x;
+      return options<ConvertOptions>(in).flush ? flushed(x) : x;
     }
   }
 }
@@ -88,29 +78,31 @@ uint64_t clamp_to(Type type, long double x) {
 }
 
 uint64_t to_float_type(const Instruction& in, long double x) {
-  const RoundTo how = round_to(in);
-  if (in.option[1] & kRelu && x < 0) x = 0;
-  if (in.option[1] & kSaturate) x = std::isnan(x) ? 0 : std::clamp(x, 0.0L, 1.0L);
+  const ConvertOptions how = options<ConvertOptions>(in);
+  const RoundTo rounding = round_to(in);
+  if (how.relu && x < 0) x = 0;
+  if (how.saturate) x = std::isnan(x) ? 0 : std::clamp(x, 0.0L, 1.0L);
   switch (in.type) {
     case Type::kF16:
-      return to_small(x, kF16Format, how);
+      return to_small(x, kF16Format, rounding);
     case Type::kBf16:
-      return to_small(x, kBf16Format, how);
+      return to_small(x, kBf16Format, rounding);
     case Type::kF64:
       return __builtin_bit_cast(uint64_t, static_cast<double>(x));
     default: {
-      const uint32_t bits = to_small(x, kF32Format, how);
+      const uint32_t bits = to_small(x, kF32Format, rounding);
       const bool subnormal = !(bits & 0x7f800000);
-      return in.option[1] & kFlush && subnormal ? bits & 0x80000000 : bits;
+      return how.flush && subnormal ? bits & 0x80000000 : bits;
     }
   }
 }
 
 uint64_t convert(const Instruction& in, uint64_t bits) {
+  const ConvertOptions how = options<ConvertOptions>(in);
   if (is_float(in.from)) {
     long double x = float_of(in, bits);
     const bool to_int = !is_float(in.type);
-    if (to_int || in.option[1] & kToInteger) x = to_integer(x, static_cast<Rounding>(in.option[0]));
+    if (to_int || how.to_integer) x = to_integer(x, how.rounding);
     return to_int ? clamp_to(in.type, x) : to_float_type(in, x);
   }
   const bool is_negative = is_signed(in.from) && signed_of(in.from, bits) < 0;
@@ -118,24 +110,24 @@ uint64_t convert(const Instruction& in, uint64_t bits) {
                                 ? static_cast<long double>(signed_of(in.from, bits))
                                 : static_cast<long double>(unsigned_of(in.from, bits));
   if (is_float(in.type)) return to_float_type(in, value);
-  if (in.option[1] & kSaturate) return clamp_to(in.type, value);
+  if (how.saturate) return clamp_to(in.type, value);
   const uint64_t extended =
       is_negative ? static_cast<uint64_t>(signed_of(in.from, bits)) : unsigned_of(in.from, bits);
   return is_signed(in.type) ? static_cast<uint64_t>(signed_of(in.type, extended))
                             : unsigned_of(in.type, extended);
 }
 
-// option[2]: bytes of the destination register, option[3]: of the source register.
 Step run_convert(Warp& warp, const Instruction& in, uint32_t mask) {
+  const ConvertOptions how = options<ConvertOptions>(in);
   for_each_lane(mask, [&](int lane) {
     const uint64_t bits =
-        in.option[3] == 8 ? warp.lanes<uint64_t>(in.a)[lane] : warp.lanes<uint32_t>(in.a)[lane];
+        how.from_bytes == 8 ? warp.lanes<uint64_t>(in.a)[lane] : warp.lanes<uint32_t>(in.a)[lane];
     const uint64_t result = convert(in, bits);
-    if (in.option[2] == 8) {
+    if (how.to_bytes == 8) {
       warp.lanes<uint64_t>(in.d)[lane] = result;
     } else {
       warp.lanes<uint32_t>(in.d)[lane] =
-          static_cast<uint32_t>(in.option[2] == 2 ? result & 0xffff : result);
+          static_cast<uint32_t>(how.to_bytes == 2 ? result & 0xffff : result);
     }
   });
   return Step::kNext;
@@ -148,16 +140,18 @@ struct PairFormat {
   SmallFormat format;
   int bits;
 };
-constexpr PairFormat kPairs[] = {{"bf16x2", kBf16Format, 16},
-                                 {"f16x2", kF16Format, 16},
-                                 {"e4m3x2", kE4m3Format, 8},
-                                 {"e5m2x2", kE5m2Format, 8}};
+constexpr PairFormat kPairs[] = {  // by PairType
+    {"bf16x2", kBf16Format, 16},
+    {"f16x2", kF16Format, 16},
+    {"e4m3x2", kE4m3Format, 8},
+    {"e5m2x2", kE5m2Format, 8}};
 
 uint32_t narrow_pair(const Instruction& in, float high, float low) {
-  const PairFormat& pair = kPairs[in.option[2]];
+  const ConvertOptions how = options<ConvertOptions>(in);
+  const PairFormat& pair = kPairs[static_cast<int>(how.pair)];
   const auto one = [&](float x) {
-    if (in.option[1] & kFlush) x = flushed(x);
-    if (in.option[1] & kRelu && x < 0) x = 0;
+    if (how.flush) x = flushed(x);
+    if (how.relu && x < 0) x = 0;
     return to_small(x, pair.format, round_to(in));
   };
   return one(high) << pair.bits | one(low);
@@ -182,11 +176,12 @@ Step run_pair_of_f16x2(Warp& warp, const Instruction& in, uint32_t mask) {
 
 Step run_f16x2_of_fp8(Warp& warp, const Instruction& in, uint32_t mask) {
   const auto* a = warp.lanes<uint32_t>(in.a);
-  const bool e4m3 = in.option[2] == 2;
-  write_lanes<uint32_t>(warp, in.d, mask, [=, &in](int i) {
+  const ConvertOptions how = options<ConvertOptions>(in);
+  const bool e4m3 = how.pair == PairType::kE4m3x2;
+  write_lanes<uint32_t>(warp, in.d, mask, [=](int i) {
     const auto half = [&](uint32_t bits) {
       float x = e4m3 ? e4m3_to_float(bits) : e5m2_to_float(bits);
-      if (in.option[1] & kRelu && x < 0) x = 0;
+      if (how.relu && x < 0) x = 0;
       return to_small(x, kF16Format, {});
     };
     return half(a[i] >> 8 & 0xff) << 16 | half(a[i] & 0xff);
@@ -196,9 +191,10 @@ Step run_f16x2_of_fp8(Warp& warp, const Instruction& in, uint32_t mask) {
 
 Step run_tf32(Warp& warp, const Instruction& in, uint32_t mask) {
   const auto* a = warp.lanes<uint32_t>(in.a);
+  const bool relu = options<ConvertOptions>(in).relu;
   write_lanes<uint32_t>(warp, in.d, mask, [=, &in](int i) {
     float x = unpack<float>(a[i]);
-    if (in.option[1] & kRelu && x < 0) x = 0;
+    if (relu && x < 0) x = 0;
     return to_small(x, kTf32Format, round_to(in)) << 13;
   });
   return Step::kNext;
@@ -207,44 +203,50 @@ Step run_tf32(Warp& warp, const Instruction& in, uint32_t mask) {
 // ---------------------------------------------------------------------------------------- decoding
 
 void take_rounding(Decoder& decoder) {
-  Instruction& out = decoder.out;
+  ConvertOptions& how = make_options<ConvertOptions>(decoder.out);
   constexpr Rounding kModes[] = {Rounding::kNearest, Rounding::kZero, Rounding::kDown,
                                  Rounding::kUp};
   const int integer = decoder.take_any({"rni", "rzi", "rmi", "rpi"});
   const int mode = integer >= 0 ? integer : decoder.take_any({"rn", "rz", "rm", "rp"});
-  if (mode >= 0) out.option[0] = static_cast<uint8_t>(kModes[mode]);
-  if (integer >= 0) out.option[1] |= kToInteger;
-  if (decoder.take("rna")) out.option[1] |= kAwayFromTies;
-  if (decoder.take("sat")) out.option[1] |= kSaturate;
-  if (decoder.take("ftz")) out.option[1] |= kFlush;
-  if (decoder.take("relu")) out.option[1] |= kRelu;
-  if (decoder.take("satfinite")) out.option[1] |= kSatFinite;
+  if (mode >= 0) how.rounding = kModes[mode];
+  how.to_integer = integer >= 0;
+  how.away_from_ties = decoder.take("rna");
+  how.saturate = decoder.take("sat");
+  how.flush = decoder.take("ftz");
+  how.relu = decoder.take("relu");
+  how.saturate_to_finite = decoder.take("satfinite");
 }
 
-int take_pair(Decoder& decoder) {  // index into kPairs
+bool is_plain(const ConvertOptions& how) {
+  return !how.to_integer && !how.away_from_ties && !how.saturate && !how.flush && !how.relu &&
+         !how.saturate_to_finite;
+}
+
+int take_pair(Decoder& decoder) {  // the PairType, -1 = none
   return decoder.take_any({kPairs[0].name, kPairs[1].name, kPairs[2].name, kPairs[3].name});
 }
 
 // Two f32, or an f16x2, to a pair; or fp8 pairs to f16x2.
 void decode_pair(Decoder& decoder, int first) {
   Instruction& out = decoder.out;
+  ConvertOptions& how = make_options<ConvertOptions>(out);
   const int second = take_pair(decoder);
   if (second < 0) {
     if (!decoder.take("f32")) throw Unsupported("conversion of these types");
-    const bool is_plain = first < 2 && out.option[0] == 0 && out.option[1] == 0;
-    out.option[2] = static_cast<uint8_t>(first);
+    how.pair = static_cast<PairType>(first);
     out.d = decoder.destination(0, kPairs[first].bits / 4);
     out.a = decoder.source(1, Type::kF32);
     out.b = decoder.source(2, Type::kF32);
     const LaneOp plain = first == 0 ? LaneOp::kPackBf16x2 : LaneOp::kPackF16x2;
-    out.run = is_plain ? decoder.isa.lanes({plain}) : run_pair_of_f32;
+    const bool is_hot = first < 2 && how.rounding == Rounding::kNearest && is_plain(how);
+    out.run = is_hot ? decoder.isa.lanes({plain}) : run_pair_of_f32;
   } else if (first >= 2 && second == 1) {
-    out.option[2] = static_cast<uint8_t>(first);
+    how.pair = static_cast<PairType>(first);
     out.d = decoder.destination(0, 2);
     out.a = decoder.source(1, Type::kF16x2);
     out.run = run_pair_of_f16x2;
   } else if (first == 1 && second >= 2) {
-    out.option[2] = static_cast<uint8_t>(second);
+    how.pair = static_cast<PairType>(second);
     out.d = decoder.destination(0, 4);
     out.a = decoder.source(1, Type::kB16);
     out.run = run_f16x2_of_fp8;
@@ -255,7 +257,8 @@ void decode_pair(Decoder& decoder, int first) {
 
 // Hot forms without rounding: between integers of up to 64 bits.
 Handler plain_integer(const Decoder& decoder, Type to, Type from, int register_bytes) {
-  if (is_float(to) || is_float(from) || decoder.out.option[1]) return nullptr;
+  if (is_float(to) || is_float(from)) return nullptr;
+  if (!is_plain(options<ConvertOptions>(decoder.out))) return nullptr;
   if (size_of(to) == 8 && size_of(from) <= 4) return decoder.isa.lanes({LaneOp::kWiden, from});
   if (size_of(to) == 4 && size_of(from) == 8) return decoder.isa.lanes({LaneOp::kNarrow});
   if (size_of(to) == 4 && size_of(from) == 4 && register_bytes == 4) {
@@ -289,10 +292,11 @@ void decode_cvt(Decoder& decoder) {
   }
   out.d = decoder.destination(0, to_bytes);
   out.a = decoder.source(1, out.from, true);
-  out.option[2] = static_cast<uint8_t>(to_bytes);
-  out.option[3] = static_cast<uint8_t>(from_bytes < 0 ? size_of(out.from) : from_bytes);
-  const bool same_registers =
-      to_bytes == std::max(size_of(out.type), 4) && out.option[3] <= std::max(size_of(out.from), 4);
+  ConvertOptions& how = make_options<ConvertOptions>(out);
+  how.to_bytes = static_cast<uint8_t>(to_bytes);
+  how.from_bytes = static_cast<uint8_t>(from_bytes < 0 ? size_of(out.from) : from_bytes);
+  const bool same_registers = to_bytes == std::max(size_of(out.type), 4) &&
+                              how.from_bytes <= std::max(size_of(out.from), 4);
   Handler plain = same_registers ? plain_integer(decoder, out.type, out.from, to_bytes) : nullptr;
   out.run = plain ? plain : run_convert;
 }

@@ -88,8 +88,8 @@ void land(Warp& warp, const PendingCopy& copy, uint32_t mask) {
   });
 }
 
-uint32_t source_bytes(const Warp& warp, const Instruction& in, int lane) {
-  if (in.option[0]) return warp.predicate(in.b) >> lane & 1 ? 0 : in.bytes;  // ignore-src
+uint32_t source_bytes(const Warp& warp, const Instruction& in, const CopyOptions& how, int lane) {
+  if (how.ignores_source) return warp.predicate(in.b) >> lane & 1 ? 0 : in.bytes;
   if (in.b == kNoSlot) return in.bytes;
   const uint32_t given = warp.lanes<uint32_t>(in.b)[lane];
   if (given > in.bytes) {
@@ -107,11 +107,12 @@ Step run_copy(Warp& warp, const Instruction& in, uint32_t mask) {
   copy.mask = mask;
   copy.group = warp.copy_groups;
   uint64_t destination[kWarpSize];
-  addresses(warp, in.d, in.option[1], in.option_offset, destination);
+  addresses(warp, in.d, options<CopyOptions>(in).wide_destination, in.option_offset, destination);
   addresses(warp, in.a, in.wide_address, in.imm, copy.source.data());
+  const CopyOptions how = options<CopyOptions>(in);
   for_each_lane(mask, [&](int lane) {
     copy.destination[lane] = static_cast<uint32_t>(destination[lane]);
-    copy.source_bytes[lane] = static_cast<uint8_t>(source_bytes(warp, in, lane));
+    copy.source_bytes[lane] = static_cast<uint8_t>(source_bytes(warp, in, how, lane));
   });
   copy.is_moved = !defers(*warp.cta->cluster);
   CopyPlaces places;
@@ -136,7 +137,8 @@ void decode_copy(Decoder& decoder) {
   decoder.take_starting("L2::");
   const Decoder::Address to = decoder.address(decoder.operand(0));
   out.d = to.slot;
-  out.option[1] = to.wide;
+  CopyOptions& how = make_options<CopyOptions>(out);
+  how.wide_destination = to.wide;
   out.option_offset = to.offset;
   decoder.set_address(decoder.operand(1));
   const int64_t bytes = decoder.immediate(2);
@@ -145,7 +147,7 @@ void decode_copy(Decoder& decoder) {
   const size_t own = decoder.operands() - (has_policy ? 1 : 0);
   if (own > 3) {
     const bool is_predicate = decoder.register_bytes(decoder.operand(3)) == 0;
-    out.option[0] = is_predicate;
+    how.ignores_source = is_predicate;
     out.b = decoder.source(3, is_predicate ? Type::kPred : Type::kU32);
   }
   out.run = run_copy;
@@ -162,9 +164,9 @@ void decode_commit(Decoder& decoder) {
   decoder.out.counter_class = InstructionClass::kAsyncCopy;
 }
 
-// option[0]: all copies, also those of no group.
 Step run_wait(Warp& warp, const Instruction& in, uint32_t mask) {
-  complete_copies(warp, mask, static_cast<uint32_t>(in.imm), in.option[0]);
+  const bool ungrouped = options<CopyWaitOptions>(in).ungrouped;
+  complete_copies(warp, mask, static_cast<uint32_t>(in.imm), ungrouped);
   if (Observer* observer = observer_of(warp)) {
     observer->synchronise(warp, {SyncKind::kCopyWait, mask, static_cast<uint32_t>(in.imm),
                                  Order::kWeak, Scope::kNone});
@@ -173,6 +175,7 @@ Step run_wait(Warp& warp, const Instruction& in, uint32_t mask) {
 }
 
 void decode_wait_group(Decoder& decoder) {
+  make_options<CopyWaitOptions>(decoder.out);
   decoder.out.imm = decoder.immediate(0);
   if (decoder.out.imm < 0) throw Unsupported("negative number of groups");
   decoder.out.run = run_wait;
@@ -180,7 +183,7 @@ void decode_wait_group(Decoder& decoder) {
 }
 
 void decode_wait_all(Decoder& decoder) {
-  decoder.out.option[0] = 1;
+  make_options<CopyWaitOptions>(decoder.out).ungrouped = true;
   decoder.out.run = run_wait;
   decoder.out.counter_class = InstructionClass::kAsyncCopy;
 }

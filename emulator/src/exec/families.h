@@ -14,8 +14,8 @@ void decode_ternary(Decoder& decoder, Handler handler, ptx::Type from, ptx::Type
 
 bool is_half(ptx::Type type);  // f16, bf16 and the packed ones
 
-// Arithmetic of f16, bf16 and the packed types: half_forms.cpp.
-void decode_half(Decoder& decoder, LaneOp op, ptx::Type type);
+// Arithmetic of f16, bf16 and the packed types: half_forms.cpp. `how` without its op.
+void decode_half(Decoder& decoder, LaneOp op, ptx::Type type, HalfOptions how);
 
 // Directed rounding of f32 and f64: rounding_forms.cpp. nullptr: none.
 Handler rounded_handler(LaneOp op, ptx::Type type, bool ftz, bool saturate);

@@ -22,11 +22,10 @@ void decode_special(Decoder& decoder, LaneOp op) {
   const bool ftz = decoder.take("ftz");
   const Type type = decoder.take_type();
   if (is_half(type)) {
-    decoder.out.option[0] = ftz;
-    decode_half(decoder, op, type);
+    decode_half(decoder, op, type, {.flush = ftz});
   } else if (mode >= 2) {
     decode_unary(decoder, rounded_handler(op, type, ftz, false), type, type);
-    decoder.out.option[0] = static_cast<uint8_t>(kModes[mode]);
+    make_options<RoundingOptions>(decoder.out).rounding = kModes[mode];
   } else {
     decode_unary(decoder, decoder.isa.lanes({op, type, ftz}), type, type);
   }
@@ -57,16 +56,17 @@ void decode_copysign(Decoder& decoder) {
                 type, type);
 }
 
-enum TestProperty : uint8_t { kFinite, kInfinite, kNumber, kNotANumber, kNormal, kSubnormal };
+using enum TestProperty;
 
 template <class T>
 Step run_testp(Warp& warp, const Instruction& in, uint32_t mask) {
   const auto* a = warp.lanes<Container<T>>(in.a);
+  const TestProperty property = options<TestOptions>(in).property;
   uint32_t result = 0;
   for_each_lane(mask, [&](int i) {
     const int kind = std::fpclassify(unpack<T>(a[i]));
     bool holds = false;
-    switch (in.option[0]) {
+    switch (property) {
       case kFinite:
         holds = kind != FP_NAN && kind != FP_INFINITE;
         break;
@@ -97,7 +97,7 @@ void decode_testp(Decoder& decoder) {
       decoder.take_any({"finite", "infinite", "number", "notanumber", "normal", "subnormal"});
   if (property < 0) throw Unsupported("no property");
   const Type type = decoder.take_type();
-  decoder.out.option[0] = static_cast<uint8_t>(property);
+  make_options<TestOptions>(decoder.out).property = static_cast<TestProperty>(property);
   decoder.out.d = decoder.destination(0, 0);
   decoder.out.a = decoder.source(1, type);
   decoder.out.run = type == Type::kF64 ? run_testp<double> : run_testp<float>;

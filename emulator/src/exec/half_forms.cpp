@@ -14,9 +14,7 @@ using ptx::Type;
 
 namespace {
 
-// Instruction::option[3] of these; [0] is .ftz, [1] .sat (.NaN of min and max), [2] .relu
-// (.xorsign.abs of min and max).
-enum HalfOp : uint8_t { kAdd, kSub, kMul, kFma, kMin, kMax, kNeg, kAbs, kEx2, kTanh };
+using enum HalfOp;
 
 struct HalfType {
   SmallFormat format;
@@ -33,18 +31,18 @@ uint32_t flushed(const HalfType& type, uint32_t bits) {
   return bits & exponent_mask ? bits : bits & 0x8000;
 }
 
-uint32_t min_or_max(const Instruction& in, const HalfType& type, uint32_t a, uint32_t b) {
-  const uint32_t sign = in.option[2] ? (a ^ b) & 0x8000 : 0;
-  if (in.option[2]) {
+uint32_t min_or_max(const HalfOptions& how, const HalfType& type, uint32_t a, uint32_t b) {
+  const uint32_t sign = how.xorsign_abs ? (a ^ b) & 0x8000 : 0;
+  if (how.xorsign_abs) {
     a &= 0x7fff;
     b &= 0x7fff;
   }
   const float x = type.value(a), y = type.value(b);
   if (std::isnan(x) || std::isnan(y)) {
-    if (in.option[1] || (std::isnan(x) && std::isnan(y))) return type.nan;
+    if (how.nan || (std::isnan(x) && std::isnan(y))) return type.nan;
     return (std::isnan(x) ? b : a) | sign;
   }
-  const bool maximum = in.option[3] == kMax;
+  const bool maximum = how.op == kMax;
   if (x == y) return (maximum ? a & b : a | b) | sign;  // -0 < +0
   return ((x > y) == maximum ? a : b) | sign;
 }
@@ -60,15 +58,15 @@ double fma_to_odd(double x, double y, double z) {
   return std::nextafter(sum, error > 0 ? INFINITY : -INFINITY);
 }
 
-uint32_t compute(const Instruction& in, const HalfType& type, uint32_t a, uint32_t b, uint32_t c) {
-  if (in.option[0]) {
+uint32_t compute(const HalfOptions& how, const HalfType& type, uint32_t a, uint32_t b, uint32_t c) {
+  if (how.flush) {
     a = flushed(type, a);
     b = flushed(type, b);
     c = flushed(type, c);
   }
   const double x = type.value(a), y = type.value(b), z = type.value(c);
   double result;
-  switch (in.option[3]) {
+  switch (how.op) {
     case kAdd:
       result = x + y;
       break;
@@ -83,7 +81,7 @@ uint32_t compute(const Instruction& in, const HalfType& type, uint32_t a, uint32
       break;
     case kMin:
     case kMax:
-      return min_or_max(in, type, a, b);
+      return min_or_max(how, type, a, b);
     case kNeg:
       return a ^ 0x8000;
     case kAbs:
@@ -95,11 +93,10 @@ uint32_t compute(const Instruction& in, const HalfType& type, uint32_t a, uint32
       result = std::tanh(x);
       break;
   }
-  const bool is_arithmetic = in.option[3] <= kFma;
-  if (is_arithmetic && in.option[1]) result = result > 0 ? std::fmin(result, 1.0) : 0.0;
-  if (is_arithmetic && in.option[2] && result < 0) result = 0.0;
+  if (how.saturate) result = result > 0 ? std::fmin(result, 1.0) : 0.0;
+  if (how.relu && result < 0) result = 0.0;
   const uint32_t bits = to_small(result, type.format, {});
-  return in.option[0] ? flushed(type, bits) : bits;
+  return how.flush ? flushed(type, bits) : bits;
 }
 
 Step run_half(Warp& warp, const Instruction& in, uint32_t mask) {
@@ -110,9 +107,10 @@ Step run_half(Warp& warp, const Instruction& in, uint32_t mask) {
   const uint32_t* b = in.b == kNoSlot ? a : warp.lanes<uint32_t>(in.b);
   const uint32_t* c = in.c == kNoSlot ? a : warp.lanes<uint32_t>(in.c);
   uint32_t* d = warp.lanes<uint32_t>(in.d);
+  const HalfOptions how = options<HalfOptions>(in);
   for_each_lane(mask, [&](int i) {
-    const uint32_t low = compute(in, type, a[i] & 0xffff, b[i] & 0xffff, c[i] & 0xffff);
-    const uint32_t high = packed ? compute(in, type, a[i] >> 16, b[i] >> 16, c[i] >> 16) : 0;
+    const uint32_t low = compute(how, type, a[i] & 0xffff, b[i] & 0xffff, c[i] & 0xffff);
+    const uint32_t high = packed ? compute(how, type, a[i] >> 16, b[i] >> 16, c[i] >> 16) : 0;
     d[i] = high << 16 | low;
   });
   return Step::kNext;
@@ -133,10 +131,11 @@ constexpr HalfForm kForms[] = {
 
 }  // namespace
 
-void decode_half(Decoder& decoder, LaneOp op, Type type) {
+void decode_half(Decoder& decoder, LaneOp op, Type type, HalfOptions how) {
   for (const HalfForm& form : kForms) {
     if (form.lane_op != op) continue;
-    decoder.out.option[3] = form.op;
+    how.op = form.op;
+    make_options<HalfOptions>(decoder.out) = how;
     return form.decode(decoder, run_half, type, type);
   }
   throw Unsupported("operation of this type");

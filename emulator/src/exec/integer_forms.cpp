@@ -51,10 +51,10 @@ void decode_shf(Decoder& decoder) {
   decode_ternary(decoder, handler, type, type);
 }
 
-enum PermuteMode : uint8_t { kBytes, kF4e, kB4e, kRc8, kEcl, kEcr, kRc16 };
+using enum PermuteMode;
 
 // The selector nibbles of the special modes (PTX table of prmt).
-uint32_t permute_selector(uint8_t mode, uint32_t c) {
+uint32_t permute_selector(PermuteMode mode, uint32_t c) {
   const uint32_t n = c & 3;
   switch (mode) {
     case kF4e:
@@ -78,7 +78,7 @@ Step run_prmt(Warp& warp, const Instruction& in, uint32_t mask) {
   const auto* a = warp.lanes<uint32_t>(in.a);
   const auto* b = warp.lanes<uint32_t>(in.b);
   const auto* c = warp.lanes<uint32_t>(in.c);
-  const uint8_t mode = in.option[0];
+  const PermuteMode mode = options<PermuteOptions>(in).mode;
   write_lanes<uint32_t>(warp, in.d, mask, [=](int i) {
     const uint64_t both = static_cast<uint64_t>(b[i]) << 32 | a[i];
     const uint32_t selector = mode == kBytes ? c[i] : permute_selector(mode, c[i]);
@@ -97,7 +97,7 @@ Step run_prmt(Warp& warp, const Instruction& in, uint32_t mask) {
 void decode_prmt(Decoder& decoder) {
   const Type type = decoder.take_type();
   const int mode = decoder.take_any({"f4e", "b4e", "rc8", "ecl", "ecr", "rc16"});
-  decoder.out.option[0] = static_cast<uint8_t>(mode + 1);
+  make_options<PermuteOptions>(decoder.out).mode = static_cast<PermuteMode>(mode + 1);
   decode_ternary(decoder, run_prmt, type, type);
 }
 
@@ -176,11 +176,11 @@ void decode_bfi(Decoder& decoder) {
   decoder.out.e = decoder.source(4, Type::kU32);
 }
 
-// bmsk: `length` ones from `position` on. option[0]: wrap both to 5 bits.
+// bmsk: `length` ones from `position` on.
 Step run_bmsk(Warp& warp, const Instruction& in, uint32_t mask) {
   const auto* a = warp.lanes<uint32_t>(in.a);
   const auto* b = warp.lanes<uint32_t>(in.b);
-  const bool wrap = in.option[0];
+  const bool wrap = options<BitMaskOptions>(in).wrap;
   write_lanes<uint32_t>(warp, in.d, mask, [=](int i) {
     const uint32_t position = wrap ? a[i] & 31 : a[i], length = wrap ? b[i] & 31 : b[i];
     if (position >= 32 || !length) return 0u;
@@ -191,7 +191,7 @@ Step run_bmsk(Warp& warp, const Instruction& in, uint32_t mask) {
 }
 
 void decode_bmsk(Decoder& decoder) {
-  decoder.out.option[0] = decoder.take_any({"clamp", "wrap"}) == 1;
+  make_options<BitMaskOptions>(decoder.out).wrap = decoder.take_any({"clamp", "wrap"}) == 1;
   const Type type = decoder.take_type();
   decode_binary(decoder, run_bmsk, type, type);
 }

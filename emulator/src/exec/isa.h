@@ -59,23 +59,6 @@ enum class LaneOp : uint8_t {
   kUnpack2x16,
 };
 
-enum class Compare : uint8_t {
-  kEq,
-  kNe,
-  kLt,
-  kLe,
-  kGt,
-  kGe,
-  kEqu,
-  kNeu,
-  kLtu,
-  kLeu,
-  kGtu,
-  kGeu,
-  kNum,
-  kNan,
-};
-
 struct LaneForm {
   LaneOp op;
   ptx::Type type = ptx::Type::kB32;
@@ -83,8 +66,6 @@ struct LaneForm {
   bool saturate = false;
   Compare compare = Compare::kEq;
 };
-
-enum class MatrixType : uint8_t { kF16, kBf16, kTf32, kE4m3, kE5m2, kS8, kU8 };
 
 // mma.sync m16n8kK with 32-bit accumulators. Slots in Function::lists: D, A, B, C.
 struct MatrixForm {
@@ -94,8 +75,6 @@ struct MatrixForm {
 
 // wgmma: operands are widened to panels of 32-bit elements, in a layout of the instruction set's
 // own (warpgroup.inc.h), then multiplied for one warp's 16 rows at a time.
-enum class AccumulatorType : uint8_t { kF32, kF16, kS32, kS32Saturated };
-
 struct PanelForm {  // of the chunks that operand_chunks() (wgmma_operand.h) lists
   bool mn_major, negate;
   int rows;

@@ -350,20 +350,20 @@ template <class T, bool kFtz>
   return result;
 }
 
-// Predicate c of a comparison, with which its result is combined. option[0]: 0 there is none, 1
-// and, 2 or, 3 xor; option[1]: c is negated.
+// Predicate c of a comparison, with which its result is combined.
 inline uint32_t combining_predicate(const Warp& warp, const Instruction& in) {
-  const uint32_t c = in.option[0] ? warp.predicate(in.c) : 0;
-  return in.option[1] ? ~c : c;
+  const CompareOptions& how = options<CompareOptions>(in);
+  const uint32_t c = how.combination == Combination::kNone ? 0 : warp.predicate(in.c);
+  return how.negated ? ~c : c;
 }
 
 inline uint32_t combine(const Instruction& in, uint32_t value, uint32_t with) {
-  switch (in.option[0]) {
-    case 1:
+  switch (options<CompareOptions>(in).combination) {
+    case Combination::kAnd:
       return value & with;
-    case 2:
+    case Combination::kOr:
       return value | with;
-    case 3:
+    case Combination::kXor:
       return value ^ with;
     default:
       return value;

@@ -121,23 +121,20 @@ Step run_inval(Warp& warp, const Instruction& in, uint32_t mask) {
 
 // ------------------------------------------------------------------------------ arrivals, tx-count
 
-enum Operation : uint8_t { kArrive, kExpect, kComplete };              // option[0]
-enum Flag : uint8_t { kDrop = 1, kNoComplete = 2, kExpectFirst = 4 };  // option[1]
-
 // b: count (absent: 1) or bytes; d: state.
 const char* apply(const Instruction& in, Mbarrier& barrier, uint32_t value) {
-  const uint8_t flags = in.option[1];
-  if (in.option[0] == kExpect) return barrier.expect(value);
-  if (in.option[0] == kComplete) return barrier.complete(value);
+  const MbarrierOptions how = options<MbarrierOptions>(in);
+  if (how.update == MbarrierUpdate::kExpect) return barrier.expect(value);
+  if (how.update == MbarrierUpdate::kComplete) return barrier.complete(value);
   const char* broken = nullptr;
   uint32_t count = value;
-  if (flags & kExpectFirst) {
+  if (how.expect_first) {
     broken = barrier.expect(value);
     count = 1;
   }
-  if (!broken && flags & kDrop) broken = barrier.drop(count);
+  if (!broken && how.drop) broken = barrier.drop(count);
   if (broken) return broken;
-  return flags & kNoComplete ? barrier.arrive_no_complete(count) : barrier.arrive(count);
+  return how.no_complete ? barrier.arrive_no_complete(count) : barrier.arrive(count);
 }
 
 Step run_update(Warp& warp, const Instruction& in, uint32_t mask) {
@@ -146,7 +143,9 @@ Step run_update(Warp& warp, const Instruction& in, uint32_t mask) {
   for_each_lane(mask, [&](int lane) { mbarrier_at(warp, lane, address[lane]); });
   show_access(warp, mask, address);
   const uint32_t* value = in.b == kNoSlot ? nullptr : warp.lanes<uint32_t>(in.b);
-  if (in.option[0] == kArrive) show_events(warp, SyncKind::kMbarrierArrive, mask, address, in);
+  if (options<MbarrierOptions>(in).update == MbarrierUpdate::kArrive) {
+    show_events(warp, SyncKind::kMbarrierArrive, mask, address, in);
+  }
   for_each_lane(mask, [&](int lane) {
     Mbarrier& barrier = mbarrier_at(warp, lane, address[lane]);
     if (in.d != kNoSlot) warp.lanes<uint64_t>(in.d)[lane] = barrier.state();
@@ -160,11 +159,9 @@ Step run_update(Warp& warp, const Instruction& in, uint32_t mask) {
 
 // ------------------------------------------------------------------------------------------- waits
 
-enum class Awaited : uint8_t { kState, kParity };  // option[0]; b: the state or the parity
-
 bool is_complete(Warp& warp, const Instruction& in, int lane, uint64_t address) {
   const Mbarrier& barrier = mbarrier_at(warp, lane, address);
-  if (static_cast<Awaited>(in.option[0]) == Awaited::kParity) {
+  if (options<MbarrierWaitOptions>(in).parity) {
     return (barrier.phase() & 1) != (warp.lanes<uint32_t>(in.b)[lane] & 1);
   }
   const uint64_t awaited = Mbarrier::phase_of(warp.lanes<uint64_t>(in.b)[lane]);
@@ -211,14 +208,15 @@ Step run_pending_count(Warp& warp, const Instruction& in, uint32_t mask) {
 
 // ------------------------------------------------------------------------ cp.async.mbarrier.arrive
 
-// The arrival takes effect when the lanes' cp.async so far are complete. option[0]: .noinc.
+// The arrival takes effect when the lanes' cp.async so far are complete.
 Step run_copy_arrive(Warp& warp, const Instruction& in, uint32_t mask) {
   uint64_t address[kWarpSize];
   shared_addresses(warp, in, mask, address, "mbarrier");
   for_each_lane(mask, [&](int lane) {
     require_own_cta(warp, lane, address[lane]);
     Mbarrier& barrier = mbarrier_at(warp, lane, address[lane]);
-    const char* rule = in.option[0] ? nullptr : barrier.add_arrival();
+    const bool counted = options<CopyArriveOptions>(in).no_increment;
+    const char* rule = counted ? nullptr : barrier.add_arrival();
     if (rule) fail_misuse(warp, lane, address[lane], rule);
     const IssueSite site = issue_site(warp, lane);
     const uint64_t where = address[lane];
@@ -274,34 +272,34 @@ void decode_order(Decoder& decoder, Order order) {
   decoder.memory_order();
 }
 
-void decode_transfer(Decoder& decoder, Operation operation) {
+void decode_transfer(Decoder& decoder, MbarrierUpdate update) {
   decode_order(decoder, Order::kRelaxed);
   decode_address(decoder, 0);
   decoder.out.b = decoder.source(1, ptx::Type::kU32);
-  decoder.out.option[0] = operation;
+  make_options<MbarrierOptions>(decoder.out).update = update;
   decoder.out.run = run_update;
 }
-void decode_expect(Decoder& decoder) { decode_transfer(decoder, kExpect); }
-void decode_complete(Decoder& decoder) { decode_transfer(decoder, kComplete); }
+void decode_expect(Decoder& decoder) { decode_transfer(decoder, MbarrierUpdate::kExpect); }
+void decode_complete(Decoder& decoder) { decode_transfer(decoder, MbarrierUpdate::kComplete); }
 
-void decode_arrival(Decoder& decoder, uint8_t flags) {
+void decode_arrival(Decoder& decoder, bool drop) {
   decode_order(decoder, Order::kRelease);
-  if (decoder.take("expect_tx")) flags |= kExpectFirst;
-  if (decoder.take("noComplete")) flags |= kNoComplete;
+  MbarrierOptions& how = make_options<MbarrierOptions>(decoder.out);
+  how.drop = drop;
+  how.expect_first = decoder.take("expect_tx");
+  how.no_complete = decoder.take("noComplete");
   const bool has_state = decoder.operand(0).kind != ptx::Operand::Kind::kMemory;
   const size_t next = has_state ? 1 : 0;
   decode_address(decoder, next);
   if (has_state) decoder.out.d = decoder.destination(0, 8, true);
   if (decoder.operands() > next + 1) decoder.out.b = decoder.source(next + 1, ptx::Type::kU32);
-  if (flags & (kExpectFirst | kNoComplete) && decoder.out.b == kNoSlot) {
+  if ((how.expect_first || how.no_complete) && decoder.out.b == kNoSlot) {
     throw Unsupported("no count");
   }
-  decoder.out.option[0] = kArrive;
-  decoder.out.option[1] = flags;
   decoder.out.run = run_update;
 }
-void decode_arrive(Decoder& decoder) { decode_arrival(decoder, 0); }
-void decode_arrive_drop(Decoder& decoder) { decode_arrival(decoder, kDrop); }
+void decode_arrive(Decoder& decoder) { decode_arrival(decoder, false); }
+void decode_arrive_drop(Decoder& decoder) { decode_arrival(decoder, true); }
 
 void decode_wait(Decoder& decoder) {
   decode_order(decoder, Order::kAcquire);
@@ -310,7 +308,7 @@ void decode_wait(Decoder& decoder) {
   decoder.out.d = decoder.destination(0, 0);
   decoder.out.b = decoder.source(2, parity ? ptx::Type::kU32 : ptx::Type::kB64);
   if (decoder.operands() > 3) decoder.source(3, ptx::Type::kU32);  // a hint: how long
-  decoder.out.option[0] = static_cast<uint8_t>(parity ? Awaited::kParity : Awaited::kState);
+  make_options<MbarrierWaitOptions>(decoder.out).parity = parity;
   decoder.out.run = run_wait;
 }
 
@@ -322,7 +320,7 @@ void decode_pending_count(Decoder& decoder) {
 }
 
 void decode_copy_arrive(Decoder& decoder) {
-  decoder.out.option[0] = decoder.take("noinc");
+  make_options<CopyArriveOptions>(decoder.out).no_increment = decoder.take("noinc");
   decode_address(decoder, 0);
   decoder.out.run = run_copy_arrive;
 }

@@ -26,8 +26,9 @@ AccessForm form_of(const Instruction& in, AccessKind kind) {
 template <class T>
 using Aliasing [[gnu::may_alias]] = T;
 
-// option[0]: bit k set where element k's register has 64 bits.
-bool is_wide(const Instruction& in, int element) { return in.option[0] >> element & 1; }
+bool is_wide(const Instruction& in, int element) {  // the element's register has 64 bits
+  return options<AccessOptions>(in).wide_elements >> element & 1;
+}
 
 template <class T>
 void load_element(Warp& warp, const Instruction& in, uint32_t mask, std::byte* const* host,
@@ -47,7 +48,7 @@ void load_element(Warp& warp, const Instruction& in, uint32_t mask, std::byte* c
     });
   } else {
     auto* d = warp.lanes<uint32_t>(slot);
-    const uint32_t keep = in.option[1] ? 0xffff : ~0u;  // 16-bit registers
+    const uint32_t keep = options<AccessOptions>(in).registers_of_16_bits ? 0xffff : ~0u;
     for_each_lane(mask, [&](int lane) { d[lane] = static_cast<uint32_t>(value(lane)) & keep; });
   }
 }
@@ -212,14 +213,16 @@ void decode_access(Decoder& decoder, bool is_load) {
   if (static_cast<int>(values.size()) != count) throw Unsupported("vector of another length");
   decoder.set_address(memory);
   place_param(decoder, memory);
+  AccessOptions& registers = make_options<AccessOptions>(out);
   std::vector<Slot> slots;
   for (size_t k = 0; k < values.size(); ++k) {
     const int bytes = decoder.register_bytes(values[k]);
     if (bytes >= 0 && bytes < size_of(type)) throw Unsupported("register too small");
     slots.push_back(is_load ? decoder.destination(values[k], bytes, true)
                             : decoder.source(values[k], type, true));
-    if (bytes == 8 || (bytes < 0 && !is_load && size_of(type) == 8)) out.option[0] |= 1 << k;
-    if (bytes == 2) out.option[1] = 1;
+    const bool is_wide = bytes == 8 || (bytes < 0 && !is_load && size_of(type) == 8);
+    if (is_wide) registers.wide_elements |= static_cast<uint8_t>(1 << k);
+    if (bytes == 2) registers.registers_of_16_bits = true;
   }
   decoder.list(slots);
   out.run = is_load ? load_handler(type) : store_handler(type);
@@ -244,12 +247,11 @@ uint64_t window_of(Space space) {
   }
 }
 
-// option[0]: to the window's space.
 Step run_cvta(Warp& warp, const Instruction& in, uint32_t mask) {
   const auto* a = warp.lanes<uint64_t>(in.a);
   auto* d = warp.lanes<uint64_t>(in.d);
   const uint64_t window = window_of(in.space);
-  const bool to_space = in.option[0];
+  const bool to_space = options<AddressOptions>(in).from_generic;
   for_each_lane(mask, [&](int lane) {
     d[lane] = !window ? a[lane] : to_space ? a[lane] & ~kWindowMask : a[lane] | window;
   });
@@ -258,7 +260,7 @@ Step run_cvta(Warp& warp, const Instruction& in, uint32_t mask) {
 
 void decode_cvta(Decoder& decoder) {
   Instruction& out = decoder.out;
-  out.option[0] = decoder.take("to");
+  make_options<AddressOptions>(out).from_generic = decoder.take("to");
   out.space = decoder.take_space();
   const Type type = decoder.take_type();
   if (size_of(type) != 8) throw Unsupported("32-bit generic addresses");
@@ -270,11 +272,11 @@ void decode_cvta(Decoder& decoder) {
 
 Step run_isspacep(Warp& warp, const Instruction& in, uint32_t mask) {
   const auto* a = warp.lanes<uint64_t>(in.a);
+  const bool own_cta = options<SpaceOptions>(in).own_cta;
   uint32_t result = 0;
   for_each_lane(mask, [&](int lane) {
     bool is_in = space_of_generic(a[lane]) == in.space;
-    if (is_in && in.option[0])
-      is_in = (a[lane] & ~kWindowMask) >> kSharedRankShift == warp.cta->rank;
+    if (is_in && own_cta) is_in = (a[lane] & ~kWindowMask) >> kSharedRankShift == warp.cta->rank;
     result |= static_cast<uint32_t>(is_in) << lane;
   });
   warp.set_predicate(in.d, mask, result);
@@ -286,7 +288,7 @@ void decode_isspacep(Decoder& decoder) {
   // .shared alone means .shared::cta.
   const bool any_cta = decoder.take("shared::cluster");
   out.space = any_cta ? Space::kShared : decoder.take_space();
-  out.option[0] = out.space == Space::kShared && !any_cta;
+  make_options<SpaceOptions>(out).own_cta = out.space == Space::kShared && !any_cta;
   out.d = decoder.destination(0, 0);
   out.a = decoder.source(1, Type::kU64);
   out.run = run_isspacep;

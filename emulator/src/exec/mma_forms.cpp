@@ -57,7 +57,7 @@ Step run_ldmatrix(Warp& warp, const Instruction& in, uint32_t mask) {
     const Slot slot = warp.list(in)[m];
     if (slot == kNoSlot) continue;
     uint32_t* d = warp.lanes<uint32_t>(slot);
-    if (in.option[0]) {
+    if (options<MatrixMoveOptions>(in).transposed) {
       spread_columns(host + kRows * m, d);
     } else {
       spread_rows(host + kRows * m, d);
@@ -72,7 +72,7 @@ void decode_ldmatrix(Decoder& decoder) {
   constexpr int kCounts[] = {1, 2, 4};
   const int count = decoder.take_any({"x1", "x2", "x4"});
   if (count < 0) throw Unsupported("number of matrices");
-  out.option[0] = decoder.take("trans");
+  make_options<MatrixMoveOptions>(out).transposed = decoder.take("trans");
   out.space = decoder.take_space();
   if (!decoder.take("b16")) throw Unsupported("elements of this type");
   const auto registers = decoder.elements(decoder.operand(0));

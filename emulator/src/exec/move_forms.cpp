@@ -17,21 +17,22 @@ using ptx::Type;
 
 Step run_predicate_copy(Warp& warp, const Instruction& in, uint32_t mask) {
   const uint32_t a = warp.predicate(in.a);
-  warp.set_predicate(in.d, mask, in.option[0] ? ~a : a);
+  warp.set_predicate(in.d, mask, options<PredicateMoveOptions>(in).negated ? ~a : a);
   return Step::kNext;
 }
 
-// %clock: warp instructions executed by this warp; %globaltimer: host time in ns. option[0]: which.
-enum ClockRegister : uint8_t { kClock, kClockHigh, kTimer, kTimerHigh };
+// %clock: warp instructions executed by this warp; %globaltimer: host time in ns.
+using enum ClockRegister;
 
 template <class C>
 Step run_clock(Warp& warp, const Instruction& in, uint32_t mask) {
   uint64_t value = warp.executed;
-  if (in.option[0] >= kTimer) {
+  const ClockRegister source = options<ClockOptions>(in).source;
+  if (source == kTimer || source == kTimerHigh) {
     const auto now = std::chrono::steady_clock::now().time_since_epoch();
     value = std::chrono::duration_cast<std::chrono::nanoseconds>(now).count();
   }
-  if (in.option[0] == kClockHigh || in.option[0] == kTimerHigh) value >>= 32;
+  if (source == kClockHigh || source == kTimerHigh) value >>= 32;
   write_lanes<C>(warp, in.d, mask, [=](int) { return static_cast<C>(value); });
   return Step::kNext;
 }
@@ -51,15 +52,15 @@ bool decode_clock(Decoder& decoder, Type type) {
     return false;
   }
   decoder.out.d = decoder.destination(0, size_of(type));
-  decoder.out.option[0] = which;
+  make_options<ClockOptions>(decoder.out).source = which;
   decoder.out.run = size_of(type) == 8 ? run_clock<uint64_t> : run_clock<uint32_t>;
   return true;
 }
 
-// Sources of `part` bytes side by side in the destination; option[0]: part bytes.
+// Sources of part_bytes side by side in the destination.
 Step run_pack(Warp& warp, const Instruction& in, uint32_t mask) {
   const Slot* parts = warp.list(in);
-  const int shift = 8 * in.option[0];
+  const int shift = 8 * options<PackOptions>(in).part_bytes;
   for_each_lane(mask, [&](int i) {
     uint64_t value = 0;
     const uint64_t keep = (uint64_t{1} << shift) - 1;
@@ -77,7 +78,7 @@ Step run_pack(Warp& warp, const Instruction& in, uint32_t mask) {
 
 Step run_unpack(Warp& warp, const Instruction& in, uint32_t mask) {
   const Slot* parts = warp.list(in);
-  const int shift = 8 * in.option[0];
+  const int shift = 8 * options<PackOptions>(in).part_bytes;
   for_each_lane(mask, [&](int i) {
     const uint64_t value =
         in.bytes == 8 ? warp.lanes<uint64_t>(in.a)[i] : warp.lanes<uint32_t>(in.a)[i];
@@ -90,14 +91,15 @@ Step run_unpack(Warp& warp, const Instruction& in, uint32_t mask) {
   return Step::kNext;
 }
 
-// 128-bit registers, in parts of 64 or 32 bits. option[0]: part bytes.
+// 128-bit registers, in parts of 64 or 32 bits.
 Step run_pack_b128(Warp& warp, const Instruction& in, uint32_t mask) {
   const Slot* parts = warp.list(in);
+  const bool halves = options<PackOptions>(in).part_bytes == 8;
   auto* d = warp.lanes<uint64_t>(in.d);
   for_each_lane(mask, [&](int i) {
     uint64_t half[2] = {};
     for (int k = 0; k < in.count; ++k) {
-      if (in.option[0] == 8) {
+      if (halves) {
         half[k] = warp.lanes<uint64_t>(parts[k])[i];
       } else {
         half[k / 2] |= uint64_t{warp.lanes<uint32_t>(parts[k])[i]} << (32 * (k % 2));
@@ -111,12 +113,13 @@ Step run_pack_b128(Warp& warp, const Instruction& in, uint32_t mask) {
 
 Step run_unpack_b128(Warp& warp, const Instruction& in, uint32_t mask) {
   const Slot* parts = warp.list(in);
+  const bool halves = options<PackOptions>(in).part_bytes == 8;
   const auto* a = warp.lanes<uint64_t>(in.a);
   for_each_lane(mask, [&](int i) {
     const uint64_t half[2] = {a[i], a[i + kWarpSize]};
     for (int k = 0; k < in.count; ++k) {
       if (parts[k] == kNoSlot) continue;
-      if (in.option[0] == 8) {
+      if (halves) {
         warp.lanes<uint64_t>(parts[k])[i] = half[k];
       } else {
         warp.lanes<uint32_t>(parts[k])[i] = static_cast<uint32_t>(half[k / 2] >> (32 * (k % 2)));
@@ -160,7 +163,7 @@ void decode_pack(Decoder& decoder, Type type) {
   std::vector<Slot> slots;
   for (const Operand& value : parts) slots.push_back(decoder.source(value, bits_type(part)));
   out.bytes = static_cast<uint8_t>(size_of(type));
-  out.option[0] = static_cast<uint8_t>(part);
+  make_options<PackOptions>(out).part_bytes = static_cast<uint8_t>(part);
   if (size_of(type) == 16) {
     decoder.list(slots);
     out.run = run_pack_b128;
@@ -189,7 +192,7 @@ void decode_unpack(Decoder& decoder, Type type) {
     slots.push_back(decoder.destination(value, part, true));
   }
   out.bytes = static_cast<uint8_t>(size_of(type));
-  out.option[0] = static_cast<uint8_t>(part);
+  make_options<PackOptions>(out).part_bytes = static_cast<uint8_t>(part);
   if (size_of(type) == 16) {
     decoder.list(slots);
     out.run = run_unpack_b128;
@@ -209,10 +212,9 @@ void decode_mov(Decoder& decoder) {
   out.counter_class = InstructionClass::kMove;
   if (decoder.operands() != 2) throw Unsupported("not two operands");
   if (type == Type::kPred) {
-    bool negated = false;
     out.d = decoder.destination(0, 0);
-    out.a = decoder.source_predicate(decoder.operand(1), &negated);
-    out.option[0] = negated;
+    out.a = decoder.source_predicate(decoder.operand(1),
+                                     &make_options<PredicateMoveOptions>(out).negated);
     out.run = run_predicate_copy;
   } else if (decoder.operand(1).kind == Operand::Kind::kVector) {
     decode_pack(decoder, type);

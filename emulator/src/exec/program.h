@@ -20,6 +20,7 @@
 
 #include "../ptx/module.h"
 #include "counters.h"
+#include "options.h"
 
 namespace gpu_emulator::exec {
 
@@ -55,9 +56,9 @@ struct Instruction {
   Slot d = kNoSlot, a = kNoSlot, b = kNoSlot, c = kNoSlot;
   Slot e = kNoSlot;             // a fourth source or a second destination: as the family says
   uint32_t list = 0;            // first of `count` slots in Function::lists: vectors, fragments
+  uint32_t target = kNoPc;      // branches
   int64_t imm = 0;              // address offset, lop3 table, group count: as the family says
   int64_t option_offset = 0;    // a second address offset: as the family says
-  uint32_t target = kNoPc;      // branches
   uint32_t reconverge = kNoPc;  // branches: immediate post-dominator, kNoPc = the function's end
   uint16_t count = 0;
   uint8_t bytes = 0;  // memory: bytes of one element; otherwise as the family says
@@ -65,12 +66,26 @@ struct Instruction {
   Space space = Space::kGeneric;
   Order order = Order::kWeak;
   Scope scope = Scope::kNone;
-  uint8_t option[4] = {0, 0, 0, 0};  // as the family says
+  FamilyOptions options;
   bool guard_negated = false;
   bool is_unsupported = false;
   bool wide_address = false;  // `a` (or `d` of an asynchronous copy) holds 64-bit addresses
   InstructionClass counter_class = InstructionClass::kOther;
 };
+static_assert(sizeof(Instruction) <= 80);
+
+// The options of an instruction of that family; std::bad_variant_access of any other.
+template <class T>
+const T& options(const Instruction& in) {
+  return std::get<T>(in.options);
+}
+
+// For decoders: the same, made where there are none yet.
+template <class T>
+T& make_options(Instruction& in) {
+  if (std::holds_alternative<std::monostate>(in.options)) in.options.emplace<T>();
+  return std::get<T>(in.options);
+}
 
 // How what an instruction writes depends on what it reads: for checks of undefined values.
 enum class Flow : uint8_t {

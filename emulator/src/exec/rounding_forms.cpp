@@ -66,7 +66,6 @@ T saturated(T x) {
   return x > 0 ? (x > 1 ? T(1) : x) : T(0);
 }
 
-// Instruction::option[0]: the Rounding.
 template <LaneOp kOp, class T, bool kFtz, bool kSaturate>
 Step run_rounded(Warp& warp, const Instruction& in, uint32_t mask) {
   using C = std::conditional_t<sizeof(T) == 8, uint64_t, uint32_t>;
@@ -74,7 +73,7 @@ Step run_rounded(Warp& warp, const Instruction& in, uint32_t mask) {
   const C* b = in.b == kNoSlot ? a : warp.lanes<C>(in.b);
   const C* c = in.c == kNoSlot ? a : warp.lanes<C>(in.c);
   C* d = warp.lanes<C>(in.d);
-  const RoundingScope scope(static_cast<Rounding>(in.option[0]));
+  const RoundingScope scope(options<RoundingOptions>(in).rounding);
   for_each_lane(mask, [&](int i) {
     auto of = [](C bits) { return flushed_if<kFtz>(__builtin_bit_cast(T, bits)); };
     T result = compute<kOp, T>(of(a[i]), of(b[i]), of(c[i]));

@@ -2,16 +2,16 @@
 
 #include <cstdint>
 
-namespace gpu_emulator::exec {
+#include "options.h"
 
-enum ShuffleMode : uint8_t { kUp, kDown, kButterfly, kIndex };  // Instruction::option[0] of shfl
+namespace gpu_emulator::exec {
 
 // Source lane and whether it is in range (PTX 9.7.9.6).
 struct ShuffleSource {
   int lane;
   bool in_range;
 };
-inline ShuffleSource shuffle_source(uint8_t mode, int lane, uint32_t b, uint32_t c) {
+inline ShuffleSource shuffle_source(ShuffleMode mode, int lane, uint32_t b, uint32_t c) {
   const int delta = static_cast<int>(b & 31);
   const int clamp = static_cast<int>(c & 31);
   const int segment = static_cast<int>(c >> 8 & 31);
@@ -20,15 +20,15 @@ inline ShuffleSource shuffle_source(uint8_t mode, int lane, uint32_t b, uint32_t
   int j;
   bool in_range;
   switch (mode) {
-    case kUp:
+    case ShuffleMode::kUp:
       j = lane - delta;
       in_range = j >= highest;
       break;
-    case kDown:
+    case ShuffleMode::kDown:
       j = lane + delta;
       in_range = j <= highest;
       break;
-    case kButterfly:
+    case ShuffleMode::kButterfly:
       j = lane ^ delta;
       in_range = j <= highest;
       break;

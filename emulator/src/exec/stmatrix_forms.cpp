@@ -26,7 +26,7 @@ void store_row(const uint32_t* reg, int row, bool transposed, std::byte* host) {
   std::memcpy(host, elements, kRowBytes);
 }
 
-// list: one register a matrix; option[0]: .trans
+// list: one register a matrix.
 Step run_stmatrix(Warp& warp, const Instruction& in, uint32_t mask) {
   require_whole_warp(warp, mask, "stmatrix");
   uint64_t address[kWarpSize];
@@ -38,8 +38,9 @@ Step run_stmatrix(Warp& warp, const Instruction& in, uint32_t mask) {
   form.bytes = form.alignment = kRowBytes;
   const int lanes = kRows * in.count;
   resolve(warp, form, lanes == kWarpSize ? kAllLanes : (1u << lanes) - 1, address, host);
+  const bool transposed = options<MatrixMoveOptions>(in).transposed;
   for (int i = 0; i < lanes; ++i) {
-    store_row(warp.lanes<uint32_t>(warp.list(in)[i / kRows]), i % kRows, in.option[0], host[i]);
+    store_row(warp.lanes<uint32_t>(warp.list(in)[i / kRows]), i % kRows, transposed, host[i]);
   }
   return Step::kNext;
 }
@@ -49,7 +50,7 @@ void decode_stmatrix(Decoder& decoder) {
   constexpr int kCounts[] = {1, 2, 4};
   const int count = decoder.take_any({"x1", "x2", "x4"});
   if (count < 0) throw Unsupported("number of matrices");
-  decoder.out.option[0] = decoder.take("trans");
+  make_options<MatrixMoveOptions>(decoder.out).transposed = decoder.take("trans");
   decoder.out.space = decoder.take_space();
   if (!decoder.take("b16")) throw Unsupported("elements of this type");
   decoder.set_address(decoder.operand(0));

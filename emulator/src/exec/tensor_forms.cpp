@@ -10,8 +10,6 @@
 namespace gpu_emulator::exec {
 namespace {
 
-using Direction = BulkCopy::Direction;
-
 // list: as in bulk_operands.h, then the coordinates. imm: dimensions.
 enum Place : int { kBox, kMap };
 constexpr int kCoordinates = kCtaMask + 1;
@@ -62,7 +60,7 @@ void require_aligned_box(const Warp& warp, int lane, uint64_t address) {
 }
 
 std::shared_ptr<BulkCopy> make_copy(Warp& warp, const Instruction& in, int lane,
-                                    Direction direction) {
+                                    BulkDirection direction) {
   const Box box = box_of(warp, in, lane);
   auto copy = std::make_shared<BulkCopy>();
   copy->site = issue_site(warp, lane);
@@ -80,7 +78,7 @@ std::shared_ptr<BulkCopy> make_copy(Warp& warp, const Instruction& in, int lane,
 
 Step run_load(Warp& warp, const Instruction& in, uint32_t mask) {
   for_each_lane(mask, [&](int lane) {
-    auto copy = make_copy(warp, in, lane, Direction::kGlobalToShared);
+    auto copy = make_copy(warp, in, lane, BulkDirection::kGlobalToShared);
     set_destinations(in, listed_address(warp, in, kBox, lane), *copy);
     issue_to_mbarriers(std::move(copy), "cp.async.bulk.tensor");
   });
@@ -108,12 +106,11 @@ Reduction reduction_of(const Warp& warp, int lane, ReductionOp op, TensorElement
 
 Step run_store(Warp& warp, const Instruction& in, uint32_t mask) {
   for_each_lane(mask, [&](int lane) {
-    auto copy = make_copy(warp, in, lane, Direction::kSharedToGlobal);
+    auto copy = make_copy(warp, in, lane, BulkDirection::kSharedToGlobal);
     copy->source = listed_address(warp, in, kBox, lane);
-    if (in.option[2] != kNoReduction) {
+    if (const auto op = options<BulkOptions>(in).reduction) {
       const Box box = box_of(warp, in, lane);
-      copy->reduction =
-          reduction_of(warp, lane, static_cast<ReductionOp>(in.option[2]), box.map.element);
+      copy->reduction = reduction_of(warp, lane, *op, box.map.element);
     }
     issue_to_group(std::move(copy));
   });
@@ -182,7 +179,7 @@ void decode_load(Decoder& decoder) {
   decoder.out.run = run_load;
 }
 
-void decode_store_to(Decoder& decoder, uint8_t reduction) {
+void decode_store_to(Decoder& decoder, std::optional<ReductionOp> reduction) {
   if (!decoder.take("bulk_group") || !decoder.take("global") ||
       decoder.take_any({"shared::cta", "shared"}) < 0) {
     throw Unsupported("state spaces");
@@ -193,7 +190,7 @@ void decode_store_to(Decoder& decoder, uint8_t reduction) {
   operands.map = &decoder.operand(0);
   operands.box = &decoder.operand(1);
   decode_operands(decoder, operands, dimensions);
-  decoder.out.option[2] = reduction;
+  make_options<BulkOptions>(decoder.out).reduction = reduction;
   decoder.out.run = run_store;
 }
 
@@ -206,15 +203,13 @@ bool has(const Decoder& decoder, std::string_view modifier) {
 
 void decode_copy(Decoder& decoder) {
   if (has(decoder, "bulk_group")) {
-    decode_store_to(decoder, kNoReduction);
+    decode_store_to(decoder, std::nullopt);
   } else {
     decode_load(decoder);
   }
 }
 
-void decode_reduce(Decoder& decoder) {
-  decode_store_to(decoder, static_cast<uint8_t>(take_reduction(decoder)));
-}
+void decode_reduce(Decoder& decoder) { decode_store_to(decoder, take_reduction(decoder)); }
 
 void decode_prefetch_box(Decoder& decoder) {
   const int dimensions = take_dimensions(decoder);

@@ -32,8 +32,9 @@ Step run_shfl(Warp& warp, const Instruction& in, uint32_t mask) {
   std::copy(a, a + kWarpSize, value);
   uint32_t result[kWarpSize];
   uint32_t in_range = 0;
+  const ShuffleMode mode = options<ShuffleOptions>(in).mode;
   for_each_lane(mask, [&](int lane) {
-    const ShuffleSource source = shuffle_source(in.option[0], lane, b[lane], c[lane]);
+    const ShuffleSource source = shuffle_source(mode, lane, b[lane], c[lane]);
     const bool is_absent = source.in_range && !(mask >> source.lane & 1);
     if (is_absent && reports(warp, ReportKind::kShuffleLane)) {
       fail(warp, lane, ReportKind::kShuffleLane,
@@ -58,7 +59,7 @@ void decode_shfl(Decoder& decoder) {
   if (mode < 0) throw Unsupported("shuffle of this kind");
   const Type type = decoder.take_type();
   const auto results = decoder.elements(decoder.operand(0));
-  out.option[0] = static_cast<uint8_t>(mode);
+  make_options<ShuffleOptions>(out).mode = static_cast<ShuffleMode>(mode);
   out.d = decoder.destination(results.at(0), 4);
   decoder.list({results.size() > 1 ? decoder.destination(results[1], 0, true) : kNoSlot});
   out.a = decoder.source(1, type);
@@ -71,22 +72,21 @@ void decode_shfl(Decoder& decoder) {
 
 // -------------------------------------------------------------------------------- vote, activemask
 
-enum VoteMode : uint8_t { kAll, kAny, kUniform, kBallot };
-
 Step run_vote(Warp& warp, const Instruction& in, uint32_t mask) {
   const uint32_t member = member_mask(warp, in.b, mask);
   if (!gather(warp, member, &mask, "vote.sync")) return Step::kRetry;
   uint32_t votes = warp.predicate(in.a);
-  if (in.option[1]) votes = ~votes;
+  const VoteOptions how = options<VoteOptions>(in);
+  if (how.negated) votes = ~votes;
   votes &= mask;
-  switch (in.option[0]) {
-    case kAll:
+  switch (how.mode) {
+    case VoteMode::kAll:
       warp.set_predicate(in.d, mask, votes == mask ? kAllLanes : 0);
       break;
-    case kAny:
+    case VoteMode::kAny:
       warp.set_predicate(in.d, mask, votes ? kAllLanes : 0);
       break;
-    case kUniform:
+    case VoteMode::kUniform:
       warp.set_predicate(in.d, mask, votes == mask || !votes ? kAllLanes : 0);
       break;
     default: {
@@ -104,11 +104,10 @@ void decode_vote(Decoder& decoder) {
   const int mode = decoder.take_any({"all", "any", "uni", "ballot"});
   if (mode < 0) throw Unsupported("vote of this kind");
   decoder.take_type();
-  bool negated = false;
-  out.option[0] = static_cast<uint8_t>(mode);
-  out.d = decoder.destination(0, mode == kBallot ? 4 : 0);
-  out.a = decoder.source_predicate(decoder.operand(1), &negated);
-  out.option[1] = negated;
+  VoteOptions& how = make_options<VoteOptions>(out);
+  how.mode = static_cast<VoteMode>(mode);
+  out.d = decoder.destination(0, how.mode == VoteMode::kBallot ? 4 : 0);
+  out.a = decoder.source_predicate(decoder.operand(1), &how.negated);
   if (sync) out.b = decoder.source(2, Type::kB32);
   out.run = run_vote;
   out.counter_class = InstructionClass::kWarp;
@@ -129,7 +128,7 @@ void decode_activemask(Decoder& decoder) {
 
 // ------------------------------------------------------------------------------------------- match
 
-// option[0]: all; e: predicate of match.all.
+// e: predicate of match.all.
 template <class T>
 Step run_match(Warp& warp, const Instruction& in, uint32_t mask) {
   const uint32_t member = member_mask(warp, in.b, mask);
@@ -138,6 +137,7 @@ Step run_match(Warp& warp, const Instruction& in, uint32_t mask) {
   const T* a = warp.lanes<T>(in.a);
   std::copy(a, a + kWarpSize, value);
   uint32_t* d = in.d == kNoSlot ? nullptr : warp.lanes<uint32_t>(in.d);
+  const bool of_all = options<MatchOptions>(in).all;
   bool all = true;
   for_each_lane(mask, [&](int lane) {
     uint32_t same = 0;
@@ -145,9 +145,9 @@ Step run_match(Warp& warp, const Instruction& in, uint32_t mask) {
       same |= static_cast<uint32_t>(value[other] == value[lane]) << other;
     });
     all = all && same == mask;
-    if (d && !in.option[0]) d[lane] = same;
+    if (d && !of_all) d[lane] = same;
   });
-  if (in.option[0]) {
+  if (of_all) {
     if (d) for_each_lane(mask, [&](int lane) { d[lane] = all ? mask : 0; });
     if (in.e != kNoSlot) warp.set_predicate(in.e, mask, all ? kAllLanes : 0);
   }
@@ -161,7 +161,7 @@ void decode_match(Decoder& decoder) {
   decoder.take("sync");
   const Type type = decoder.take_type();
   const auto results = decoder.elements(decoder.operand(0));
-  out.option[0] = static_cast<uint8_t>(mode);
+  make_options<MatchOptions>(out).all = mode == 1;
   out.d = decoder.destination(results.at(0), 4, true);
   if (results.size() > 1) out.e = decoder.destination(results[1], 0, true);
   out.a = decoder.source(1, type);
@@ -172,20 +172,18 @@ void decode_match(Decoder& decoder) {
 
 // ------------------------------------------------------------------------------------------- redux
 
-enum ReduxOp : uint8_t { kReduxAdd, kReduxMin, kReduxMax, kReduxAnd, kReduxOr, kReduxXor };
-
 uint32_t reduce(const Instruction& in, uint32_t x, uint32_t y) {
   const bool is_signed_type = in.type == Type::kS32;
-  switch (in.option[0]) {
-    case kReduxAdd:
+  switch (options<ReduxOptions>(in).op) {
+    case ReduxOp::kAdd:
       return x + y;
-    case kReduxMin:
+    case ReduxOp::kMin:
       return is_signed_type ? std::min<int32_t>(x, y) : std::min(x, y);
-    case kReduxMax:
+    case ReduxOp::kMax:
       return is_signed_type ? std::max<int32_t>(x, y) : std::max(x, y);
-    case kReduxAnd:
+    case ReduxOp::kAnd:
       return x & y;
-    case kReduxOr:
+    case ReduxOp::kOr:
       return x | y;
     default:
       return x ^ y;
@@ -209,7 +207,7 @@ void decode_redux(Decoder& decoder) {
   if (op < 0) throw Unsupported("reduction of this kind");
   out.type = decoder.take_type();
   if (is_float(out.type)) throw Unsupported("reduction of this type");
-  out.option[0] = static_cast<uint8_t>(op);
+  make_options<ReduxOptions>(out).op = static_cast<ReduxOp>(op);
   out.d = decoder.destination(0, 4);
   out.a = decoder.source(1, out.type);
   out.b = decoder.source(2, Type::kB32);

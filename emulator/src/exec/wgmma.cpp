@@ -9,14 +9,6 @@
 namespace gpu_emulator::exec {
 namespace {
 
-enum Flag : uint8_t {
-  kAInRegisters = 1,
-  kAMnMajor = 2,
-  kBMnMajor = 4,
-  kNegateA = 8,
-  kNegateB = 16
-};
-
 constexpr uint32_t kChunkBytes = 16;
 constexpr int kTileRows = 16;
 
@@ -155,28 +147,28 @@ void require_frame(const WgmmaPart& part) {
 void set_shape(Instruction& in, const WgmmaShape& shape) {
   in.imm = shape.n;
   in.bytes = static_cast<uint8_t>(shape.k);
-  in.option[0] = static_cast<uint8_t>(shape.a);
-  in.option[1] = static_cast<uint8_t>(shape.b);
-  in.option[2] =
-      static_cast<uint8_t>((shape.a_in_registers ? kAInRegisters : 0) |
-                           (shape.a_mn_major ? kAMnMajor : 0) | (shape.b_mn_major ? kBMnMajor : 0) |
-                           (shape.negate_a ? kNegateA : 0) | (shape.negate_b ? kNegateB : 0));
-  in.option[3] = static_cast<uint8_t>(shape.d);
+  make_options<WgmmaOptions>(in) = {.a = shape.a,
+                                    .b = shape.b,
+                                    .d = shape.d,
+                                    .a_in_registers = shape.a_in_registers,
+                                    .a_mn_major = shape.a_mn_major,
+                                    .b_mn_major = shape.b_mn_major,
+                                    .negate_a = shape.negate_a,
+                                    .negate_b = shape.negate_b};
 }
 
 WgmmaShape shape_of(const Instruction& in) {
-  WgmmaShape shape;
-  shape.n = static_cast<int>(in.imm);
-  shape.k = in.bytes;
-  shape.a = static_cast<MatrixType>(in.option[0]);
-  shape.b = static_cast<MatrixType>(in.option[1]);
-  shape.d = static_cast<AccumulatorType>(in.option[3]);
-  shape.a_in_registers = in.option[2] & kAInRegisters;
-  shape.a_mn_major = in.option[2] & kAMnMajor;
-  shape.b_mn_major = in.option[2] & kBMnMajor;
-  shape.negate_a = in.option[2] & kNegateA;
-  shape.negate_b = in.option[2] & kNegateB;
-  return shape;
+  const WgmmaOptions how = options<WgmmaOptions>(in);
+  return {.n = static_cast<int>(in.imm),
+          .k = in.bytes,
+          .a = how.a,
+          .b = how.b,
+          .d = how.d,
+          .a_in_registers = how.a_in_registers,
+          .a_mn_major = how.a_mn_major,
+          .b_mn_major = how.b_mn_major,
+          .negate_a = how.negate_a,
+          .negate_b = how.negate_b};
 }
 
 void compute(WgmmaOperation& operation, const Isa& isa) {

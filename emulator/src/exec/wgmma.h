@@ -33,8 +33,8 @@ struct WgmmaShape {
   int d_registers() const { return d == AccumulatorType::kF16 ? n / 4 : n / 2; }
 };
 
-// How an instruction holds a shape: imm n; bytes k; option: types of A and B, flags,
-// AccumulatorType. list: D, then A if it is in registers; a, b: descriptors; c: scale-d.
+// How an instruction holds a shape: imm n; bytes k; WgmmaOptions. list: D, then A if it is in
+// registers; a, b: descriptors; c: scale-d.
 void set_shape(Instruction& in, const WgmmaShape& shape);
 WgmmaShape shape_of(const Instruction& in);
 

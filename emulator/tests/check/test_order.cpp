@@ -2,8 +2,11 @@
 
 #include <gtest/gtest.h>
 
+#include <array>
+#include <random>
 #include <stdexcept>
 #include <utility>
+#include <vector>
 
 #include "check/shadow.h"
 #include "check/state.h"
@@ -95,6 +98,72 @@ TEST_F(Orders, WhatFollowsAReleaseIsNotSeen) {
   write(0, 0, 0, 16);
   warps_[1].acquire(kAll, clock);
   EXPECT_THROW(read(1, 0, 0, 16), Conflict);
+}
+
+// Collects what a write finds instead of failing.
+struct Collecting final : Reporter {
+  void conflict(const Actor&, int, const Previous& previous, const Place& place) override {
+    found.push_back({place.address, previous.record.bits(), previous.lanes, previous.cluster});
+  }
+  void missing_fence(const Actor&, int, const Previous&, const Place&) override {}
+  bool same_value(const Actor&, int, int) override { return false; }
+  std::vector<std::array<uint64_t, 4>> found;
+};
+
+// Reads kept by lines of four cells are the same as those kept cell by cell, whoever reads when.
+TEST(Lines, AreTheReadsOfTheirCells) {
+  constexpr int kClusters = 5, kWarps = 2, kCells = 256;
+  std::mt19937 generator(1);
+  const auto random = [&] { return static_cast<uint32_t>(generator()); };
+  for (int round = 0; round < 200; ++round) {
+    std::vector<ClusterOrder> clusters(kClusters);
+    std::vector<WarpOrder> warps(kClusters * kWarps);
+    for (int i = 0; i < kClusters * kWarps; ++i) {
+      clusters[i / kWarps].index = static_cast<uint64_t>(i / kWarps);
+      clusters[i / kWarps].agents = kWarps;
+      warps[i].cluster = &clusters[i / kWarps];
+      warps[i].agent = static_cast<uint32_t>(i % kWarps);
+      warps[i].lanes = kAll;
+      warps[i].groups.push_back({kAll, Clock(kWarps)});
+    }
+    auto actor = [&](int warp, bool is_write, uint32_t mask) {
+      return Actor{
+          nullptr, &warps[warp], warps[warp].common_clock(mask), AccessState::kPlain, is_write,
+          true,    random() % 2};
+    };
+    GlobalShadow lines(exec::Space::kGlobal, 4096, 4096, false);
+    GlobalShadow cells(exec::Space::kGlobal, 4096, 4096, false);
+    Collecting of_lines, of_cells;
+    for (int step = 0; step < 60; ++step) {
+      const int warp = static_cast<int>(random() % warps.size());
+      const uint32_t kind = random() % 8;
+      if (kind < 2) {  // to the other warp of the cluster, from all lanes or some
+        Clock clock(kWarps);
+        warps[warp].release(kind ? kAll : 0xff00, clock);
+        warps[warp].advance();
+        warps[warp ^ 1].acquire(kAll, clock);
+        continue;
+      }
+      const uint32_t mask = kind == 2 ? random() : kAll;
+      const uint32_t first = random() % 8 * 16 + (kind == 3 ? 1 : 0);
+      uint64_t address[32];
+      for (uint32_t lane = 0; lane < 32; ++lane) address[lane] = 4096 + 16 * (first + lane);
+      const Actor reader = actor(warp, false, mask);
+      lines.read_cells(reader, mask, address, of_lines, [](int, uint64_t) {});
+      exec::for_each_lane(mask, [&](int lane) {
+        cells.read(reader, lane, 16 * (first + static_cast<uint32_t>(lane)), 16, of_cells);
+      });
+    }
+    const int writer = static_cast<int>(random() % warps.size());
+    for (uint32_t cell = 0; cell < kCells; ++cell) {
+      const Actor last = actor(writer, true, kAll);
+      const uint32_t bytes = cell % 2 ? 4 : 16;
+      lines.write(last, 5, 16 * cell, bytes, 0, of_lines);
+      cells.write(last, 5, 16 * cell, bytes, 0, of_cells);
+    }
+    ASSERT_FALSE(of_cells.found.empty());
+    ASSERT_EQ(of_lines.found, of_cells.found);
+  }
 }
 
 // More warps than shadow memory has entries for.

@@ -149,7 +149,7 @@ typedef struct flash_attn_kvcache_args {
   flash_attn_score_args score;          /* attn_bias must be NULL */
   /* int32 [b]: tokens already in the cache; NULL: the whole cache, no k */
   const flash_attn_tensor* cache_seqlens;
-  /* dtype of q, [seqlen_rotary, rotary_dim / 2]; needs k; NULL: none */
+  /* dtype of q, [seqlen_rotary >= sk, rotary_dim / 2]; needs k; NULL: none */
   const flash_attn_tensor* rotary_cos;
   const flash_attn_tensor* rotary_sin; /* as rotary_cos */
   /* int32 [b]: row of the cache of each sequence; NULL: its own index */
@@ -185,7 +185,7 @@ FLASH_ATTN_API flash_attn_status flash_attn_combine(const flash_attn_combine_arg
 /* The sentence of this thread's last failed call; "" before any. Valid until this thread's next
  * call. */
 FLASH_ATTN_API const char* flash_attn_last_error(void);
-FLASH_ATTN_API const char* flash_attn_version(void); /* "2.8.3" */
+FLASH_ATTN_API const char* flash_attn_version(void); /* "2.8.3.post1" */
 
 /* Instruction sets of the CPU backend, best last: "baseline", "avx2", "avx512", "avx512bf16",
  * "amx". Names are separated by spaces. */
@@ -200,9 +200,9 @@ flash_attn_set_cpu_isa(const char* name); /* for the process; NULL: the default 
 FLASH_ATTN_API int flash_attn_cpu_threads(void);
 /* Sends the CPU tensors of this thread's calls to the CUDA kernels on an emulated GPU:
  * `description` is an architecture and options, "sm_80" or "sm_80,mode=late,seed=3"
- * (emulator/README.md); NULL or "": back to the CPU backend. `library`: the emulator's shared
- * library; NULL: libgpu_emulator.so beside this one. The environment variable
- * FLASH_ATTENTION_EMULATOR holds a description for the whole process. */
+ * (emulator/README.md); NULL or "": back to the CPU backend. `library`: the emulator, NULL for the
+ * libgpu_emulator.so beside this one, where builds with FLASH_ATTN_EMULATOR put and install it.
+ * The environment variable FLASH_ATTENTION_EMULATOR holds a description for the whole process. */
 FLASH_ATTN_API flash_attn_status flash_attn_use_emulator(const char* description,
                                                          const char* library);
 /* Counters of the emulated launches since the last flash_attn_use_emulator: JSON, an object for

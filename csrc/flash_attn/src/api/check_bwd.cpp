@@ -10,7 +10,9 @@ constexpr char kHeadDimLimit[] = "FlashAttention backward only supports head dim
 // dq, dk, dv: as their inputs.
 Operand check_gradient(const Arg& grad, const Arg& input, const Arg& q, bool varlen) {
   require(grad.given(), grad.name, " must be given");
-  require(grad.t->dtype == q.t->dtype, grad.name, " must have the same dtype as q");
+  if (grad.t->dtype != q.t->dtype) {
+    fail(grad.name, " must have the same dtype as q, ", dtype_name(q), ", got ", dtype_name(grad));
+  }
   check_device(grad, q);
   if (varlen) {
     check_shape(

@@ -21,26 +21,28 @@ void check_new_keys(const flash_attn_kvcache_args& args, const Cache& cache, Fla
   require(k.given() || !v.given(), "If value is supplied, key must also be passed in");
   if (!k.given()) return;
   require(v.given(), "If key is supplied, value must also be passed in");
-  require(args.cache_seqlens != nullptr, "If key is supplied, seqlens_k must also be passed in");
+  require(args.cache_seqlens != nullptr,
+          "If key is supplied, seqlens_k must also be passed in (cache_seqlens)");
   check_view(k, 4, "(batch_size, seqlen_knew, num_heads_k, head_size)");
   p.seqlen_knew = k.size(1);
   require(p.seqlen_knew <= p.seqlen_k,
-          "If key is supplied, it must have seqlen <= the seqlen of the KV cache");
-  require(k.t->dtype == cache.q.t->dtype, "Key must have the same dtype as query");
+          "If key is supplied, it must have seqlen <= the seqlen of the KV cache: k has ",
+          p.seqlen_knew, " rows, the cache ", p.seqlen_k);
+  check_dtype_of_q(k, cache.q, "Key must have the same dtype as query");
   check_device(k, cache.q);
   check_extents(k, {{"batch_size", p.b},
                     {"seqlen_knew", p.seqlen_knew},
                     {"num_heads_k", p.h_k},
                     {"head_size", p.d}});
-  require(has_contiguous_last_dim(k), "Key tensor must have contiguous last dimension");
+  check_last_stride(k, "Key tensor must have contiguous last dimension");
   check_view(v, 4, "(batch_size, seqlen_knew, num_heads_k, head_size_v)");
-  require(v.t->dtype == cache.q.t->dtype, "Value must have the same dtype as query");
+  check_dtype_of_q(v, cache.q, "Value must have the same dtype as query");
   check_device(v, cache.q);
   check_extents(v, {{"batch_size", p.b},
                     {"seqlen_knew", p.seqlen_knew},
                     {"num_heads_k", p.h_k},
                     {"head_size_v", p.d_v}});
-  require(has_contiguous_last_dim(v), "Value tensor must have contiguous last dimension");
+  check_last_stride(v, "Value tensor must have contiguous last dimension");
   check_no_self_overlap(cache.k);
   check_no_self_overlap(cache.v);
   p.knew = batched_operand(k);
@@ -60,15 +62,17 @@ int64_t check_rotary(const flash_attn_kvcache_args& args, const Arg& q, Flash_fw
   check_device(cos, q);
   check_view(cos, 2, "(seqlen_ro, rotary_dim / 2)");
   const int64_t rows = cos.size(0), half = cos.size(1);
-  require(half <= p.d / 2, "rotary_dim must be <= headdim");
-  require(rows >= p.seqlen_k, "cos/sin seqlen must be at least the seqlen of KV cache");
-  require(cos.t->dtype == q.t->dtype, "rotary_cos must have the same dtype as query");
+  require(half <= p.d / 2, "rotary_dim must be <= headdim: 2 * ", half, " > ", p.d);
+  require(rows >= p.seqlen_k,
+          "cos/sin seqlen must be at least the seqlen of KV cache: rotary_cos has ", rows,
+          " rows, the cache ", p.seqlen_k);
+  check_dtype_of_q(cos, q, "rotary_cos must have the same dtype as query");
   require(sin.given(), "If rotary cos is provided, rotary sin must also be provided");
   check_device(sin, q);
   check_shape(sin, {{"seqlen_ro", rows}, {"rotary_dim / 2", half}});
-  require(sin.t->dtype == q.t->dtype, "rotary_sin must have the same dtype as query");
-  require(has_contiguous_last_dim(cos), "rotary_cos must have contiguous last dimension");
-  require(has_contiguous_last_dim(sin), "rotary_sin must have contiguous last dimension");
+  check_dtype_of_q(sin, q, "rotary_sin must have the same dtype as query");
+  check_last_stride(cos, "rotary_cos must have contiguous last dimension");
+  check_last_stride(sin, "rotary_sin must have contiguous last dimension");
   p.rotary_cos = cos.t->data;
   p.rotary_sin = sin.t->data;
   p.rotary_cos_row_stride = cos.stride(0);
@@ -77,6 +81,13 @@ int64_t check_rotary(const flash_attn_kvcache_args& args, const Arg& q, Flash_fw
   p.rotary_rows = rows;
   p.is_rotary_interleaved = args.is_rotary_interleaved != 0;
   return rows;
+}
+
+// An int32 a sequence; null when not given. `sentence`: of a wrong dtype, FlashAttention-2's, which
+// knows the argument by another name.
+const int32_t* check_lengths(const Arg& x, const Arg& q, int64_t b, const char* sentence) {
+  if (x.given()) check_dtype(x, FLASH_ATTN_INT32, sentence);
+  return check_per_sequence(x, q, b);
 }
 
 // Where each sequence's rows are: the cache's own index, cache_batch_idx or block_table.
@@ -154,8 +165,10 @@ Flash_fwd_params check_mha_fwd_kvcache(const flash_attn_kvcache_args& args) {
   require(args.score.attn_bias == nullptr, "mha_fwd_kvcache does not take attn_bias");
   check_score(args.score, q, p);
   check_new_keys(args, cache, p);
-  p.seqused_k = check_per_sequence({"seqlens_k", args.cache_seqlens}, q, p.b);
-  p.leftpad_k = check_per_sequence({"leftpad_k", args.cache_leftpad}, q, p.b);
+  p.seqused_k = check_lengths({"cache_seqlens", args.cache_seqlens}, q, p.b,
+                              "seqlens_k must have dtype int32");
+  p.leftpad_k = check_lengths({"cache_leftpad", args.cache_leftpad}, q, p.b,
+                              "leftpad_k must have dtype int32");
   const int64_t rotary_rows = check_rotary(args, q, p);
   const Arg out{"out", args.out}, lse{"softmax_lse", args.softmax_lse};
   p.o = check_out_like(out, q, false, p, "Output must have the same dtype as inputs",

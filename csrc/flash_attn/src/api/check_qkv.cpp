@@ -1,4 +1,5 @@
 // q, k, v, and the tensors that share their shapes.
+#include <algorithm>
 #include <limits>
 
 #include "api/check.h"
@@ -22,21 +23,24 @@ const char* keys_shape(Layout layout) {
 
 void check_types(const Arg& q, const Arg& k, const Arg& v, Attention_params& p) {
   p.dtype = check_float_dtype(q, "FlashAttention only support fp16, bf16 and fp32 data type");
-  require(k.t->dtype == q.t->dtype, "query and key must have the same dtype");
-  require(v.t->dtype == q.t->dtype, "query and value must have the same dtype");
+  check_dtype_of_q(k, q, "query and key must have the same dtype");
+  check_dtype_of_q(v, q, "query and value must have the same dtype");
   check_device_of_q(q);
   check_device(k, q);
   check_device(v, q);
   for (const Arg* x : {&q, &k, &v}) {
-    require(has_contiguous_last_dim(*x), "Input tensor must have contiguous last dimension");
+    check_last_stride(*x, "Input tensor must have contiguous last dimension");
   }
 }
 
 void check_heads(const Attention_params& p, const char* limit) {
-  require(p.d <= FLASH_ATTN_MAX_HEAD_DIM && p.d_v <= FLASH_ATTN_MAX_HEAD_DIM, limit);
+  require(p.d <= FLASH_ATTN_MAX_HEAD_DIM && p.d_v <= FLASH_ATTN_MAX_HEAD_DIM, limit, ", got ",
+          std::max(p.d, p.d_v));
   require(p.d > 0 && p.d_v > 0, "head dimension must be positive");
   require(p.h > 0 && p.h_k > 0, "number of heads must be positive");
-  require(p.h % p.h_k == 0, "Number of heads in key/value must divide number of heads in query");
+  require(p.h % p.h_k == 0,
+          "Number of heads in key/value must divide number of heads in query: ", p.h_k,
+          " does not divide ", p.h);
 }
 
 // Lengths, head counts and page numbers are int32 in kernels.
@@ -143,7 +147,7 @@ void check_qkv(const Arg& q, const Arg& k, const Arg& v, Layout layout, const ch
 Operand check_out_like(const Arg& x, const Arg& q, bool varlen, const Attention_params& p,
                        const char* dtype_sentence, const char* stride_sentence) {
   require(x.given(), x.name, " must be given");
-  require(x.t->dtype == q.t->dtype, dtype_sentence);
+  check_dtype_of_q(x, q, dtype_sentence);
   check_device(x, q);
   if (varlen) {
     check_shape(x, {{"total_q", p.total_q}, {"num_heads", p.h}, {"head_size_v", p.d_v}});
@@ -153,7 +157,7 @@ Operand check_out_like(const Arg& x, const Arg& q, bool varlen, const Attention_
                     {"num_heads", p.h},
                     {"head_size_v", p.d_v}});
   }
-  require(has_contiguous_last_dim(x), stride_sentence);
+  check_last_stride(x, stride_sentence);
   return varlen ? packed_operand(x) : batched_operand(x);
 }
 

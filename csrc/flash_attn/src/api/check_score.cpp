@@ -25,7 +25,7 @@ void check_window(const flash_attn_score_args& score, Attention_params& p) {
 
 void check_alibi(const Arg& slopes, const Arg& q, Attention_params& p) {
   if (!slopes.given()) return;
-  require(slopes.t->dtype == FLASH_ATTN_FLOAT32, "ALiBi slopes must have dtype fp32");
+  check_dtype(slopes, FLASH_ATTN_FLOAT32, "ALiBi slopes must have dtype fp32");
   check_device(slopes, q);
   if (slopes.t->ndim == 2) {
     check_shape(slopes, {{"batch_size", p.b}, {"num_heads", p.h}});
@@ -33,8 +33,7 @@ void check_alibi(const Arg& slopes, const Arg& q, Attention_params& p) {
   } else {
     check_shape(slopes, {{"num_heads", p.h}});
   }
-  require(has_contiguous_last_dim(slopes),
-          "ALiBi slopes tensor must have contiguous last dimension");
+  check_last_stride(slopes, "ALiBi slopes tensor must have contiguous last dimension");
   p.alibi_slopes = static_cast<const float*>(slopes.t->data);
 }
 
@@ -49,9 +48,9 @@ void check_s_aux(const Arg& s_aux, const Arg& q, Attention_params& p) {
 
 void check_bias(const Arg& bias, const Arg& q, Attention_params& p) {
   if (!bias.given()) return;
-  const Dtype dtype = check_float_dtype(bias, "attn_bias must have the dtype of query or fp32");
-  require(dtype == p.dtype || dtype == Dtype::kFloat32,
-          "attn_bias must have the dtype of query or fp32");
+  constexpr char kBiasDtype[] = "attn_bias must have the dtype of query or fp32";
+  const Dtype dtype = check_float_dtype(bias, kBiasDtype);
+  if (dtype != Dtype::kFloat32) check_dtype_of_q(bias, q, kBiasDtype);
   check_device(bias, q);
   check_view(bias, 4, "(batch_size or 1, num_heads or 1, seqlen_q or 1, seqlen_k or 1)");
   const int64_t full[4] = {p.b, p.h, p.seqlen_q, p.seqlen_k};
@@ -86,8 +85,8 @@ void check_score(const flash_attn_score_args& score, const Arg& q, Attention_par
 void check_dropout(double p_dropout, const Arg& rng_state, const Arg& s_dmask, const Arg& q,
                    Attention_params& p) {
   p.p_dropout = static_cast<float>(p_dropout);
-  require(p.p_dropout >= 0.f && p.p_dropout < 1.f, "p_dropout must be at least 0 and below 1, got ",
-          p_dropout);
+  require(p.p_dropout >= 0.f && p.p_dropout < 1.f,
+          "dropout_p (p_dropout) must be at least 0 and below 1, got ", p_dropout);
   p.seqlen_q_rounded = round_up(p.seqlen_q, 128);
   p.seqlen_k_rounded = round_up(p.seqlen_k, 128);
   require(!s_dmask.given() || p.p_dropout > 0.f,
@@ -95,7 +94,7 @@ void check_dropout(double p_dropout, const Arg& rng_state, const Arg& s_dmask, c
   if (p.p_dropout == 0.f) return;
 
   require(rng_state.given(), "rng_state must be given when p_dropout > 0.0");
-  require(rng_state.t->dtype == FLASH_ATTN_INT64, "rng_state must have dtype int64");
+  check_dtype(rng_state, FLASH_ATTN_INT64, "rng_state must have dtype int64");
   require(rng_state.t->device_type == FLASH_ATTN_CPU, "rng_state must be on the CPU");
   check_shape(rng_state, {{"2", 2}});
   require(is_contiguous(rng_state), "rng_state must be contiguous");
@@ -104,7 +103,7 @@ void check_dropout(double p_dropout, const Arg& rng_state, const Arg& s_dmask, c
   p.offset = static_cast<uint64_t>(state[1]);
 
   if (!s_dmask.given()) return;
-  require(s_dmask.t->dtype == q.t->dtype, "s_dmask must have the same dtype as query");
+  check_dtype_of_q(s_dmask, q, "s_dmask must have the same dtype as query");
   check_device(s_dmask, q);
   check_shape(s_dmask, {{"batch_size", p.b},
                         {"num_heads", p.h},
@@ -115,8 +114,8 @@ void check_dropout(double p_dropout, const Arg& rng_state, const Arg& s_dmask, c
 }
 
 int64_t check_num_splits(int32_t num_splits) {
-  require(num_splits <= FLASH_ATTN_MAX_SPLITS, "num_splits > 128 not supported");
-  require(num_splits >= 0, "num_splits must not be negative");
+  require(num_splits <= FLASH_ATTN_MAX_SPLITS, "num_splits > 128 not supported, got ", num_splits);
+  require(num_splits >= 0, "num_splits must not be negative, got ", num_splits);
   return num_splits;
 }
 

@@ -59,12 +59,12 @@ void check_cu_seqlens(const Arg& cu_seqlens_q, const Arg& cu_seqlens_k, int64_t 
 }
 
 int64_t check_block_table(const Arg& block_table, const Arg& q, const Arg& k, Attention_params& p) {
-  require(block_table.t->dtype == FLASH_ATTN_INT32, "block_table must have dtype torch.int32");
+  check_dtype(block_table, FLASH_ATTN_INT32, "block_table must have dtype torch.int32");
   check_device(block_table, q);
   check_view(block_table, 2, "(batch_size, max_num_blocks_per_seq)");
   const int64_t max_pages = block_table.size(1);
   check_extents(block_table, {{"batch_size", p.b}, {"max_num_blocks_per_seq", max_pages}});
-  require(has_contiguous_last_dim(block_table), "block_table must have contiguous last dimension");
+  check_last_stride(block_table, "block_table must have contiguous last dimension");
   p.page_size = k.size(1);
   require(p.page_size > 0, "Paged KV cache block size must be positive");
   require(max_pages <= std::numeric_limits<int32_t>::max() / p.page_size,
