@@ -81,11 +81,12 @@ format: $(VENV) ## format all C++ and Python files
 	ruff check --fix .
 
 asan: SANITIZE := address,undefined
-asan: $(VENV) ## C++ tests under the address and undefined behaviour sanitizers
+asan: $(LIBRARIES) ## C++ tests under the address and undefined behaviour sanitizers
 tsan: SANITIZE := thread
-tsan: $(VENV) ## C++ tests under the thread sanitizer
-asan tsan:
+tsan: $(LIBRARIES) ## C++ tests under the thread sanitizer
+asan tsan: # the CUDA kernels are those of build/release: nothing sanitizes them
 	cmake -S . -B build/$@ $(CMAKE_FLAGS) -DCMAKE_BUILD_TYPE=Debug -DFLASH_ATTN_PYTHON=OFF \
+	  -DFLASH_ATTN_FATBINS=$(CURDIR)/build/release/cuda \
 	  -DFLASH_ATTN_SANITIZE=$(SANITIZE) $(SANITIZE_FLAGS)
 	cmake --build build/$@ -j $(JOBS)
 	UBSAN_OPTIONS=print_stacktrace=1 ctest --test-dir build/$@ --output-on-failure
