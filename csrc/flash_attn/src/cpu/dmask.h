@@ -3,16 +3,10 @@
 // function of the head dim alone.
 #pragma once
 
+#include "common/dmask_block.h"
 #include "cpu/fwd.h"
 
 namespace flash::cpu::FLASH_ATTN_ISA {
-
-// Key block width of the reference package with dropout (flash_attn_interface._get_block_size_n).
-inline int dmask_block_keys(int64_t d) {
-  if (d <= 32) return 128;
-  if (d <= 96) return 64;
-  return d <= 128 ? 32 : 64;
-}
 
 // scores [sk] of one row -> out
 inline void store_dmask_row(const TaskContext<Flash_fwd_params>& ctx, const Row& row, float* s,
