@@ -24,10 +24,11 @@ std::string in_context(const std::string& call) {
   return "cuCtxPushCurrent " + call + " cuCtxPopCurrent ";
 }
 
-// A dense fp16 forward, [2, 130, 4, 40] over [2, 70, 2, 40], of CUDA tensors that nothing reads.
+// A dense fp16 forward, [2, seqlen_q, 4, 40] over [2, seqlen_k, 2, 40], of CUDA tensors that
+// nothing reads.
 struct CudaForward {
   FwdCall call;
-  CudaForward() {
+  explicit CudaForward(int64_t seqlen_q = 130, int64_t seqlen_k = 70) {
     call.args = {};
     const auto add = [&](const char* name, flash_attn_dtype dtype,
                          std::initializer_list<int64_t> shape) {
@@ -36,11 +37,11 @@ struct CudaForward {
       t->data = reinterpret_cast<void*>(reinterpret_cast<uintptr_t>(t->data) / 16 * 16 + 16);
       return t;
     };
-    call.args.q = add("q", FLASH_ATTN_FLOAT16, {2, 130, 4, 40});
-    call.args.k = add("k", FLASH_ATTN_FLOAT16, {2, 70, 2, 40});
-    call.args.v = add("v", FLASH_ATTN_FLOAT16, {2, 70, 2, 40});
-    call.args.out = add("out", FLASH_ATTN_FLOAT16, {2, 130, 4, 40});
-    call.args.softmax_lse = add("softmax_lse", FLASH_ATTN_FLOAT32, {2, 4, 130});
+    call.args.q = add("q", FLASH_ATTN_FLOAT16, {2, seqlen_q, 4, 40});
+    call.args.k = add("k", FLASH_ATTN_FLOAT16, {2, seqlen_k, 2, 40});
+    call.args.v = add("v", FLASH_ATTN_FLOAT16, {2, seqlen_k, 2, 40});
+    call.args.out = add("out", FLASH_ATTN_FLOAT16, {2, seqlen_q, 4, 40});
+    call.args.softmax_lse = add("softmax_lse", FLASH_ATTN_FLOAT32, {2, 4, seqlen_q});
     call.args.score.softmax_scale = 1;
     call.args.score.window_left = call.args.score.window_right = -1;
   }
@@ -115,6 +116,25 @@ TEST(CudaDriver, OldAndMissingDevicesAreTurnedDown) {
   EXPECT_EQ(c.run(), FLASH_ATTN_DEVICE_ERROR);
   EXPECT_NE(std::string(flash_attn_last_error()).find("there is no CUDA device 2"),
             std::string::npos);
+}
+
+// 4 tiles of 8 units where 216 CTAs run at a time: one CTA a unit, and a workspace for the results.
+TEST(CudaDriver, DecodingClearsItsCountersAndLaunchesOnce) {
+  CudaForward c(1, 1024);
+  size_t bytes = 0;
+  ASSERT_EQ(flash_attn_mha_fwd_workspace_size(&c.call.args, &bytes), FLASH_ATTN_OK);
+  const size_t tiles = 2 * 2, rows = 2, units = 8;
+  EXPECT_EQ(bytes, tiles * units * rows * (64 + 2) * sizeof(float) + tiles * sizeof(uint32_t));
+  EXPECT_EQ(c.run(), FLASH_ATTN_INVALID_ARGUMENT);
+  EXPECT_NE(std::string(flash_attn_last_error()).find("workspace must have"), std::string::npos);
+  std::vector<char> workspace(bytes);
+  c.call.args.workspace = workspace.data();
+  c.call.args.workspace_bytes = bytes;
+  ASSERT_EQ(c.run(), FLASH_ATTN_OK) << flash_attn_last_error();
+  reset();
+  ASSERT_EQ(c.run(), FLASH_ATTN_OK) << flash_attn_last_error();
+  EXPECT_EQ(calls(), in_context("cuMemsetD32Async") + in_context("cuLaunchKernel"));
+  EXPECT_EQ(fake<const unsigned* (*)()>("fake_last_shape")()[0], tiles * units);
 }
 
 TEST(CudaDriver, RowsMayStartAnywhereAndHaveAnyHeadDim) {
