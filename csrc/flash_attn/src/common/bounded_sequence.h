@@ -45,7 +45,8 @@ FLASH_INLINE IndexFaults key_faults(const SequenceGeometry& p, int batch, int ma
     const int begin = p.cu_seqlens_k[batch], end = p.cu_seqlens_k[batch + 1];
     rows = end - begin;
     const bool is_outside = p.block_table == nullptr && end > p.total_k;
-    const bool is_long = rows > p.seqlen_k || (p.seqused_k == nullptr && rows > max_cached);
+    // Of more rows seqused_k tells how many are used.
+    const bool is_long = p.seqused_k == nullptr && (rows > p.seqlen_k || rows > max_cached);
     faults |= fault_of(IndexTensor::kCuSeqlensK, begin < 0 || (batch == 0 && begin != 0) ||
                                                      end < begin || is_outside || is_long);
     if (rows < limit) limit = rows;

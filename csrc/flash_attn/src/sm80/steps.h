@@ -146,7 +146,7 @@ FLASH_DEVICE void softmax_step(typename WarpTile<C>::Probabilities& rP,
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       RowState& row = rows[m][half];
-      float old_max = row.max;
+      const float old_max = row.max;
 #pragma unroll
       for (int n = 0; n < W::kS; ++n)
         row.max = fmaxf(row.max, fmaxf(rS[m][n][2 * half], rS[m][n][2 * half + 1]));
@@ -159,10 +159,9 @@ FLASH_DEVICE void softmax_step(typename WarpTile<C>::Probabilities& rP,
           rS[m][n][2 * half] -= anchor;
           rS[m][n][2 * half + 1] -= anchor;
         }
-        old_max -= anchor;
         scaled_anchor = 0.f;
       }
-      rescale[m][half] = ptx::ex2(fmaf(old_max, scale_log2, -scaled_anchor));
+      rescale[m][half] = ptx::ex2((old_max - anchor) * scale_log2);  // 1 where the maximum stays
       row.sum *= rescale[m][half];
 #pragma unroll
       for (int n = 0; n < W::kS; ++n) {
