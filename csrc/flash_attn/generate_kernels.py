@@ -26,6 +26,7 @@ CPP = {
 
 DTYPES = ("fp16", "bf16")
 
+
 @dataclass(frozen=True)
 class Architecture:
     name: str  # of compute_NAME and sm_NAME

@@ -128,8 +128,8 @@ def test_without_nvdisasm_the_tool_says_so(sass, no_nvdisasm, monkeypatch, tmp_p
 
 @needs_kernels
 def test_built_kernels(sass, sm_pipes):
-    """Each has one inner loop, whose products fit its exponentials, and in which the other
-    instructions leave the tensor pipe of an A100 the bound, but where docs/cuda.md says otherwise."""
+    """Each has one inner loop, whose products fit its exponentials, and in which the pipe that
+    docs/cuda.md names is an A100's bound."""
     library = next(_library.library_path().parent.glob("libflash_attn.so*"))
     cubins = sass.cubins(library.read_bytes())
     functions = [function for cubin in cubins for function in sass.disassemble(cubin)]
