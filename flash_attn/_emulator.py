@@ -28,7 +28,7 @@ class emulator:
 
         with flash_attn.emulator(mode="late", seed=1) as gpu:
             out = flash_attn.flash_attn_func(q, k, v, causal=True)
-        print(gpu.counters)  # {'flash_fwd_sm80_bf16_d64_causal_local': {'launches': 1, ...
+        print(gpu.counters)  # {'flash_fwd_sm80_bf16_d64_masked': {'launches': 1, ...
 
     ``gpu.line_counters`` tells the same of every line of the kernels' PTX.
 
@@ -101,7 +101,8 @@ class emulator:
     def counters(self) -> dict:
         """What the launches did, by kernel name: instructions, tensor-core work, memory traffic.
 
-        Of the launches since the context was entered; after it, of those until it was left.
+        Of the launches since the context was entered; after it, of those until it was left. They
+        are the device's: entering or leaving another context, in any thread, starts them anew.
         """
         return {
             name: {key: x for key, x in kernel.items() if key != "lines"}

@@ -26,8 +26,9 @@ Arguments shared by all functions:
 - s_aux: "attention sinks", (nheads,) fp16, bf16 or fp32: a logit without value that joins each
   row's softmax denominator and softmax_lse. Differentiable.
 - attn_bias: dtype of q or fp32, broadcastable to (batch, nheads, seqlen_q, seqlen_k) (varlen: the
-  longest seqlens, indexed within each sequence); -inf hides a key, so ``torch.where(mask, 0.0,
-  -torch.inf)`` is the bias of a boolean mask. Differentiable.
+  longest seqlens, indexed within each sequence); -inf gives a key the weight 0, so
+  ``torch.where(mask, 0.0, -torch.inf)`` is the bias of a boolean mask (a weight of 0 times NaN or
+  inf in v is NaN, as in plain PyTorch; masks hide keys altogether). Differentiable.
 - return_attn_probs: also return softmax_lse and S_dmask.
 
 Numbers may be Python's, numpy's or tensors of one element. A batch may hold no sequence.
