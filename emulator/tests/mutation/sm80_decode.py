@@ -1,0 +1,45 @@
+"""The decode kernel of csrc/flash_attn/src/sm80, for tools/mutate.py.
+
+    GPU_EMULATOR_LIBRARY=build/release/lib/libgpu_emulator.so python emulator/tools/mutate.py \\
+        emulator/tests/mutation/sm80_decode.py
+
+Units that several CTAs share and the last one merges, and one CTA that fills its ring again and
+again; a scale that negates Q, and a NaN in V that some queries do not see.
+"""
+
+import os
+
+import torch
+
+import flash_attn
+
+QUERIES, KEYS, HEADS, HEAD_DIM = 3, 700, 2, 64
+SCALE = -0.1
+
+
+def _inputs():
+    generator = torch.Generator().manual_seed(1)
+    shapes = [(1, n, heads, HEAD_DIM) for n, heads in ((QUERIES, HEADS), (KEYS, 1), (KEYS, 1))]
+    return [torch.randn(shape, generator=generator).bfloat16() for shape in shapes]
+
+
+def _reference(q, k, v):
+    q, k, v = (x.double().transpose(1, 2) for x in (q, k, v))
+    scores = q @ k.transpose(-1, -2) * SCALE
+    mask = torch.ones(QUERIES, KEYS, dtype=torch.bool).tril(KEYS - QUERIES)
+    return (scores.masked_fill(~mask, float("-inf")).softmax(-1) @ v).transpose(1, 2)
+
+
+# Entered for good: the tool sets the options that change.
+flash_attn.emulator("sm_80", library=os.environ.get("GPU_EMULATOR_LIBRARY"), threads=1).__enter__()
+_Q, _K, _V = _inputs()
+_EXPECTED = _reference(_Q, _K, _V)[:, :-1]
+_V[0, -1] = float("nan")
+
+
+def run() -> bool:
+    options = {"softmax_scale": SCALE, "causal": True}
+    shared = flash_attn.flash_attn_func(_Q, _K, _V, **options)
+    alone = flash_attn.flash_attn_with_kvcache(_Q, _K, _V, num_splits=1, **options)
+    errors = [(out[:, :-1].double() - _EXPECTED).abs().max() for out in (shared, alone)]
+    return all(error < 0.02 for error in errors)
