@@ -43,7 +43,7 @@ FLASH_INLINE IndexFaults key_faults(const SequenceGeometry& p, int batch, int ma
   int rows = static_cast<int>(p.seqlen_k), limit = max_cached;
   if (is_packed) {
     const int begin = p.cu_seqlens_k[batch], end = p.cu_seqlens_k[batch + 1];
-    rows = end - begin;
+    rows = length_of(p.cu_seqlens_k, batch);
     const bool is_outside = p.block_table == nullptr && end > p.total_k;
     // Of more rows seqused_k tells how many are used.
     const bool is_long = p.seqused_k == nullptr && (rows > p.seqlen_k || rows > max_cached);

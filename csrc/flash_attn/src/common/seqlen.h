@@ -21,17 +21,21 @@ struct Sequence {
   const int32_t* pages;  // its row of block_table, or nullptr
 };
 
+// Entry i + 1 less entry i. Of entries that nobody has checked, too: it wraps around.
+FLASH_INLINE int length_of(const int32_t* cu_seqlens, int i) {
+  return static_cast<int>(static_cast<uint32_t>(cu_seqlens[i + 1]) -
+                          static_cast<uint32_t>(cu_seqlens[i]));
+}
+
 FLASH_INLINE Sequence sequence(const SequenceGeometry& p, int batch) {
   Sequence s{};
   s.batch = batch;
-  s.seqlen_q = static_cast<int>(p.cu_seqlens_q ? p.cu_seqlens_q[batch + 1] - p.cu_seqlens_q[batch]
-                                               : p.seqlen_q);
+  s.seqlen_q = static_cast<int>(p.cu_seqlens_q ? length_of(p.cu_seqlens_q, batch) : p.seqlen_q);
   s.q_row = s.lse_row = p.cu_seqlens_q ? p.cu_seqlens_q[batch] : 0;
   const bool packed_k = p.cu_seqlens_k && !p.block_table;
   s.k_row = packed_k ? p.cu_seqlens_k[batch] : 0;
   s.k_batch = packed_k ? 0 : p.cache_batch_idx ? p.cache_batch_idx[batch] : batch;
-  s.cached = static_cast<int>(p.cu_seqlens_k ? p.cu_seqlens_k[batch + 1] - p.cu_seqlens_k[batch]
-                                             : p.seqlen_k);
+  s.cached = static_cast<int>(p.cu_seqlens_k ? length_of(p.cu_seqlens_k, batch) : p.seqlen_k);
   if (p.seqused_k) s.cached = p.seqused_k[batch];
   s.leftpad = p.leftpad_k ? p.leftpad_k[batch] : 0;
   s.seqlen_k = static_cast<int>(s.cached + p.seqlen_knew - s.leftpad);
