@@ -1,7 +1,7 @@
 # One CUDA kernel: NAME.cu in OUT to NAME.fatbin, and what ptxas tells of it to NAME.csv and the terminal.
 string(TIMESTAMP start "%s")
 
-# PTX with line tables, by which the emulated GPU names source lines; machine code without: there they are four fifths.
+# PTX with line tables, by which the emulated GPU names source lines; machine code without: there they are three quarters.
 if(WERROR)
   list(APPEND FLAGS -Werror all-warnings)
 endif()
@@ -30,15 +30,14 @@ endif()
 set(resources "${text}")
 run(${FATBINARY} -64 --create=${file}.fatbin --compress-mode=speed ${images})
 file(REMOVE ${file}.ptx ${file}.plain.ptx ${file}.cubin)
-set(text "${resources}")
 string(TIMESTAMP end "%s")
 math(EXPR seconds "${end} - ${start}")
 foreach(item "registers:Used ([0-9]+) registers" "stack:([0-9]+) bytes stack frame"
              "spill_stores:([0-9]+) bytes spill stores" "spill_loads:([0-9]+) bytes spill loads")
   string(REGEX MATCH "^([a-z_]+):(.*)$" item ${item})
   set(variable ${CMAKE_MATCH_1})
-  if(NOT text MATCHES "${CMAKE_MATCH_2}")
-    message(FATAL_ERROR "ptxas does not tell the ${variable} of ${NAME}:\n${text}")
+  if(NOT resources MATCHES "${CMAKE_MATCH_2}")
+    message(FATAL_ERROR "ptxas does not tell the ${variable} of ${NAME}:\n${resources}")
   endif()
   set(${variable} ${CMAKE_MATCH_1})
 endforeach()

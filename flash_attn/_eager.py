@@ -18,7 +18,8 @@ _Parameter = torch.nn.Parameter
 _included_keys = torch._C._dispatch_tls_local_include_set
 _profiler_enabled = torch._C._autograd._profiler_enabled
 _function_modes = torch._C._len_torch_function_stack
-_is_compiling = torch.compiler.is_dynamo_compiling  # the others' tensors tell
+# Other tracers show in their tensors or their modes.
+_is_compiling = torch.compiler.is_dynamo_compiling
 _is_grad_enabled = torch.is_grad_enabled
 _transforms_active = torch._C._are_functorch_transforms_active
 _is_tracked = torch._C._functorch.is_gradtrackingtensor

@@ -10,7 +10,7 @@ turn, and it runs again: eager, late and in random schedules of several seeds. A
 run notices, by a report or by a wrong result, must stand in the list of equivalent ones,
 CASE.equivalent beside CASE.py, with the reason:
 
-    cp.async.commit_group #3: the last group holds no copy
+    cp.async.commit_group #3 of flash_fwd: the last group holds no copy
 
 which names the instruction by its text without operands and its number among those of its kind in
 the kernel, in order of the PTX. Exit status 0: every deletion was noticed or is listed, and every
@@ -58,7 +58,7 @@ class Mutant:
 
     @property
     def key(self) -> str:
-        return f"{self.opcode} #{self.number}"
+        return f"{self.opcode} #{self.number} of {self.kernel}"
 
 
 class Emulator:
@@ -110,9 +110,9 @@ def find_mutants(counters: dict, kernel: Optional[str]) -> list[Mutant]:
     return mutants
 
 
-def attempt(case, emulator: Emulator, mode: Mode, line: int) -> Optional[str]:
-    """What was noticed; None: nothing."""
-    emulator.set(mode=mode.name, seed=mode.seed, delete_line=line)
+def attempt(case, emulator: Emulator, mode: Mode, line: int = 0, kernel: str = "") -> Optional[str]:
+    """What was noticed without a line of a kernel; None: nothing."""
+    emulator.set(mode=mode.name, seed=mode.seed, delete_line=line, delete_in=kernel)
     try:
         right = case.run()
     except Exception as error:
@@ -145,7 +145,7 @@ def run_mutants(case, emulator: Emulator, mutants: list[Mutant], modes: list[Mod
     for mutant in mutants:
         noticed = None
         for mode in modes:
-            noticed = attempt(case, emulator, mode, mutant.line)
+            noticed = attempt(case, emulator, mode, mutant.line, mutant.kernel)
             if noticed:
                 by_mode[str(mode)] += 1
                 print(f"  line {mutant.line}: {mutant.key}: {mode}: {noticed}", flush=True)
@@ -174,7 +174,7 @@ def main() -> int:
     emulator.set(count=1)
     emulator.reset_counters()
     for mode in modes:
-        noticed = attempt(case, emulator, mode, 0)
+        noticed = attempt(case, emulator, mode)
         if noticed:
             print(f"the case fails as it is, {mode}: {noticed}\n{emulator.report()}")
             return 2

@@ -16,6 +16,9 @@
 #include "common/fast_divide.h"
 #include "common/softmax.h"
 #include "common/tile_scheduler.h"
+#if defined(FLASH_ATTN_HAVE_CUDA)
+#include "sm80/kernel_list.h"
+#endif
 #include "sm80/pipeline.h"
 #include "sm80/smem.h"
 #include "sm80/tile_table.h"
@@ -225,6 +228,27 @@ TEST(TileTable, TakesTheSmallestBucket) {
   EXPECT_EQ(dims(193, 16), (Place{256, 256}));
   EXPECT_EQ(flash::sm80::tile_of(64, 64, ScoreClass::kUnmasked).n, 128);
 }
+
+#if defined(FLASH_ATTN_HAVE_CUDA)
+// generate_kernels.py lists what the tables have, and no more.
+TEST(TileTable, HasAKernelForEveryTile) {
+  const auto count = [](const auto& kernels, const auto& config) {
+    return std::ranges::count(kernels, config, [](const auto& kernel) { return kernel.config; });
+  };
+  for (const flash::Dtype dtype : {flash::Dtype::kFloat16, flash::Dtype::kBFloat16}) {
+    for (const flash::sm80::Tile& t : flash::sm80::kTiles) {
+      const flash::sm80::FwdConfig config{dtype, t.head_dim, t.head_dim_v, t.scores};
+      EXPECT_EQ(count(flash::sm80::kFwdKernels, config), 1) << t.head_dim << "x" << t.head_dim_v;
+    }
+    for (const flash::sm80::DecodeTile& t : flash::sm80::kDecodeTiles) {
+      const flash::sm80::DecodeConfig config{dtype, t.head_dim, t.head_dim_v};
+      EXPECT_EQ(count(flash::sm80::kDecodeKernels, config), 1) << t.head_dim;
+    }
+  }
+  EXPECT_EQ(flash::sm80::kFwdKernels.size(), 2 * std::size(flash::sm80::kTiles));
+  EXPECT_EQ(flash::sm80::kDecodeKernels.size(), 2 * std::size(flash::sm80::kDecodeTiles));
+}
+#endif
 
 // Shared memory that a CTA may have: 163 KiB on compute capability 8.0, 99 on 8.6, 8.9 and 12.0.
 template <flash::Dtype kDtype, size_t... kI>

@@ -96,6 +96,18 @@ def test_nan_reaches_the_rows_that_see_it(causal):
     assert torch.equal(out[0, :, 0].isnan().all(-1), sees)
 
 
+@needs_emulator
+@pytest.mark.parametrize("softcap", [1e-3, 0.5, 63.0, 65.0, 1e3, 1e5, 1e8])
+@pytest.mark.parametrize(("seqlens", "kernel"), [((128, 192), "fwd"), ((3, 600), "decode")])
+def test_softcaps_of_any_size(seqlens, kernel, softcap):
+    """A large one leaves scores as they are, a small one leaves their signs."""
+    case = cuda_case(dtype=FP16, seqlens=seqlens, softcap=softcap, softmax_scale=0.5)
+    check(case, backend=EMULATOR)
+    with flash_attn.emulator() as gpu:
+        flash_attn_func(*qkv(case), softcap=softcap)
+    assert [name.split("_")[1] for name in gpu.counters] == [kernel]
+
+
 BAD_VALUES = {"nan": float("nan"), "inf": float("inf"), "-inf": float("-inf")}
 
 

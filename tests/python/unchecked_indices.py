@@ -205,6 +205,7 @@ CALLS = {
     "shared_decode": lambda: KvcacheCall(False, 9, num_splits=3),
     "paged_shared_decode": lambda: KvcacheCall(True, 9, num_splits=3),
     "varlen": lambda: VarlenCall(False),
+    "long_varlen": lambda: VarlenCall(False, longest=(300, 100)),  # of several tiles
     "varlen_dropout": lambda: VarlenCall(False, True),
     "paged_varlen": lambda: VarlenCall(True),
     "paged_varlen_dropout": lambda: VarlenCall(True, True),
@@ -228,6 +229,7 @@ MALFORMED = [
     (PAGED, "block_table", (1, 1), outside(10), [1]),
     ("varlen varlen_dropout", "cu_seqlens_q", (0,), outside(1), [0]),
     ("varlen varlen_dropout", "cu_seqlens_q", (3,), outside(81), [2]),
+    ("long_varlen", "cu_seqlens_q", (3,), outside(311), [2]),
     ("packed_decode", "cu_seqlens_q", (3,), outside(18), [2]),
     ("varlen packed_decode", "cu_seqlens_q", (1,), outside(), [0, 1]),
     ("varlen packed_decode", "cu_seqlens_q", (2,), outside(4), [1, 2]),

@@ -24,6 +24,29 @@ FLASH_DEVICE float rcp(float x) {
   return y;
 }
 
+// fma.rn.{f16x2, bf16x2}: a b + c of both halves; inf and NaN times 0 are NaN (PTX ISA, "Half
+// Precision Floating Point Instructions: fma").
+template <Dtype kDtype>
+FLASH_DEVICE uint32_t fma2(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t d;
+  if constexpr (kDtype == Dtype::kFloat16) {
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  } else {
+    static_assert(kDtype == Dtype::kBFloat16);
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  }
+  return d;
+}
+
+// mul.wide.u32, its halves apart: {low, high} (PTX ISA, "Integer Arithmetic Instructions: mul").
+FLASH_DEVICE uint2 mul_wide(uint32_t a, uint32_t b) {
+  uint2 product;
+  asm("{\n .reg .b64 p;\n mul.wide.u32 p, %2, %3;\n mov.b64 {%0, %1}, p;\n}"
+      : "=r"(product.x), "=r"(product.y)
+      : "r"(a), "r"(b));
+  return product;
+}
+
 // prmt.b32 of one register: byte i of the result is byte kSelector[4 i + 2 : 4 i] of x, or, where
 // bit 4 i + 3 is set, eight times its sign (PTX ISA, "Data Movement and Conversion Instructions:
 // prmt").

@@ -27,4 +27,7 @@ FLASH_DEVICE int opaque(int x) {
   return x;
 }
 
+// Loads that come later in the source stay later.
+FLASH_DEVICE void keep_loads_behind() { asm volatile("" ::: "memory"); }
+
 }  // namespace flash::ptx

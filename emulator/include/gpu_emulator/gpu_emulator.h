@@ -28,6 +28,7 @@ extern "C" {
 //   max_instructions  integer                of a warp, after which a launch fails; 0 = no limit
 //   delete_line       integer                a line of PTX whose instruction launches leave out,
 //                                            for mutation tests; 0 = none
+//   delete_in         kernel's name          whose launches leave it out; empty = those of any
 // Returns a CUresult: CUDA_ERROR_INVALID_VALUE for an unknown name or value (gpuEmulatorLastReport
 // lists the kinds then), CUDA_ERROR_INVALID_DEVICE.
 //

@@ -46,6 +46,7 @@ struct Options {
   // Launches execute the module without the instruction of this line of its PTX; 0 = all of it. For
   // mutation tests: does the deletion of a synchronisation instruction show?
   int delete_line = 0;
+  std::string delete_in;  // the kernel whose launches do; "": those of any
 };
 
 struct Report {        // why a launch failed; empty text = it did not

@@ -60,6 +60,8 @@ void set_option(Options& options, const std::string& name, const std::string& va
     options.count = number_of(value, 1) == 1;
   } else if (name == "delete_line") {
     options.delete_line = static_cast<int>(number_of(value, INT32_MAX));
+  } else if (name == "delete_in") {
+    options.delete_in = value;
   } else if (name == "max_instructions") {
     options.max_instructions = static_cast<int64_t>(number_of(value, INT64_MAX));
   } else {

@@ -220,7 +220,9 @@ std::unique_ptr<exec::Program> without_line(const exec::Program& program, int li
 
 Report run(const Arch& arch, const Options& options, const MemoryMap& memory, const Launch& launch,
            Counters* counters) {
-  if (options.delete_line > 0) {
+  const exec::Function& function = launch.program->functions.at(launch.function);
+  const bool is_meant = options.delete_in.empty() || options.delete_in == function.name;
+  if (options.delete_line > 0 && is_meant) {
     Options whole = options;
     whole.delete_line = 0;
     try {
@@ -237,7 +239,7 @@ Report run(const Arch& arch, const Options& options, const MemoryMap& memory, co
   state.options = &options;
   state.memory = &memory;
   state.launch = &launch;
-  state.entry = &launch.program->functions.at(launch.function);
+  state.entry = &function;
   try {
     exec::check_launch(arch, state);
     if (!options.checks.follow_values()) memory.assume_defined();

@@ -47,6 +47,26 @@ TEST_F(DriverLaunch, ComputesWithParameterPointers) {
   expect_result(1);
 }
 
+TEST_F(DriverLaunch, LeavesOutALineOfTheNamedKernelAlone) {
+  const int store = 18;  // its line in kAxpy
+  const auto set = [](const char* name, const std::string& value) {
+    EXPECT_CU(CUDA_SUCCESS,
+              static_cast<CUresult>(gpuEmulatorSetOption(kA100, name, value.c_str())));
+  };
+  set("delete_line", std::to_string(store));
+  set("delete_in", "another");
+  ASSERT_CU(CUDA_SUCCESS, run()) << report();
+  expect_result(1);
+  for (const char* name : {"axpy", ""}) {
+    set("delete_in", name);
+    ASSERT_CU(CUDA_SUCCESS, run()) << report();
+    expect_result(1);
+  }
+  set("delete_line", "0");
+  ASSERT_CU(CUDA_SUCCESS, run()) << report();
+  expect_result(2);
+}
+
 TEST_F(DriverLaunch, ComputesWithAParameterBuffer) {
   struct {
     CUdeviceptr y, x;

@@ -21,25 +21,22 @@ struct Philox4 {
 // Both halves of the product of 32-bit numbers.
 struct WideProduct {
   uint32_t low, high;
+};
 
-  FLASH_INLINE WideProduct(uint32_t a, uint32_t b) {
-#if defined(__CUDA_ARCH__)
-    asm("{\n .reg .b64 p;\n mul.wide.u32 p, %2, %3;\n mov.b64 {%0, %1}, p;\n}"
-        : "=r"(low), "=r"(high)
-        : "r"(a), "r"(b));
-#else
+struct MultiplyWide {
+  FLASH_INLINE WideProduct operator()(uint32_t a, uint32_t b) const {
     const uint64_t product = static_cast<uint64_t>(a) * b;
-    low = static_cast<uint32_t>(product);
-    high = static_cast<uint32_t>(product >> 32);
-#endif
+    return {static_cast<uint32_t>(product), static_cast<uint32_t>(product >> 32)};
   }
 };
 
-FLASH_INLINE Philox4 philox_4x32_7(uint64_t key, Philox4 counter) {
+// `multiply`: the machine's own way to both halves of a product.
+template <class Multiply = MultiplyWide>
+FLASH_INLINE Philox4 philox_4x32_7(uint64_t key, Philox4 counter, const Multiply& multiply = {}) {
   uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
   Philox4 c = counter;
   for (int round = 0; round < 7; ++round) {
-    const WideProduct p0(0xD2511F53u, c.x[0]), p1(0xCD9E8D57u, c.x[2]);
+    const WideProduct p0 = multiply(0xD2511F53u, c.x[0]), p1 = multiply(0xCD9E8D57u, c.x[2]);
     c = {{p1.high ^ c.x[1] ^ k0, p1.low, p0.high ^ c.x[3] ^ k1, p0.low}};
     k0 += 0x9E3779B9u;
     k1 += 0xBB67AE85u;
@@ -65,12 +62,13 @@ struct Dropout {
 
   // The 16 bytes of lane `column_pair` (0..3 within each 8 columns) for the row pair (query, query
   // ^ 8).
+  template <class Multiply = MultiplyWide>
   FLASH_INLINE Philox4 random(uint32_t batch_head, uint32_t query, uint32_t column_block32,
-                              uint32_t column_pair) const {
+                              uint32_t column_pair, const Multiply& multiply = {}) const {
     const uint32_t row_pair = query / 16 * 8 + query % 8;
     const Philox4 counter = {
         {column_block32 * 4 + column_pair, row_pair, batch_head, static_cast<uint32_t>(offset)}};
-    return philox_4x32_7(seed ^ (offset >> 32 << 32), counter);
+    return philox_4x32_7(seed ^ (offset >> 32 << 32), counter, multiply);
   }
 
   // Bytes of one query's scores for the 32 keys of a column block, in key order.

@@ -2,32 +2,30 @@
 // not see the key.
 #pragma once
 
+#include "base/ptx/math.h"
+#include "base/ptx/shared_memory.h"
 #include "base/ptx/special_registers.h"
 #include "sm80/query.h"
 #include "sm80/steps.h"
 
 namespace flash::sm80 {
 
-// Whether a tile of V holds inf or NaN. The warp reads all of it.
-template <auto C>
-FLASH_DEVICE bool is_finite(uint32_t sV) {
-  constexpr uint32_t kExponent = C.dtype == Dtype::kFloat16 ? 0x7c00u : 0x7f80u;
-  // Adding one to a full exponent carries into the sign bit, which the masks leave 0.
-  constexpr uint32_t kMask = kExponent * 0x10001u;
-  constexpr uint32_t kOne = (kExponent & -kExponent) * 0x10001u;
-  uint32_t full = 0;
-#pragma unroll 4
-  for (int i = ptx::read_tid_x() % 32; i < SmemPlan<C>::V::kBytes / kChunkBytes; i += 32) {
-    const uint4 x = ptx::load_shared_16_bytes(sV + i * kChunkBytes);
-    full |= ((x.x & kMask) + kOne) | ((x.y & kMask) + kOne);
-    full |= ((x.z & kMask) + kOne) | ((x.w & kMask) + kOne);
-  }
-  return !__any_sync(0xffffffffu, (full & 0x80008000u) != 0);
-}
-
 template <Dtype kDtype>
 FLASH_DEVICE float unpack(uint32_t pair, int i) {
   return to_float<kDtype>(static_cast<uint16_t>(i == 0 ? pair : pair >> 16));
+}
+
+// Whether a tile of V holds neither inf nor NaN. The warp reads all of it: times 0 they are NaN.
+template <auto C>
+FLASH_DEVICE bool is_finite(uint32_t sV) {
+  uint32_t sum = 0;
+#pragma unroll 4
+  for (int i = ptx::read_tid_x() % 32; i < SmemPlan<C>::V::kBytes / kChunkBytes; i += 32) {
+    const uint4 x = ptx::load_shared_16_bytes(sV + i * kChunkBytes);
+    for (const uint32_t pair : {x.x, x.y, x.z, x.w}) sum = ptx::fma2<C.dtype>(pair, 0, sum);
+  }
+  const bool is_zero = unpack<C.dtype>(sum, 0) == 0.f && unpack<C.dtype>(sum, 1) == 0.f;
+  return __all_sync(0xffffffffu, is_zero);
 }
 
 // rO += rP V over the keys that each row sees, mask.keys(row), one key after another. `sV` is the

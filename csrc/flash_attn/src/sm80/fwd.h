@@ -9,10 +9,9 @@
 //
 // What bounds it. A warp's block takes n d / 32 mma, d being the head dim, and a scheduler of an
 // A100 8 cycles for each. The other instructions must fit beside: an FFMA, MUFU, FMNMX and FADD for
-// each of a lane's n scores and half a pack, n d / 128 ldmatrix, d FMUL for the output.
-// docs/cuda.md has the sum for each mma: 4.6 to 5.5 instructions at d = 64, 3.8 at d = 128. 32
-// queries a warp rather than 16 halve the ldmatrix and the traffic of shared memory, the next
-// bound.
+// each of a lane's n scores and half a pack, n d / 128 ldmatrix, d FMUL for the output where a
+// maximum grows. docs/cuda.md has the sum for each mma. 32 queries a warp rather than 16 halve the
+// ldmatrix and the traffic of shared memory, the next bound.
 //
 // Memory traffic of a CTA: Q and O once, K and V of the visible blocks once, from L2 where the
 // other CTAs of the head and of its GQA group have left them (common/tile_scheduler.h).
@@ -183,7 +182,7 @@ class KeyBlocks {
 template <FwdConfig C>
 FLASH_DEVICE void store_rows_of_no_sequence(const FwdParams& p, const Place<C>& here,
                                             const PackedTile& tile) {
-  const int first = p.cu_seqlens_q[p.b];
+  const int64_t first = p.cu_seqlens_q[p.b];
   if (first < 0) return;
   for (int64_t row = first + here.m_block; row < p.total_q; row += tile.others) {
     auto* o = reinterpret_cast<uint16_t*>(operand_row(p.o, C.dtype, 0, row, here.head));
@@ -210,7 +209,7 @@ FLASH_DEVICE void prepare_q(const FwdParams& p, const FwdLaunch& launch, const P
   KeyBlocks<C>::wait();
   if (launch.negate_q) negate_q<Q, C.tile().m, C.threads()>(sQ);
   if (p.rotary_dim == 0) return;
-  __syncthreads();
+  if (launch.negate_q) __syncthreads();
   const bool positions_differ = p.window_left >= 0 || p.window_right >= 0;
   rotate_q<C.dtype, Q, C.threads()>(
       p, sQ, min(C.tile().m, here.seq.seqlen_q - here.cta_row),

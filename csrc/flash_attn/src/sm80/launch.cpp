@@ -44,15 +44,11 @@ Tile_scheduler schedule(const Flash_fwd_params& p, const Tile& tile, int64_t l2_
 
 FwdLaunch plan(const Flash_fwd_params& p, const Tile& tile, int64_t l2_cache_bytes) {
   FwdLaunch launch{};
+  plan_attention(p, launch);
   launch.scheduler = schedule(p, tile, l2_cache_bytes);
   launch.heads = static_cast<int>(p.h);
   launch.group = static_cast<int>(p.h / p.h_k);
-  launch.modifies_scores = modifies_scores(p);
-  plan_scale(p, launch);
-  plan_alignment(p, launch);
-  if (p.block_table != nullptr) launch.page_size = FastDivide::by(static_cast<int>(p.page_size));
   launch.dropout = Dropout::make(p.p_dropout, p.seed, p.offset);
-  launch.bounds = index_bounds(p);
   return launch;
 }
 

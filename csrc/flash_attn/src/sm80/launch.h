@@ -6,12 +6,16 @@
 
 #include "base/target.h"
 #include "common/bounded_sequence.h"
+#include "common/fast_divide.h"
 #include "sm80/kernel_list.h"
 
 namespace flash::sm80 {
 
 // Whether the rows of x are chunks of 16 bytes that start at multiples of 16.
 bool is_aligned(const Operand& x, int64_t head_dim);
+
+// Of the call's pages; 1 without.
+FastDivide page_size(const SequenceGeometry& p);
 
 IndexBounds index_bounds(const Flash_fwd_params& p);
 

@@ -81,18 +81,14 @@ void place_workspace(const Cut& c, const DecodeKernel& kernel, void* workspace,
 
 DecodeLaunch plan(const Flash_fwd_params& p, const Cut& c, const DecodeKernel& kernel) {
   DecodeLaunch launch{};
+  plan_attention(p, launch);
   launch.tiles = static_cast<int>(c.tiles_of_head);
   launch.ctas_per_tile = c.ctas_per_tile;
   launch.max_units = c.max_units;
   launch.num_splits =
       static_cast<int>(std::min<int64_t>(p.num_splits, std::numeric_limits<int>::max()));
   launch.group = FastDivide::by(static_cast<int>(p.h / p.h_k));
-  launch.modifies_scores = modifies_scores(p);
-  plan_scale(p, launch);
-  plan_alignment(p, launch);
-  if (p.block_table != nullptr) launch.page_size = FastDivide::by(static_cast<int>(p.page_size));
   launch.unit_rows = static_cast<int>(c.unit_rows());
-  launch.bounds = index_bounds(p);
   if (c.is_shared()) place_workspace(c, kernel, p.workspace.ptr, launch);
   return launch;
 }

@@ -16,10 +16,6 @@ namespace {
 
 constexpr int kWarp = 32;
 
-FastDivide page_size(const SequenceGeometry& p) {
-  return p.block_table != nullptr ? FastDivide::by(static_cast<int>(p.page_size)) : FastDivide{};
-}
-
 // Strides of rows that differ only where there is one row.
 bool same_rows(const Flash_fwd_params& p, const Operand& x, const Operand& y) {
   const int64_t rows = p.block_table != nullptr ? p.page_size : p.seqlen_k;
@@ -56,6 +52,10 @@ bool is_aligned(const Operand& x, int64_t head_dim) {
   for (const int64_t stride : {x.batch_stride, x.row_stride, x.head_stride})
     aligned &= stride % kChunkElements == 0;
   return aligned;
+}
+
+FastDivide page_size(const SequenceGeometry& p) {
+  return p.block_table != nullptr ? FastDivide::by(static_cast<int>(p.page_size)) : FastDivide{};
 }
 
 IndexBounds index_bounds(const Flash_fwd_params& p) {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "base/ptx/special_registers.h"
+#include "common/seqlen.h"
 #include "sm80/packed_tiles.h"
 
 namespace flash::sm80 {
@@ -19,7 +20,7 @@ FLASH_DEVICE PackedTile packed_tile(const SequenceGeometry& p, int b, int number
     for (int i = 0; i < kEach; ++i) {
       const int batch = first + i;
       if (batch < b) {
-        const int length = p.cu_seqlens_q[batch + 1] - p.cu_seqlens_q[batch];
+        const int length = length_of(p.cu_seqlens_q, batch);
         total += 0 < length && length <= p.seqlen_q ? (length + kM - 1) / kM : 1;
       }
       through[i] = total;

@@ -2,12 +2,11 @@
 // dropout.
 #pragma once
 
+#include "sm80/fwd_params.h"
 #include "sm80/query.h"
 #include "sm80/steps.h"
 
 namespace flash::sm80 {
-
-inline constexpr float kLog2e = 1.4426950408889634f;
 
 // What the modifiers of a warp's scores depend on.
 struct ScorePlace {
@@ -31,14 +30,33 @@ FLASH_DEVICE void for_each_score(typename WarpTile<C>::Scores& rS, const F& f) {
         for (int i = 0; i < 2; ++i) f(rS[m][n][2 * half + i], m * 16 + half * 8, n * 8 + i);
 }
 
-// rS: products of q and k become softcap * tanh(scale s / softcap), by 1 - 2 / (e^(2 x) + 1): an
-// absolute error of about 2^-23 softcap.
+// Up to this softcap an absolute error of 2^-23 softcap is less than what logits are rounded by.
+inline constexpr float kMaxSimpleSoftcap = 64.f;
+
+// tanh(x) for small x, by its series: relative error at most 2^-21 up to |x| = 1/4.
+FLASH_DEVICE float small_tanh(float x) {
+  const float y = x * x;
+  const float series = fmaf(fmaf(y, -17.f / 315.f, 2.f / 15.f), y, -1.f / 3.f);
+  return fmaf(x * y, series, x);
+}
+
+// rS: products of q and k become softcap * tanh(x), x = scale s / softcap, by 1 - 2 / (e^(2 x) +
+// 1): an absolute error of about 2^-23 softcap. A large softcap takes the series near 0, where that
+// would be all that is left of a score.
 template <auto C>
 FLASH_DEVICE void cap_scores(typename WarpTile<C>::Scores& rS, const ScoreParams& p) {
-  const float cap = p.softcap, exponent = p.scale_softmax / cap * (2.f * kLog2e);
-  for_each_score<C>(rS, [=](float& s, int, int) {
-    s = fmaf(-2.f * cap, ptx::rcp(ptx::ex2(s * exponent) + 1.f), cap);
-  });
+  const float cap = p.softcap, factor = p.scale_softmax / cap, exponent = factor * (2.f * kLog2e);
+  const auto capped = [=](float s) {
+    return fmaf(-2.f * cap, ptx::rcp(ptx::ex2(s * exponent) + 1.f), cap);
+  };
+  if (cap <= kMaxSimpleSoftcap) {
+    for_each_score<C>(rS, [=](float& s, int, int) { s = capped(s); });
+  } else {
+    for_each_score<C>(rS, [=](float& s, int, int) {
+      const float x = s * factor;
+      s = fabsf(x) < 0.25f ? cap * small_tanh(x) : capped(s);
+    });
+  }
 }
 
 // rS = scale rS - slope |distance|. Distances are exact up to 2^24.
@@ -70,7 +88,7 @@ FLASH_DEVICE void add_bias(typename WarpTile<C>::Scores& rS, float scale, const 
   for_each_score<C>(rS, [&](float& s, int row, int column) {
     if (column == 0) {
       row_of_bias = head_of_bias + min(query + row, place.mask.seqlen_q - 1) * bias.row_stride;
-      asm volatile("" ::: "memory");  // a row at a time, for the registers' sake
+      ptx::keep_loads_behind();  // a row at a time, for the registers' sake
     }
     const float b = column < columns ? to_float(row_of_bias[column * bias.col_stride]) : 0.f;
     s = fmaf(s, scale, b);
@@ -118,8 +136,11 @@ FLASH_DEVICE void drop(typename WarpTile<C>::Probabilities& rP, const Dropout& d
   for (int m = 0; m < W::kM; ++m) {
 #pragma unroll
     for (int block = 0; block < W::kS / 4; ++block) {
-      const Philox4 random =
-          dropout.random(batch_head, row + m * 16, first_key / 32 + block, lane % 4);
+      const Philox4 random = dropout.random(batch_head, row + m * 16, first_key / 32 + block,
+                                            lane % 4, [](uint32_t a, uint32_t b) {
+                                              const uint2 x = ptx::mul_wide(a, b);
+                                              return WideProduct{x.x, x.y};
+                                            });
 #pragma unroll
       for (int t = 0; t < 4; ++t) {
         const uint32_t kept = at_most(random.x[t], threshold);
