@@ -150,6 +150,14 @@ KINDS = [
         parameters=("FwdParams", "DecodeLaunch"),
         entry="mha_decode",
     ),
+    Kind(
+        backend="sm80",
+        name="decode_wide",
+        config="DecodeConfig",
+        configs=((576, 512),),
+        parameters=("FwdParams", "DecodeLaunch"),
+        entry="mha_decode_wide",
+    ),
 ]
 
 KERNELS = [kernel for kind in KINDS for kernel in kind.kernels()]

@@ -7,8 +7,8 @@
 #include "api/target.h"
 #include "cpu/cpu_backend.h"
 #if defined(FLASH_ATTN_HAVE_CUDA)
+#include "sm80/decode_table.h"
 #include "sm80/sm80_backend.h"
-#include "sm80/tile_table.h"
 #endif
 
 namespace flash {
@@ -110,7 +110,7 @@ void add_cuda_kernels([[maybe_unused]] std::vector<Kernel>& kernels) {
                        .min_capability = sm80::kMinComputeCapability,
                        .dtypes = bit(Dtype::kFloat16) | bit(Dtype::kBFloat16),
                        .max_d = sm80::kMaxHeadDim,
-                       .max_d_v = sm80::kMaxHeadDim,
+                       .max_d_v = sm80::kMaxHeadDimV,
                        .features = kAllFeatures,
                        .mha_fwd = sm80::mha_fwd,
                        .fwd_workspace_bytes = sm80::mha_fwd_workspace_bytes});
@@ -207,7 +207,8 @@ std::vector<std::string> missing(const Kernel* kernel, const KernelRequest& requ
     if (dim > limit) words.push_back(text(name, " ", dim, " (at most ", limit, ")"));
   };
   check_dim("head dimension", request.d, kernel->max_d);
-  if (request.d_v != request.d) check_dim("head dimension of v", request.d_v, kernel->max_d_v);
+  if (request.d_v != request.d || kernel->max_d_v != kernel->max_d)
+    check_dim("head dimension of v", request.d_v, kernel->max_d_v);
   return words;
 }
 
@@ -297,7 +298,9 @@ std::string support_table() {
       table << separator << dtype_name(dtype);
       separator = ",";
     }
-    table << " 1-" << std::max(kernel.max_d, kernel.max_d_v) << "\n";
+    table << " 1-" << kernel.max_d;
+    if (kernel.max_d_v != kernel.max_d) table << ",v:1-" << kernel.max_d_v;
+    table << "\n";
   }
   return table.str();
 }

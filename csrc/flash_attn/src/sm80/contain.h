@@ -15,12 +15,14 @@ FLASH_DEVICE float unpack(uint32_t pair, int i) {
   return to_float<kDtype>(static_cast<uint16_t>(i == 0 ? pair : pair >> 16));
 }
 
-// Whether a tile of V holds neither inf nor NaN. The warp reads all of it: times 0 they are NaN.
+// Whether a warp's columns of a tile of V hold neither inf nor NaN. It reads them all: times 0 they
+// are NaN.
 template <auto C>
 FLASH_DEVICE bool is_finite(uint32_t sV) {
   uint32_t sum = 0;
 #pragma unroll 4
-  for (int i = ptx::read_tid_x() % 32; i < SmemPlan<C>::V::kBytes / kChunkBytes; i += 32) {
+  for (int i = ptx::read_tid_x() % 32; i < C.tile().n * C.warp_columns() / kChunkElements;
+       i += 32) {
     const uint4 x = ptx::load_shared_16_bytes(sV + i * kChunkBytes);
     for (const uint32_t pair : {x.x, x.y, x.z, x.w}) sum = ptx::fma2<C.dtype>(pair, 0, sum);
   }
@@ -29,7 +31,7 @@ FLASH_DEVICE bool is_finite(uint32_t sV) {
 }
 
 // rO += rP V over the keys that each row sees, mask.keys(row), one key after another. `sV` is the
-// tile.
+// tile, from the warp's columns on.
 template <auto C, class RowMask>
 FLASH_DEVICE void gemm_pv_by_keys(typename WarpTile<C>::Output& rO,
                                   const typename WarpTile<C>::Probabilities& rP, uint32_t sV,

@@ -1,4 +1,4 @@
-// What the decode kernel is given beside FwdParams.
+// What the decode kernels are given beside FwdParams.
 #pragma once
 
 #include "common/softmax.h"
@@ -14,6 +14,8 @@ struct DecodeLaunch : AttentionLaunch {
   int max_units;      // of a tile
   int num_splits;     // the caller's wish; 0: none
   FastDivide group;   // query heads for each key-value head
+  bool v_within_k;    // V's rows are the first d_v columns of K's
+  Dropout dropout;
   // Results of single units where several CTAs share a tile, [tile, unit, row]: row maxima and
   // sums, unnormalised outputs of the kernel's head_dim_v. Tiles count over the launch.
   RowState* unit_states;

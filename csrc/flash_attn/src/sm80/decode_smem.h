@@ -11,6 +11,7 @@
 namespace flash::sm80 {
 
 template <DecodeConfig C>
+  requires(!C.tile().warps_share_keys)
 struct SmemPlan<C> {
   static constexpr DecodeTile kTile = C.tile();
   using Q = SmemTile<C.head_dim, kDecodeRows>;
@@ -36,6 +37,35 @@ struct SmemPlan<C> {
     return sizeof(SmemPlan) + (kTile.q_in_registers ? 0 : Q::kBytes);
   }
   static_assert(!kTile.q_in_registers || Q::kBytes <= kDecodeRows * kOutputStride * 4);
+};
+
+// Where warps share keys.
+template <DecodeConfig C>
+  requires(C.tile().warps_share_keys)
+struct SmemPlan<C> {
+  static constexpr DecodeTile kTile = C.tile();
+  using Q = SmemTile<C.head_dim, kDecodeRows>;
+  using K = SmemTile<C.head_dim, kTile.n>;
+  using V = SmemTile<C.head_dim_v, kTile.n>;  // a prefix of K, where V is the first part of K
+  static constexpr int kSlotBytes = std::max(K::kBytes, V::kBytes);
+  static constexpr int kOutputStride = C.head_dim_v + 8;  // as above
+  using Output = float[kDecodeRows][kOutputStride];
+
+  union {
+    alignas(1024) char ring[kTile.stages][kSlotBytes];
+    alignas(1024) Output output;  // of all units, when the ring is done with
+  };
+  union {
+    alignas(1024) char q[Q::kBytes];  // until it is in registers
+    // Scores of a block, each warp's share of the sums: tile of 8 keys, lane, accumulator.
+    alignas(16) float scores[kTile.warps][kTile.n / 8][32][4];
+  };
+  RowState states[kDecodeRows];  // of the output
+  Sequence sequence;             // the CTA's
+  int is_last;                   // of those that share the tile
+
+  FLASH_INLINE static constexpr size_t q_offset() { return offsetof(SmemPlan, q); }
+  FLASH_INLINE static constexpr size_t bytes() { return sizeof(SmemPlan); }
 };
 
 }  // namespace flash::sm80

@@ -8,6 +8,7 @@
 #include "generated/sm80_append.inc"
 #include "generated/sm80_combine.inc"
 #include "generated/sm80_decode.inc"
+#include "generated/sm80_decode_wide.inc"
 #include "generated/sm80_dmask.inc"
 #include "generated/sm80_fwd.inc"
 #undef FLASH_KERNEL
@@ -51,6 +52,7 @@ constexpr RowKernel dmask_kernels[] = {
 #define FLASH_KERNEL(name, ...) decode_kernel<__VA_ARGS__>(#name, name##_fatbin),
 constexpr DecodeKernel decode_kernels[] = {
 #include "generated/sm80_decode.inc"
+#include "generated/sm80_decode_wide.inc"
 };
 #undef FLASH_KERNEL
 

@@ -88,6 +88,8 @@ DecodeLaunch plan(const Flash_fwd_params& p, const Cut& c, const DecodeKernel& k
   launch.num_splits =
       static_cast<int>(std::min<int64_t>(p.num_splits, std::numeric_limits<int>::max()));
   launch.group = FastDivide::by(static_cast<int>(p.h / p.h_k));
+  launch.v_within_k = p.v.ptr == p.k.ptr && p.d_v <= p.d && same_rows(p, p.k, p.v);
+  launch.dropout = Dropout::make(p.p_dropout, p.seed, p.offset);
   launch.unit_rows = static_cast<int>(c.unit_rows());
   if (c.is_shared()) place_workspace(c, kernel, p.workspace.ptr, launch);
   return launch;
@@ -97,10 +99,9 @@ DecodeLaunch plan(const Flash_fwd_params& p, const Cut& c, const DecodeKernel& k
 
 bool takes_decode(const Flash_fwd_params& p) {
   const int64_t rows = p.seqlen_q * (p.h / std::max<int64_t>(p.h_k, 1));
-  const DecodeTile& largest = *std::prev(std::end(kDecodeTiles));
+  if (decode_tile_of(p.d, p.d_v).warps_share_keys) return true;
   return rows > 0 && rows <= kMaxDecodeRows && (p.seqlen_k >= kMinDecodeKeys || is_cache_call(p)) &&
-         p.d <= largest.head_dim && p.d_v <= largest.head_dim_v && p.p_dropout == 0.f &&
-         p.bias.ptr == nullptr;
+         p.p_dropout == 0.f && p.bias.ptr == nullptr;
 }
 
 size_t mha_fwd_workspace_bytes(const Flash_fwd_params& p) {

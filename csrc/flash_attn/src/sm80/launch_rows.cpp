@@ -16,14 +16,6 @@ namespace {
 
 constexpr int kWarp = 32;
 
-// Strides of rows that differ only where there is one row.
-bool same_rows(const Flash_fwd_params& p, const Operand& x, const Operand& y) {
-  const int64_t rows = p.block_table != nullptr ? p.page_size : p.seqlen_k;
-  return (p.k_entries <= 1 || x.batch_stride == y.batch_stride) &&
-         (rows <= 1 || x.row_stride == y.row_stride) &&
-         (p.h_k <= 1 || x.head_stride == y.head_stride);
-}
-
 AppendLaunch plan_append(const Flash_fwd_params& p) {
   AppendLaunch launch{};
   launch.rows = p.b * p.seqlen_knew * p.h_k;
@@ -52,6 +44,14 @@ bool is_aligned(const Operand& x, int64_t head_dim) {
   for (const int64_t stride : {x.batch_stride, x.row_stride, x.head_stride})
     aligned &= stride % kChunkElements == 0;
   return aligned;
+}
+
+// Strides may differ where there is one row.
+bool same_rows(const Flash_fwd_params& p, const Operand& x, const Operand& y) {
+  const int64_t rows = p.block_table != nullptr ? p.page_size : p.seqlen_k;
+  return (p.k_entries <= 1 || x.batch_stride == y.batch_stride) &&
+         (rows <= 1 || x.row_stride == y.row_stride) &&
+         (p.h_k <= 1 || x.head_stride == y.head_stride);
 }
 
 FastDivide page_size(const SequenceGeometry& p) {

@@ -123,6 +123,13 @@ FLASH_DEVICE uint32_t at_most(uint32_t x, uint32_t limit) {
   return (limit & ~x) | (~(limit ^ x) & low);
 }
 
+struct MultiplyWideInPtx {
+  FLASH_DEVICE WideProduct operator()(uint32_t a, uint32_t b) const {
+    const uint2 x = ptx::mul_wide(a, b);
+    return {x.x, x.y};
+  }
+};
+
 // rP: 0 where dropout drops. One call of Philox serves the 16 probabilities that this lane holds of
 // 32 keys (common/dropout.h).
 template <FwdConfig C>
@@ -137,10 +144,7 @@ FLASH_DEVICE void drop(typename WarpTile<C>::Probabilities& rP, const Dropout& d
 #pragma unroll
     for (int block = 0; block < W::kS / 4; ++block) {
       const Philox4 random = dropout.random(batch_head, row + m * 16, first_key / 32 + block,
-                                            lane % 4, [](uint32_t a, uint32_t b) {
-                                              const uint2 x = ptx::mul_wide(a, b);
-                                              return WideProduct{x.x, x.y};
-                                            });
+                                            lane % 4, MultiplyWideInPtx{});
 #pragma unroll
       for (int t = 0; t < 4; ++t) {
         const uint32_t kept = at_most(random.x[t], threshold);

@@ -10,7 +10,8 @@ namespace flash::sm80 {
 inline constexpr int kMinComputeCapability = 80;
 
 // Forward of a dense or packed batch or over a KV cache, after appending to it; enqueued on
-// p.target. fp16, bf16; head dims at most kMaxHeadDim (tile_table.h). Throws ApiError.
+// p.target. fp16, bf16; head dims at most kMaxHeadDim, kMaxHeadDimV (decode_table.h). Throws
+// ApiError.
 void mha_fwd(const Flash_fwd_params& p);
 
 // Merge of partial results into fp16, bf16 or fp32; any head dim. Throws ApiError.

@@ -23,7 +23,7 @@ template <auto C>
 struct WarpTile {
   static constexpr int kM = C.row_tiles();
   static constexpr int kS = C.tile().n / 8;
-  static constexpr int kO = C.head_dim_v / 8;
+  static constexpr int kO = C.warp_columns() / 8;
 
   using Scores = float[kM][kS][4];
   using Probabilities = uint32_t[kM][kS][2];  // packed pairs of Scores' registers

@@ -48,13 +48,12 @@ inline constexpr Tile kTiles[] = {
     {.head_dim = 192, .head_dim_v = 192, .scores = ScoreClass::kModified, .m = 64, .n = 32},
     {.head_dim = 256, .head_dim_v = 256, .scores = ScoreClass::kModified, .m = 64, .n = 32},
 };
-inline constexpr int kMaxHeadDim = 256;
 
 constexpr bool has(const Tile& tile, int64_t head_dim, int64_t head_dim_v, ScoreClass scores) {
   return tile.head_dim >= head_dim && tile.head_dim_v >= head_dim_v && tile.scores >= scores;
 }
 
-// The first that has head dims 1..kMaxHeadDim and a class of scores.
+// The first that has head dims 1..256 and a class of scores.
 constexpr const Tile& tile_of(int64_t head_dim, int64_t head_dim_v, ScoreClass scores) {
   return *std::find_if(std::begin(kTiles), std::end(kTiles),
                        [=](const Tile& tile) { return has(tile, head_dim, head_dim_v, scores); });
@@ -88,6 +87,7 @@ struct FwdConfig {
   consteval int ctas_per_sm() const { return tile().ctas_per_sm; }
   consteval int rows_per_warp() const { return tile().m / tile().warps; }
   consteval int row_tiles() const { return rows_per_warp() / 16; }  // m16 tiles of a warp
+  consteval int warp_columns() const { return head_dim_v; }         // of the output
 };
 
 }  // namespace flash::sm80

@@ -1,0 +1,242 @@
+// Attention over few or many keys with head dims up to 576, those of V up to 512, forward, for
+// compute capability 8.0 and newer. Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434)
+// decodes so: 576 = 512 + 64, one key-value head, and values that are a part of the keys.
+//
+// An output of 16 x 512 is too much for one warp, so that the four warps of a CTA, unlike those of
+// decode.h, share every block of 16 keys. Of the rest the CTA does the same, for the same tiles of
+// 16 rows of (query, head) and the same units of keys (decode_tile.h).
+//
+//   S = Q K^T    a warp multiplies a quarter of the head dim, 16 columns of each 64, which it has
+//   of
+//                Q in registers: its 16 x 16 shares of the sums go to shared memory, and each warp
+//                adds up the four
+//   softmax      each warp for itself: all have the same rows, so that P need not be exchanged
+//   O += P V     a warp has a quarter of V's columns
+//
+// Two barriers a block: the block has landed, the shares of the scores are there. Blocks pass
+// through a ring of three slots of 18 KiB (decode_wide_load.h); two CTAs fit on an SM of compute
+// capability 8.0, one into 99 KiB of shared memory. Where V is the first columns of K's rows, it is
+// read from K's slot, and memory is read once for both.
+//
+// A block of a warp takes 34 mma, of which rows / 16 is of use; 17 ldmatrix; 10 accesses of 512
+// bytes for the exchange of scores; and, with V within K, 9 copies of 512 bytes.
+#pragma once
+
+#include "sm80/contain.h"
+#include "sm80/decode_query.h"
+#include "sm80/decode_score.h"
+#include "sm80/decode_tile.h"
+#include "sm80/decode_wide_load.h"
+#include "sm80/steps.h"
+
+namespace flash::sm80 {
+
+// A warp's quarter of Q as operand A, and its product with K.
+template <DecodeConfig C>
+class QuerySlice {
+ public:
+  FLASH_DEVICE QuerySlice(uint32_t sQ, int warp, int lane)
+      : flip_(Q::flip(warp)), lane_(ptx::b_chunk_n_major(lane)) {
+    const uint32_t mine = lane_address<Q>(sQ, ptx::a_chunk(lane)) ^ flip_;
+    static_for<Q::kGroups>([&](auto g) { ptx::ldmatrix_x4<g * Q::kGroupBytes>(rQ_[g], mine); });
+  }
+
+  // rS: the warp's share of Q sK^T.
+  FLASH_DEVICE void multiply(typename WarpTile<C>::Scores& rS, uint32_t sK) const {
+    const uint32_t mine = lane_address<K>(sK, lane_) ^ flip_;
+#pragma unroll
+    for (int n = 0; n < WarpTile<C>::kS; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) rS[0][n][i] = 0.f;
+    static_for<K::kGroups>([&](auto g) {
+      static_for<WarpTile<C>::kS / 2>([&](auto n) {
+        uint32_t rK[4];
+        ptx::ldmatrix_x4<n * 16 * K::kRowBytes + g * K::kGroupBytes>(rK, mine);
+        ptx::mma_m16n8k16<C.dtype>(rS[0][2 * n], rQ_[g], rK[0], rK[1]);
+        ptx::mma_m16n8k16<C.dtype>(rS[0][2 * n + 1], rQ_[g], rK[2], rK[3]);
+      });
+    });
+  }
+
+ private:
+  using Q = typename SmemPlan<C>::Q;
+  using K = typename SmemPlan<C>::K;
+
+  uint32_t flip_;  // to the warp's columns of each group
+  ptx::Chunk lane_;
+  uint32_t rQ_[Q::kGroups][4];
+};
+
+// The sums of the warps' shares of scores.
+template <DecodeConfig C>
+class ScoreSum {
+ public:
+  FLASH_DEVICE ScoreSum(SmemPlan<C>& plan, int warp, int lane)
+      : plan_(plan), warp_(warp), lane_(lane) {}
+
+  FLASH_DEVICE void put(const typename WarpTile<C>::Scores& rS) const {
+#pragma unroll
+    for (int n = 0; n < WarpTile<C>::kS; ++n)
+      share(warp_, n) = make_float4(rS[0][n][0], rS[0][n][1], rS[0][n][2], rS[0][n][3]);
+  }
+
+  // After all warps have put theirs. The same sums in each.
+  FLASH_DEVICE void get(typename WarpTile<C>::Scores& rS) const {
+#pragma unroll
+    for (int n = 0; n < WarpTile<C>::kS; ++n) {
+      float4 sum = share(0, n);
+#pragma unroll
+      for (int w = 1; w < C.tile().warps; ++w) {
+        const float4 x = share(w, n);
+        sum = make_float4(sum.x + x.x, sum.y + x.y, sum.z + x.z, sum.w + x.w);
+      }
+      rS[0][n][0] = sum.x;
+      rS[0][n][1] = sum.y;
+      rS[0][n][2] = sum.z;
+      rS[0][n][3] = sum.w;
+    }
+  }
+
+ private:
+  FLASH_DEVICE float4& share(int warp, int n) const {
+    return *reinterpret_cast<float4*>(plan_.scores[warp][n][lane_]);
+  }
+
+  SmemPlan<C>& plan_;
+  int warp_, lane_;
+};
+
+// A warp's columns of units' results, as accumulators. All warps have the same states.
+template <DecodeConfig C>
+struct Slice {
+  typename WarpTile<C>::Output output = {};
+  typename WarpTile<C>::Rows rows;
+
+  FLASH_DEVICE Slice() { clear_rows<C>(rows); }
+
+  // Merges in the next unit.
+  FLASH_DEVICE void take(const Slice& unit, float scale_log2) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const MergeFactors factors = merge(rows[0][half], unit.rows[0][half],
+                                         [=](float x) { return ptx::ex2(x * scale_log2); });
+#pragma unroll
+      for (int n = 0; n < WarpTile<C>::kO; ++n) {
+#pragma unroll
+        for (int i = 2 * half; i < 2 * half + 2; ++i)
+          output[0][n][i] =
+              fmaf(unit.output[0][n][i], factors.part, output[0][n][i] * factors.total);
+      }
+    }
+  }
+
+  // Keeps the first `valid_rows` rows.
+  FLASH_DEVICE void store(const Unit& to, int warp, int lane, int valid_rows) const {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const ptx::Element first = ptx::accumulator_element(lane, 2 * half);
+      if (first.row >= valid_rows) continue;
+      if (warp == 0 && first.col == 0) to.states[first.row] = rows[0][half];
+      float* row = to.outputs + first.row * to.row_stride + warp * C.warp_columns() + first.col;
+#pragma unroll
+      for (int n = 0; n < WarpTile<C>::kO; ++n)
+        *reinterpret_cast<float2*>(row + n * 8) =
+            make_float2(output[0][n][2 * half], output[0][n][2 * half + 1]);
+    }
+  }
+};
+
+// What the steps over a block need to know beside its keys.
+template <DecodeConfig C>
+struct WideSteps {
+  const FwdParams& p;
+  const DecodeLaunch& launch;
+  const DecodePlace<C>& here;
+  const BlockRange& seen;
+  int warp, lane;
+
+  FLASH_DEVICE bool is_full(int key) const {
+    return seen.full_begin <= key && key + C.tile().n <= seen.full_end;
+  }
+
+  // From scores to probabilities, and the output to the new maxima.
+  FLASH_DEVICE void soften(typename WarpTile<C>::Probabilities& rP, Slice<C>& unit,
+                           typename WarpTile<C>::Scores& rS, int key) const {
+    float rescale[1][2];
+    if (launch.modifies_scores) modify_scores<C>(rS, p, here, key);
+    if (!is_full(key)) apply_mask<C>(rS, here.mask, here.first_row, key);
+    softmax_step<C>(rP, rescale, rS, unit.rows, launch.scale_log2);
+    if (launch.dropout.enabled) drop<C>(rP, launch.dropout, static_cast<int>(p.h), here, key);
+    rescale_o<C>(unit.output, rescale);
+  }
+
+  FLASH_DEVICE void accumulate(Slice<C>& unit, const typename WarpTile<C>::Probabilities& rP,
+                               uint32_t sV, int key) const {
+    using V = typename SmemPlan<C>::V;
+    const uint32_t mine = sV + warp * (C.warp_columns() / V::kGroupCols) * V::kGroupBytes;
+    if (!is_full(key) && !is_finite<C>(mine)) {
+      gemm_pv_by_keys<C>(unit.output, rP, mine, here.mask, here.first_row, key);
+    } else {
+      gemm_pv<C>(unit.output, rP, lane_address<V>(mine, ptx::b_chunk_k_major(lane)));
+    }
+  }
+};
+
+// This CTA's units: merged into `total` if it has the tile for itself, else kept in the workspace.
+template <DecodeConfig C>
+FLASH_DEVICE void attend_wide_units(Total<C>& total, const FwdParams& p, const DecodeLaunch& launch,
+                                    const DecodePlace<C>& here, const KeyUnits<C>& units,
+                                    SmemPlan<C>& plan) {
+  const int lane = ptx::read_tid_x() % 32;
+  const int warp = __shfl_sync(0xffffffffu, ptx::read_tid_x() / 32, 0);  // known to be uniform
+  const uint32_t sQ = ptx::shared_address(&plan) + SmemPlan<C>::q_offset();
+  load_q<C>(p, launch, here, sQ);
+  SharedBlocks<C> keys(p, launch, here, units, ptx::shared_address(plan.ring));
+  ptx::cp_async_wait_group<C.tile().stages - 1>();
+  __syncthreads();
+  prepare_q<C>(p, launch, here, sQ);
+  const QuerySlice<C> q(sQ, warp, lane);
+  const WideSteps<C> steps{p, launch, here, units.seen, warp, lane};
+  const ScoreSum<C> sum(plan, warp, lane);
+  Slice<C> slices;
+  for (int number = units.mine.begin; number < units.mine.end; ++number) {
+    Slice<C> unit;
+    for (int block = number * units.blocks_of_unit; block < units.end_block(number); ++block) {
+      typename WarpTile<C>::Scores rS;
+      typename WarpTile<C>::Probabilities rP;
+      const int key = keys.key(block);
+      const uint32_t sK = keys.next_k(block);
+      q.multiply(rS, sK);
+      sum.put(rS);
+      const uint32_t sV = keys.next_v(block, sK);
+      sum.get(rS);
+      steps.soften(rP, unit, rS, key);
+      steps.accumulate(unit, rP, sV, key);
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) unit.rows[0][half].sum = quad_sum(unit.rows[0][half].sum);
+    if (units.mine.sharers == 1) {
+      slices.take(unit, launch.scale_log2);
+    } else {
+      unit.store(kept_unit<C>(launch, here.tile, number), warp, lane, here.rows);
+    }
+  }
+  if (units.mine.sharers > 1) return;
+  __syncthreads();  // all warps have left the ring
+  const Unit result{plan.states, plan.output[0], SmemPlan<C>::kOutputStride};
+  slices.store(result, warp, lane, here.rows);
+  __syncthreads();
+  total.take(result, here.rows, launch.scale_log2);
+}
+
+template <DecodeConfig C>
+FLASH_DEVICE void mha_decode_wide(const FwdParams& p, const DecodeLaunch& launch) {
+  extern __shared__ __align__(1024) char smem[];
+  auto& plan = *reinterpret_cast<SmemPlan<C>*>(smem);
+  decode_tile<C>(p, launch, plan,
+                 [&](Total<C>& total, const DecodePlace<C>& here, const KeyUnits<C>& units) {
+                   attend_wide_units<C>(total, p, launch, here, units, plan);
+                 });
+}
+
+}  // namespace flash::sm80
