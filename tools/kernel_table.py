@@ -97,7 +97,9 @@ def machine_code(path: Path) -> str:
     return markdown(["kernel", "block", *sm_pipes.COLUMNS, "issued", *bounds], alike(rows))
 
 
-HEADDIMS = ((32, 32), (64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256))
+HEADDIMS = (
+    (32, 32), (64, 64), (96, 96), (128, 128), (192, 128), (192, 192), (256, 256), (576, 512),
+)  # fmt: skip
 CALLS = {
     "none": lambda n: {},
     "causal": lambda n: {"causal": True},

@@ -29,7 +29,7 @@ def table(text: str) -> str:
     built = {line.split()[0] for line in lib.kernels().splitlines()}
     for line in lib.kernels().splitlines():
         backend, _isa, operation, dtypes, head_dims = line.split()
-        rows[backend, operation] = (dtypes.replace(",", ", "), head_dims)
+        rows[backend, operation] = (dtypes.replace(",", ", "), head_dims.replace(",v:", ", v "))
     lines = ["| backend | operation | dtypes | head dims |", "| --- | --- | --- | --- |"]
     for (backend, operation), (dtypes, head_dims) in rows.items():
         lines.append(f"| {backend} | {operation} | {dtypes} | {head_dims} |")

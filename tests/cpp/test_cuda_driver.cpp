@@ -203,13 +203,16 @@ TEST(SelectKernel, CudaBackendNamesEverythingItLacks) {
       sentence({Operation::kMhaVarlenFwd, ampere, Dtype::kBFloat16, 256, 256, flash::kAllFeatures}),
       "served");
   EXPECT_EQ(sentence({Operation::kMhaFwd, hopper, Dtype::kFloat16, 64, 128}), "served");
+  EXPECT_EQ(sentence({Operation::kMhaFwdKvcache, ampere, Dtype::kBFloat16, 576, 512,
+                      flash::kAllFeatures}),
+            "served");
   EXPECT_EQ(sentence({Operation::kMhaFwd, turing, Dtype::kFloat32, 64, 64}),
             "CUDA kernels need compute capability 8.0 or newer: device 0 has 7.5");
-  EXPECT_EQ(sentence({Operation::kMhaFwd, ampere, Dtype::kFloat32, 264, 264}),
-            "the CUDA backend lacks fp32, head dimension 264 (at most 256) (in mha_fwd); CPU "
+  EXPECT_EQ(sentence({Operation::kMhaFwd, ampere, Dtype::kFloat32, 520, 520}),
+            "the CUDA backend lacks fp32, head dimension of v 520 (at most 512) (in mha_fwd); CPU "
             "tensors have it");
   EXPECT_EQ(sentence({Operation::kMhaFwd, ampere, Dtype::kFloat8E4M3, 64, 576}),
-            "the CUDA backend lacks fp8, head dimension of v 576 (at most 256) (in mha_fwd); CPU "
+            "the CUDA backend lacks fp8, head dimension of v 576 (at most 512) (in mha_fwd); CPU "
             "tensors have it");
   EXPECT_EQ(sentence({Operation::kMhaBwd, ampere, Dtype::kFloat16, 64, 64,
                       flash::kSink | flash::kDropout}),

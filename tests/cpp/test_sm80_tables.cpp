@@ -17,6 +17,7 @@
 #include "common/softmax.h"
 #include "common/tile_scheduler.h"
 #if defined(FLASH_ATTN_HAVE_CUDA)
+#include "sm80/decode_smem.h"
 #include "sm80/kernel_list.h"
 #endif
 #include "sm80/pipeline.h"
@@ -204,7 +205,7 @@ TEST(Pipeline, TheFreedSlotIsTheOneReadBefore) {
 TEST(TileTable, HasABucketForEveryHeadDimAndClass) {
   using flash::sm80::ScoreClass;
   for (auto scores : {ScoreClass::kUnmasked, ScoreClass::kMasked, ScoreClass::kModified}) {
-    for (int d = 1; d <= flash::sm80::kMaxHeadDim; ++d) {
+    for (int d = 1; d <= 256; ++d) {
       for (int d_v : {1, 32, 33, 64, 65, 96, 128, 129, 192, 193, 256}) {
         const flash::sm80::Tile& tile = flash::sm80::tile_of(d, d_v, scores);
         ASSERT_LT(&tile, std::end(flash::sm80::kTiles));
@@ -212,6 +213,19 @@ TEST(TileTable, HasABucketForEveryHeadDimAndClass) {
       }
     }
   }
+}
+
+TEST(DecodeTable, HasTheSmallestBucketForAllHeadDims) {
+  const auto dims = [](int d, int d_v) {
+    const flash::sm80::DecodeTile& tile = flash::sm80::decode_tile_of(d, d_v);
+    return Place{tile.head_dim, tile.head_dim_v};
+  };
+  EXPECT_EQ(dims(1, 64), (Place{64, 64}));
+  EXPECT_EQ(dims(64, 65), (Place{128, 128}));
+  EXPECT_EQ(dims(192, 128), (Place{256, 256}));
+  EXPECT_EQ(dims(257, 1), (Place{576, 512}));
+  EXPECT_EQ(dims(1, 257), (Place{576, 512}));
+  EXPECT_EQ(dims(flash::sm80::kMaxHeadDim, flash::sm80::kMaxHeadDimV), (Place{576, 512}));
 }
 
 TEST(TileTable, TakesTheSmallestBucket) {
@@ -261,6 +275,20 @@ void expect_to_fit(std::index_sequence<kI...>) {
     EXPECT_LE(bytes[i], size_t{99} << 10) << kTiles[i].head_dim;
     EXPECT_LE(kTiles[i].ctas_per_sm * (bytes[i] + 1024), size_t{164} << 10) << kTiles[i].head_dim;
   }
+}
+
+template <flash::Dtype kDtype, size_t... kI>
+void expect_decode_to_fit(std::index_sequence<kI...>) {
+  using flash::sm80::kDecodeTiles;
+  const size_t bytes[] = {flash::sm80::SmemPlan<flash::sm80::DecodeConfig{
+      kDtype, kDecodeTiles[kI].head_dim, kDecodeTiles[kI].head_dim_v}>::bytes()...};
+  for (size_t i = 0; i < std::size(kDecodeTiles); ++i)
+    EXPECT_LE(bytes[i], size_t{99} << 10) << kDecodeTiles[i].head_dim;
+}
+
+TEST(DecodeTable, FitsIntoEveryDevice) {
+  expect_decode_to_fit<flash::Dtype::kBFloat16>(
+      std::make_index_sequence<std::size(flash::sm80::kDecodeTiles)>());
 }
 
 TEST(TileTable, FitsIntoEveryDevice) {

@@ -40,7 +40,7 @@ CHOICES = {
     "heads": [(1, 1), (2, 1), (8, 2), (4, 4), (3, 1), (4, 1)],
     "dims": [
         (64, 64), (128, 128), (256, 256), (40, 72), (128, 64), (8, 120), (33, 50), (1, 1),
-        (192, 128),
+        (192, 128), (576, 512), (300, 40),
     ],
     "window_size": [(-1, -1), (-1, -1), (0, 0), (16, 0), (-1, 7), (50, 30), (400, -1), (300, 200)],
     "bias": [""],
@@ -65,8 +65,6 @@ def sampled_caches(count, seed):
     for i, case in enumerate(cache_cases.sampled_cases(count, seed)):
         rows = 64 * case.heads[1] // case.heads[0]
         changes = {"dtype": (FP16, BF16)[i % 2], "seqlen_q": min(case.seqlen_q, rows)}
-        if case.dims[0] > 256:
-            changes["dims"] = (128, 128)
         if case.lengths == "none" and case.capacity < 512:
             changes["lengths"] = "tensor"  # else few keys, not known to be a cache
         cases.append(dataclasses.replace(case, **changes))

@@ -43,6 +43,7 @@ CASES = [
     Case(seqlens=(18, 130), heads=(1, 1), dims=(256, 256), causal=True, softmax_scale=-0.1),
     Case(seqlens=(40, 90), heads=(2, 1), dims=(33, 17), bias="bhqk", sinks=FP32),
     Case(seqlens=(20, 90), heads=(2, 1), dims=(160, 160), bias="k", bias_dtype="fp32"),
+    Case(seqlens=(20, 90), heads=(3, 1), dims=(400, 300), causal=True),
     Case(seqlens=(1, 1), heads=(1, 1), dims=(1, 1)),
     Case(seqlens=(3, 0), heads=(1, 1), dims=(8, 8)),
 ]
@@ -77,7 +78,7 @@ def test_s_dmask_of_a_packed_batch(page_size):
 
 
 @pytest.mark.parametrize("dtype", [FP16, BF16])
-@pytest.mark.parametrize("headdim", [32, 64, 96, 128, 192, 256])
+@pytest.mark.parametrize("headdim", [32, 64, 96, 128, 192, 256, 300])
 @pytest.mark.parametrize("seed", range(3))
 def test_the_forward_drops_what_s_dmask_says(dtype, headdim, seed):
     """V picks single keys: out is 0 where they are dropped."""

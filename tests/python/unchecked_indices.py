@@ -122,7 +122,7 @@ class KvcacheCall:
     function, arguments = "flash_attn_mha_fwd_kvcache", Cache
     written = ("out", "softmax_lse", "k_cache", "v_cache")
 
-    def __init__(self, paged, seqlen_q, num_splits=0):
+    def __init__(self, paged, seqlen_q, num_splits=0, dims=(64, 64)):
         self.scalars = {"is_rotary_interleaved": 1, "num_splits": num_splits}
         self.entries = [[2], [0], [3]]  # batch entries or pages of each sequence
         shape = (4, 48)
@@ -136,14 +136,14 @@ class KvcacheCall:
         else:
             self.tensors["cache_batch_idx"] = int32(2, 0, 3)
         self.tensors |= {
-            "q": normal(3, seqlen_q, 2, 64),
-            "k_cache": normal(*shape, 1, 64),
-            "v_cache": normal(*shape, 1, 64),
-            "k": normal(3, 2, 1, 64),
-            "v": normal(3, 2, 1, 64),
+            "q": normal(3, seqlen_q, 2, dims[0]),
+            "k_cache": normal(*shape, 1, dims[0]),
+            "v_cache": normal(*shape, 1, dims[1]),
+            "k": normal(3, 2, 1, dims[0]),
+            "v": normal(3, 2, 1, dims[1]),
             "rotary_cos": normal(40 + seqlen_q, 8),
             "rotary_sin": normal(40 + seqlen_q, 8),
-            "out": torch.zeros(3, seqlen_q, 2, 64, dtype=torch.float16),
+            "out": torch.zeros(3, seqlen_q, 2, dims[1], dtype=torch.float16),
             "softmax_lse": torch.zeros(3, 2, seqlen_q),
         }
 
@@ -204,6 +204,8 @@ CALLS = {
     "paged_decode": lambda: KvcacheCall(True, 9),
     "shared_decode": lambda: KvcacheCall(False, 9, num_splits=3),
     "paged_shared_decode": lambda: KvcacheCall(True, 9, num_splits=3),
+    "wide_decode": lambda: KvcacheCall(False, 9, dims=(264, 72)),
+    "paged_wide_decode": lambda: KvcacheCall(True, 9, num_splits=3, dims=(576, 512)),
     "varlen": lambda: VarlenCall(False),
     "long_varlen": lambda: VarlenCall(False, longest=(300, 100)),  # of several tiles
     "varlen_dropout": lambda: VarlenCall(False, True),
@@ -219,7 +221,8 @@ def outside(*more):
     return (INT32_MIN, -1, *more, INT32_MAX)
 
 
-DENSE, PAGED = "kvcache decode shared_decode", "paged_kvcache paged_decode paged_shared_decode"
+DENSE = "kvcache decode shared_decode wide_decode"
+PAGED = "paged_kvcache paged_decode paged_shared_decode paged_wide_decode"
 # Calls, tensor, index, values; the sequences that are then without keys or queries.
 MALFORMED = [
     # Of 45 cached rows the queries' positions reach beyond the rotary tables.

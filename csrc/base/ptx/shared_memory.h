@@ -44,6 +44,10 @@ FLASH_DEVICE void store_shared(uint32_t address, uint4 x) {
                : "memory");
 }
 
+FLASH_DEVICE void store_shared(uint32_t address, float2 x) {
+  asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(x.x), "f"(x.y) : "memory");
+}
+
 FLASH_DEVICE void store_shared(uint32_t address, uint16_t x) {
   asm volatile("st.shared.b16 [%0], %1;" ::"r"(address), "h"(x) : "memory");
 }

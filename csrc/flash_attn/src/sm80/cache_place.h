@@ -2,7 +2,7 @@
 #pragma once
 
 #include "common/bounded_sequence.h"
-#include "common/fast_divide.h"
+#include "sm80/page_table.h"
 
 namespace flash::sm80 {
 
@@ -15,10 +15,11 @@ struct CachePlace {
 FLASH_DEVICE CachePlace place_of(const Sequence& seq, const FastDivide& page_size, int64_t pages,
                                  int index, IndexFaults& faults) {
   if (seq.pages == nullptr) return {seq.k_batch, seq.k_row + index};
-  const int number = page_size.quotient(index);
-  const int page = seq.pages[number];
-  faults |= fault_of(IndexTensor::kBlockTable, page < 0 || page >= pages);
-  return {page, index - number * page_size.divisor};
+  const PageTable table{seq.pages, static_cast<int>(pages), 0, page_size};
+  return table.at(index, [&](int page, int row) {
+    faults |= fault_of(IndexTensor::kBlockTable, page < 0);
+    return CachePlace{page, row};
+  });
 }
 
 }  // namespace flash::sm80

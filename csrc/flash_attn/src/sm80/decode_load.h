@@ -5,6 +5,7 @@
 #include "sm80/decode_params.h"
 #include "sm80/decode_smem.h"
 #include "sm80/load.h"
+#include "sm80/page_table.h"
 #include "sm80/pipeline.h"
 
 namespace flash::sm80 {
@@ -15,23 +16,6 @@ struct KeyRows {
   int64_t row_bytes, page_bytes;
   int head_dim;
   bool aligned;  // rows are chunks of 16 bytes that start at multiples of 16
-};
-
-// Where a sequence's keys lie in its pages.
-struct PageTable {
-  const int32_t* table;  // the sequence's row of block_table; null: not paged
-  int count;             // of pages that there are
-  int first_row;         // of key 0
-  FastDivide size;
-
-  // f(page, row of it) of row `place` of the sequence's pages, which are in entry `index`; a page
-  // that is not there is -1.
-  template <class F>
-  FLASH_DEVICE auto at(int place, int index, const F& f) const {
-    const int page = table[index];
-    const bool exists = static_cast<unsigned>(page) < static_cast<unsigned>(count);
-    return f(exists ? page : -1, place - index * size.divisor);
-  }
 };
 
 // A warp's copies of K or V, kRows rows at a time. A lane always copies the same chunk of a group,
@@ -90,7 +74,7 @@ class WarpLoader {
 #pragma unroll 1
     for (int i = 0; i < kRows; i += kRowStep) {
       const int row = min(row_ + i, rows - 1) + first;
-      pages.at(row, pages.size.quotient(row), [&](int page, int row_of_page) {
+      pages.at(row, [&](int page, int row_of_page) {
         // This lane's first_ is of row row_.
         copy_any(shared, i, place(page, row_of_page) - row_ * row_bytes_,
                  row_ + i < rows && page >= 0);

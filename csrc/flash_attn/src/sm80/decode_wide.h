@@ -108,7 +108,8 @@ class ScoreSum {
 
 // A warp's columns of units' results, as accumulators. All warps have the same states.
 template <DecodeConfig C>
-struct Slice {
+class Slice {
+ public:
   typename WarpTile<C>::Output output = {};
   typename WarpTile<C>::Rows rows;
 
@@ -130,19 +131,52 @@ struct Slice {
     }
   }
 
-  // Keeps the first `valid_rows` rows.
-  FLASH_DEVICE void store(const Unit& to, int warp, int lane, int valid_rows) const {
+  // Keeps the tile's rows of a unit in the workspace.
+  FLASH_DEVICE void store(const Unit& to, int warp, int lane, int rows_of_tile) const {
+    for_each_row(warp, lane, [&](int half, int row, int column) {
+      if (row >= rows_of_tile) return;
+      if (column == 0) to.states[row] = rows[0][half];
+      float* first = to.outputs + row * to.row_stride + column;
+      for_each_pair(half, [&](int n, float2 x) { *reinterpret_cast<float2*>(first + n * 8) = x; });
+    });
+  }
+
+  // Gives the tile's rows to the threads that will write them, through shared memory.
+  FLASH_DEVICE void hand_over(Total<C>& total, SmemPlan<C>& plan, int warp, int lane) const {
+    for_each_row(warp, lane, [&](int half, int row, int column) {
+      if (column == 0) plan.states[row] = rows[0][half];
+      const uint32_t first = ptx::shared_address(&plan.output[row][column]);
+      for_each_pair(half, [&](int n, float2 x) { ptx::store_shared(first + n * 32, x); });
+    });
+    __syncthreads();
+    using Q = Quads<C>;
+    total.state = plan.states[Q::row()];
+#pragma unroll
+    for (int i = 0; i < Q::kCount; ++i) {
+      const uint4 x =
+          ptx::load_shared_16_bytes(ptx::shared_address(&plan.output[Q::row()][Q::column(i)]));
+      total.output[i] = make_float4(__uint_as_float(x.x), __uint_as_float(x.y),
+                                    __uint_as_float(x.z), __uint_as_float(x.w));
+    }
+  }
+
+ private:
+  // f(half, row, its first column) of this lane's rows.
+  template <class F>
+  FLASH_DEVICE static void for_each_row(int warp, int lane, const F& f) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const ptx::Element first = ptx::accumulator_element(lane, 2 * half);
-      if (first.row >= valid_rows) continue;
-      if (warp == 0 && first.col == 0) to.states[first.row] = rows[0][half];
-      float* row = to.outputs + first.row * to.row_stride + warp * C.warp_columns() + first.col;
-#pragma unroll
-      for (int n = 0; n < WarpTile<C>::kO; ++n)
-        *reinterpret_cast<float2*>(row + n * 8) =
-            make_float2(output[0][n][2 * half], output[0][n][2 * half + 1]);
+      f(half, first.row, warp * C.warp_columns() + first.col);
     }
+  }
+
+  // f(n, two elements in a row, n * 8 columns from the first) of a row.
+  template <class F>
+  FLASH_DEVICE void for_each_pair(int half, const F& f) const {
+#pragma unroll
+    for (int n = 0; n < WarpTile<C>::kO; ++n)
+      f(n, make_float2(output[0][n][2 * half], output[0][n][2 * half + 1]));
   }
 };
 
@@ -198,7 +232,7 @@ FLASH_DEVICE void attend_wide_units(Total<C>& total, const FwdParams& p, const D
   const QuerySlice<C> q(sQ, warp, lane);
   const WideSteps<C> steps{p, launch, here, units.seen, warp, lane};
   const ScoreSum<C> sum(plan, warp, lane);
-  Slice<C> slices;
+  Slice<C> merged;
   for (int number = units.mine.begin; number < units.mine.end; ++number) {
     Slice<C> unit;
     for (int block = number * units.blocks_of_unit; block < units.end_block(number); ++block) {
@@ -216,17 +250,14 @@ FLASH_DEVICE void attend_wide_units(Total<C>& total, const FwdParams& p, const D
 #pragma unroll
     for (int half = 0; half < 2; ++half) unit.rows[0][half].sum = quad_sum(unit.rows[0][half].sum);
     if (units.mine.sharers == 1) {
-      slices.take(unit, launch.scale_log2);
+      merged.take(unit, launch.scale_log2);
     } else {
       unit.store(kept_unit<C>(launch, here.tile, number), warp, lane, here.rows);
     }
   }
   if (units.mine.sharers > 1) return;
   __syncthreads();  // all warps have left the ring
-  const Unit result{plan.states, plan.output[0], SmemPlan<C>::kOutputStride};
-  slices.store(result, warp, lane, here.rows);
-  __syncthreads();
-  total.take(result, here.rows, launch.scale_log2);
+  merged.hand_over(total, plan, warp, lane);
 }
 
 template <DecodeConfig C>

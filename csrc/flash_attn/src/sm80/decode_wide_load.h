@@ -94,8 +94,8 @@ class SharedBlocks {
       loader.copy(shared, key(block), row_bytes, aligned);
     } else {
       loader.copy(shared, key(block), row_bytes, aligned,
-                  Pages{pages_, static_cast<int>(p_.k_entries), leftpad_, launch_.page_size,
-                        x.batch_stride * kElementBytes});
+                  {pages_, static_cast<int>(p_.k_entries), leftpad_, launch_.page_size},
+                  x.batch_stride * kElementBytes);
     }
   }
 

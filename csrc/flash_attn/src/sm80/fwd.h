@@ -161,8 +161,8 @@ class KeyBlocks {
       loader.copy(shared, block * kTile.n, row_bytes, aligned);
     } else {
       loader.copy(shared, block * kTile.n, row_bytes, aligned,
-                  Pages{pages_, static_cast<int>(p_.k_entries), leftpad_, launch_.page_size,
-                        x.batch_stride * kElementBytes});
+                  {pages_, static_cast<int>(p_.k_entries), leftpad_, launch_.page_size},
+                  x.batch_stride * kElementBytes);
     }
   }
 

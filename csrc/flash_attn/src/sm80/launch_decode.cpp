@@ -52,6 +52,7 @@ Cut cut(const Flash_fwd_params& p, const DecodeKernel& kernel) {
   c.tiles_of_head = std::max<int64_t>((c.rows + kDecodeRows - 1) / kDecodeRows, 1);
   c.heads = (p.b + (p.cu_seqlens_q != nullptr ? 1 : 0)) * p.h_k;
   const auto largest = std::numeric_limits<int>::max();
+  require(c.rows <= largest, "seqlen_q * num_heads / num_heads_k is too large");
   c.max_units =
       max_unit_count(static_cast<int>(p.seqlen_k),
                      static_cast<int>(std::min<int64_t>(p.num_splits, largest)), kernel.block_keys);

@@ -7,20 +7,11 @@
 #include "base/ptx/shared_memory.h"
 #include "base/ptx/special_registers.h"
 #include "base/static_for.h"
-#include "common/fast_divide.h"
 #include "common/flash.h"
+#include "sm80/page_table.h"
 #include "sm80/smem.h"
 
 namespace flash::sm80 {
-
-// The rows of a sequence's keys or values in pages.
-struct Pages {
-  const int32_t* table;  // the sequence's row of block_table
-  int count;             // of pages that there are
-  int first_row;         // of the sequence, in its pages
-  FastDivide size;       // rows of a page
-  int64_t bytes;         // between pages
-};
 
 // Copies 16 bytes of a row that starts anywhere, element by element; what lies beyond `bytes`
 // becomes 0.
@@ -54,17 +45,16 @@ class TileLoader {
               [=](int i) { return Row{first + i * row_bytes, true}; });
   }
 
+  // The same of rows in pages, which are page_bytes apart.
   FLASH_DEVICE void copy(uint32_t shared, int first_row, int64_t row_bytes, bool aligned,
-                         const Pages& pages) const {
+                         const PageTable& pages, int64_t page_bytes) const {
     const int rows = rows_ - first_row;
     const int first = pages.first_row + first_row + row();
     copy_rows(shared, rows, aligned, [&](int i) {
       if (i >= rows) return Row{source_, false};
-      const int index = pages.size.quotient(first + i);
-      const int page = pages.table[index];
-      const int row_of_page = first + i - index * pages.size.divisor;
-      return Row{source_ + page * pages.bytes + row_of_page * row_bytes,
-                 static_cast<unsigned>(page) < static_cast<unsigned>(pages.count)};
+      return pages.at(first + i, [&](int page, int row_of_page) {
+        return Row{source_ + page * page_bytes + row_of_page * row_bytes, page >= 0};
+      });
     });
   }
 
