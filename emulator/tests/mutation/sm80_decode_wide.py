@@ -5,7 +5,8 @@
 
 Values within the keys, in units that several CTAs share and the last one merges; values of their
 own, in one CTA that fills its ring again and again; a scale that negates Q, and a NaN in V that
-some queries do not see.
+some queries do not see; and Q rotated after it is negated, beside an append. Of the last the CPU
+backend has the expected result.
 """
 
 import os
@@ -32,10 +33,30 @@ def _reference(q, k):
     return (weights @ k[..., :HEAD_DIM_V]).transpose(1, 2)
 
 
-# Entered for good: the tool sets the options that change.
-flash_attn.emulator("sm_80", library=os.environ.get("GPU_EMULATOR_LIBRARY"), threads=1).__enter__()
+def _rotated(q, k):
+    """Of 64 keys, the last QUERIES of which are appended."""
+    cache = k[:, :64].clone()
+    angles = torch.arange(64.0)[:, None] * torch.linspace(1.0, 0.01, 32)
+    return flash_attn.flash_attn_with_kvcache(
+        q,
+        cache,
+        cache[..., :HEAD_DIM_V].clone(),
+        k[:, -QUERIES:],
+        k[:, -QUERIES:, :, :HEAD_DIM_V],
+        rotary_cos=angles.cos().bfloat16(),
+        rotary_sin=angles.sin().bfloat16(),
+        cache_seqlens=64 - QUERIES,
+        softmax_scale=SCALE,
+        causal=True,
+    )
+
+
 _Q, _K = _inputs()
 _EXPECTED = _reference(_Q, _K)[:, :-1]
+_K_OF_CACHE = _K.clone()
+_EXPECTED_ROTATED = _rotated(_Q, _K_OF_CACHE).double()
+# Entered for good: the tool sets the options that change.
+flash_attn.emulator("sm_80", library=os.environ.get("GPU_EMULATOR_LIBRARY"), threads=1).__enter__()
 _K[0, -1, :, :HEAD_DIM_V] = float("nan")
 _V = _K[..., :HEAD_DIM_V]
 
@@ -45,4 +66,5 @@ def run() -> bool:
     shared = flash_attn.flash_attn_func(_Q, _K, _V, **options)
     alone = flash_attn.flash_attn_with_kvcache(_Q, _K, _V.clone(), num_splits=1, **options)
     errors = [(out[:, :-1].double() - _EXPECTED).abs().max() for out in (shared, alone)]
-    return all(error < 0.02 for error in errors)
+    errors.append((_rotated(_Q, _K_OF_CACHE).double() - _EXPECTED_ROTATED).abs().max())
+    return all(error < 0.03 for error in errors)
