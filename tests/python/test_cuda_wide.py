@@ -274,6 +274,17 @@ def test_memory_is_read_once_and_without_waste(within, page_size):
     assert fewest <= kernel["global"]["sectors"] <= 1.02 * fewest + lookups
 
 
+def test_units_are_kept_and_merged_without_waste():
+    """In the workspace, by CTAs that share a tile. Maxima and sums lie side by side, and are stored
+    one after the other: four sectors twice."""
+    *_, kernel = decode(latent(1024))
+    assert kernel["ctas"] == 8
+    assert kernel["shared"]["wavefronts"] == kernel["shared"]["ideal_wavefronts"] > 0
+    assert 0 < kernel["global"]["sectors"] <= kernel["global"]["ideal_sectors"] + 8 * 4
+    units, keys = 2 * 8 * 16 * (512 + 2) * 4, 1024 * 576 * 2
+    assert units + keys <= kernel["global"]["sectors"] * 32 <= 1.03 * (units + keys)
+
+
 @pytest.mark.parametrize("seqlen_k", [1, 17, 250])
 def test_mma(seqlen_k):
     """Of the blocks of 16 keys that there are."""

@@ -137,7 +137,8 @@ class Slice {
       if (row >= rows_of_tile) return;
       if (column == 0) to.states[row] = rows[0][half];
       float* first = to.outputs + row * to.row_stride + column;
-      for_each_pair(half, [&](int n, float2 x) { *reinterpret_cast<float2*>(first + n * 8) = x; });
+      for_each_pair(half,
+                    [&](int n, float2 x) { __stcg(reinterpret_cast<float2*>(first + n * 8), x); });
     });
   }
 
