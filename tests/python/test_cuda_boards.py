@@ -17,7 +17,7 @@ launches = import_script(ROOT / "tools" / "gpu_launches.py")
 TOLERANCE = {"fp16": 2e-3, "bf16": 1.6e-2}
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def on_a100(dtype, name):
     """``(results, counters)``."""
     with flash_attn.emulator("sm_80") as gpu:
