@@ -33,10 +33,11 @@ def import_script(path: Path) -> ModuleType:
         sys.path.remove(str(path.parent))
 
 
-def report_of_emulated_driver(script: str) -> dict:
+def report_of_emulated_driver(script: str, *arguments: str) -> dict:
     """The JSON object that a script prints in a process whose CUDA driver is the emulated GPU."""
     driver = _library.library_path().parent / "libgpu_emulator.so"
     env = {**os.environ, "FLASH_ATTENTION_CUDA_DRIVER": str(driver)}
-    result = subprocess.run([sys.executable, script], env=env, capture_output=True, text=True)
+    command = [sys.executable, script, *arguments]
+    result = subprocess.run(command, env=env, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
