@@ -29,12 +29,16 @@ NAMES = list(launches.calls("bf16", "cpu"))
 CALLS = pytest.mark.parametrize("name", NAMES)
 
 
+def assert_results_are_the_cpus(results, dtype, name):
+    expected = launches.calls(dtype, "cpu")[name]()
+    for actual, exact in zip(results, expected):
+        torch.testing.assert_close(actual.cpu(), exact, rtol=0, atol=TOLERANCE[dtype])
+
+
 @CALLS
 @pytest.mark.parametrize("dtype", launches.DTYPES)
 def test_results_are_the_cpus(name, dtype):
-    expected = launches.calls(dtype, "cpu")[name]()
-    for actual, exact in zip(on_a100(dtype, name)[0], expected):
-        torch.testing.assert_close(actual, exact, rtol=0, atol=TOLERANCE[dtype])
+    assert_results_are_the_cpus(on_a100(dtype, name)[0], dtype, name)
 
 
 @pytest.mark.parametrize("dtype", launches.DTYPES)
