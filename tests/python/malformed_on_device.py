@@ -115,11 +115,11 @@ class Memory:
 
 
 def sentence_of(entry, arguments):
-    """Of a call's error; "" if it returns."""
+    """Of a call's error; "" if it returns. torch's own go on with addresses of functions."""
     try:
         entry.call(arguments)
     except ERRORS as error:
-        return str(error)
+        return str(error).splitlines()[0]
     return ""
 
 

@@ -597,7 +597,7 @@ def test_unbroken_calls_succeed(entry, backend):
         error = check_call(entry, entry.draw(r), backend)
         assert error is None or (backend is not CPU and "the CUDA backend lacks" in str(error))
 
-    for_random_calls(check, min(EXAMPLES, 60 if backend is CPU else 15))
+    for_random_calls(check, min(EXAMPLES, 60 if backend is CPU else 10))
 
 
 @on_each_backend
@@ -609,4 +609,4 @@ def test_broken_calls_raise_or_succeed(entry, backend):
             break_argument(r, arguments)
         check_call(entry, arguments, backend)
 
-    for_random_calls(check, EXAMPLES if backend is CPU else EXAMPLES // 2)
+    for_random_calls(check, EXAMPLES if backend is CPU else EXAMPLES // 3)
