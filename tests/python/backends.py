@@ -100,3 +100,10 @@ GPU = GpuBackend("gpu", **CUDA)
 # Those that take CPU tensors, as parameters of a test.
 OF_CPU_TENSORS = [CPU, pytest.param(EMULATOR, marks=needs_emulator)]
 on_each_backend = pytest.mark.parametrize("backend", OF_CPU_TENSORS, ids=str)
+
+
+def on_each_backend_with(name, *values):
+    """Parameters ``name`` and backend: all values on the CPU, the first alone on the others."""
+    pairs = [(value, CPU) for value in values]
+    pairs.append(pytest.param(values[0], EMULATOR, marks=needs_emulator))
+    return pytest.mark.parametrize((name, "backend"), pairs, ids=str)

@@ -6,7 +6,7 @@ from functools import wraps
 
 import pytest
 import torch
-from backends import on_each_backend
+from backends import on_each_backend_with
 
 from flash_attn import (
     flash_attn_qkvpacked_func,
@@ -113,9 +113,8 @@ def forward(f, x, other):
     return (f(x, other),)
 
 
-@on_each_backend
 @FUNCTIONS
-@pytest.mark.parametrize("dynamic", [False, True])
+@on_each_backend_with("dynamic", True, False)
 def test_compile(f, make_inputs, dynamic, backend):
     x, other = make_inputs(backend.dtype)
     compiled = torch.compile(f, fullgraph=True, backend="aot_eager", dynamic=dynamic)
@@ -135,9 +134,8 @@ class Module(torch.nn.Module):
         return self.f(*args)
 
 
-@on_each_backend
 @FUNCTIONS
-@pytest.mark.parametrize("strict", [True, False])
+@on_each_backend_with("strict", True, False)
 def test_export(f, make_inputs, strict, backend):
     inputs = make_inputs(backend.dtype)
     with backend.calls():

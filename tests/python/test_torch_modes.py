@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from backends import CPU, on_each_backend
+from backends import CPU, on_each_backend, on_each_backend_with
 from reference import attention
 from small_cases import (
     BATCH,
@@ -100,9 +100,8 @@ def compare_compiled(name, compiler, backend=CPU, **options):
     assert_all_close(results[1], results[0])
 
 
-@on_each_backend
 @pytest.mark.parametrize("name", COMPILED)
-@pytest.mark.parametrize("dynamic", [False, True])
+@on_each_backend_with("dynamic", True, False)
 def test_compile(name, dynamic, backend):
     compare_compiled(name, "aot_eager", backend, dynamic=dynamic)
 
