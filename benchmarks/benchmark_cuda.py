@@ -1,34 +1,41 @@
-"""Speed of the CUDA kernels beside torch's scaled_dot_product_attention, flash and cuDNN.
+"""Speed of the CUDA kernels beside torch's attention: SDPA by flash and cuDNN, varlen_attn.
 
     python benchmarks/benchmark_cuda.py --out build/bench
-    python benchmarks/benchmark_cuda.py --device cpu --seqlen 128   # tries the script without a GPU
+    python benchmarks/benchmark_cuda.py --device cpu --shrink 64   # tries the script without a GPU
 
-Forward only. Every case has ``--tokens`` tokens in all: batch * seqlen. Peers take turns, each call
-is timed by events on the device after the L2 cache has been overwritten, and medians are compared.
-Writes cuda.csv and, with matplotlib, cuda.png into --out.
+Forward only. Operations (--op): dense and packed prefill; decode, also as a share of the bandwidth
+of a copy on the device; latency, the time from a call of one sequence's decode to its result. Peers
+take turns and medians are compared. But for latency each call is timed by events on the device
+after the L2 cache has been overwritten. Writes cuda.csv and, with matplotlib, cuda.png into --out.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import itertools
 import statistics
 import sys
 import time
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
+from cases.case import Case, make_inputs
+from cases.gpu import CASES, shrunk
+from peers.gpu import OURS, PEERS
+from peers.registry import Run
+from peers.unsupported import Unsupported
 from reports import cuda_figure
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from flash_attn import flash_attn_func
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-COLUMNS = ("device", "dtype", "headdim", "causal", "batch", "seqlen", "nheads", "nheads_k")
-RESULTS = ("peer", "median_ms", "min_ms", "samples", "tflops", "ratio_to_best_sdpa")
+COLUMNS = (
+    *("device", "op", "dtype", "headdim", "causal", "batch", "seqlen", "nheads", "nheads_k"),
+    "page_size",
+)
+RESULTS = (
+    *("peer", "median_ms", "min_ms", "samples", "tflops", "gbytes", "share_of_copy"),
+    "ratio_to_best_torch",
+)
 FLUSH_BYTES = 256 << 20  # more than any L2 cache
+TOLERANCE = 0.03  # between results of order 1 in 16 bits
 
 
 def parse_arguments(argv=None) -> argparse.Namespace:
@@ -38,43 +45,13 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--device", choices=("cuda", "cpu"), default="cuda")
-    add("--dtype", nargs="+", choices=list(DTYPES), default=["bf16"])
-    add("--headdim", nargs="+", type=int, default=[64, 128])
-    add("--causal", nargs="+", type=int, choices=(0, 1), default=[0, 1])
-    add("--seqlen", nargs="+", type=int, default=[512, 1024, 2048, 4096, 8192, 16384])
-    add("--tokens", type=int, default=16384, help="batch * seqlen")
-    add("--hidden", type=int, default=2048, help="nheads * headdim")
-    add("--group", type=int, default=1, help="query heads for each key-value head")
+    add("--op", nargs="+", choices=list(CASES), default=list(CASES))
+    add("--headdim", nargs="+", type=int, help="these alone")
+    add("--shrink", type=int, default=1, help="divide lengths and heads by this")
     add("--samples", type=int, default=20)
+    add("--budget", type=float, default=float("inf"), help="seconds after which no case begins")
     add("--out", type=Path, default=Path("build/bench"))
     return parser.parse_args(argv)
-
-
-def sdpa(backend: SDPBackend):
-    """torch's attention by one of its backends, tensors (batch, nheads, seqlen, headdim)."""
-
-    def make(q, k, v, causal):
-        def run():
-            with sdpa_kernel(backend):
-                return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=gqa)
-
-        gqa = q.shape[1] != k.shape[1]
-        return run
-
-    return make
-
-
-def own(q, k, v, causal):
-    """This package, on the same memory: its tensors are (batch, seqlen, nheads, headdim)."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return lambda: flash_attn_func(q, k, v, causal=causal)
-
-
-PEERS = {
-    "flash_attn": own,
-    "sdpa_flash": sdpa(SDPBackend.FLASH_ATTENTION),
-    "sdpa_cudnn": sdpa(SDPBackend.CUDNN_ATTENTION),
-}
 
 
 class Timer:
@@ -86,12 +63,19 @@ class Timer:
             FLUSH_BYTES if self.on_gpu else 1, dtype=torch.uint8, device=device
         )
 
-    def __call__(self, run) -> float:
+    def until_done(self, run: Run) -> float:
+        """By the clock, from the call to its result."""
+        self._wait()
+        start = time.perf_counter()
+        run()
+        self._wait()
+        return (time.perf_counter() - start) * 1e3
+
+    def on_device(self, run: Run) -> float:
+        """Of the device's work, nothing of its operands in the L2 cache."""
         self.flush.zero_()
         if not self.on_gpu:
-            start = time.perf_counter()
-            run()
-            return (time.perf_counter() - start) * 1e3
+            return self.until_done(run)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         run()
@@ -99,74 +83,118 @@ class Timer:
         end.synchronize()
         return begin.elapsed_time(end)
 
+    def _wait(self):
+        if self.on_gpu:
+            torch.cuda.synchronize()
 
-def working_peers(q, k, v, causal) -> dict:
-    """Those that run this case here; a line for each that does not."""
-    runs = {}
-    for name, make in PEERS.items():
-        run = make(q, k, v, causal)
+
+def agrees(results, expected) -> bool:
+    """Whether a peer computes what this package does; a copy computes nothing."""
+    return all((x - y).abs().max() <= TOLERANCE for x, y in zip(results, expected))
+
+
+def working_peers(op: str, case: Case, device: str) -> dict[str, Run]:
+    """Those that run this case here and agree with the first; a line for each that does not."""
+    inputs = make_inputs(case, device)
+    runs, expected = {}, None
+    for name, make in PEERS[op].items():
         try:
-            for _ in range(3):
-                run()
-        except RuntimeError as error:
-            print(f"  {name} does not run: {str(error).splitlines()[0]}")
+            run = make(case, inputs)
+            results = run()
+        except (RuntimeError, TypeError, Unsupported) as error:
+            print(f"  {name} does not run: {str(error).splitlines()[0][:120]}")
             continue
-        runs[name] = run
+        expected = expected or results
+        if agrees(results, expected):
+            runs[name] = run
+        else:
+            print(f"  {name} is left out: its result differs")
     return runs
 
 
-def measure(
-    timer: Timer, options, dtype: str, headdim: int, causal: int, seqlen: int
-) -> list[dict]:
+def rates(case: Case, peer: str, ms: float) -> dict:
+    """10^12 operations and 10^9 bytes a second; a copy reads and writes keys and values."""
+    work = case.work()
+    keys = 2 * case.batch * case.seqlen_k * case.nheads_k * case.headdim * case.itemsize
+    moved, flops = (2 * keys, 0.0) if peer == "copy" else (work.bytes, work.flops)
+    return {"tflops": round(flops / ms / 1e9, 2), "gbytes": round(moved / ms / 1e6, 1)}
+
+
+def rows_of(case: Case, op: str, samples: dict[str, list[float]], device: str) -> list[dict]:
+    """One a peer."""
+    medians = {name: statistics.median(times) for name, times in samples.items()}
+    others = [ms for name, ms in medians.items() if name not in OURS and name != "copy"]
+    shape = (case.headdim, int(case.causal), case.batch, case.seqlen_k, case.nheads, case.nheads_k)
+    constant = dict(zip(COLUMNS, (device, op, case.dtype, *shape, case.page_size)))
+    rows = []
+    for peer, ms in medians.items():
+        rate = rates(case, peer, ms)
+        copied = rates(case, "copy", medians["copy"])["gbytes"] if "copy" in medians else 0
+        rows.append(
+            {
+                **constant,
+                "peer": peer,
+                "median_ms": round(ms, 4),
+                "min_ms": round(min(samples[peer]), 4),
+                "samples": len(samples[peer]),
+                **rate,
+                "share_of_copy": round(rate["gbytes"] / copied, 3) if copied else "",
+                "ratio_to_best_torch": round(min(others) / ms, 3) if others else "",
+            }
+        )
+    return rows
+
+
+def measure(timer: Timer, op: str, case: Case, options) -> list[dict]:
     """Rows of one case, one a peer."""
-    nheads = max(1, options.hidden // headdim)
-    batch, nheads_k = max(1, options.tokens // seqlen), max(1, nheads // options.group)
-
-    def tensor(heads):
-        shape = (batch, seqlen, heads, headdim)
-        return torch.randn(shape, device=options.device, dtype=DTYPES[dtype]).transpose(1, 2)
-
-    runs = working_peers(tensor(nheads), tensor(nheads_k), tensor(nheads_k), bool(causal))
+    runs = working_peers(op, case, options.device)
+    time_of = timer.until_done if op == "latency" else timer.on_device
     samples = {name: [] for name in runs}
     for _ in range(options.samples):
         for name, run in runs.items():
-            samples[name].append(timer(run))
-    flops = 4 * batch * nheads * seqlen**2 * headdim * (0.5 if causal else 1)
-    medians = {name: statistics.median(times) for name, times in samples.items()}
-    others = [ms for name, ms in medians.items() if name != "flash_attn"]
+            samples[name].append(time_of(run))
     name = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
-    case = dict(zip(COLUMNS, (name, dtype, headdim, causal, batch, seqlen, nheads, nheads_k)))
-    return [
-        case
-        | {
-            "peer": peer,
-            "median_ms": round(ms, 4),
-            "min_ms": round(min(samples[peer]), 4),
-            "samples": options.samples,
-            "tflops": round(flops / ms / 1e9, 2),
-            "ratio_to_best_sdpa": round(min(others) / ms, 3) if others else "",
-        }
-        for peer, ms in medians.items()
-    ]
+    return rows_of(case, op, samples, name)
+
+
+def cell(row: dict) -> str:
+    """A peer's figures of one case, for the terminal."""
+    ms = row["median_ms"]
+    time = f"{ms:.3f} ms" if ms >= 1 else f"{1e3 * ms:.1f} us"
+    rate = f"{row['tflops']:.1f}"
+    if row["op"] in ("decode", "latency"):
+        rate = f"{row['gbytes']:.0f} GB/s"
+    share = f" {100 * row['share_of_copy']:.0f}% of a copy" if row["share_of_copy"] else ""
+    return f"{row['peer']} {time} {rate}{share}"
+
+
+def cases_of(options) -> list[tuple[str, Case]]:
+    """``(op, case)`` of all that the options ask for."""
+    cases = [(op, case) for op in options.op for case in CASES[op]()]
+    if options.headdim:
+        cases = [(op, case) for op, case in cases if case.headdim in options.headdim]
+    if options.shrink > 1:
+        cases = [(op, shrunk(case, options.shrink)) for op, case in cases]
+    return cases
 
 
 def main(argv=None) -> int:
     """Measure, print, write."""
     options = parse_arguments(argv)
     options.out.mkdir(parents=True, exist_ok=True)
-    timer = Timer(options.device)
+    timer, started = Timer(options.device), time.perf_counter()
     table = options.out / "cuda.csv"
     with table.open("w", newline="") as file:
         writer = csv.DictWriter(file, (*COLUMNS, *RESULTS))
         writer.writeheader()
-        for case in itertools.product(
-            options.dtype, options.headdim, options.causal, options.seqlen
-        ):
-            rows = measure(timer, options, *case)
+        for op, case in cases_of(options):
+            if time.perf_counter() - started > options.budget:
+                print(f"left out, the time is up: {case}")
+                continue
+            rows = measure(timer, op, case, options)
             writer.writerows(rows)
             file.flush()  # a run that is cut off leaves what it has measured
-            cells = [f"{r['peer']} {r['median_ms']:.3f} ms {r['tflops']:.1f}" for r in rows]
-            print(*case, "|", " | ".join(cells), flush=True)
+            print(f"{op:7}", case, "|", " | ".join(cell(row) for row in rows), flush=True)
     if (picture := cuda_figure.save(table)) is not None:
         print(f"wrote {picture}")
     return 0

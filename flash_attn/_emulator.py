@@ -32,7 +32,8 @@ class emulator:
 
     ``gpu.line_counters`` tells the same of every line of the kernels' PTX.
 
-    - arch: "sm_80" (an A100) or "sm_90a" (an H100).
+    - arch: "sm_80" (an A100), "sm_90a" (an H100), or, with 99 KiB of shared memory for a CTA,
+      "sm_86", "sm_89" or "sm_120" (RTX 3090, 4090 and 5090).
     - mode: when asynchronous operations take effect: "eager", at once; "late", as late as their
       waits allow, their destination poisoned until then; "random", and warps in random order.
     - seed: of mode "random".

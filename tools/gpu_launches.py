@@ -1,13 +1,163 @@
-"""One launch of every CUDA kernel on a small problem, for the sanitizers and the profiler."""
+"""One call of every CUDA kernel on a small problem: for the sanitizers, the profiler and tests.
+
+    python tools/gpu_launches.py --dtype bf16                # on a GPU
+    python tools/gpu_launches.py --device cpu --dtype fp16   # within FLASH_ATTENTION_EMULATOR=sm_80
+
+The head dims and classes of scores are those of csrc/flash_attn/generate_kernels.py.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Callable
 
 import torch
 
-from flash_attn import flash_attn_func
+from flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
+from flash_attn._library import bind
 
-for dtype in (torch.float16, torch.bfloat16):
-    for headdim in (64, 128):
-        for causal in (False, True):
-            shape = (1, 300, 2, headdim)
-            q, k, v = (torch.randn(shape, device="cuda", dtype=dtype) for _ in range(3))
-            flash_attn_func(q, k, v, causal=causal)
-torch.cuda.synchronize()
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "csrc" / "flash_attn"))
+import generate_kernels
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+SCORES = {
+    "unmasked": {},
+    "masked": {"causal": True},
+    "modified": {"window_size": (90, 20), "softcap": 5.0},
+}
+PAGE_SIZE, CAPACITY, CACHED = 16, 704, (650, 0, 300)  # rows of a page and of a cache; rows in use
+_combine = bind("combine", "out_partial lse_partial out lse")
+
+
+class Inputs:
+    """Random tensors on a device, the same for every device."""
+
+    def __init__(self, dtype: torch.dtype, device: str):
+        self.dtype, self.device = dtype, device
+        self.generator = torch.Generator().manual_seed(0)
+
+    def normal(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+        x = torch.randn(shape, generator=self.generator)
+        return x.to(device=self.device, dtype=dtype or self.dtype)
+
+    def int32(self, *values: int) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=self.device)
+
+    def qkv(self, rows: tuple, keys: tuple, dims: tuple[int, int], heads: tuple[int, int] = (2, 1)):
+        """``(*rows, h, d)``, ``(*keys, hk, d)``, ``(*keys, hk, dv)``."""
+        (h, hk), (d, dv) = heads, dims
+        return (self.normal(*rows, h, d), self.normal(*keys, hk, d), self.normal(*keys, hk, dv))
+
+
+def dense(inputs: Inputs, dims=(64, 64), scores="unmasked", lengths=(200, 230), **options):
+    """By default more queries than a tile has."""
+    q, k, v = inputs.qkv((1, lengths[0]), (1, lengths[1]), dims)
+    torch.manual_seed(1)  # of dropout
+    return flash_attn_func(q, k, v, **SCORES[scores], **options, return_attn_probs=True)
+
+
+def alibi_and_bias(inputs: Inputs):
+    bias = inputs.normal(1, 1, 200, 230)
+    slopes = inputs.normal(2, dtype=torch.float32).abs()
+    return dense(inputs, alibi_slopes=slopes, attn_bias=bias, s_aux=inputs.normal(2))
+
+
+def packed(inputs: Inputs, paged: bool):
+    """Three sequences, one without keys, one without queries, and two rows of none."""
+    cu_q, cu_k = inputs.int32(0, 150, 170, 170), inputs.int32(0, 200, 200, 290)
+    keys, more = (290,), {}
+    if paged:
+        keys = (40, PAGE_SIZE)
+        more["block_table"] = inputs.int32(*range(39)).flip(0).view(3, 13)
+    q, k, v = inputs.qkv((172,), keys, (64, 64))
+    return flash_attn_varlen_func(
+        *(q, k, v, cu_q, cu_k, 150, 200), causal=True, return_attn_probs=True, **more
+    )[:2]
+
+
+def cache(inputs: Inputs, dims=(64, 64), queries=1, new=0, paged=False, num_splits=0):
+    """Three sequences of a cache; if rows are appended they are rotated, and so are queries."""
+    table = None
+    rows = (3, CAPACITY)
+    if paged:
+        pages = CAPACITY // PAGE_SIZE
+        rows = (3 * pages, PAGE_SIZE)
+        order = torch.randperm(3 * pages, generator=inputs.generator)
+        table = inputs.int32(*order.tolist()).view(3, pages)
+    q, k_cache, v_cache = inputs.qkv((3, queries), rows, dims, (4, 2))
+    options = {}
+    if new:
+        options["k"], options["v"] = (inputs.normal(3, new, 2, d) for d in dims)
+        angles = 3 * inputs.normal(CAPACITY, dims[0] // 2, dtype=torch.float32)
+        options["rotary_cos"], options["rotary_sin"] = (
+            x.to(inputs.dtype) for x in (angles.cos(), angles.sin())
+        )
+    out, lse = flash_attn_with_kvcache(
+        *(q, k_cache, v_cache),
+        cache_seqlens=inputs.int32(*CACHED),
+        block_table=table,
+        causal=True,
+        num_splits=num_splits,
+        return_softmax_lse=True,
+        **options,
+    )
+    return out, lse, k_cache, v_cache
+
+
+def combine(inputs: Inputs):
+    """Five parts of 3 x 7 rows, one of them empty."""
+    out_partial = inputs.normal(5, 1, 7, 3, 100, dtype=torch.float32)
+    lse_partial = inputs.normal(5, 1, 7, 3, dtype=torch.float32)
+    lse_partial[2] = -torch.inf
+    out, lse = (
+        torch.empty_like(out_partial[0], dtype=inputs.dtype),
+        torch.empty_like(lse_partial[0]),
+    )
+    _combine(out_partial, lse_partial, out, lse)
+    return out, lse
+
+
+def calls(dtype: str, device: str) -> dict[str, Callable[[], tuple[torch.Tensor, ...]]]:
+    """Return functions that make inputs, call and return results, by what they do."""
+    kinds = {kind.name: kind for kind in generate_kernels.KINDS}
+
+    def call(function, *args, **options):
+        return lambda: function(Inputs(DTYPES[dtype], device), *args, **options)
+
+    found = {}
+    for d, dv, scores in kinds["fwd"].configs:
+        found[f"dense d={d}x{dv} {scores}"] = call(dense, (d, dv), scores)
+    for dims in kinds["decode"].configs:
+        found[f"decode d={dims[0]}"] = call(cache, dims)
+        found[f"decode d={dims[0]}, 1 split"] = call(cache, dims, num_splits=1)
+        found[f"decode d={dims[0]}, pages"] = call(cache, dims, paged=True, queries=3)
+    return {
+        **found,
+        "ALiBi, bias and sinks": call(alibi_and_bias),
+        "dropout and S_dmask": call(dense, scores="masked", lengths=(30, 50), dropout_p=0.3),
+        "packed": call(packed, False),
+        "packed, pages": call(packed, True),
+        "decode and append": call(cache, new=2, queries=2, paged=True),
+        "prefill of a cache": call(cache, queries=50, new=50, paged=True),
+        "combine": call(combine),
+    }
+
+
+def main() -> None:
+    """Make all calls, one after another."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES))
+    parser.add_argument("--device", default="cuda")
+    options = parser.parse_args()
+    for dtype in options.dtype:
+        for name, function in calls(dtype, options.device).items():
+            print(dtype, name, flush=True)
+            function()
+    if options.device == "cuda":
+        torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()

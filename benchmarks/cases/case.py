@@ -139,22 +139,24 @@ class Inputs:
     dout: Tensor
 
 
-def make_inputs(case: Case) -> Inputs:
-    """Standard normal tensors, the same for the same case.
+def make_inputs(case: Case, device: str = "cpu") -> Inputs:
+    """Standard normal tensors, the same for the same case on the same device.
 
     In a large batch to decode from, all sequences hold the keys and values of one, each shifted.
     """
     shape = (case.op, case.dtype, case.batch, case.seqlen_q, case.seqlen_k, case.nheads)
     rows = tuple(case.lengths()) if case.op == "varlen" else ()
-    return _inputs(*shape, case.nheads_k, case.headdim, case.headdim_v, rows)
+    return _inputs(*shape, case.nheads_k, case.headdim, case.headdim_v, rows, device)
 
 
 @functools.lru_cache(maxsize=1)  # cases that differ in the mask or the pages alone share them
-def _inputs(op, dtype, batch, seqlen_q, seqlen_k, nheads, nheads_k, headdim, headdim_v, lengths):
-    generator = torch.Generator().manual_seed(0)
+def _inputs(
+    op, dtype, batch, seqlen_q, seqlen_k, nheads, nheads_k, headdim, headdim_v, lengths, device
+):
+    generator = torch.Generator(device).manual_seed(0)
 
     def normal(*shape):
-        return torch.randn(shape, generator=generator).to(DTYPES[dtype])
+        return torch.randn(shape, generator=generator, device=device).to(DTYPES[dtype])
 
     def cache(*shape):
         one = normal(*shape)

@@ -49,8 +49,10 @@ def _operation(case: Case, attention: Attention, q, k, v, dout) -> Run:
     return lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True)
 
 
-def _cumulative(lengths: list[int]) -> Tensor:
-    return F.pad(torch.tensor(lengths, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0))
+def cumulative(lengths: list[int], device: torch.device) -> Tensor:
+    """(batch + 1,) offsets of packed sequences."""
+    lengths = torch.tensor(lengths, dtype=torch.int32, device=device)
+    return F.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
 
 
 def _paged(cache: Tensor, page_size: int) -> Tensor:
@@ -60,13 +62,14 @@ def _paged(cache: Tensor, page_size: int) -> Tensor:
 
 def _decode(case: Case, inputs: Inputs) -> Run:
     """One query a sequence; the pages of each sequence lie in random order."""
-    cache_seqlens = torch.full((case.batch,), case.seqlen_k, dtype=torch.int32)
+    device = inputs.q.device
+    cache_seqlens = torch.full((case.batch,), case.seqlen_k, dtype=torch.int32, device=device)
     q, k, v, block_table = inputs.q, inputs.k, inputs.v, None
     if case.page_size:
         k, v = _paged(k, case.page_size), _paged(v, case.page_size)
         generator, pages = torch.Generator().manual_seed(0), k.shape[0] // case.batch
         orders = [torch.randperm(pages, generator=generator) + i * pages for i in range(case.batch)]
-        block_table = torch.stack(orders).int()
+        block_table = torch.stack(orders).int().to(device)
     return lambda: (
         flash_attn_with_kvcache(q, k, v, cache_seqlens=cache_seqlens, block_table=block_table),
     )
@@ -79,7 +82,8 @@ def flash_attn(case: Case, inputs: Inputs) -> Run:
     window = (case.window, 0) if case.window else (-1, -1)
     masks = {"causal": case.causal, "window_size": window}
     if case.op == "varlen":
-        cu_seqlens, longest = _cumulative(case.lengths()), max(case.lengths())
+        cu_seqlens = cumulative(case.lengths(), inputs.q.device)
+        longest = max(case.lengths())
 
         def packed(q, k, v):
             return flash_attn_varlen_func(
@@ -144,6 +148,11 @@ def sdpa(case: Case, inputs: Inputs) -> Run:
 def sdpa_flash(case: Case, inputs: Inputs) -> Run:
     """The same with torch's flash backend, on CPUs the only fused one."""
     return _sdpa(case, inputs, (SDPBackend.FLASH_ATTENTION,))
+
+
+def sdpa_cudnn(case: Case, inputs: Inputs) -> Run:
+    """The same with cuDNN, on GPUs."""
+    return _sdpa(case, inputs, (SDPBackend.CUDNN_ATTENTION,))
 
 
 def sdpa_math(case: Case, inputs: Inputs) -> Run:

@@ -9,15 +9,20 @@ from reports.figures import pyplot
 
 
 def save(table: Path) -> Path | None:
-    """A panel for each dtype, head dim and mask, a line a peer, beside the table.
+    """Of the dense forward a panel for each dtype, head dim and mask with several lengths, a line a
+    peer, beside the table.
 
     None without matplotlib or without rows.
     """
     with table.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    if not rows or (plt := pyplot()) is None:
+        rows = [row for row in csv.DictReader(file) if row["op"] == "fwd"]
+    lengths = {}
+    for r in rows:
+        group = (r["dtype"], int(r["headdim"]), int(r["causal"]))
+        lengths.setdefault(group, set()).add(r["seqlen"])
+    groups = sorted(group for group in lengths if len(lengths[group]) > 1)
+    if not groups or (plt := pyplot()) is None:
         return None
-    groups = sorted({(r["dtype"], int(r["headdim"]), int(r["causal"])) for r in rows})
     figure, axes = plt.subplots(1, len(groups), figsize=(4 * len(groups), 3.6), squeeze=False)
     for axis, group in zip(axes[0], groups):
         for peer in dict.fromkeys(r["peer"] for r in rows):

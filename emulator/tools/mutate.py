@@ -161,7 +161,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("case", type=Path)
     parser.add_argument("--library", default=DEFAULT_LIBRARY)
-    parser.add_argument("--device", type=int, default=0, help="0: sm_80, 1: sm_90a")
+    parser.add_argument("--device", type=int, default=0, help="0: sm_80, 1: sm_90a, 2: sm_86")
     parser.add_argument("--kernel", help="regular expression: only kernels of such names")
     parser.add_argument("--seeds", type=int, default=2, help="random schedules")
     arguments = parser.parse_args()

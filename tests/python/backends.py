@@ -32,6 +32,7 @@ class Backend:
     )  # of a case's fields, instead of CHOICES
     cache_choices: dict = dataclasses.field(default_factory=dict)  # the same of cache_cases
     has_backward: bool = True
+    dtype: torch.dtype = FP32  # of small inputs
     lse_slack: float = 0.0  # of the exponent function, relative to the largest LSE
 
     def __str__(self):
@@ -44,6 +45,11 @@ class Backend:
     def here(self, x):
         """A tensor, or what is none, on the device that takes calls."""
         return x
+
+    @property
+    def inputs(self):
+        """What small_cases makes for it: a dtype that it has, gradients if it has a backward."""
+        return {"dtype": self.dtype, "grad": self.has_backward}
 
 
 class EmulatedBackend(Backend):
@@ -86,9 +92,21 @@ CUDA = {
         "num_splits": [0, 0, 1, 3],
     },
     "has_backward": False,
+    "dtype": FP16,
     "lse_slack": 2e-6,
 }  # fmt: skip
 
 CPU = Backend("cpu")  # on the instruction set in use: the fixture `isa`
 EMULATOR = EmulatedBackend("emulator", **CUDA)
 GPU = GpuBackend("gpu", **CUDA)
+
+# Those that take CPU tensors, as parameters of a test.
+OF_CPU_TENSORS = [CPU, pytest.param(EMULATOR, marks=needs_emulator)]
+on_each_backend = pytest.mark.parametrize("backend", OF_CPU_TENSORS, ids=str)
+
+
+def on_each_backend_with(name, *values):
+    """Parameters ``name`` and backend: all values on the CPU, the first alone on the others."""
+    pairs = [(value, CPU) for value in values]
+    pairs.append(pytest.param(values[0], EMULATOR, marks=needs_emulator))
+    return pytest.mark.parametrize((name, "backend"), pairs, ids=str)

@@ -507,7 +507,7 @@ def change_kind(r, t):
     if kind == 1 and t.dim() > 0:
         return t.to_sparse()
     if kind == 2 and t.dtype in (torch.float32, torch.int32):
-        return t.numpy()
+        return t.resolve_neg().numpy()
     return r.choice(OBJECTS)
 
 

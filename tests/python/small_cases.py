@@ -22,11 +22,11 @@ def dense(grad=False, dtype=torch.float32):
     )
 
 
-def packed(grad=False):
+def packed(grad=False, dtype=torch.float32):
     return (
-        randn(TOTAL_Q, HEADS, DIM, grad=grad, seed=1),
-        randn(TOTAL_K, HEADS_K, DIM, grad=grad, seed=2),
-        randn(TOTAL_K, HEADS_K, DIM_V, grad=grad, seed=3),
+        randn(TOTAL_Q, HEADS, DIM, grad=grad, dtype=dtype, seed=1),
+        randn(TOTAL_K, HEADS_K, DIM, grad=grad, dtype=dtype, seed=2),
+        randn(TOTAL_K, HEADS_K, DIM_V, grad=grad, dtype=dtype, seed=3),
     )
 
 
@@ -38,8 +38,10 @@ def sequences():
     return int32(CU_SEQLENS_Q), int32(CU_SEQLENS_K), MAX_Q, MAX_K
 
 
-def caches(rows=8):
-    return randn(BATCH, rows, HEADS_K, DIM, seed=4), randn(BATCH, rows, HEADS_K, DIM_V, seed=5)
+def caches(rows=8, dtype=torch.float32):
+    return tuple(
+        randn(BATCH, rows, HEADS_K, d, seed=seed, dtype=dtype) for d, seed in ((DIM, 4), (DIM_V, 5))
+    )
 
 
 def grads_of(outputs, inputs):

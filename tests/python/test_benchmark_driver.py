@@ -15,7 +15,10 @@ from concurrent.futures import ProcessPoolExecutor
 import peer_agreement
 import pytest
 import torch
+from backends import needs_emulator
 from scripts import ROOT, forget_modules
+
+import flash_attn
 
 BENCHMARKS = ROOT / "benchmarks"
 SHAPE = ["--seqlen", "65", "--nheads", "4", "--headdim", "16"]
@@ -280,8 +283,9 @@ def test_grid_writes_table_pictures_summary_and_roofline(
     emulated = {"seqlen": 256, "headdim": 64, "causal": True, "million_a_second": 1.5}
     rows = [{**emulated, "checks": checks, "cpu": "a CPU"} for checks in ("memory", "all")]
     write_rows(tmp_path / "emulator.csv", rows)
-    on_gpu = {"device": "a GPU", "dtype": "bf16", "headdim": 64, "causal": 1, "tflops": 9.5}
-    rows = [{**on_gpu, "peer": "flash_attn", "seqlen": seqlen} for seqlen in (512, 1024)]
+    on_gpu = {"device": "a GPU", "op": "fwd", "dtype": "bfloat16", "headdim": 64, "causal": 1}
+    on_gpu |= {"peer": "flash_attn", "tflops": 9.5}
+    rows = [{**on_gpu, "seqlen": seqlen} for seqlen in (512, 1024)]
     write_rows(tmp_path / "cuda.csv", rows)
     assert report.main(["pictures", str(tmp_path)]) == 0
     drawn |= {"roofline.png", "emulator.png", "cuda.png"}
@@ -293,6 +297,40 @@ def test_grid_writes_table_pictures_summary_and_roofline(
     text = capsys.readouterr().out
     assert "faster than without the window" in text
     assert "of a plain read" in text
+
+
+@needs_emulator
+def test_cases_of_a_gpu_run_on_the_emulated_one(tmp_path, benchmark_modules):
+    """Shrunk; results that differ from torch's would be left out."""
+    import benchmark_cuda
+    from cases import gpu
+
+    options = ["--device", "cpu", "--shrink", "64", "--samples", "1", "--out", str(tmp_path)]
+    with flash_attn.emulator(checks="memory") as emulated:
+        assert benchmark_cuda.main(options) == 0
+    rows = read_rows(tmp_path / "cuda.csv")
+    count = {op: len(cases()) for op, cases in gpu.CASES.items()}
+    for op in count:
+        peers = [row["peer"] for row in rows if row["op"] == op]
+        rivals = {"fwd": ["sdpa_flash"], "decode": ["sdpa", "sdpa_flash", "copy"]}.get(op, [])
+        for peer in ("flash_attn", *rivals):
+            assert peers.count(peer) == count[op], (op, peer)
+    assert {name.split("_")[1] for name in emulated.counters} == {"fwd", "decode"}
+    assert all(float(row["share_of_copy"]) == 1 for row in rows if row["peer"] == "copy")
+
+
+def test_a_peer_that_differs_is_not_measured(benchmark_modules, monkeypatch, capsys):
+    import benchmark_cuda
+    from cases import gpu
+
+    def wrong(case, inputs):
+        return lambda: (torch.ones_like(inputs.q),)
+
+    (case, *_) = gpu.latency()
+    monkeypatch.setitem(benchmark_cuda.PEERS["latency"], "sdpa", wrong)
+    runs = benchmark_cuda.working_peers("latency", gpu.shrunk(case, 64), "cpu")
+    assert list(runs) == ["flash_attn"]
+    assert "sdpa is left out: its result differs" in capsys.readouterr().out
 
 
 def test_bounds_of_a_kernel(benchmark_modules):

@@ -3,29 +3,18 @@ out of range, and the next call says so."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 from backends import needs_emulator
+from scripts import report_of_emulated_driver
 from unchecked_indices import __file__ as SCRIPT
 from unchecked_indices import cases
-
-from flash_attn import _library
 
 pytestmark = needs_emulator
 
 
 @pytest.fixture(scope="module")
 def report():
-    """In a process of its own, whose driver the emulated GPU is."""
-    driver = _library.library_path().parent / "libgpu_emulator.so"
-    env = {**os.environ, "FLASH_ATTENTION_CUDA_DRIVER": str(driver)}
-    result = subprocess.run([sys.executable, SCRIPT], env=env, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout)
+    return report_of_emulated_driver(SCRIPT)
 
 
 @pytest.mark.parametrize("name", cases())

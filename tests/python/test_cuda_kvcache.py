@@ -6,6 +6,7 @@ import pytest
 import torch
 from backends import BF16, EMULATOR, FP16, needs_emulator
 from cache_cases import Case, Problem, check, sampled_cases
+from decode_step import DecodeStep
 
 import flash_attn
 from flash_attn import flash_attn_with_kvcache
@@ -133,3 +134,18 @@ def test_appends_without_queries():
         flash_attn_with_kvcache(k[:, :0], k_cache, v_cache, k, v, cache_seqlens=4)
     assert torch.equal(k_cache[:, 4:6], k)
     assert torch.equal(v_cache[:, 4:6], v)
+
+
+def test_decode_step_of_the_tests_on_a_gpu():
+    """The CPU's results, for its first lengths and others."""
+    step, on_cpu = DecodeStep("cpu"), DecodeStep("cpu")
+    for seed, lengths in enumerate([(100, 1500, 0, 700), (1599, 3, 900, 0)]):
+        for each in (step, on_cpu):
+            each.set(lengths, seed)
+        with flash_attn.emulator(mode="late") as gpu:
+            out = step()
+        torch.testing.assert_close(out, on_cpu(), rtol=0, atol=1.6e-2)
+        for x, y in zip(step.caches, on_cpu.caches):
+            torch.testing.assert_close(x, y, rtol=0, atol=3.2e-2)  # of rotated rows
+        (decode,) = (kernel for name, kernel in gpu.counters.items() if "decode" in name)
+        assert decode["classes"]["atomic"] > 0  # several CTAs share a tile

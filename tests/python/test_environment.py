@@ -103,7 +103,7 @@ def test_report_names_a_bad_value():
 @pytest.mark.parametrize(
     ("value", "sentence"),
     [
-        ("sm80", 'no device of architecture "sm80": sm_80 and sm_90a exist'),
+        ("sm80", 'no device of architecture "sm80": sm_80, sm_86, sm_89, sm_90a and sm_120 exist'),
         (
             "sm_80,mode=lazy",
             "the emulator does not take mode=lazy: Option mode has no value 'lazy': it is eager",

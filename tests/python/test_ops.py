@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from backends import on_each_backend
 from reference import attention
 from small_cases import (
     BATCH,
@@ -50,17 +51,17 @@ SCORE = (0.3, True, 4, -1, 0.0)  # softmax_scale, causal, window_size, softcap
 EXTENSIONS = ["plain", "sinks", "bias", "sinks and bias"]
 
 
-def extensions(kind, batch, seqlen_q, seqlen_k, grad=True):
+def extensions(kind, batch, seqlen_q, seqlen_k, **inputs):
     given = {}
     if "sinks" in kind:
-        given["s_aux"] = randn(HEADS, grad=grad, seed=6)
+        given["s_aux"] = randn(HEADS, seed=6, **inputs)
     if "bias" in kind:
-        given["attn_bias"] = randn(batch, 1, seqlen_q, seqlen_k, grad=grad, seed=7)
+        given["attn_bias"] = randn(batch, 1, seqlen_q, seqlen_k, seed=7, **inputs)
     return given
 
 
 def backward_extensions(kind, batch, seqlen_q, seqlen_k, lse):
-    given = extensions(kind, batch, seqlen_q, seqlen_k, grad=False)
+    given = extensions(kind, batch, seqlen_q, seqlen_k)
     if "s_aux" in given:
         given["ds_aux"] = torch.zeros(HEADS)
     if "attn_bias" in given:
@@ -68,25 +69,31 @@ def backward_extensions(kind, batch, seqlen_q, seqlen_k, lse):
     return {"dlse": torch.randn_like(lse), **given}
 
 
+@on_each_backend
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("kind", EXTENSIONS)
-def test_opcheck_forward(kind, dropout_p):
-    args = (*dense(grad=True), dropout_p, *SCORE, None, dropout_p > 0)
-    opcheck(ops._flash_attn_forward.default, args, extensions(kind, BATCH, SEQLEN_Q, SEQLEN_K))
+def test_opcheck_forward(kind, dropout_p, backend):
+    args = (*dense(**backend.inputs), dropout_p, *SCORE, None, dropout_p > 0)
+    more = extensions(kind, BATCH, SEQLEN_Q, SEQLEN_K, **backend.inputs)
+    with backend.calls():
+        opcheck(ops._flash_attn_forward.default, args, more)
 
 
+@on_each_backend
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("kind", EXTENSIONS)
-def test_opcheck_varlen_forward(kind, dropout_p):
-    args = (*packed(grad=True), *sequences(), dropout_p, *SCORE, None, dropout_p > 0)
-    opcheck(ops._flash_attn_varlen_forward.default, args, extensions(kind, 3, MAX_Q, MAX_K))
+def test_opcheck_varlen_forward(kind, dropout_p, backend):
+    args = (*packed(**backend.inputs), *sequences(), dropout_p, *SCORE, None, dropout_p > 0)
+    more = extensions(kind, 3, MAX_Q, MAX_K, **backend.inputs)
+    with backend.calls():
+        opcheck(ops._flash_attn_varlen_forward.default, args, more)
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("kind", EXTENSIONS)
 def test_opcheck_backward(kind, dropout_p):
     q, k, v = dense()
-    given = extensions(kind, BATCH, SEQLEN_Q, SEQLEN_K, grad=False)
+    given = extensions(kind, BATCH, SEQLEN_Q, SEQLEN_K)
     out, lse, _, rng = ops._flash_attn_forward(q, k, v, dropout_p, *SCORE, None, False, **given)
     grads = [torch.zeros_like(x) for x in (q, k, v)]
     args = (torch.randn_like(out), q, k, v, out, lse, *grads, dropout_p, *SCORE, None, True, rng)
@@ -101,7 +108,7 @@ def test_opcheck_backward(kind, dropout_p):
 @pytest.mark.parametrize("kind", EXTENSIONS)
 def test_opcheck_varlen_backward(kind, dropout_p):
     q, k, v = packed()
-    given = extensions(kind, 3, MAX_Q, MAX_K, grad=False)
+    given = extensions(kind, 3, MAX_Q, MAX_K)
     out, lse, _, rng = ops._flash_attn_varlen_forward(
         q, k, v, *sequences(), dropout_p, *SCORE, **given
     )
@@ -117,15 +124,21 @@ def test_opcheck_varlen_backward(kind, dropout_p):
 KVCACHE_SETTINGS = (None, None, None, None, None, None, 0.3, True, -1, -1, 0.0, True, 0)
 
 
-def test_opcheck_kvcache():
-    args = (dense()[0], *caches(), int32([6, 8]), *KVCACHE_SETTINGS)
-    opcheck(ops._flash_attn_kvcache_forward.default, args, {"s_aux": randn(HEADS)})
+@on_each_backend
+def test_opcheck_kvcache(backend):
+    q, dtype = dense(dtype=backend.dtype)[0], backend.dtype
+    args = (q, *caches(dtype=dtype), int32([6, 8]), *KVCACHE_SETTINGS)
+    with backend.calls():
+        opcheck(ops._flash_attn_kvcache_forward.default, args, {"s_aux": randn(HEADS, dtype=dtype)})
 
 
-def test_opcheck_kvcache_append():
-    q, k, v = dense()
-    args = (q, *caches(16), k, v, int32([6, 8]), *KVCACHE_SETTINGS)
-    opcheck(ops._flash_attn_kvcache_append_forward.default, args, {"s_aux": randn(HEADS)})
+@on_each_backend
+def test_opcheck_kvcache_append(backend):
+    q, k, v = dense(dtype=backend.dtype)
+    args = (q, *caches(16, backend.dtype), k, v, int32([6, 8]), *KVCACHE_SETTINGS)
+    sinks = randn(HEADS, dtype=backend.dtype)
+    with backend.calls():
+        opcheck(ops._flash_attn_kvcache_append_forward.default, args, {"s_aux": sinks})
 
 
 def test_softmax_d():
@@ -162,7 +175,7 @@ def test_softmax_d():
 @pytest.mark.parametrize("kind", EXTENSIONS)
 def test_gradients(kind, use_lse):
     leaves = dict(zip("qkv", dense(grad=True)))
-    leaves.update(extensions(kind, BATCH, SEQLEN_Q, SEQLEN_K))
+    leaves.update(extensions(kind, BATCH, SEQLEN_Q, SEQLEN_K, grad=True))
     options = {"softmax_scale": 0.3, "causal": True, "softcap": 5.0}
     out, lse, _ = flash_attn_func(**leaves, **options, return_attn_probs=True)
     expected = attention(**leaves, **options)
@@ -183,7 +196,7 @@ def test_gradient_through_lse_alone():
 @pytest.mark.parametrize("wanted", ["q", "k", "v", "s_aux", "attn_bias"])
 def test_gradient_of_one_input(wanted):
     leaves = {n: x.detach() for n, x in zip("qkv", dense())}
-    leaves.update(extensions("sinks and bias", BATCH, SEQLEN_Q, SEQLEN_K, grad=False))
+    leaves.update(extensions("sinks and bias", BATCH, SEQLEN_Q, SEQLEN_K))
     leaves[wanted].requires_grad_()
     out = flash_attn_func(**leaves)
     expected, _ = attention(**leaves)

@@ -36,17 +36,22 @@ def windows(draw, seqlen):
     return draw(st.one_of(st.just(-1), st.integers(0, seqlen + 5)))
 
 
+UP_TO_70 = st.tuples(st.integers(1, 70), st.integers(1, 70))
+EITHER = st.booleans()
+
+
 @st.composite
-def cases(draw):
-    """Cases of up to 70 queries and keys and any head dims up to 80."""
-    sq, sk = draw(st.integers(1, 70)), draw(st.integers(1, 70))
+def cases(draw, dtypes=(FP32, FP16, BF16), seqlens=UP_TO_70, largest_dim=80, dlse=EITHER):
+    """Cases of up to 70 queries and keys and any head dims up to 80, if not told otherwise."""
+    sq, sk = draw(seqlens)
     hk, group = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    head_dims = st.integers(1, largest_dim)
     return Case(
-        dtype=draw(st.sampled_from([FP32, FP16, BF16])),
+        dtype=draw(st.sampled_from(dtypes)),
         batch=draw(st.integers(1, 3)),
         seqlens=(sq, sk),
         heads=(hk * group, hk),
-        dims=(draw(st.integers(1, 80)), draw(st.integers(1, 80))),
+        dims=(draw(head_dims), draw(head_dims)),
         causal=draw(st.booleans()),
         window_size=(windows(draw, sk), windows(draw, sk)),
         softcap=draw(st.sampled_from([0.0, 3.0])),
@@ -55,7 +60,7 @@ def cases(draw):
         sinks=draw(st.sampled_from([None, FP32, FP16, BF16])),
         bias=draw(st.sampled_from(["", "k", "qk", "bk", "hk", "bhqk"])),
         bias_dtype=draw(st.sampled_from(["q", "fp32"])),
-        dlse=draw(st.booleans()),
+        dlse=draw(dlse),
         seed=draw(st.integers(0, 10)),
     )
 

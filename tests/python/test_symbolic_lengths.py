@@ -6,6 +6,7 @@ from functools import wraps
 
 import pytest
 import torch
+from backends import on_each_backend_with
 
 from flash_attn import (
     flash_attn_qkvpacked_func,
@@ -77,14 +78,14 @@ def dense(x, mask):
     return flash_attn_qkvpacked_func(qkv.unflatten(-1, (3, 2, 8))[None])
 
 
-def packed_inputs():
-    return torch.randn(10, 2, 8), torch.tensor([0, 4, 10], dtype=torch.int32)
+def packed_inputs(dtype=torch.float32):
+    return torch.randn(10, 2, 8).to(dtype), torch.tensor([0, 4, 10], dtype=torch.int32)
 
 
-def padded_inputs():
+def padded_inputs(dtype=torch.float32):
     mask = torch.ones(2, 6, dtype=torch.bool)
     mask[1, 4:] = False
-    return torch.randn(2, 6, 2, 8), mask
+    return torch.randn(2, 6, 2, 8).to(dtype), mask
 
 
 FUNCTIONS = pytest.mark.parametrize(
@@ -108,14 +109,19 @@ def forward_backward(f, x, other):
     return out.detach(), x.grad
 
 
+def forward(f, x, other):
+    return (f(x, other),)
+
+
 @FUNCTIONS
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compile(f, make_inputs, dynamic):
-    x, other = make_inputs()
+@on_each_backend_with("dynamic", True, False)
+def test_compile(f, make_inputs, dynamic, backend):
+    x, other = make_inputs(backend.dtype)
     compiled = torch.compile(f, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    with torch._dynamo.config.patch(SETTINGS):
-        actual = forward_backward(compiled, x, other)
-        for a, b in zip(actual, forward_backward(f, x, other)):
+    run = forward_backward if backend.has_backward else forward
+    with torch._dynamo.config.patch(SETTINGS), backend.calls():
+        actual = run(compiled, x, other)
+        for a, b in zip(actual, run(f, x, other)):
             torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
@@ -129,13 +135,14 @@ class Module(torch.nn.Module):
 
 
 @FUNCTIONS
-@pytest.mark.parametrize("strict", [True, False])
-def test_export(f, make_inputs, strict):
-    inputs = make_inputs()
-    exported = torch.export.export(Module(f), inputs, strict=strict).module()
-    assert torch.equal(exported(*inputs), f(*inputs))
-    x, other = make_inputs()
-    assert torch.equal(exported(x, other), f(x, other))
+@on_each_backend_with("strict", True, False)
+def test_export(f, make_inputs, strict, backend):
+    inputs = make_inputs(backend.dtype)
+    with backend.calls():
+        exported = torch.export.export(Module(f), inputs, strict=strict).module()
+        assert torch.equal(exported(*inputs), f(*inputs))
+        x, other = make_inputs(backend.dtype)
+        assert torch.equal(exported(x, other), f(x, other))
 
 
 def test_exported_length_is_not_fixed():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from backends import CPU, on_each_backend, on_each_backend_with
 from reference import attention
 from small_cases import (
     BATCH,
@@ -45,10 +46,10 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
-def dense_extensions():
-    s_aux = randn(HEADS, grad=True)
-    attn_bias = randn(1, HEADS, SEQLEN_Q, SEQLEN_K, grad=True)
-    return [*dense(grad=True), s_aux, attn_bias]
+def dense_extensions(**inputs):
+    s_aux = randn(HEADS, **inputs)
+    attn_bias = randn(1, HEADS, SEQLEN_Q, SEQLEN_K, **inputs)
+    return [*dense(**inputs), s_aux, attn_bias]
 
 
 COMPILED = {
@@ -58,45 +59,51 @@ COMPILED = {
     ),
     "lse": (
         lambda q, k, v: flash_attn_func(q, k, v, window_size=(3, 0), return_attn_probs=True)[:2],
-        lambda: dense(grad=True),
+        dense,
     ),
-    "dropout": (lambda q, k, v: flash_attn_func(q, k, v, 0.4), lambda: dense(grad=True)),
+    "dropout": (lambda q, k, v: flash_attn_func(q, k, v, 0.4), dense),
     "qkvpacked": (
         lambda qkv: flash_attn_qkvpacked_func(qkv, causal=True),
-        lambda: [randn(BATCH, SEQLEN_Q, 3, HEADS, DIM, grad=True)],
+        lambda **inputs: [randn(BATCH, SEQLEN_Q, 3, HEADS, DIM, **inputs)],
     ),
     "varlen": (
         lambda q, k, v: flash_attn_varlen_func(q, k, v, *sequences(), softcap=3.0),
-        lambda: packed(grad=True),
+        packed,
     ),
     "varlen kvpacked": (
         lambda q, kv: flash_attn_varlen_kvpacked_func(q, kv, *sequences()),
-        lambda: [randn(TOTAL_Q, HEADS, DIM, grad=True), randn(TOTAL_K, 2, HEADS_K, DIM, grad=True)],
+        lambda **inputs: [
+            randn(TOTAL_Q, HEADS, DIM, **inputs),
+            randn(TOTAL_K, 2, HEADS_K, DIM, **inputs),
+        ],
     ),
 }
 
 
-def compare_compiled(name, backend, **options):
+def compare_compiled(name, compiler, backend=CPU, **options):
+    """Results, and gradients where the backend of attention has them."""
     function, make_inputs = COMPILED[name]
 
     def surrounded(*inputs):  # operations before and after, which the compiler may fuse
         results = function(*(x * 1.5 for x in inputs))
         return [x.sin() for x in (results if isinstance(results, tuple) else [results])]
 
-    compiled = torch.compile(surrounded, fullgraph=True, backend=backend, **options)
+    compiled = torch.compile(surrounded, fullgraph=True, backend=compiler, **options)
     results = []
     for run in (surrounded, compiled):
-        inputs = list(make_inputs())
+        inputs = list(make_inputs(**backend.inputs))
         torch.manual_seed(3)
-        outputs = run(*inputs)
-        results.append((*outputs, *grads_of(outputs, inputs)))
+        with backend.calls():
+            outputs = run(*inputs)
+        gradients = grads_of(outputs, inputs) if backend.has_backward else ()
+        results.append((*outputs, *gradients))
     assert_all_close(results[1], results[0])
 
 
 @pytest.mark.parametrize("name", COMPILED)
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compile(name, dynamic):
-    compare_compiled(name, "aot_eager", dynamic=dynamic)
+@on_each_backend_with("dynamic", True, False)
+def test_compile(name, dynamic, backend):
+    compare_compiled(name, "aot_eager", backend, dynamic=dynamic)
 
 
 @pytest.mark.slow
@@ -115,17 +122,22 @@ def decode(q, k_cache, v_cache, k, v, cache_seqlens):
     return out + 1, lse
 
 
+@on_each_backend
 @pytest.mark.parametrize("append", [False, True])
 @pytest.mark.parametrize("cache_seqlens", [5, int32([5, 3])], ids=["int", "tensor"])
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_compile_kvcache(append, cache_seqlens, backend):
-    compiled = torch.compile(decode, fullgraph=True, backend=backend)
+@pytest.mark.parametrize(
+    "compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+)
+def test_compile_kvcache(append, cache_seqlens, compiler, backend):
+    compiled = torch.compile(decode, fullgraph=True, backend=compiler)
     results = []
     for run in (decode, compiled):
-        q, k, v = dense()
-        k_cache, v_cache = caches(16)
+        q, k, v = dense(dtype=backend.dtype)
+        k_cache, v_cache = caches(16, backend.dtype)
         new = (k, v) if append else (None, None)
-        results.append((*run(q, k_cache, v_cache, *new, cache_seqlens), k_cache, v_cache))
+        with backend.calls():
+            outputs = run(q, k_cache, v_cache, *new, cache_seqlens)
+        results.append((*outputs, k_cache, v_cache))
     assert_all_close(results[1], results[0])
 
 

@@ -100,20 +100,21 @@ def flash_varlen(lengths, tensors, options, dout, dlse, longest=None, backend=CP
     leaves = {"q": pack(tensors["q"], lengths_q)}
     leaves |= {n: pack(tensors[n], lengths_k) for n in "kv"}
     leaves |= {n: tensors[n] for n in ("s_aux", "attn_bias") if n in tensors}
-    leaves = {n: t.detach().requires_grad_(backend.has_backward) for n, t in leaves.items()}
+    here, has_backward = backend.here, backend.has_backward
+    leaves = {n: here(t).detach().requires_grad_(has_backward) for n, t in leaves.items()}
     longest = longest or (max(lengths_q), max(lengths_k))
     out, lse, _ = flash_attn_varlen_func(
         leaves["q"],
         leaves["k"],
         leaves["v"],
-        cumulative(lengths_q),
-        cumulative(lengths_k),
+        here(cumulative(lengths_q)),
+        here(cumulative(lengths_k)),
         *longest,
-        **options,
+        **{n: here(x) for n, x in options.items()},
         **{n: leaves[n] for n in ("s_aux", "attn_bias") if n in leaves},
         return_attn_probs=True,
     )
-    results = {"out": out.detach(), "lse": lse.detach()[:, :-TAIL]}
+    results = {"out": out.detach().cpu(), "lse": lse.detach()[:, :-TAIL].cpu()}
     if not backend.has_backward:
         return results
     outputs, grads = [out], [pack(dout, lengths_q)]

@@ -86,13 +86,18 @@ class Device:
 
     def put(self, x):
         """A tensor of the C interface: a copy of ``x`` whose allocation ends where it does."""
-        count, pointer = x.numel() * x.element_size(), c_void_p()
-        self("cuMemAlloc_v2", ctypes.byref(pointer), c_size_t(count))
-        self("cuMemcpyHtoD_v2", pointer, c_void_p(x.data_ptr()), c_size_t(count))
+        pointer = c_void_p()
+        self("cuMemAlloc_v2", ctypes.byref(pointer), c_size_t(x.numel() * x.element_size()))
         self.allocations.append(pointer)
-        return Tensor(
-            pointer, DTYPES[x.dtype], 2, 0, x.dim(), tuple(x.shape), tuple(x.contiguous().stride())
-        )
+        stride = tuple(x.contiguous().stride())
+        tensor = Tensor(pointer, DTYPES[x.dtype], 2, 0, x.dim(), tuple(x.shape), stride)
+        self.write(tensor, x)
+        return tensor
+
+    def write(self, tensor, x):
+        count = c_size_t(x.numel() * x.element_size())
+        x = x.contiguous()
+        self("cuMemcpyHtoD_v2", c_void_p(tensor.data), c_void_p(x.data_ptr()), count)
 
     def get(self, tensor, like):
         x = torch.empty_like(like)
@@ -261,29 +266,46 @@ class Runner:
         self.device = Device()
         self.library = ctypes.CDLL(str(_library.library_path().parent / "libflash_attn.so.2"))
         self.library.flash_attn_last_error.restype = ctypes.c_char_p
+        self.state = torch.tensor([1, 2])  # of dropout's generator
 
-    def run(self, call):
-        """``(status, sentence, results)``."""
+    def prepare(self, call, stream=None):
+        """``(on_device, enqueue)``: the call's tensors by name, and a function that makes the call
+        on a stream and returns its status."""
         on_device = {name: self.device.put(x) for name, x in call.tensors.items()}
         pointers = {name: ctypes.pointer(x) for name, x in on_device.items()}
-        state = torch.tensor([1, 2])
-        pointers_of_host = {}
         if call.scalars.get("p_dropout"):
-            host = Tensor(state.data_ptr(), DTYPES[torch.int64], 1, 0, 1, (2,), (1,))
-            pointers_of_host["rng_state"] = ctypes.pointer(host)
+            host = Tensor(self.state.data_ptr(), DTYPES[torch.int64], 1, 0, 1, (2,), (1,))
+            pointers["rng_state"] = ctypes.pointer(host)
         arguments = call.arguments(
-            **pointers, **pointers_of_host, **call.scalars, score=Score(0.125, 0, -1, -1, 1)
+            **pointers, **call.scalars, stream=stream, score=Score(0.125, 0, -1, -1, 1)
         )
-        size = c_size_t()
-        function = getattr(self.library, call.function + "_workspace_size")
-        status = function(ctypes.byref(arguments), ctypes.byref(size))
-        if status == 0:
+
+        def enqueue():
+            size = c_size_t()
+            function = getattr(self.library, call.function + "_workspace_size")
+            status = function(ctypes.byref(arguments), ctypes.byref(size))
+            if status:
+                return status
             if size.value:
                 workspace = self.device.put(torch.zeros(size.value, dtype=torch.uint8))
                 arguments.workspace, arguments.workspace_bytes = workspace.data, size.value
-            status = getattr(self.library, call.function)(ctypes.byref(arguments))
-        sentence = self.library.flash_attn_last_error().decode() if status else ""
-        results = {n: self.device.get(on_device[n], call.tensors[n]) for n in call.written}
+            return getattr(self.library, call.function)(ctypes.byref(arguments))
+
+        return on_device, enqueue
+
+    def sentence(self):
+        """Of the last error."""
+        return self.library.flash_attn_last_error().decode()
+
+    def results(self, call, on_device):
+        return {n: self.device.get(on_device[n], call.tensors[n]) for n in call.written}
+
+    def run(self, call):
+        """``(status, sentence, results)``."""
+        on_device, enqueue = self.prepare(call)
+        status = enqueue()
+        sentence = self.sentence() if status else ""
+        results = self.results(call, on_device)
         self.device.free()
         return status, sentence, results
 

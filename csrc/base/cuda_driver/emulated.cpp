@@ -36,7 +36,7 @@ Device& device_of_architecture(const Driver& driver, const std::string& architec
     if (architecture == name || architecture == name + "a") return device;
   }
   fail("the emulator ", driver.library(), " has no device of architecture \"", architecture,
-       "\": sm_80 and sm_90a exist");
+       "\": sm_80, sm_86, sm_89, sm_90a and sm_120 exist");
 }
 
 std::string text_of(const Device& device, const char* function) {

@@ -2,8 +2,9 @@
 
 // What the emulated CUDA driver library offers beyond cuda.h. The driver API itself is used as on
 // any machine: dlopen libgpu_emulator.so in place of libcuda.so.1. Device 0 is an A100 (sm_80),
-// device 1 an H100 (sm_90a). Device memory is host memory: cuMemHostRegister makes a host range
-// visible to kernels at the same address.
+// device 1 an H100 (sm_90a), 2 an RTX 3090 (sm_86), 3 an RTX 4090 (sm_89), 4 an RTX 5090 (sm_120,
+// of which there is what sm_89 has). Device memory is host memory: cuMemHostRegister makes a host
+// range visible to kernels at the same address.
 //
 // Differences from a GPU's driver: work runs inside the call that asks for it, on the calling
 // thread and as many more as the option `threads` allows; a kernel's error is returned by the

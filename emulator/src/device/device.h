@@ -31,6 +31,10 @@ struct Arch {
   int l2_bytes;
   std::array<int, 3> max_block, max_grid;
 };
+// The boards that are emulated, by the number of their device. Of compute capability 12.0 there is
+// what 8.9 has, not the instructions that came later.
+inline constexpr int kBoards = 5;
+const std::array<Arch, kBoards>& boards();  // A100, H100, RTX 3090, RTX 4090, RTX 5090
 const Arch& a100();
 const Arch& h100();
 

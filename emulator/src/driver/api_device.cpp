@@ -3,6 +3,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 
 #include "arguments.h"
@@ -10,40 +11,55 @@
 namespace gpu_emulator::driver {
 namespace {
 
-// Attributes that are not in Arch: A100-SXM4-80GB, H100-SXM5-80GB. Those of no interest here are
-// not listed and read as 0, "not supported".
+// Attributes that are not in Arch. Those of no interest here are not listed and read as 0, "not
+// supported".
 struct Attribute {
   CUdevice_attribute id;
-  int a100, h100;
+  int value;
 };
-constexpr Attribute kAttributes[] = {
-    {CU_DEVICE_ATTRIBUTE_TOTAL_CONSTANT_MEMORY, 65536, 65536},
-    {CU_DEVICE_ATTRIBUTE_WARP_SIZE, 32, 32},
-    {CU_DEVICE_ATTRIBUTE_MAX_PITCH, 2147483647, 2147483647},
-    {CU_DEVICE_ATTRIBUTE_CLOCK_RATE, 1410000, 1980000},
-    {CU_DEVICE_ATTRIBUTE_TEXTURE_ALIGNMENT, 512, 512},
-    {CU_DEVICE_ATTRIBUTE_GPU_OVERLAP, 1, 1},
-    {CU_DEVICE_ATTRIBUTE_CAN_MAP_HOST_MEMORY, 1, 1},
-    {CU_DEVICE_ATTRIBUTE_CONCURRENT_KERNELS, 1, 1},
-    {CU_DEVICE_ATTRIBUTE_ECC_ENABLED, 1, 1},
-    {CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE, 1593000, 2619000},
-    {CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH, 5120, 5120},
-    {CU_DEVICE_ATTRIBUTE_ASYNC_ENGINE_COUNT, 3, 3},
-    {CU_DEVICE_ATTRIBUTE_UNIFIED_ADDRESSING, 1, 1},
-    {CU_DEVICE_ATTRIBUTE_STREAM_PRIORITIES_SUPPORTED, 1, 1},
-    {CU_DEVICE_ATTRIBUTE_GLOBAL_L1_CACHE_SUPPORTED, 1, 1},
-    {CU_DEVICE_ATTRIBUTE_LOCAL_L1_CACHE_SUPPORTED, 1, 1},
-    {CU_DEVICE_ATTRIBUTE_MANAGED_MEMORY, 1, 1},
-    {CU_DEVICE_ATTRIBUTE_SINGLE_TO_DOUBLE_PRECISION_PERF_RATIO, 2, 2},
-    {CU_DEVICE_ATTRIBUTE_CONCURRENT_MANAGED_ACCESS, 1, 1},
-    {CU_DEVICE_ATTRIBUTE_COMPUTE_PREEMPTION_SUPPORTED, 1, 1},
-    {CU_DEVICE_ATTRIBUTE_CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM, 1, 1},
-    {CU_DEVICE_ATTRIBUTE_COOPERATIVE_LAUNCH, 1, 1},
-    {CU_DEVICE_ATTRIBUTE_HOST_REGISTER_SUPPORTED, 1, 1},
-    {CU_DEVICE_ATTRIBUTE_READ_ONLY_HOST_REGISTER_SUPPORTED, 1, 1},
-    {CU_DEVICE_ATTRIBUTE_TENSOR_MAP_ACCESS_SUPPORTED, 0, 1},
-    {CU_DEVICE_ATTRIBUTE_UNIFIED_FUNCTION_POINTERS, 1, 1},
+constexpr Attribute kOfAll[] = {
+    {CU_DEVICE_ATTRIBUTE_TOTAL_CONSTANT_MEMORY, 65536},
+    {CU_DEVICE_ATTRIBUTE_WARP_SIZE, 32},
+    {CU_DEVICE_ATTRIBUTE_MAX_PITCH, 2147483647},
+    {CU_DEVICE_ATTRIBUTE_TEXTURE_ALIGNMENT, 512},
+    {CU_DEVICE_ATTRIBUTE_GPU_OVERLAP, 1},
+    {CU_DEVICE_ATTRIBUTE_CAN_MAP_HOST_MEMORY, 1},
+    {CU_DEVICE_ATTRIBUTE_CONCURRENT_KERNELS, 1},
+    {CU_DEVICE_ATTRIBUTE_UNIFIED_ADDRESSING, 1},
+    {CU_DEVICE_ATTRIBUTE_STREAM_PRIORITIES_SUPPORTED, 1},
+    {CU_DEVICE_ATTRIBUTE_GLOBAL_L1_CACHE_SUPPORTED, 1},
+    {CU_DEVICE_ATTRIBUTE_LOCAL_L1_CACHE_SUPPORTED, 1},
+    {CU_DEVICE_ATTRIBUTE_MANAGED_MEMORY, 1},
+    {CU_DEVICE_ATTRIBUTE_CONCURRENT_MANAGED_ACCESS, 1},
+    {CU_DEVICE_ATTRIBUTE_COMPUTE_PREEMPTION_SUPPORTED, 1},
+    {CU_DEVICE_ATTRIBUTE_CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM, 1},
+    {CU_DEVICE_ATTRIBUTE_COOPERATIVE_LAUNCH, 1},
+    {CU_DEVICE_ATTRIBUTE_HOST_REGISTER_SUPPORTED, 1},
+    {CU_DEVICE_ATTRIBUTE_READ_ONLY_HOST_REGISTER_SUPPORTED, 1},
+    {CU_DEVICE_ATTRIBUTE_UNIFIED_FUNCTION_POINTERS, 1},
 };
+struct BoardAttribute {
+  CUdevice_attribute id;
+  std::array<int, kBoards> values;
+};
+constexpr BoardAttribute kOfBoards[] = {
+    {CU_DEVICE_ATTRIBUTE_CLOCK_RATE, {1410000, 1980000, 1695000, 2520000, 2407000}},
+    {CU_DEVICE_ATTRIBUTE_ECC_ENABLED, {1, 1, 0, 0, 0}},
+    {CU_DEVICE_ATTRIBUTE_MEMORY_CLOCK_RATE, {1593000, 2619000, 9751000, 10501000, 14001000}},
+    {CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH, {5120, 5120, 384, 384, 512}},
+    {CU_DEVICE_ATTRIBUTE_ASYNC_ENGINE_COUNT, {3, 3, 2, 2, 2}},
+    {CU_DEVICE_ATTRIBUTE_SINGLE_TO_DOUBLE_PRECISION_PERF_RATIO, {2, 2, 32, 64, 64}},
+    {CU_DEVICE_ATTRIBUTE_TENSOR_MAP_ACCESS_SUPPORTED, {0, 1, 0, 0, 0}},
+};
+
+// 0 of those that no table lists.
+int listed_attribute(CUdevice number, CUdevice_attribute attribute) {
+  for (const Attribute& known : kOfAll)
+    if (known.id == attribute) return known.value;
+  for (const BoardAttribute& known : kOfBoards)
+    if (known.id == attribute) return known.values[static_cast<size_t>(number)];
+  return 0;
+}
 
 // What follows from Arch; -1 for other attributes.
 int arch_attribute(const Arch& arch, CUdevice_attribute attribute) {
@@ -94,11 +110,7 @@ int attribute_of(Driver& state, CUdevice number, CUdevice_attribute attribute) {
   require(attribute > 0 && attribute < CU_DEVICE_ATTRIBUTE_MAX, "No such device attribute.");
   if (attribute == CU_DEVICE_ATTRIBUTE_PCI_BUS_ID) return number + 1;
   const int of_arch = arch_attribute(arch, attribute);
-  if (of_arch >= 0) return of_arch;
-  for (const Attribute& known : kAttributes) {
-    if (known.id == attribute) return arch.major >= 9 ? known.h100 : known.a100;
-  }
-  return 0;
+  return of_arch >= 0 ? of_arch : listed_attribute(number, attribute);
 }
 
 void give_text(char* out, int length, const std::string& text, const char* name) {

@@ -13,10 +13,27 @@ Driver& driver() {
   return instance;
 }
 
-Driver::Driver() : allocations({&devices[0].memory, &devices[1].memory}) {
-  devices[0].arch = &a100();
-  devices[1].arch = &h100();
+namespace {
+
+template <size_t n>
+std::vector<MemoryMap*> memories(std::array<Device, n>& devices) {
+  std::vector<MemoryMap*> result;
+  for (Device& device : devices) result.push_back(&device.memory);
+  return result;
+}
+
+std::string names_of_devices() {
+  std::string names;
+  for (int i = 0; i < Driver::kDevices; ++i)
+    names += (i == 0 ? "" : ", ") + std::to_string(i) + " is an " + boards()[i].name;
+  return names;
+}
+
+}  // namespace
+
+Driver::Driver() : allocations(memories(devices)) {
   for (int i = 0; i < kDevices; ++i) {
+    devices[i].arch = &boards()[i];
     devices[i].primary = contexts.add(std::make_shared<Context>(Context{i, true, 0}));
   }
 }
@@ -24,7 +41,7 @@ Driver::Driver() : allocations({&devices[0].memory, &devices[1].memory}) {
 Device& Driver::device(CUdevice number) {
   if (number < 0 || number >= kDevices) {
     fail(CUDA_ERROR_INVALID_DEVICE,
-         "There is no device " + std::to_string(number) + "; 0 is an A100, 1 an H100.");
+         "There is no device " + std::to_string(number) + ": " + names_of_devices() + ".");
   }
   return devices[number];
 }

@@ -142,7 +142,7 @@ class Unlocked {
 
 class Driver {
  public:
-  static constexpr int kDevices = 2;  // 0: A100, 1: H100
+  static constexpr int kDevices = kBoards;
 
   Driver();
 

@@ -1,4 +1,5 @@
 #include <string>
+#include <vector>
 
 #include "driver_test.h"
 
@@ -34,10 +35,7 @@ TEST_F(DriverDevice, Versions) {
   EXPECT_CU(CUDA_ERROR_INVALID_VALUE, cuInit(1));
 }
 
-TEST_F(DriverDevice, TwoDevices) {
-  int count = 0;
-  EXPECT_CU(CUDA_SUCCESS, cuDeviceGetCount(&count));
-  ASSERT_EQ(count, 2);
+TEST_F(DriverDevice, A100AndH100) {
   EXPECT_EQ(attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, kA100), 8);
   EXPECT_EQ(attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, kH100), 9);
   EXPECT_EQ(attribute(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, kA100), 108);
@@ -48,6 +46,23 @@ TEST_F(DriverDevice, TwoDevices) {
   EXPECT_EQ(attribute(CU_DEVICE_ATTRIBUTE_CLUSTER_LAUNCH, kH100), 1);
   EXPECT_EQ(attribute(CU_DEVICE_ATTRIBUTE_WARP_SIZE, kH100), 32);
   EXPECT_EQ(attribute(CU_DEVICE_ATTRIBUTE_MEMORY_POOLS_SUPPORTED, kH100), 0);
+}
+
+// Compute capabilities 8.6, 8.9 and 12.0 have less shared memory.
+TEST_F(DriverDevice, SmallerDevices) {
+  int count = 0;
+  EXPECT_CU(CUDA_SUCCESS, cuDeviceGetCount(&count));
+  ASSERT_EQ(count, 5);
+  std::vector<int> capabilities;
+  for (CUdevice device = 2; device < count; ++device) {
+    capabilities.push_back(10 * attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, device) +
+                           attribute(CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, device));
+    EXPECT_EQ(attribute(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN, device), 99 * 1024);
+    EXPECT_EQ(attribute(CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_MULTIPROCESSOR, device), 1536);
+    EXPECT_EQ(attribute(CU_DEVICE_ATTRIBUTE_TENSOR_MAP_ACCESS_SUPPORTED, device), 0);
+    EXPECT_EQ(attribute(CU_DEVICE_ATTRIBUTE_WARP_SIZE, device), 32);
+  }
+  EXPECT_EQ(capabilities, (std::vector<int>{86, 89, 120}));
 }
 
 TEST_F(DriverDevice, NamesAreCutToTheBuffer) {
@@ -63,7 +78,7 @@ TEST_F(DriverDevice, NamesAreCutToTheBuffer) {
 TEST_F(DriverDevice, BadDevicesAndAttributes) {
   int value = 0;
   CUdevice device = 0;
-  EXPECT_CU(CUDA_ERROR_INVALID_DEVICE, cuDeviceGet(&device, 2));
+  EXPECT_CU(CUDA_ERROR_INVALID_DEVICE, cuDeviceGet(&device, 5));
   EXPECT_CU(CUDA_ERROR_INVALID_DEVICE, cuDeviceGet(&device, -1));
   EXPECT_NE(report(), "");
   EXPECT_CU(CUDA_ERROR_INVALID_DEVICE,

@@ -11,9 +11,30 @@ import pytest
 HERE = Path(__file__).parent
 
 
-@pytest.mark.parametrize("case", ["sm80_fwd", "sm80_decode", "sm80_decode_wide", "sm80_cache"])
-def test_no_deletion_survives(case, emulator_library):
+def mutate(case: str, library: str, *options: str) -> subprocess.CompletedProcess:
     tool = HERE.parent.parent / "tools" / "mutate.py"
-    command = [sys.executable, str(tool), str(HERE / f"{case}.py"), "--library", emulator_library]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    command = [sys.executable, str(tool), str(HERE / f"{case}.py"), "--library", library, *options]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "sm80_fwd",
+        "sm80_dims",
+        "sm80_packed",
+        "sm80_decode",
+        "sm80_decode_wide",
+        "sm80_pages",
+        "sm80_cache",
+    ],
+)
+def test_no_deletion_survives(case, emulator_library):
+    result = mutate(case, emulator_library)
     assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_kernels_that_synchronise_nothing(emulator_library):
+    """Where there is nothing to delete no case is needed."""
+    result = mutate("sm80_rows", emulator_library, "--kernel", "dmask|combine")
+    assert "\n0 deletions, " in result.stdout, result.stdout + result.stderr

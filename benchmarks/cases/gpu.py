@@ -1,0 +1,71 @@
+"""The cases of benchmark_cuda.py, by operation."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+from cases.case import Case
+
+TOKENS, HIDDEN = 16384, 2048  # of a forward: batch * seqlen, nheads * headdim
+SEQLENS = (512, 1024, 2048, 4096, 8192, 16384)
+
+
+def _fwd(headdim: int, seqlen: int, causal: bool, group: int = 1) -> Case:
+    nheads = HIDDEN // headdim
+    batch = TOKENS // seqlen
+    heads = (nheads, nheads // group)
+    return Case("fwd", "bfloat16", batch, seqlen, seqlen, *heads, headdim, headdim, causal)
+
+
+def forward() -> list[Case]:
+    """As many tokens in all in each; other head dims, grouped heads at one length."""
+    cases = [_fwd(d, s, c) for d, c, s in itertools.product((64, 128), (False, True), SEQLENS)]
+    cases += [_fwd(d, 4096, c) for d, c in itertools.product((32, 96, 192, 256), (False, True))]
+    return [*cases, _fwd(128, 4096, True, group=4)]
+
+
+def varlen() -> list[Case]:
+    """Eight sequences from 4096 tokens down to an eighth of that."""
+    return [
+        Case("varlen", "bfloat16", 8, 4096, 4096, HIDDEN // d, HIDDEN // d, d, d, causal)
+        for d, causal in itertools.product((64, 128), (False, True))
+    ]
+
+
+def _decode(batch: int, seqlen: int, headdim: int = 128, page_size: int = 0) -> Case:
+    heads = (32, 8)
+    return Case(
+        "decode", "bfloat16", batch, 1, seqlen, *heads, headdim, headdim, False, page_size=page_size
+    )
+
+
+def decode() -> list[Case]:
+    """Small and large batches, short and long; pages; other head dims."""
+    shapes = [(1, 8192), (1, 131072), (16, 8192), (64, 4096)]
+    cases = [_decode(*shape) for shape in shapes]
+    cases += [_decode(16, 8192, page_size=size) for size in (16, 64, 256)]
+    return [*cases, _decode(16, 8192, 64), _decode(16, 8192, 256)]
+
+
+def latency() -> list[Case]:
+    """One sequence of 1024 keys."""
+    return [_decode(1, 1024), _decode(1, 1024, page_size=16)]
+
+
+CASES = {"fwd": forward, "varlen": varlen, "decode": decode, "latency": latency}
+
+
+def shrunk(case: Case, factor: int) -> Case:
+    """The same with fewer heads and shorter sequences, to try a machine without a GPU."""
+    group = case.nheads // case.nheads_k
+    nheads_k = max(1, case.nheads_k // factor)
+    seqlen = max(case.seqlen_k // factor, case.page_size, 1)
+    return dataclasses.replace(
+        case,
+        batch=min(case.batch, 4),
+        nheads=nheads_k * group,
+        nheads_k=nheads_k,
+        seqlen_q=seqlen if case.seqlen_q > 1 else 1,
+        seqlen_k=seqlen,
+    )

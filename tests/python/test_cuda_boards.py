@@ -1,0 +1,64 @@
+"""Every CUDA kernel on emulated devices with less shared memory: tools/gpu_launches.py's calls."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from backends import needs_emulator
+from scripts import ROOT, import_script
+
+import flash_attn
+
+pytestmark = needs_emulator
+
+launches = import_script(ROOT / "tools" / "gpu_launches.py")
+TOLERANCE = {"fp16": 2e-3, "bf16": 1.6e-2}
+
+
+@functools.cache
+def on_a100(dtype, name):
+    """``(results, counters)``."""
+    with flash_attn.emulator("sm_80") as gpu:
+        results = launches.calls(dtype, "cpu")[name]()
+    return results, gpu.counters
+
+
+NAMES = list(launches.calls("bf16", "cpu"))
+CALLS = pytest.mark.parametrize("name", NAMES)
+
+
+def assert_results_are_the_cpus(results, dtype, name):
+    expected = launches.calls(dtype, "cpu")[name]()
+    for actual, exact in zip(results, expected):
+        torch.testing.assert_close(actual.cpu(), exact, rtol=0, atol=TOLERANCE[dtype])
+
+
+@CALLS
+@pytest.mark.parametrize("dtype", launches.DTYPES)
+def test_results_are_the_cpus(name, dtype):
+    assert_results_are_the_cpus(on_a100(dtype, name)[0], dtype, name)
+
+
+@pytest.mark.parametrize("dtype", launches.DTYPES)
+def test_every_kernel_is_called(dtype):
+    """Of those that generate_kernels.py lists."""
+    launched = {kernel for name in NAMES for kernel in on_a100(dtype, name)[1]}
+    other = next(name for name in launches.DTYPES if name != dtype)
+    known = {kernel.name for kernel in launches.generate_kernels.KERNELS}
+    assert launched == {kernel for kernel in known if f"_{other}" not in kernel}
+
+
+@CALLS
+@pytest.mark.parametrize(
+    ("arch", "dtype"), [("sm_86", "bf16"), ("sm_89", "fp16"), ("sm_120", "bf16")]
+)
+def test_smaller_devices_change_no_bit(name, arch, dtype):
+    """They have 99 KiB of shared memory for a CTA; sm_120 has no machine code of its own."""
+    with flash_attn.emulator(arch, mode="late") as gpu:
+        actual = launches.calls(dtype, "cpu")[name]()
+    expected, counters = on_a100(dtype, name)
+    assert gpu.counters.keys() == counters.keys()
+    for ours, theirs in zip(actual, expected):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
