@@ -79,7 +79,8 @@ struct DecodeConfig {
   consteval int threads() const { return 32 * tile().warps; }
   consteval int ctas_per_sm() const { return tile().ctas_per_sm; }
   consteval int block_keys() const { return tile().warps * tile().n; }  // of all warps
-  consteval int row_tiles() const { return kDecodeRows / 16; }          // m16 tiles of a warp
+  consteval int warp_keys() const { return tile().n; }
+  consteval int row_tiles() const { return kDecodeRows / 16; }  // m16 tiles of a warp
 };
 
 }  // namespace flash::sm80

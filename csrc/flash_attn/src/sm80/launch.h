@@ -18,6 +18,7 @@ bool is_aligned(const Operand& x, int64_t head_dim);
 FastDivide page_size(const SequenceGeometry& p);
 
 IndexBounds index_bounds(const Flash_fwd_params& p);
+IndexBounds index_bounds(const Flash_bwd_params& p);
 
 // Enqueues a kernel of `threads` threads, filled up to whole CTAs. Throws ApiError.
 void launch_rows(const RowKernel& kernel, int64_t threads, const Target& target, void** args);
