@@ -1,15 +1,21 @@
 // What lies where in the shared memory of a CTA of the backward.
 #pragma once
 
+#include "common/bwd_schedule.h"
 #include "sm80/bwd_table.h"
 #include "sm80/smem.h"
 
 namespace flash::sm80 {
 
-// A CTA's block of keys: one warp finds it for all.
-struct BwdCtaTile {
+// A CTA's block of keys of one key-value head. In shared memory, not in registers: one thread finds
+// it for all, and the products need every register.
+struct KeyTile {
   PackedTile place;  // m_block: key block
-  Sequence sequence;
+  Sequence seq;
+  Mask mask;
+  int head_k;
+  int key_block, first_key, keys;  // keys: that there are
+  QueryBlocks visits;
   int first_q_block;  // in BwdLaunch's dq_sums and turns, of the sequence's head 0
 };
 
@@ -28,7 +34,7 @@ struct BwdSmemPlan {
   alignas(kSmemAlignment) char k[K::kBytes], v[K::kBytes];
   alignas(kSmemAlignment) char p[P::kBytes], ds[P::kBytes];
   Stage stages[kTile.stages];
-  BwdCtaTile tile;
+  KeyTile tile;
 };
 
 }  // namespace flash::sm80

@@ -38,7 +38,7 @@ inline constexpr BwdTile kBwdTiles[] = {
     {256, ScoreClass::kMasked, 64, 64, 8, 1, 2, 2, 2, 1},
     {256, ScoreClass::kMasked, 32, 32, 4, 1, 2, 1, 1, 2},
     {64, ScoreClass::kModified, 64, 128, 8, 2, 4, 4, 2, 1},
-    {128, ScoreClass::kModified, 64, 64, 4, 1, 2, 2, 2, 2},
+    {128, ScoreClass::kModified, 64, 64, 8, 1, 2, 2, 2, 1},
     {256, ScoreClass::kModified, 32, 32, 4, 1, 2, 1, 1, 2},
 };
 
