@@ -143,6 +143,14 @@ KINDS = [
     ),
     Kind(
         backend="sm80",
+        name="bias_gradient",
+        config="BwdConfig",
+        configs=((128, 128, "modified", 64), (256, 256, "modified", 32)),
+        parameters=("BwdParams", "BwdLaunch"),
+        entry="bias_gradient",
+    ),
+    Kind(
+        backend="sm80",
         name="bwd_prepare",
         config="RowConfig",
         parameters=("BwdParams", "BwdPrepareLaunch"),

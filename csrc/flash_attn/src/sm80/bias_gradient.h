@@ -1,5 +1,5 @@
-// The gradient of an additive bias: dS before the softcap's slope, P * (dP - delta), summed over the
-// dimensions along which the bias was broadcast.
+// The gradient of an additive bias: dS before the softcap's slope, P * (dP - delta), summed over
+// the dimensions along which the bias was broadcast.
 //
 // A CTA owns m queries x n keys of one batch entry and head of the bias, or all of a dimension that
 // the bias does not have, and walks over everything that they were added to, in a fixed order: sums
@@ -76,8 +76,8 @@ template <BwdConfig C>
 FLASH_DEVICE void store_bias_gradient(const float* sums, const Bias& bias, const BiasBlocks& here) {
   constexpr int kM = C.tile().m, kN = C.tile().n;
   const bool has_rows = bias.rows > 1, has_cols = bias.cols > 1;
-  float* first = static_cast<float*>(bias.ptr) + here.batch * bias.batch_stride +
-                 here.head * bias.head_stride;
+  float* first =
+      static_cast<float*>(bias.ptr) + here.batch * bias.batch_stride + here.head * bias.head_stride;
   const int rows = has_rows ? kM : 1, cols = has_cols ? kN : 1;
   for (int i = threadIdx.x; i < rows * cols; i += C.threads()) {
     const int row = i / cols, col = i % cols;

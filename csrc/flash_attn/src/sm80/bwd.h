@@ -130,14 +130,15 @@ FLASH_DEVICE void store_dq(const typename BwdWarps<C>::QueryGradient& rdQ, const
                            const BwdLaunch& launch, const KeyTile& here,
                            const QueryBlock& queries) {
   using Warps = BwdWarps<C>;
+  const int warp = this_warp();
   static_for<Warps::kRows / 8>([&](auto i) {
     const ptx::Element first = ptx::accumulator_element(this_lane(), 2 * (i % 2));
-    const int row = queries.block * C.tile().m + Warps::row(this_warp(), i / 2) + first.row;
+    const int row = queries.block * C.tile().m + Warps::row(warp, i / 2) + first.row;
     if (row >= here.seq.seqlen_q) return;
     char* dq = operand_row(p.dq, C.dtype, here.seq.batch, here.seq.q_row + row, queries.head);
 #pragma unroll
     for (int n = 0; n < C.head_dim / Warps::kQColumnWarps / 8; ++n) {
-      const int column = Warps::q_column(this_warp(), n) + first.col;
+      const int column = Warps::q_column(warp, n) + first.col;
       const float* x = &rdQ[i / 2][n][2 * (i % 2)];
       store_pair(dq + column * kElementBytes,
                  ptx::pack<C.dtype>(x[0] * p.scale_softmax, x[1] * p.scale_softmax),

@@ -137,15 +137,15 @@ FLASH_DEVICE void add_keys(typename BwdWarps<C>::KeyGradient& r, uint32_t scores
                            const KeyTile& here, const QueryBlock& queries, bool by_element) {
   using Plan = BwdSmemPlan<C>;
   using Warps = BwdWarps<C>;
-  if (!by_element) return gemm_of_keys<C>(r, scores, rows, this_warp(), this_lane());
+  const int warp = this_warp();  // by all lanes: a shuffle
+  if (!by_element) return gemm_of_keys<C>(r, scores, rows, warp, this_lane());
   const ptx::Element first = ptx::accumulator_element(this_lane(), 0);
   multiply_by_element<C.dtype>(
-      r, C.tile().m, [&](int i) { return Warps::key(this_warp(), i / 2) + i % 2 * 8 + first.row; },
+      r, C.tile().m, [&](int i) { return Warps::key(warp, i / 2) + i % 2 * 8 + first.row; },
       [&](int key, int row) { return sees<C>(here, queries, row, key); },
       [&](int key, int row) { return element_address<typename Plan::P>(scores, row, key); },
       [&](int row, int n) {
-        return element_address<typename Plan::Q>(rows, row,
-                                                 Warps::kv_column(this_warp(), n) + first.col);
+        return element_address<typename Plan::Q>(rows, row, Warps::kv_column(warp, n) + first.col);
       });
 }
 
@@ -157,15 +157,15 @@ FLASH_DEVICE void multiply_queries(typename BwdWarps<C>::QueryGradient& r, uint3
   using Plan = BwdSmemPlan<C>;
   using Warps = BwdWarps<C>;
   clear(r);
-  if (!by_element) return gemm_of_queries<C>(r, scores, keys, this_warp(), this_lane());
+  const int warp = this_warp();
+  if (!by_element) return gemm_of_queries<C>(r, scores, keys, warp, this_lane());
   const ptx::Element first = ptx::accumulator_element(this_lane(), 0);
   multiply_by_element<C.dtype>(
-      r, C.tile().n, [&](int i) { return Warps::row(this_warp(), i / 2) + i % 2 * 8 + first.row; },
+      r, C.tile().n, [&](int i) { return Warps::row(warp, i / 2) + i % 2 * 8 + first.row; },
       [&](int row, int key) { return sees<C>(here, queries, row, key); },
       [&](int row, int key) { return element_address<typename Plan::P>(scores, row, key); },
       [&](int key, int n) {
-        return element_address<typename Plan::K>(keys, key,
-                                                 Warps::q_column(this_warp(), n) + first.col);
+        return element_address<typename Plan::K>(keys, key, Warps::q_column(warp, n) + first.col);
       });
 }
 

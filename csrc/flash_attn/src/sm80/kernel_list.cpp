@@ -7,6 +7,7 @@
 // The fatbins that the build embeds.
 #define FLASH_KERNEL(name, ...) extern "C" const char name##_fatbin[];
 #include "generated/sm80_append.inc"
+#include "generated/sm80_bias_gradient.inc"
 #include "generated/sm80_bwd.inc"
 #include "generated/sm80_bwd_prepare.inc"
 #include "generated/sm80_combine.inc"
@@ -49,6 +50,9 @@ constexpr FwdKernel fwd_kernels[] = {
 constexpr BwdKernel bwd_kernels[] = {
 #include "generated/sm80_bwd.inc"
 };
+constexpr BwdKernel bias_gradient_kernels[] = {
+#include "generated/sm80_bias_gradient.inc"
+};
 #undef FLASH_KERNEL
 
 #define FLASH_KERNEL(name, ...) RowKernel{__VA_ARGS__, {#name, name##_fatbin}},
@@ -79,6 +83,7 @@ constexpr DecodeKernel decode_kernels[] = {
 
 const std::span<const FwdKernel> kFwdKernels = fwd_kernels;
 const std::span<const BwdKernel> kBwdKernels = bwd_kernels;
+const std::span<const BwdKernel> kBiasGradientKernels = bias_gradient_kernels;
 const std::span<const RowKernel> kAppendKernels = append_kernels;
 const std::span<const RowKernel> kBwdPrepareKernels = bwd_prepare_kernels;
 const std::span<const RowKernel> kCombineKernels = combine_kernels;

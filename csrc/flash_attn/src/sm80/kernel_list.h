@@ -33,7 +33,7 @@ struct DecodeKernel {
 };
 
 extern const std::span<const FwdKernel> kFwdKernels;
-extern const std::span<const BwdKernel> kBwdKernels;
+extern const std::span<const BwdKernel> kBwdKernels, kBiasGradientKernels;
 extern const std::span<const DecodeKernel> kDecodeKernels;
 
 // Without dynamic shared memory.

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <limits>
+#include <span>
 
 #include "base/cuda_driver/device.h"
 #include "sm80/bwd_params.h"
@@ -22,8 +23,8 @@ bool has(const BwdKernel& kernel, const Flash_bwd_params& p) {
          kernel.shared_bytes <= p.target.device->max_shared_bytes();
 }
 
-const BwdKernel& choose(const Flash_bwd_params& p) {
-  return *std::find_if(kBwdKernels.begin(), kBwdKernels.end(),
+const BwdKernel& choose(std::span<const BwdKernel> kernels, const Flash_bwd_params& p) {
+  return *std::find_if(kernels.begin(), kernels.end(),
                        [&](const BwdKernel& kernel) { return has(kernel, p); });
 }
 
@@ -115,11 +116,32 @@ void prepare(const Flash_bwd_params& p, BwdParams& params) {
                 p.target, args);
 }
 
+void launch(const BwdKernel& kernel, int64_t ctas, BwdParams& params, BwdLaunch& plan,
+            const Target& target) {
+  void* args[] = {&params, &plan};
+  target.device->launch(kernel.image,
+                        {static_cast<unsigned>(ctas), static_cast<unsigned>(kernel.threads),
+                         static_cast<unsigned>(kernel.shared_bytes)},
+                        target.stream, args);
+}
+
+// Of the bias, each dimension that it has cut into blocks.
+void store_bias_gradient(const Flash_bwd_params& p, BwdParams& params) {
+  const BwdKernel& kernel = choose(kBiasGradientKernels, p);
+  const BwdTile& tile = kernel.tile;
+  const Bias& x = p.dbias;
+  const int64_t ctas =
+      x.b * x.h * ((x.rows + tile.m - 1) / tile.m) * ((x.cols + tile.n - 1) / tile.n);
+  require(ctas <= std::numeric_limits<int>::max(), "attn_bias is too large");
+  BwdLaunch launch_plan = plan(p, cut(p, tile), tile);
+  if (ctas > 0) launch(kernel, ctas, params, launch_plan, p.target);
+}
+
 }  // namespace
 
 size_t mha_bwd_workspace_bytes(const Flash_bwd_params& p) {
   if (p.b == 0) return 0;
-  const BwdTile& tile = choose(p).tile;
+  const BwdTile& tile = choose(kBwdKernels, p).tile;
   if (!shares_dq(p, tile)) return 0;
   const Cut c = cut(p, tile);
   return sum_bytes(c, tile) + turn_count(c, tile) * sizeof(uint32_t);
@@ -128,18 +150,15 @@ size_t mha_bwd_workspace_bytes(const Flash_bwd_params& p) {
 void mha_bwd(const Flash_bwd_params& p) {
   BwdParams params{p, p, p, p};
   prepare(p, params);
-  const BwdKernel& kernel = choose(p);
+  if (p.dbias.ptr != nullptr) store_bias_gradient(p, params);
+  const BwdKernel& kernel = choose(kBwdKernels, p);
   const Cut c = cut(p, kernel.tile);
   if (c.key_blocks * c.heads_k == 0) return;
-  BwdLaunch launch = plan(p, c, kernel.tile);
-  if (launch.turns != nullptr)
-    p.target.device->clear(launch.turns, turn_count(c, kernel.tile), p.target.stream);
-  void* args[] = {&params, &launch};
-  p.target.device->launch(
-      kernel.image,
-      {static_cast<unsigned>(launch.scheduler.tiles() * launch.blocks_of_group),
-       static_cast<unsigned>(kernel.threads), static_cast<unsigned>(kernel.shared_bytes)},
-      p.target.stream, args);
+  BwdLaunch launch_plan = plan(p, c, kernel.tile);
+  if (launch_plan.turns != nullptr)
+    p.target.device->clear(launch_plan.turns, turn_count(c, kernel.tile), p.target.stream);
+  launch(kernel, launch_plan.scheduler.tiles() * launch_plan.blocks_of_group, params, launch_plan,
+         p.target);
 }
 
 }  // namespace flash::sm80
