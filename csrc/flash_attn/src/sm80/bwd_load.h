@@ -17,9 +17,9 @@ struct QueryBlock {
 
 // This thread's place in its CTA; read anew rather than kept. this_warp() is a shuffle: where all
 // lanes come.
-FLASH_DEVICE int this_lane() { return ptx::read_tid_x() % 32; }
+FLASH_DEVICE int this_lane() { return ptx::read_tid_x() & 31; }
 FLASH_DEVICE int this_warp() {
-  return __shfl_sync(0xffffffffu, ptx::read_tid_x() / 32, 0);  // which is known to be uniform
+  return __shfl_sync(0xffffffffu, ptx::read_tid_x() >> 5, 0);  // which is known to be uniform
 }
 
 // Fetches a block's Q, dO, lse and delta.

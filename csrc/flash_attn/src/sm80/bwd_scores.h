@@ -154,23 +154,26 @@ struct BwdScores {
   }
 };
 
-// Writes a warp's scores, packed, to a tile of shared memory.
+// A lane's address of its first score in a tile of shared memory.
 template <BwdConfig C>
-FLASH_DEVICE void store_scores(uint32_t tile, const typename WarpTile<C>::Probabilities& r,
-                               const ScoreTile<C>& part, int lane) {
-  using P = typename BwdSmemPlan<C>::P;
+FLASH_DEVICE uint32_t score_address(uint32_t tile, const ScoreTile<C>& part, int lane) {
+  const ptx::Element first = ptx::accumulator_element(lane, 0);
+  return tile + first.col * kElementBytes +
+         BwdSmemPlan<C>::P::offset(part.row + first.row, part.key / kChunkElements);
+}
+
+// Writes a warp's scores, packed; `first`: score_address. The permutation of chunks is the same in
+// every eighth row, and a warp's n8 tiles are an aligned power of two of chunks.
+template <BwdConfig C>
+FLASH_DEVICE void store_scores(uint32_t first, const typename WarpTile<C>::Probabilities& r) {
+  using W = WarpTile<C>;
+  static_assert((W::kS & (W::kS - 1)) == 0);
 #pragma unroll
-  for (int m = 0; m < WarpTile<C>::kM; ++m) {
+  for (int n = 0; n < W::kS; ++n) {
+    const uint32_t column = first ^ n * kChunkBytes;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const ptx::Element first = ptx::accumulator_element(lane, 2 * half);
-      const int row = part.row + m * 16 + first.row;
-#pragma unroll
-      for (int n = 0; n < WarpTile<C>::kS; ++n)
-        ptx::store_shared(
-            tile + P::offset(row, part.key / kChunkElements + n) + first.col * kElementBytes,
-            r[m][n][half]);
-    }
+    for (int i = 0; i < W::kM * 2; ++i)
+      ptx::store_shared(column + i * 8 * BwdSmemPlan<C>::P::kRowBytes, r[i / 2][n][i % 2]);
   }
 }
 
@@ -192,8 +195,9 @@ FLASH_DEVICE void recompute(uint32_t smem, uint32_t stage, const BwdParams& p,
   if constexpr (C.scores == ScoreClass::kModified) {
     if (launch.dropout.enabled) drop<C>(rP, scores.kept);
   }
-  store_scores<C>(smem + offsetof(Plan, p), rP, scores.part, this_lane());
-  store_scores<C>(smem + offsetof(Plan, ds), rdS, scores.part, this_lane());
+  const uint32_t first = score_address(smem + offsetof(Plan, p), scores.part, this_lane());
+  store_scores<C>(first, rP);
+  store_scores<C>(first + (offsetof(Plan, ds) - offsetof(Plan, p)), rdS);
 }
 
 }  // namespace flash::sm80
