@@ -45,7 +45,8 @@ class Kind:
     config: str  # the C++ type whose members are a dtype and the values of one of ``configs``
     parameters: tuple[str, ...]  # C++ types of the entry's parameters
     entry: str  # the device function, a template of the config
-    # Head dims of q and k, of v, ..., as in the tile table; or nothing.
+    # Head dims of q and k, of v, ..., as in the tile table; or nothing. A number after these is one
+    # of keys.
     configs: tuple[tuple, ...] = ((),)
     dtypes: tuple[str, ...] = DTYPES
 
@@ -66,7 +67,7 @@ class Kernel:
         if rest:
             head_dim, head_dim_v, *rest = rest
             dims = f"d{head_dim}" if head_dim == head_dim_v else f"d{head_dim}x{head_dim_v}"
-            rest = [dims, *rest]
+            rest = [dims, *(f"n{value}" if isinstance(value, int) else value for value in rest)]
         return "_".join(["flash", self.kind.name, self.kind.backend, dtype, *rest])
 
     @property
@@ -119,6 +120,49 @@ KINDS = [
         ),
         parameters=("FwdParams", "FwdLaunch"),
         entry="mha_fwd",
+    ),
+    Kind(
+        backend="sm80",
+        name="bwd",
+        config="BwdConfig",
+        configs=(
+            (32, 32, "masked", 128),
+            (64, 64, "masked", 128),
+            (96, 96, "masked", 64),
+            (128, 128, "masked", 128),
+            (128, 128, "masked", 64),
+            (192, 192, "masked", 64),
+            (256, 256, "masked", 64),
+            (256, 256, "masked", 32),
+            (64, 64, "modified", 128),
+            (128, 128, "modified", 64),
+            (256, 256, "modified", 32),
+        ),
+        parameters=("BwdParams", "BwdLaunch"),
+        entry="mha_bwd",
+    ),
+    Kind(
+        backend="sm80",
+        name="bias_gradient",
+        config="BwdConfig",
+        configs=((128, 128, "modified", 64), (256, 256, "modified", 32)),
+        parameters=("BwdParams", "BwdLaunch"),
+        entry="bias_gradient",
+    ),
+    Kind(
+        backend="sm80",
+        name="bwd_prepare",
+        config="RowConfig",
+        parameters=("BwdParams", "BwdPrepareLaunch"),
+        entry="prepare",
+    ),
+    Kind(
+        backend="sm80",
+        name="sink_gradient",
+        config="RowConfig",
+        parameters=("BwdParams", "BwdPrepareLaunch"),
+        entry="sink_gradient",
+        dtypes=("fp32",),
     ),
     Kind(
         backend="sm80",

@@ -33,6 +33,8 @@ class Device {
   int ordinal() const { return ordinal_; }
   int compute_capability() const { return compute_capability_; }  // 80, 90, ...
   int64_t l2_cache_bytes() const { return l2_cache_bytes_; }
+  // Of a CTA at most.
+  int64_t max_shared_bytes() const { return shared_bytes_of_sm_ - reserved_shared_bytes_; }
   // CTAs that run at a time where an SM's registers have room for `ctas_per_sm` of them and each
   // takes `shared_bytes` of shared memory; at least one.
   int64_t cta_slots(int ctas_per_sm, int64_t shared_bytes) const;

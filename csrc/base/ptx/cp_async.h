@@ -18,6 +18,13 @@ FLASH_DEVICE void cp_async_16_bytes(uint32_t shared, const void* global, bool re
                : "memory");
 }
 
+// cp.async.ca: 4 bytes from `global` to `shared`, both multiples of 4; without `read` 0.
+FLASH_DEVICE void cp_async_4_bytes(uint32_t shared, const void* global, bool read) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared), "l"(global),
+               "r"(read ? 4 : 0)
+               : "memory");
+}
+
 // cp.async.commit_group: the copies of this thread since the last one form a group (PTX ISA,
 // "cp.async.commit_group").
 FLASH_DEVICE void cp_async_commit_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }

@@ -42,6 +42,12 @@ struct Chunk {
 // Rows are A's rows and columns k: registers 0..3 are A's. Without .trans.
 FLASH_INLINE constexpr Chunk a_chunk(int lane) { return {lane % 16, lane / 16}; }
 
+// Rows are k and columns A's rows (A transposed, as dS lies for dS^T Q): registers 0..3 are A's.
+// With .trans.
+FLASH_INLINE constexpr Chunk a_chunk_k_major(int lane) {
+  return {lane % 8 + 8 * (lane / 16), lane / 8 % 2};
+}
+
 // Rows are n and columns k (B transposed, as K lies): registers {0, 1} are B of n = 0..7, {2, 3} of
 // n = 8..15. Without .trans.
 FLASH_INLINE constexpr Chunk b_chunk_n_major(int lane) {

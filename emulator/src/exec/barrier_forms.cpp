@@ -211,7 +211,7 @@ Step run_warp_sync(Warp& warp, const Instruction& in, uint32_t mask) {
   const uint32_t member = uniform(warp, in.a, mask, "the membermask");
   if (!gather(warp, member, &mask, "bar.warp.sync")) return Step::kRetry;
   tell(warp, SyncKind::kWarpSync, mask, member);
-  return Step::kNext;
+  return reconverge(warp, mask) ? Step::kJump : Step::kNext;
 }
 
 void decode_warp_sync(Decoder& decoder) {

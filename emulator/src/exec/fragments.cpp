@@ -32,6 +32,12 @@ Fragment child_of(const Fragment& parent, int parent_index, uint32_t pc, uint32_
   return child;
 }
 
+Fragment finished() {
+  Fragment fragment;
+  fragment.state = State::kFinished;
+  return fragment;
+}
+
 // A fragment without lanes ends; a parent that waited for it goes on, or ends too.
 void finish(Warp& warp, int index) {
   for (;;) {
@@ -295,6 +301,19 @@ bool gather(Warp& warp, uint32_t member, uint32_t* mask, const char* what) {
   }
   self.wait = Wait();
   *mask = all;
+  return true;
+}
+
+bool reconverge(Warp& warp, uint32_t mask) {
+  if (mask != warp.live || mask == warp.fragment().mask || call_root(warp, warp.current) >= 0)
+    return false;
+  const int frame = warp.fragment().frame;
+  for (Fragment& fragment : warp.fragments) fragment = finished();
+  warp.fragment() = Fragment();
+  warp.fragment().pc = warp.pc + 1;
+  warp.fragment().mask = mask;
+  warp.fragment().frame = frame;
+  warp.released = false;
   return true;
 }
 

@@ -59,6 +59,11 @@ void return_lanes(Warp& warp, uint32_t mask);
 // behind it. Otherwise false, and the handler returns Step::kRetry.
 bool gather(Warp& warp, uint32_t member, uint32_t* mask, const char* what);
 
+// Behind bar.warp.sync of all lanes of an entry: those that came in several fragments are one
+// again, whatever they have waited for before. True: they were, and the handler returns
+// Step::kJump.
+bool reconverge(Warp& warp, uint32_t mask);
+
 // For .aligned barriers: all live lanes come together, but for a warp that was released.
 void require_aligned(const Warp& warp, uint32_t mask, const char* what);
 

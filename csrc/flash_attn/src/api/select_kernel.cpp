@@ -115,6 +115,19 @@ void add_cuda_kernels([[maybe_unused]] std::vector<Kernel>& kernels) {
                        .mha_fwd = sm80::mha_fwd,
                        .fwd_workspace_bytes = sm80::mha_fwd_workspace_bytes});
   }
+  for (const Operation operation : {Operation::kMhaBwd, Operation::kMhaVarlenBwd}) {
+    kernels.push_back({.operation = operation,
+                       .device_type = FLASH_ATTN_CUDA,
+                       .backend = "cuda",
+                       .isa = "sm80",
+                       .min_capability = sm80::kMinComputeCapability,
+                       .dtypes = bit(Dtype::kFloat16) | bit(Dtype::kBFloat16),
+                       .max_d = sm80::kMaxHeadDim,
+                       .max_d_v = sm80::kMaxHeadDim,
+                       .features = kAllFeatures,
+                       .mha_bwd = sm80::mha_bwd,
+                       .bwd_workspace_bytes = sm80::mha_bwd_workspace_bytes});
+  }
   kernels.push_back({.operation = Operation::kCombine,
                      .device_type = FLASH_ATTN_CUDA,
                      .backend = "cuda",

@@ -11,6 +11,10 @@ struct KeyRange {
   int begin, end;  // [begin, end), empty if end <= begin
 };
 
+struct QueryRange {
+  int begin, end;  // [begin, end), empty if end <= begin
+};
+
 // Causal and windowed masks of one sequence, aligned to the bottom right corner; a window of -1 has
 // no limit.
 struct Mask {
@@ -36,6 +40,19 @@ struct Mask {
     if (top.end > range.end) range.end = top.end;
     if (top.end <= top.begin) range.begin = 0;
     return range;
+  }
+
+  // Queries that see any of the keys [first, last]; each of their neighbours' ranges has no gap.
+  FLASH_INLINE QueryRange queries(int first, int last) const {
+    if (last > seqlen_k - 1) last = seqlen_k - 1;
+    if (last < first) return {0, 0};
+    const int64_t shift = static_cast<int64_t>(seqlen_q) - seqlen_k;  // of the diagonal's query
+    int64_t begin = right < 0 ? 0 : first + shift - right;
+    int64_t end = left < 0 ? seqlen_q : last + shift + left + 1;
+    if (begin < 0) begin = 0;
+    if (end > seqlen_q) end = seqlen_q;
+    if (end < begin) end = begin;
+    return {static_cast<int>(begin), static_cast<int>(end)};
   }
 };
 

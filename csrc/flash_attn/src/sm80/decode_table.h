@@ -98,6 +98,7 @@ struct DecodeConfig {
   consteval int threads() const { return 32 * tile().warps; }
   consteval int ctas_per_sm() const { return tile().ctas_per_sm; }
   consteval int block_keys() const { return flash::sm80::block_keys(tile()); }
+  consteval int warp_keys() const { return tile().n; }
   consteval int row_tiles() const { return kDecodeRows / 16; }  // m16 tiles of a warp
   consteval int warp_columns() const {                          // of the output
     return tile().warps_share_keys ? head_dim_v / tile().warps : head_dim_v;

@@ -74,6 +74,30 @@ FLASH_DEVICE void store_elements(char* destination, const uint4& x, int bytes) {
   }
 }
 
+// Copies the first `rows` rows of a tile in shared memory to memory, from `global` on; neighbouring
+// ones of kThreads threads write neighbouring 16 bytes of a row. `aligned`: rows start at multiples
+// of 16 bytes.
+template <class Smem, int kThreads>
+FLASH_DEVICE void store_rows(uint32_t shared, char* global, int64_t row_bytes, bool aligned,
+                             int rows, int head_dim, int thread) {
+  constexpr int kRowStep = kThreads / Smem::kChunks;
+  const int chunk = thread % Smem::kChunks;
+  for (int row = thread / Smem::kChunks; row < rows; row += kRowStep) {
+#pragma unroll
+    for (int g = 0; g < Smem::kGroups; ++g) {
+      const int column = g * Smem::kGroupCols + chunk * kChunkElements;
+      const uint4 x =
+          ptx::load_shared_16_bytes(shared + Smem::offset(row, chunk) + g * Smem::kGroupBytes);
+      char* destination = global + row * row_bytes + column * kElementBytes;
+      if (aligned && column + kChunkElements <= head_dim) {
+        *reinterpret_cast<uint4*>(destination) = x;
+      } else {
+        store_elements(destination, x, (head_dim - column) * kElementBytes);
+      }
+    }
+  }
+}
+
 // Writes the warp's rows of out, through its own rows of shared memory, so that neighbouring lanes
 // write neighbouring 16 bytes of a row. `gO` is the warp's first row; `aligned`: rows start at
 // multiples of 16 bytes.
@@ -98,21 +122,7 @@ FLASH_DEVICE void store_o(const typename WarpTile<C>::Output& rO, uint32_t sO, c
     }
   }
   __syncwarp();
-  constexpr int kRowStep = 32 / O::kChunks;
-  const int chunk = lane % O::kChunks;
-  for (int row = lane / O::kChunks; row < valid_rows; row += kRowStep) {
-#pragma unroll
-    for (int g = 0; g < O::kGroups; ++g) {
-      const int column = g * O::kGroupCols + chunk * kChunkElements;
-      const uint4 x = ptx::load_shared_16_bytes(sO + O::offset(row, chunk) + g * O::kGroupBytes);
-      char* destination = gO + row * row_bytes + column * kElementBytes;
-      if (aligned && column + kChunkElements <= head_dim) {
-        *reinterpret_cast<uint4*>(destination) = x;
-      } else {
-        store_elements(destination, x, (head_dim - column) * kElementBytes);
-      }
-    }
-  }
+  store_rows<O, 32>(sO, gO, row_bytes, aligned, valid_rows, head_dim, lane);
 }
 
 }  // namespace flash::sm80

@@ -43,8 +43,8 @@ FLASH_DEVICE void find_tile(CtaTile& tile, const FwdParams& p, const FwdLaunch& 
     const Tile_coordinates number = launch.scheduler.tile(ptx::read_ctaid_x());
     PackedTile found{number.batch_head / launch.heads, number.m_block, 0};
     if (p.cu_seqlens_q != nullptr)
-      found = packed_tile<C.tile().m>(p, static_cast<int>(p.b), number.m_block,
-                                      launch.scheduler.m_blocks);
+      found = packed_tile<C.tile().m>(p.cu_seqlens_q, p.seqlen_q, static_cast<int>(p.b),
+                                      number.m_block, launch.scheduler.m_blocks);
     if (ptx::read_tid_x() == 0) {
       IndexFaults faults = 0;
       tile.place = found;

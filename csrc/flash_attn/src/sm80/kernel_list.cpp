@@ -1,16 +1,21 @@
 #include "sm80/kernel_list.h"
 
+#include "sm80/bwd_smem.h"
 #include "sm80/decode_smem.h"
 #include "sm80/smem.h"
 
 // The fatbins that the build embeds.
 #define FLASH_KERNEL(name, ...) extern "C" const char name##_fatbin[];
 #include "generated/sm80_append.inc"
+#include "generated/sm80_bias_gradient.inc"
+#include "generated/sm80_bwd.inc"
+#include "generated/sm80_bwd_prepare.inc"
 #include "generated/sm80_combine.inc"
 #include "generated/sm80_decode.inc"
 #include "generated/sm80_decode_wide.inc"
 #include "generated/sm80_dmask.inc"
 #include "generated/sm80_fwd.inc"
+#include "generated/sm80_sink_gradient.inc"
 #undef FLASH_KERNEL
 
 namespace flash::sm80 {
@@ -19,6 +24,11 @@ namespace {
 template <FwdConfig C>
 constexpr FwdKernel fwd_kernel(const char* name, const void* fatbin) {
   return {C, {name, fatbin}, C.threads(), sizeof(SmemPlan<C>)};
+}
+
+template <BwdConfig C>
+constexpr BwdKernel bwd_kernel(const char* name, const void* fatbin) {
+  return {C, C.tile(), {name, fatbin}, C.threads(), sizeof(BwdSmemPlan<C>)};
 }
 
 template <DecodeConfig C>
@@ -37,15 +47,30 @@ constexpr FwdKernel fwd_kernels[] = {
 };
 #undef FLASH_KERNEL
 
+#define FLASH_KERNEL(name, ...) bwd_kernel<__VA_ARGS__>(#name, name##_fatbin),
+constexpr BwdKernel bwd_kernels[] = {
+#include "generated/sm80_bwd.inc"
+};
+constexpr BwdKernel bias_gradient_kernels[] = {
+#include "generated/sm80_bias_gradient.inc"
+};
+#undef FLASH_KERNEL
+
 #define FLASH_KERNEL(name, ...) RowKernel{__VA_ARGS__, {#name, name##_fatbin}},
 constexpr RowKernel append_kernels[] = {
 #include "generated/sm80_append.inc"
+};
+constexpr RowKernel bwd_prepare_kernels[] = {
+#include "generated/sm80_bwd_prepare.inc"
 };
 constexpr RowKernel combine_kernels[] = {
 #include "generated/sm80_combine.inc"
 };
 constexpr RowKernel dmask_kernels[] = {
 #include "generated/sm80_dmask.inc"
+};
+constexpr RowKernel sink_gradient_kernels[] = {
+#include "generated/sm80_sink_gradient.inc"
 };
 #undef FLASH_KERNEL
 
@@ -59,9 +84,13 @@ constexpr DecodeKernel decode_kernels[] = {
 }  // namespace
 
 const std::span<const FwdKernel> kFwdKernels = fwd_kernels;
+const std::span<const BwdKernel> kBwdKernels = bwd_kernels;
+const std::span<const BwdKernel> kBiasGradientKernels = bias_gradient_kernels;
 const std::span<const RowKernel> kAppendKernels = append_kernels;
+const std::span<const RowKernel> kBwdPrepareKernels = bwd_prepare_kernels;
 const std::span<const RowKernel> kCombineKernels = combine_kernels;
 const std::span<const RowKernel> kDmaskKernels = dmask_kernels;
+const std::span<const RowKernel> kSinkGradientKernels = sink_gradient_kernels;
 const std::span<const DecodeKernel> kDecodeKernels = decode_kernels;
 
 }  // namespace flash::sm80

@@ -4,6 +4,7 @@
 #include <span>
 
 #include "base/cuda_driver/device.h"
+#include "sm80/bwd_table.h"
 #include "sm80/decode_table.h"
 #include "sm80/row_config.h"
 #include "sm80/tile_table.h"
@@ -12,6 +13,13 @@ namespace flash::sm80 {
 
 struct FwdKernel {
   FwdConfig config;
+  cuda::KernelImage image;
+  int threads, shared_bytes;  // of a CTA
+};
+
+struct BwdKernel {
+  BwdConfig config;
+  BwdTile tile;
   cuda::KernelImage image;
   int threads, shared_bytes;  // of a CTA
 };
@@ -25,6 +33,7 @@ struct DecodeKernel {
 };
 
 extern const std::span<const FwdKernel> kFwdKernels;
+extern const std::span<const BwdKernel> kBwdKernels, kBiasGradientKernels;
 extern const std::span<const DecodeKernel> kDecodeKernels;
 
 // Without dynamic shared memory.
@@ -33,6 +42,7 @@ struct RowKernel {
   cuda::KernelImage image;
 };
 
-extern const std::span<const RowKernel> kAppendKernels, kCombineKernels, kDmaskKernels;
+extern const std::span<const RowKernel> kAppendKernels, kBwdPrepareKernels, kCombineKernels,
+    kDmaskKernels, kSinkGradientKernels;
 
 }  // namespace flash::sm80

@@ -31,7 +31,7 @@ const FwdKernel& choose(const Flash_fwd_params& p) {
 Tile_scheduler schedule(const Flash_fwd_params& p, const Tile& tile, int64_t l2_cache_bytes) {
   const bool is_packed = p.cu_seqlens_q != nullptr;
   const int64_t m_blocks =
-      is_packed ? packed_tiles(p, p.b, tile.m) : (p.seqlen_q + tile.m - 1) / tile.m;
+      is_packed ? packed_tiles(p.total_q, p.b, tile.m) : (p.seqlen_q + tile.m - 1) / tile.m;
   const int64_t heads = is_packed ? p.h : p.b * p.h;
   require(m_blocks * heads <= std::numeric_limits<int>::max(),
           "batch_size * num_heads * seqlen_q is too large");

@@ -21,6 +21,7 @@ bool same_rows(const Flash_fwd_params& p, const Operand& x, const Operand& y);
 FastDivide page_size(const SequenceGeometry& p);
 
 IndexBounds index_bounds(const Flash_fwd_params& p);
+IndexBounds index_bounds(const Flash_bwd_params& p);
 
 // Enqueues a kernel of `threads` threads, filled up to whole CTAs. Throws ApiError.
 void launch_rows(const RowKernel& kernel, int64_t threads, const Target& target, void** args);

@@ -62,6 +62,10 @@ IndexBounds index_bounds(const Flash_fwd_params& p) {
   return {max_cached(p, p, p), p.target.device->mailbox()};
 }
 
+IndexBounds index_bounds(const Flash_bwd_params& p) {
+  return {max_cached(p, p, {}), p.target.device->mailbox()};
+}
+
 void launch_rows(const RowKernel& kernel, int64_t threads, const Target& target, void** args) {
   const int64_t ctas = (threads + RowConfig::threads() - 1) / RowConfig::threads();
   require(ctas <= std::numeric_limits<int>::max(), "the tensors have too many rows for one launch");

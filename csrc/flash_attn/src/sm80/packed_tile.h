@@ -10,7 +10,8 @@ namespace flash::sm80 {
 
 // Tile `number` of `tiles`. Lengths that cannot be count as 0.
 template <int kM>
-FLASH_DEVICE PackedTile packed_tile(const SequenceGeometry& p, int b, int number, int tiles) {
+FLASH_DEVICE PackedTile packed_tile(const int32_t* cu_seqlens, int64_t longest, int b, int number,
+                                    int tiles) {
   constexpr int kEach = 4;  // sequences of a lane at a time: loads that wait together
   const int lane = ptx::read_tid_x() % 32;
   for (int start = 0; start < b; start += 32 * kEach) {
@@ -20,8 +21,8 @@ FLASH_DEVICE PackedTile packed_tile(const SequenceGeometry& p, int b, int number
     for (int i = 0; i < kEach; ++i) {
       const int batch = first + i;
       if (batch < b) {
-        const int length = length_of(p.cu_seqlens_q, batch);
-        total += 0 < length && length <= p.seqlen_q ? (length + kM - 1) / kM : 1;
+        const int length = length_of(cu_seqlens, batch);
+        total += 0 < length && length <= longest ? (length + kM - 1) / kM : 1;
       }
       through[i] = total;
     }

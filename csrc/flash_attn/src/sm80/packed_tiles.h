@@ -13,10 +13,8 @@ struct PackedTile {
   int others;   // how many tiles there are for those, if it is one of them
 };
 
-// For all sequences, each of which has at least one, and at least one for rows of no sequence; `m`
-// queries in each.
-inline int64_t packed_tiles(const SequenceGeometry& p, int64_t b, int64_t m) {
-  return p.total_q / m + b + 1;
-}
+// For all of `b` sequences, each of which has at least one, and at least one for rows of no
+// sequence; of `total` rows `m` in each.
+constexpr int64_t packed_tiles(int64_t total, int64_t b, int64_t m) { return total / m + b + 1; }
 
 }  // namespace flash::sm80

@@ -60,7 +60,7 @@ FLASH_DEVICE void cap_scores(typename WarpTile<C>::Scores& rS, const ScoreParams
 }
 
 // rS = scale rS - slope |distance|. Distances are exact up to 2^24.
-template <FwdConfig C>
+template <auto C>
 FLASH_DEVICE void add_alibi(typename WarpTile<C>::Scores& rS, float scale, const ScoreParams& p,
                             const ScorePlace& place, int first_key) {
   const float slope = p.alibi_slopes[place.batch * p.alibi_batch_stride + place.head];
@@ -75,7 +75,7 @@ FLASH_DEVICE void add_alibi(typename WarpTile<C>::Scores& rS, float scale, const
 
 // rS = scale rS + bias, whose elements to_float(element) makes floats. Rows of no query take the
 // last one's.
-template <FwdConfig C, class Element, class ToFloat>
+template <auto C, class Element, class ToFloat>
 FLASH_DEVICE void add_bias(typename WarpTile<C>::Scores& rS, float scale, const Bias& bias,
                            const ScorePlace& place, int first_key, const ToFloat& to_float) {
   const ptx::Element first = ptx::accumulator_element(ptx::read_tid_x() % 32, 0);
@@ -97,12 +97,14 @@ FLASH_DEVICE void add_bias(typename WarpTile<C>::Scores& rS, float scale, const 
 
 // rS: products of q and k become natural logits, softcap(softmax_scale s) - slope |distance| +
 // bias. `first_key` is that of the block.
-template <FwdConfig C>
+// `on_capped(rS)` is called where a softcap has just been applied.
+template <auto C, class OnCapped>
 FLASH_DEVICE void modify_scores(typename WarpTile<C>::Scores& rS, const ScoreParams& p,
-                                const ScorePlace& place, int first_key) {
+                                const ScorePlace& place, int first_key, const OnCapped& on_capped) {
   float scale = p.scale_softmax;  // that is still to come
   if (p.softcap > 0.f) {
     cap_scores<C>(rS, p);
+    on_capped(rS);
     scale = 1.f;
   }
   if (p.alibi_slopes != nullptr) {
@@ -115,6 +117,12 @@ FLASH_DEVICE void modify_scores(typename WarpTile<C>::Scores& rS, const ScorePar
   } else {  // otherwise the dtype of q
     add_bias<C, uint16_t>(rS, scale, p.bias, place, first_key, to_float<C.dtype>);
   }
+}
+
+template <auto C>
+FLASH_DEVICE void modify_scores(typename WarpTile<C>::Scores& rS, const ScoreParams& p,
+                                const ScorePlace& place, int first_key) {
+  modify_scores<C>(rS, p, place, first_key, [](const auto&) {});
 }
 
 // 0x80 in each byte of x that is at most the byte of `limit`; other bits are anything.
@@ -130,29 +138,56 @@ struct MultiplyWideInPtx {
   }
 };
 
-// rP: 0 where dropout drops. One call of Philox serves the 16 probabilities that this lane holds of
-// 32 keys (common/dropout.h).
-template <FwdConfig C>
-FLASH_DEVICE void drop(typename WarpTile<C>::Probabilities& rP, const Dropout& dropout,
-                       uint32_t batch_head, int first_row, int first_key) {
+// What dropout keeps of a warp's scores: word t of m16 tile m has the signs of its bytes set for
+// the kept ones of n8 tile t, as common/dropout.h orders them.
+template <auto C>
+using Kept = uint32_t[WarpTile<C>::kM][WarpTile<C>::kS];
+
+// One call of Philox serves the 16 scores that this lane holds of 32 keys.
+template <auto C>
+FLASH_DEVICE void draw(Kept<C>& kept, const Dropout& dropout, uint32_t batch_head, int first_row,
+                       int first_key) {
   using W = WarpTile<C>;
+  constexpr int kTiles = W::kS < 4 ? W::kS : 4;  // that a call serves
   const int lane = ptx::read_tid_x() % 32;
   const uint32_t threshold = dropout.keep_threshold * 0x01010101u;
   const int row = ptx::opaque(first_row) + lane / 4;
 #pragma unroll
   for (int m = 0; m < W::kM; ++m) {
 #pragma unroll
-    for (int block = 0; block < W::kS / 4; ++block) {
+    for (int block = 0; block < W::kS / kTiles; ++block) {
       const Philox4 random = dropout.random(batch_head, row + m * 16, first_key / 32 + block,
                                             lane % 4, MultiplyWideInPtx{});
 #pragma unroll
-      for (int t = 0; t < 4; ++t) {
-        const uint32_t kept = at_most(random.x[t], threshold);
-        rP[m][4 * block + t][0] &= ptx::prmt<0x9988>(kept);
-        rP[m][4 * block + t][1] &= ptx::prmt<0xbbaa>(kept);
+      for (int t = 0; t < kTiles; ++t) {
+        const uint32_t bytes =
+            kTiles < 4 && first_key % 32 != 0 ? random.x[t + 4 - kTiles] : random.x[t];
+        kept[m][kTiles * block + t] = at_most(bytes, threshold);
       }
     }
   }
+}
+
+// rP: 0 where dropout drops.
+template <auto C>
+FLASH_DEVICE void drop(typename WarpTile<C>::Probabilities& rP, const Kept<C>& kept) {
+  using W = WarpTile<C>;
+#pragma unroll
+  for (int m = 0; m < W::kM; ++m) {
+#pragma unroll
+    for (int n = 0; n < W::kS; ++n) {
+      rP[m][n][0] &= ptx::prmt<0x9988>(kept[m][n]);
+      rP[m][n][1] &= ptx::prmt<0xbbaa>(kept[m][n]);
+    }
+  }
+}
+
+template <FwdConfig C>
+FLASH_DEVICE void drop(typename WarpTile<C>::Probabilities& rP, const Dropout& dropout,
+                       uint32_t batch_head, int first_row, int first_key) {
+  Kept<C> kept;
+  draw<C>(kept, dropout, batch_head, first_row, first_key);
+  drop<C>(rP, kept);
 }
 
 }  // namespace flash::sm80

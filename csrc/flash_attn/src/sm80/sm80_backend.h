@@ -14,9 +14,15 @@ inline constexpr int kMinComputeCapability = 80;
 // ApiError.
 void mha_fwd(const Flash_fwd_params& p);
 
+// Backward of a dense or packed batch, enqueued on p.target. As mha_fwd, bit for bit the same
+// whenever it runs. Throws ApiError.
+void mha_bwd(const Flash_bwd_params& p);
+
 // Merge of partial results into fp16, bf16 or fp32; any head dim. Throws ApiError.
 void combine(const Combine_params& p);
 // Bytes of workspace that mha_fwd needs for a call on p.target.
 size_t mha_fwd_workspace_bytes(const Flash_fwd_params& p);
+// The same of mha_bwd.
+size_t mha_bwd_workspace_bytes(const Flash_bwd_params& p);
 
 }  // namespace flash::sm80

@@ -22,7 +22,7 @@ namespace flash::sm80 {
 template <auto C>
 struct WarpTile {
   static constexpr int kM = C.row_tiles();
-  static constexpr int kS = C.tile().n / 8;
+  static constexpr int kS = C.warp_keys() / 8;
   static constexpr int kO = C.warp_columns() / 8;
 
   using Scores = float[kM][kS][4];

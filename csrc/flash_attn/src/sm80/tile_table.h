@@ -86,6 +86,7 @@ struct FwdConfig {
   consteval int threads() const { return 32 * tile().warps; }
   consteval int ctas_per_sm() const { return tile().ctas_per_sm; }
   consteval int rows_per_warp() const { return tile().m / tile().warps; }
+  consteval int warp_keys() const { return tile().n; }
   consteval int row_tiles() const { return rows_per_warp() / 16; }  // m16 tiles of a warp
   consteval int warp_columns() const { return head_dim_v; }         // of the output
 };

@@ -1,0 +1,327 @@
+// Attention, backward, for compute capability 8.0 and newer: cp.async, ldmatrix, mma.sync.
+//
+// FlashAttention-2 (arXiv:2307.08691), algorithm 2. With P = exp(scale S - lse) recomputed and
+// delta = rowsum(dO * O) - dlse, which bwd_prepare.h has left in softmax_d:
+//
+//   S = Q K^T, dP = dO V^T, dS = P * (dP - delta)
+//   dV = P^T dO, dK = scale dS^T Q, dQ = scale dS K
+//
+// A CTA owns n keys of one key-value head (bwd_table.h) and walks over the blocks of m queries that
+// see any of them, for all query heads of its group, one after the other: dK and dV of the keys
+// stay in registers and have one owner. Scores are computed once; P and dS pass through shared
+// memory as 16 bits, since the three products after them are shared out otherwise among the warps:
+// every operand of a product is read by ldmatrix, and a warp's tile is the largest that registers
+// allow.
+//
+// dQ of a block of queries is summed over the CTAs whose keys it sees, in fp32 and in a fixed order
+// (common/bwd_schedule.h): a warp waits until the others before it have added, adds, and tells the
+// next; the last writes dq. The result depends on no schedule. A warp's sums lie in memory as its
+// lanes hold them.
+//
+// Memory traffic of a CTA: K, V, dK and dV once, Q and dO of a block at each visit, and its dQ's
+// sums there and back.
+#pragma once
+
+#include "base/ptx/atomic.h"
+#include "common/bounded_sequence.h"
+#include "common/bwd_schedule.h"
+#include "sm80/bwd_gemm.h"
+#include "sm80/bwd_scores.h"
+#include "sm80/epilogue.h"
+#include "sm80/packed_tile.h"
+#include "sm80/report.h"
+
+namespace flash::sm80 {
+
+// Query blocks of the sequences of a packed batch before `batch`, counted by a warp.
+template <int kM>
+FLASH_DEVICE int query_blocks_before(const SequenceGeometry& p, int batch) {
+  int blocks = 0;
+  for (int i = ptx::read_tid_x() % 32; i < batch; i += 32)
+    if (query_faults(p, i) == 0) blocks += (length_of(p.cu_seqlens_q, i) + kM - 1) / kM;
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) blocks += __shfl_xor_sync(0xffffffffu, blocks, step);
+  return blocks;
+}
+
+// This CTA's number among the key blocks of a head and the heads.
+struct BwdNumber {
+  int key_block, batch_head;  // key_block: of a packed batch, over all sequences
+
+  FLASH_DEVICE explicit BwdNumber(const BwdLaunch& launch) {
+    const int cta = ptx::read_ctaid_x();
+    const Tile_coordinates group = launch.scheduler.tile(cta / launch.blocks_of_group);
+    key_block = (launch.scheduler.m_blocks - 1 - group.m_block) * launch.blocks_of_group +
+                cta % launch.blocks_of_group;
+    batch_head = group.batch_head;
+  }
+};
+
+template <BwdConfig C>
+FLASH_DEVICE BwdSchedule schedule_of(const BwdLaunch& launch, const Mask& mask) {
+  return {mask, C.tile().m, C.tile().n, launch.blocks_of_group};
+}
+
+// Puts this CTA's block of keys into shared memory.
+template <BwdConfig C>
+FLASH_DEVICE void find_tile(KeyTile& tile, const BwdParams& p, const BwdLaunch& launch) {
+  if (ptx::read_tid_x() < 32) {
+    constexpr int kM = C.tile().m, kN = C.tile().n;
+    const BwdNumber number(launch);
+    const bool is_packed = p.cu_seqlens_q != nullptr;
+    PackedTile found{number.batch_head / launch.heads_k, number.key_block, 0};
+    if (is_packed)
+      found = packed_tile<kN>(p.cu_seqlens_k, p.seqlen_k, static_cast<int>(p.b), number.key_block,
+                              launch.scheduler.m_blocks);
+    const int q_blocks = is_packed ? query_blocks_before<kM>(p, found.batch)
+                                   : found.batch * static_cast<int>(p.h) * launch.q_blocks;
+    if (ptx::read_tid_x() == 0) {
+      IndexFaults faults = 0;
+      Sequence seq{};
+      if (found.batch < p.b)
+        seq = bounded_sequence(p, found.batch, launch.bounds.max_cached, faults);
+      // Sequences that overlap may have more blocks than there is room for.
+      if (is_packed && q_blocks + (seq.seqlen_q + kM - 1) / kM > launch.q_blocks) seq.seqlen_q = 0;
+      const Mask mask = mask_of(p, seq);
+      const int first_key = found.m_block * kN;
+      tile = {found,
+              seq,
+              mask,
+              number.batch_head % launch.heads_k,
+              found.m_block,
+              first_key,
+              min(kN, seq.seqlen_k - first_key),
+              schedule_of<C>(launch, mask).visits(found.m_block),
+              q_blocks};
+      if (faults != 0) report(launch.bounds, faults);
+    }
+  }
+  __syncthreads();
+}
+
+// A visit: to a block of queries of one head.
+struct Visit {
+  int head, step;  // head: of the group
+
+  FLASH_DEVICE bool exists(int heads) const { return head < heads; }
+  FLASH_DEVICE Visit next(int steps) const {
+    return step + 1 < steps ? Visit{head, step + 1} : Visit{head + 1, 0};
+  }
+};
+
+FLASH_DEVICE QueryBlock query_block(const BwdLaunch& launch, const KeyTile& here,
+                                    const Visit& visit) {
+  return {here.head_k * launch.group + visit.head, here.visits.at(visit.step)};
+}
+
+// Two neighbouring elements of a row of dq, of which `columns` are left.
+FLASH_DEVICE void store_pair(char* destination, uint32_t pair, int columns, bool aligned) {
+  if (aligned && columns >= 2) {
+    *reinterpret_cast<uint32_t*>(destination) = pair;
+    return;
+  }
+  auto* elements = reinterpret_cast<uint16_t*>(destination);
+  if (columns >= 1) elements[0] = static_cast<uint16_t>(pair);
+  if (columns >= 2) elements[1] = static_cast<uint16_t>(pair >> 16);
+}
+
+template <BwdConfig C>
+FLASH_DEVICE void store_dq(const typename BwdWarps<C>::QueryGradient& rdQ, const BwdParams& p,
+                           const BwdLaunch& launch, const KeyTile& here,
+                           const QueryBlock& queries) {
+  using Warps = BwdWarps<C>;
+  const int warp = this_warp();
+  static_for<Warps::kRows / 8>([&](auto i) {
+    const ptx::Element first = ptx::accumulator_element(this_lane(), 2 * (i % 2));
+    const int row = queries.block * C.tile().m + Warps::row(warp, i / 2) + first.row;
+    if (row >= here.seq.seqlen_q) return;
+    char* dq = operand_row(p.dq, C.dtype, here.seq.batch, here.seq.q_row + row, queries.head);
+#pragma unroll
+    for (int n = 0; n < C.head_dim / Warps::kQColumnWarps / 8; ++n) {
+      const int column = Warps::q_column(warp, n) + first.col;
+      const float* x = &rdQ[i / 2][n][2 * (i % 2)];
+      store_pair(dq + column * kElementBytes,
+                 ptx::pack<C.dtype>(x[0] * p.scale_softmax, x[1] * p.scale_softmax),
+                 static_cast<int>(p.d) - column, launch.dq_aligned);
+    }
+  });
+}
+
+// This CTA's turn at a block's dQ.
+template <BwdConfig C>
+FLASH_DEVICE Turn turn_at(const BwdLaunch& launch, const KeyTile& here, const QueryBlock& queries,
+                          int step) {
+  return schedule_of<C>(launch, here.mask)
+      .turn(here.key_block, queries.block, step, [&](int first, int end, const auto& holds) {
+        int count = 0;
+        for (; first < end; first += 32)
+          count += __popc(
+              __ballot_sync(0xffffffffu, first + this_lane() < end && holds(first + this_lane())));
+        return count;
+      });
+}
+
+// Adds the warp's part of dS K to the block's dQ when it is its turn.
+template <BwdConfig C>
+FLASH_DEVICE void add_dq(typename BwdWarps<C>::QueryGradient& rdQ, const BwdParams& p,
+                         const BwdLaunch& launch, const KeyTile& here, const QueryBlock& queries,
+                         const Turn& turn) {
+  constexpr int kWarps = C.tile().warps;
+  constexpr int kM = sizeof(rdQ) / sizeof(rdQ[0]), kN = sizeof(rdQ[0]) / sizeof(rdQ[0][0]);
+  const int64_t index =
+      (here.first_q_block + int64_t{queries.head} * launch.q_blocks + queries.block) * kWarps +
+      this_warp();
+  float4* sums = reinterpret_cast<float4*>(launch.dq_sums) + index * (kM * kN * 32) + this_lane();
+  if (turn.before > 0) {
+    if (this_lane() == 0)
+      while (ptx::load_acquire(launch.turns + index) != static_cast<uint32_t>(turn.before)) {
+      }
+    __syncwarp();
+#pragma unroll
+    for (int m = 0; m < kM; ++m)
+#pragma unroll
+      for (int n = 0; n < kN; ++n) {
+        const float4 x = sums[(m * kN + n) * 32];
+        rdQ[m][n][0] += x.x;
+        rdQ[m][n][1] += x.y;
+        rdQ[m][n][2] += x.z;
+        rdQ[m][n][3] += x.w;
+      }
+  }
+  if (turn.is_last()) return store_dq<C>(rdQ, p, launch, here, queries);
+#pragma unroll
+  for (int m = 0; m < kM; ++m)
+#pragma unroll
+    for (int n = 0; n < kN; ++n)
+      sums[(m * kN + n) * 32] = float4{rdQ[m][n][0], rdQ[m][n][1], rdQ[m][n][2], rdQ[m][n][3]};
+  __syncwarp();
+  if (this_lane() == 0)
+    ptx::store_release(launch.turns + index, static_cast<uint32_t>(turn.before + 1));
+  __syncwarp();
+}
+
+// Brings the gradient of this CTA's keys, or values, to shared memory.
+template <BwdConfig C>
+FLASH_DEVICE void stage_gradient(uint32_t tile, const typename BwdWarps<C>::KeyGradient& r,
+                                 float scale, int warp, int lane) {
+  using Warps = BwdWarps<C>;
+  using K = typename BwdSmemPlan<C>::K;
+  static_for<C.tile().n / Warps::kKeyWarps / 8>([&](auto i) {
+    const ptx::Element first = ptx::accumulator_element(lane, 2 * (i % 2));
+    const int row = Warps::key(warp, i / 2) + first.row;
+#pragma unroll
+    for (int n = 0; n < C.head_dim / Warps::kKvColumnWarps / 8; ++n) {
+      const float* x = &r[i / 2][n][2 * (i % 2)];
+      ptx::store_shared(element_address<K>(tile, row, Warps::kv_column(warp, n) + first.col),
+                        ptx::pack<C.dtype>(x[0] * scale, x[1] * scale));
+    }
+  });
+}
+
+// Writes dK and dV, through shared memory where K and V were.
+template <BwdConfig C>
+FLASH_DEVICE void epilogue(uint32_t smem, const typename BwdWarps<C>::KeyGradient& rdK,
+                           const typename BwdWarps<C>::KeyGradient& rdV, const BwdParams& p,
+                           const BwdLaunch& launch, const KeyTile& here) {
+  using Plan = BwdSmemPlan<C>;
+  const uint32_t sdK = smem + offsetof(Plan, k), sdV = smem + offsetof(Plan, v);
+  __syncthreads();
+  stage_gradient<C>(sdK, rdK, p.scale_softmax, this_warp(), this_lane());
+  stage_gradient<C>(sdV, rdV, C.scores == ScoreClass::kModified ? launch.dropout.rescale : 1.f,
+                    this_warp(), this_lane());
+  __syncthreads();
+  const auto store = [&](uint32_t tile, const Operand& x, bool aligned, int64_t head_dim) {
+    store_rows<typename Plan::K, C.threads()>(
+        tile,
+        operand_row(x, C.dtype, here.seq.k_batch, here.seq.k_row + here.first_key, here.head_k),
+        x.row_stride * kElementBytes, aligned, here.keys, static_cast<int>(head_dim),
+        ptx::read_tid_x());
+  };
+  store(sdK, p.dk, launch.dk_aligned, p.d);
+  store(sdV, p.dv, launch.dv_aligned, p.d_v);
+}
+
+// Whether every query of a block sees every key of this CTA, and none lies beyond the sequence.
+template <BwdConfig C>
+FLASH_DEVICE bool is_full_block(const BwdLaunch& launch, const KeyTile& here,
+                                const QueryBlock& queries) {
+  return schedule_of<C>(launch, here.mask).key_blocks(queries.block).is_full(here.key_block) &&
+         (queries.block + 1) * C.tile().m <= here.seq.seqlen_q;
+}
+
+// Zeros for keys of no sequence, this CTA's share of them.
+template <BwdConfig C>
+FLASH_DEVICE void clear_rows_of_no_sequence(const BwdParams& p, const KeyTile& here) {
+  const int64_t first = max(p.cu_seqlens_k[p.b], 0);
+  const auto clear_row = [&](const Operand& x, int64_t row, int64_t head_dim) {
+    auto* elements = reinterpret_cast<uint16_t*>(operand_row(x, C.dtype, 0, row, here.head_k));
+    for (int i = threadIdx.x; i < head_dim; i += C.threads()) elements[i] = 0;
+  };
+  for (int64_t row = first + here.place.m_block; row < p.total_k; row += here.place.others) {
+    clear_row(p.dk, row, p.d);
+    clear_row(p.dv, row, p.d_v);
+  }
+}
+
+template <BwdConfig C>
+FLASH_DEVICE void mha_bwd(const BwdParams& p, const BwdLaunch& launch) {
+  using Plan = BwdSmemPlan<C>;
+  using Stage = typename Plan::Stage;
+  using Warps = BwdWarps<C>;
+  constexpr bool kIsDouble = C.tile().stages == 2;
+  extern __shared__ __align__(1024) char memory[];
+  const uint32_t smem = ptx::shared_address(memory);
+
+  KeyTile& here = reinterpret_cast<Plan*>(memory)->tile;
+  find_tile<C>(here, p, launch);
+  if (here.place.batch == p.b) return clear_rows_of_no_sequence<C>(p, here);
+  if (here.keys <= 0) return;
+
+  typename Warps::KeyGradient rdK, rdV;
+  clear(rdK);
+  clear(rdV);
+  const int heads = here.visits.count() > 0 ? launch.group : 0;
+  Visit visit{0, 0};
+  uint32_t stage = smem + offsetof(Plan, stages);
+  uint32_t other = kIsDouble ? stage + sizeof(Stage) : stage;
+  if (heads > 0) {
+    fetch_keys<C>(smem, p, launch, here);
+    fetch<C>(stage, p, launch, here, query_block(launch, here, visit));
+    ptx::cp_async_commit_group();
+  }
+  while (visit.exists(heads)) {
+    const Visit next = visit.next(here.visits.count());
+    const auto fetch_next = [&] {
+      if (next.exists(heads)) fetch<C>(other, p, launch, here, query_block(launch, here, next));
+      ptx::cp_async_commit_group();
+    };
+    ptx::cp_async_wait_group<0>();
+    __syncthreads();
+    if (kIsDouble) fetch_next();
+    const QueryBlock queries = query_block(launch, here, visit);
+    const bool is_full = is_full_block<C>(launch, here, queries);
+    recompute<C>(smem, stage, p, launch, here, queries, is_full);
+    const bool by_element = is_cut_and_not_finite<C>(smem, stage, is_full);
+
+    add_keys<C>(rdV, smem + offsetof(Plan, p), stage + offsetof(Stage, dout), here, queries,
+                by_element);
+    add_keys<C>(rdK, smem + offsetof(Plan, ds), stage + offsetof(Stage, q), here, queries,
+                by_element);
+    if (!kIsDouble) {
+      __syncthreads();
+      fetch_next();
+    }
+    const Turn turn = turn_at<C>(launch, here, queries, visit.step);
+    typename Warps::QueryGradient rdQ;
+    multiply_queries<C>(rdQ, smem + offsetof(Plan, ds), smem + offsetof(Plan, k), here, queries,
+                        by_element);
+    add_dq<C>(rdQ, p, launch, here, queries, turn);
+    visit = next;
+    const uint32_t free = stage;
+    stage = other;
+    other = free;
+  }
+  epilogue<C>(smem, rdK, rdV, p, launch, here);
+}
+
+}  // namespace flash::sm80

@@ -1,0 +1,40 @@
+// What lies where in the shared memory of a CTA of the backward.
+#pragma once
+
+#include "common/bwd_schedule.h"
+#include "sm80/bwd_table.h"
+#include "sm80/smem.h"
+
+namespace flash::sm80 {
+
+// A CTA's block of keys of one key-value head. In shared memory, not in registers: one thread finds
+// it for all, and the products need every register.
+struct KeyTile {
+  PackedTile place;  // m_block: key block
+  Sequence seq;
+  Mask mask;
+  int head_k;
+  int key_block, first_key, keys;  // keys: that there are
+  QueryBlocks visits;
+  int first_q_block;  // in BwdLaunch's dq_sums and turns, of the sequence's head 0
+};
+
+template <BwdConfig C>
+struct BwdSmemPlan {
+  static constexpr BwdTile kTile = C.tile();
+  using Q = SmemTile<C.head_dim, kTile.m>;  // and dO
+  using K = SmemTile<C.head_dim, kTile.n>;  // and V; then dK and dV on their way to memory
+  using P = SmemTile<kTile.n, kTile.m>;     // and dS
+
+  // Of a block of queries.
+  struct Stage {
+    alignas(kSmemAlignment) char q[Q::kBytes], dout[Q::kBytes];
+    float lse[kTile.m], delta[kTile.m];
+  };
+  alignas(kSmemAlignment) char k[K::kBytes], v[K::kBytes];
+  alignas(kSmemAlignment) char p[P::kBytes], ds[P::kBytes];
+  Stage stages[kTile.stages];
+  KeyTile tile;
+};
+
+}  // namespace flash::sm80

@@ -1,0 +1,39 @@
+// ds_aux. A sink is a key with value 0: its gradient is the sum over queries of exp(sink - lse) (0
+// - delta). A CTA sums up a head, in an order of its own.
+#pragma once
+
+#include "common/bounded_sequence.h"
+#include "sm80/bwd_params.h"
+#include "sm80/epilogue.h"
+#include "sm80/row_config.h"
+
+namespace flash::sm80 {
+
+template <RowConfig C>
+FLASH_DEVICE void sink_gradient(const BwdParams& p, const BwdPrepareLaunch& launch) {
+  const int head = ptx::read_ctaid_x();
+  const float sink = sink_logit(p, head);
+  float sum = 0.f;
+  for (int batch = 0; batch < p.b; ++batch) {
+    IndexFaults faults;  // the main kernel reports them
+    const Sequence seq = bounded_sequence(p, batch, launch.bounds.max_cached, faults);
+    const float* lse =
+        p.softmax_lse + batch * p.lse_batch_stride + head * p.lse_head_stride + seq.lse_row;
+    const int64_t first = p.cu_seqlens_q == nullptr ? 0 : seq.lse_row + 128 * int64_t{batch};
+    const float* delta =
+        p.dsoftmax_sum + batch * p.dsoftmax_batch_stride + head * p.dsoftmax_head_stride + first;
+    for (int i = threadIdx.x; i < seq.seqlen_q; i += C.threads())
+      sum -= __expf(sink - lse[i]) * delta[i];
+  }
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+  __shared__ float sums[C.threads() / 32];
+  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = sum;
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  float total = 0.f;
+  for (const float x : sums) total += x;
+  p.ds_aux[head] = total;
+}
+
+}  // namespace flash::sm80
