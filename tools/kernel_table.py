@@ -110,6 +110,14 @@ CALLS = {
 }
 
 
+BACKWARD_CALLS = {
+    "none": {},
+    "causal": {"causal": True},
+    "softcap": {"softcap": 30.0},
+    "dropout": {"dropout_p": 0.1},
+}
+
+
 def launch(headdims: tuple[int, int], call: str, seqlen_k: int) -> tuple[str, dict]:
     """Return the kernel and the counters of one head of 256 queries over ``seqlen_k`` keys."""
     d, dv = headdims
@@ -120,30 +128,45 @@ def launch(headdims: tuple[int, int], call: str, seqlen_k: int) -> tuple[str, di
     return name, kernel
 
 
+def launch_backward(headdims: tuple[int, int], call: str, seqlen_q: int) -> tuple[str, dict]:
+    """Return the main kernel and the counters of the backward of ``seqlen_q`` queries, 256 keys."""
+    d, _ = headdims
+    q, k, v = (torch.randn(1, n, 1, d).bfloat16().requires_grad_() for n in (seqlen_q, 256, 256))
+    with flash_attn.emulator(checks="none") as gpu:
+        out = flash_attn.flash_attn_func(q, k, v, **BACKWARD_CALLS[call])
+        out.backward(torch.randn_like(out))
+    ((name, kernel),) = (x for x in gpu.counters.items() if x[0].startswith("flash_bwd_sm80_"))
+    return name, kernel
+
+
 def work(kernel: dict) -> tuple[int, int]:
     """Return a launch's mma and its warp instructions without moves."""
     return sum(kernel["tensor"].values()), kernel["warp_instructions"] - kernel["classes"]["move"]
 
 
+def costs(run, headdims: tuple[int, int], call: str) -> list:
+    """Return a row of the table of counters; the difference of two lengths is the loop's."""
+    _, short = run(headdims, call, 512)
+    name, long = run(headdims, call, 1024)
+    (mma, instructions), (more_mma, more) = work(short), work(long)
+    shared, memory = long["shared"], long["global"]
+    return [
+        f"`{name}`",
+        call,
+        more_mma,
+        f"{(more - instructions) / (more_mma - mma):.2f}",
+        f"{more / more_mma:.2f}",
+        f"{shared['wavefronts']} of {shared['ideal_wavefronts']}",
+        f"{memory['sectors']} of {memory['ideal_sectors']}",
+    ]
+
+
 def counters() -> str:
     """Return the table of what the kernels do."""
-    rows = []
-    for headdims, call in itertools.product(HEADDIMS, CALLS):
-        _, short = launch(headdims, call, 512)
-        name, long = launch(headdims, call, 1024)
-        (mma, instructions), (more_mma, more) = work(short), work(long)
-        shared, memory = long["shared"], long["global"]
-        rows.append(
-            [
-                f"`{name}`",
-                call,
-                more_mma,
-                f"{(more - instructions) / (more_mma - mma):.2f}",
-                f"{more / more_mma:.2f}",
-                f"{shared['wavefronts']} of {shared['ideal_wavefronts']}",
-                f"{memory['sectors']} of {memory['ideal_sectors']}",
-            ]
-        )
+    torch.manual_seed(0)
+    rows = [costs(launch, *x) for x in itertools.product(HEADDIMS, CALLS)]
+    backward = [x for x in HEADDIMS if x[0] == x[1]]
+    rows += [costs(launch_backward, *x) for x in itertools.product(backward, BACKWARD_CALLS)]
     header = [
         "kernel",
         "scores",
