@@ -175,19 +175,27 @@ def expected(case):
     return exact, plain
 
 
-def flash_forward(tensors, options, **more):
-    """The library's ``{"out", "lse"}``."""
-    out, lse, _ = flash_attn_func(**tensors, **options, **more, return_attn_probs=True)
-    return {"out": out.detach(), "lse": lse.detach()}
+def as_leaves(tensors, backend=CPU):
+    """Tensors that record a gradient, where the backend has one of them."""
+    return {
+        name: x.detach().requires_grad_(name not in backend.without_gradient)
+        for name, x in tensors.items()
+    }
 
 
-def flash_forward_backward(tensors, options, dout, dlse=None, **more):
+def gradients_of(outputs, leaves, cotangents):
+    """``{"dq", ..}`` of the leaves that record a gradient."""
+    leaves = {name: x for name, x in leaves.items() if x.requires_grad}
+    wanted = torch.autograd.grad(outputs, list(leaves.values()), cotangents)
+    return {f"d{name}": gradient for name, gradient in zip(leaves, wanted)}
+
+
+def flash_forward_backward(tensors, options, dout, dlse=None, backend=CPU, **more):
     """The library's counterpart of ``attention_and_gradients``."""
-    leaves = {n: t.detach().requires_grad_() for n, t in tensors.items()}
+    leaves = as_leaves(tensors, backend)
     out, lse, _ = flash_attn_func(**leaves, **options, **more, return_attn_probs=True)
     outputs, grads = ([out], [dout]) if dlse is None else ([out, lse], [dout, dlse])
-    wanted = torch.autograd.grad(outputs, list(leaves.values()), grads)
-    gradients = {f"d{n}": g for n, g in zip(leaves, wanted)}
+    gradients = gradients_of(outputs, leaves, grads)
     return {"out": out.detach(), "lse": lse.detach(), **gradients}
 
 
@@ -206,13 +214,10 @@ def assert_results_close(actual, exact, plain, slack=None, factor=2):
 
 
 def run(case, backend):
-    """What ``backend`` makes of a case: out, lse and, if it has a backward, the gradients."""
+    """What ``backend`` makes of a case: out, lse and the gradients."""
     problem = tree_map(backend.here, make_tensors(case))
     with backend.calls(case.seed):
-        if backend.has_backward:
-            results = flash_forward_backward(*problem)
-        else:
-            results = flash_forward(*problem[:2])
+        results = flash_forward_backward(*problem, backend=backend)
     return {name: x.cpu() for name, x in results.items()}
 
 
@@ -230,7 +235,5 @@ def check(case, factor=2, lse_slack=0.0, backend=CPU):
     assert actual["lse"].dtype == FP32
     exact, plain = ({name: r[name] for name in actual} for r in expected(case))
     lse_slack += backend.lse_slack * largest_lse(exact["lse"])
-    slack = {"lse": lse_slack}
-    if backend.has_backward:
-        slack |= gradient_slack(tensors, options, dout, exact["out"])
+    slack = {"lse": lse_slack, **gradient_slack(tensors, options, dout, exact["out"])}
     assert_results_close(actual, exact, plain, slack, factor)

@@ -31,7 +31,7 @@ class Backend:
         default_factory=dict
     )  # of a case's fields, instead of CHOICES
     cache_choices: dict = dataclasses.field(default_factory=dict)  # the same of cache_cases
-    has_backward: bool = True
+    without_gradient: tuple = ()  # names of tensors
     lse_slack: float = 0.0  # of the exponent function, relative to the largest LSE
 
     def __str__(self):
@@ -72,7 +72,6 @@ CUDA = {
         ],
         "window_size": [(-1, -1), (-1, -1), (-1, -1), (0, 0), (16, 0), (-1, 7), (50, 30), (70, -1)],
         "softmax_scale": [None, None, None, 0.3, -0.4, 0.0],
-        "dlse": [False],
     },
     "cache_choices": {
         "dtype": [FP16, BF16],
@@ -82,7 +81,7 @@ CUDA = {
         "dims": [(64, 64), (128, 128), (40, 40), (192, 128), (256, 256), (17, 17), (96, 33)],
         "num_splits": [0, 0, 1, 3],
     },
-    "has_backward": False,
+    "without_gradient": ("attn_bias",),
     "lse_slack": 2e-6,
 }  # fmt: skip
 

@@ -95,12 +95,12 @@ def one_by_one(run, lengths, problem):
 
 
 def flash_varlen(lengths, tensors, options, dout, dlse, longest=None, backend=CPU):
-    """Forward and, if the backend has it, backward of the packed batch."""
+    """Forward and backward of the packed batch."""
     lengths_q, lengths_k = zip(*lengths)
     leaves = {"q": pack(tensors["q"], lengths_q)}
     leaves |= {n: pack(tensors[n], lengths_k) for n in "kv"}
     leaves |= {n: tensors[n] for n in ("s_aux", "attn_bias") if n in tensors}
-    leaves = {n: t.detach().requires_grad_(backend.has_backward) for n, t in leaves.items()}
+    leaves = attention_cases.as_leaves(leaves, backend)
     longest = longest or (max(lengths_q), max(lengths_k))
     out, lse, _ = flash_attn_varlen_func(
         leaves["q"],
@@ -114,15 +114,11 @@ def flash_varlen(lengths, tensors, options, dout, dlse, longest=None, backend=CP
         return_attn_probs=True,
     )
     results = {"out": out.detach(), "lse": lse.detach()[:, :-TAIL]}
-    if not backend.has_backward:
-        return results
     outputs, grads = [out], [pack(dout, lengths_q)]
     if dlse is not None:
         outputs.append(lse)
         grads.append(pack_lse(dlse, lengths_q))
-    wanted = torch.autograd.grad(outputs, list(leaves.values()), grads)
-    gradients = {f"d{n}": g for n, g in zip(leaves, wanted)}
-    return {**results, **gradients}
+    return {**results, **attention_cases.gradients_of(outputs, leaves, grads)}
 
 
 def sampled_lengths(case, seed):
