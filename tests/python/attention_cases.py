@@ -175,27 +175,13 @@ def expected(case):
     return exact, plain
 
 
-def as_leaves(tensors, backend=CPU):
-    """Tensors that record a gradient, where the backend has one of them."""
-    return {
-        name: x.detach().requires_grad_(name not in backend.without_gradient)
-        for name, x in tensors.items()
-    }
-
-
-def gradients_of(outputs, leaves, cotangents):
-    """``{"dq", ..}`` of the leaves that record a gradient."""
-    leaves = {name: x for name, x in leaves.items() if x.requires_grad}
-    wanted = torch.autograd.grad(outputs, list(leaves.values()), cotangents)
-    return {f"d{name}": gradient for name, gradient in zip(leaves, wanted)}
-
-
-def flash_forward_backward(tensors, options, dout, dlse=None, backend=CPU, **more):
+def flash_forward_backward(tensors, options, dout, dlse=None, **more):
     """The library's counterpart of ``attention_and_gradients``."""
-    leaves = as_leaves(tensors, backend)
+    leaves = {n: t.detach().requires_grad_() for n, t in tensors.items()}
     out, lse, _ = flash_attn_func(**leaves, **options, **more, return_attn_probs=True)
     outputs, grads = ([out], [dout]) if dlse is None else ([out, lse], [dout, dlse])
-    gradients = gradients_of(outputs, leaves, grads)
+    wanted = torch.autograd.grad(outputs, list(leaves.values()), grads)
+    gradients = {f"d{n}": g for n, g in zip(leaves, wanted)}
     return {"out": out.detach(), "lse": lse.detach(), **gradients}
 
 
@@ -217,7 +203,7 @@ def run(case, backend):
     """What ``backend`` makes of a case: out, lse and the gradients."""
     problem = tree_map(backend.here, make_tensors(case))
     with backend.calls(case.seed):
-        results = flash_forward_backward(*problem, backend=backend)
+        results = flash_forward_backward(*problem)
     return {name: x.cpu() for name, x in results.items()}
 
 

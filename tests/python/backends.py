@@ -31,7 +31,6 @@ class Backend:
         default_factory=dict
     )  # of a case's fields, instead of CHOICES
     cache_choices: dict = dataclasses.field(default_factory=dict)  # the same of cache_cases
-    without_gradient: tuple = ()  # names of tensors
     lse_slack: float = 0.0  # of the exponent function, relative to the largest LSE
 
     def __str__(self):
@@ -81,7 +80,6 @@ CUDA = {
         "dims": [(64, 64), (128, 128), (40, 40), (192, 128), (256, 256), (17, 17), (96, 33)],
         "num_splits": [0, 0, 1, 3],
     },
-    "without_gradient": ("attn_bias",),
     "lse_slack": 2e-6,
 }  # fmt: skip
 

@@ -54,7 +54,7 @@ for _name in ("d128_masked_n128", "d256_masked_n64"):
 
 
 def differentiate(case, **more):
-    return flash_forward_backward(*make_tensors(case), backend=EMULATOR, **more)
+    return flash_forward_backward(*make_tensors(case), **more)
 
 
 def assert_equal(actual, expected):
@@ -239,12 +239,9 @@ def test_packed_equals_each_sequence_alone(case):
     lengths = sampled_lengths(case, case.seed)
     problem = make_tensors(case)
 
-    def dense(*problem):
-        return flash_forward_backward(*problem, backend=EMULATOR)
-
     with EMULATOR.calls(case.seed):
-        together = flash_varlen(lengths, *problem, backend=EMULATOR)
-        alone = one_by_one(dense, lengths, problem)
+        together = flash_varlen(lengths, *problem)
+        alone = one_by_one(flash_forward_backward, lengths, problem)
     for name in ("out", "lse", *GRADIENTS):
         assert torch.equal(together[name], alone[name]), name
 
