@@ -1,5 +1,6 @@
 // CTAs of the backward on a GPU of so many slots: which start in the order of their numbers, and
-// wait for their turns at blocks of dQ (common/bwd_schedule.h).
+// wait for their turns at blocks of dQ (common/bwd_schedule.h). A CTA visits a block for all query
+// heads of its group, then the next block.
 #pragma once
 
 #include <algorithm>
@@ -18,14 +19,12 @@ struct BwdWork {
   int heads_k;  // of all sequences
   int heads;    // query heads of each
 
-  int key_blocks() const {
-    return (schedule.mask.seqlen_k + schedule.n - 1) / schedule.n;
-  }
+  int key_blocks() const { return (schedule.mask.seqlen_k + schedule.n - 1) / schedule.n; }
   int query_blocks() const { return (schedule.mask.seqlen_q + schedule.m - 1) / schedule.m; }
 };
 
 struct BwdSimulation {
-  double time;    // at which the last CTA ends, in visits; of no meaning if one does not
+  double time;     // at which the last CTA ends, in visits; of no meaning if one does not
   bool has_ended;  // all CTAs
 };
 
@@ -121,11 +120,11 @@ class BwdSimulator {
     Block& block = block_of(cta);
     ++block.added;
     for (const int waiting : std::exchange(block.waiting, {})) begin_add(waiting, event.time);
-    if (++cta.step == plans_[cta.key_block].visits.count()) {
-      cta.step = 0;
-      ++cta.head;
+    if (++cta.head == work_.heads) {
+      cta.head = 0;
+      ++cta.step;
     }
-    if (cta.head < work_.heads) {
+    if (cta.step < plans_[cta.key_block].visits.count()) {
       events_.push({event.time + 1. - add_, event.cta, false});
       return;
     }
