@@ -31,7 +31,6 @@ class Backend:
         default_factory=dict
     )  # of a case's fields, instead of CHOICES
     cache_choices: dict = dataclasses.field(default_factory=dict)  # the same of cache_cases
-    has_backward: bool = True
     dtype: torch.dtype = FP32  # of small inputs
     lse_slack: float = 0.0  # of the exponent function, relative to the largest LSE
 
@@ -48,8 +47,8 @@ class Backend:
 
     @property
     def inputs(self):
-        """What small_cases makes for it: a dtype that it has, gradients if it has a backward."""
-        return {"dtype": self.dtype, "grad": self.has_backward}
+        """What small_cases makes for it, of a dtype that it has."""
+        return {"dtype": self.dtype, "grad": True}
 
 
 class EmulatedBackend(Backend):
@@ -79,7 +78,6 @@ CUDA = {
         ],
         "window_size": [(-1, -1), (-1, -1), (-1, -1), (0, 0), (16, 0), (-1, 7), (50, 30), (70, -1)],
         "softmax_scale": [None, None, None, 0.3, -0.4, 0.0],
-        "dlse": [False],
     },
     "cache_choices": {
         "dtype": [FP16, BF16],
@@ -91,7 +89,6 @@ CUDA = {
         ],
         "num_splits": [0, 0, 1, 3],
     },
-    "has_backward": False,
     "dtype": FP16,
     "lse_slack": 2e-6,
 }  # fmt: skip

@@ -591,7 +591,7 @@ def for_random_calls(check, count):
 @on_each_backend
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: entry.name)
 def test_unbroken_calls_succeed(entry, backend):
-    """But for what the backend lacks, of which fp32 and the backward are parts."""
+    """But for what the backend lacks, of which fp32 is a part."""
 
     def check(r):
         error = check_call(entry, entry.draw(r), backend)

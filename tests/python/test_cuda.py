@@ -249,14 +249,18 @@ def _lacking(name):
         "head dimension of v 520 (at most 512)": lambda: flash_attn_func(
             *[torch.ones(1, 8, 1, 520, dtype=BF16)] * 3
         ),
-        "the backward pass": lambda: flash_attn_func(q.requires_grad_(), k, v).sum().backward(),
+        "head dimension 264 (at most 256)": lambda: (
+            flash_attn_func(*[torch.ones(1, 8, 1, 264, dtype=BF16, requires_grad=True)] * 3)
+            .sum()
+            .backward()
+        ),
     }
     return calls[name]
 
 
 @needs_emulator
 @pytest.mark.parametrize(
-    "feature", ["fp32", "head dimension of v 520 (at most 512)", "the backward pass"]
+    "feature", ["fp32", "head dimension of v 520 (at most 512)", "head dimension 264 (at most 256)"]
 )
 def test_what_is_missing_is_named(feature):
     call = _lacking(feature)

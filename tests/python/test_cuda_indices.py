@@ -6,8 +6,8 @@ from __future__ import annotations
 import pytest
 from backends import needs_emulator
 from scripts import report_of_emulated_driver
+from unchecked_indices import OVERLAPPING, cases
 from unchecked_indices import __file__ as SCRIPT
-from unchecked_indices import cases
 
 pytestmark = needs_emulator
 
@@ -39,3 +39,12 @@ def test_sequences_that_overlap(report):
     assert first == [0, ""]
     assert second[0] == 1
     assert "in cu_seqlens_q: " in second[1]
+
+
+@pytest.mark.parametrize(("tensor", "entries"), OVERLAPPING)
+def test_sequences_that_overlap_in_the_backward(report, tensor, entries):
+    """No CTA waits for one that does not come."""
+    first, second = report[f"overlapping_bwd-{tensor}={entries}"]
+    assert first == [0, ""]
+    assert second[0] == 1
+    assert f"in {tensor}: " in second[1]

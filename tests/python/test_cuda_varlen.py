@@ -14,13 +14,10 @@ from test_varlen import (
     check_paged,
     check_used_keys,
     flash_varlen,
-    one_by_one,
-    sampled_lengths,
     varlen_cases,
 )
 
 import flash_attn
-from flash_attn import flash_attn_func
 
 pytestmark = needs_emulator
 
@@ -34,22 +31,6 @@ def test_feature_product(case):
 @pytest.mark.parametrize("case", varlen_cases(300, seed=5, backend=EMULATOR), ids=str)
 def test_feature_product_at_length(case):
     check(case, SWEEP_FACTOR, backend=EMULATOR)
-
-
-def forward(tensors, options, *_):
-    out, lse, _ = flash_attn_func(**tensors, **options, return_attn_probs=True)
-    return {"out": out, "lse": lse}
-
-
-@pytest.mark.parametrize("case", varlen_cases(12, seed=6, backend=EMULATOR), ids=str)
-def test_equals_each_sequence_alone(case):
-    """Bitwise."""
-    lengths = sampled_lengths(case, case.seed)
-    problem = make_tensors(case)
-    with EMULATOR.calls(case.seed):
-        together = flash_varlen(lengths, *problem, backend=EMULATOR)
-        alone = one_by_one(forward, lengths, problem)
-    assert all(torch.equal(together[name], alone[name]) for name in together)
 
 
 @pytest.mark.parametrize("dtype", [FP16, BF16])
@@ -73,8 +54,8 @@ def test_rows_of_no_sequence(dtype, rows):
 def test_no_tokens_at_all():
     case = Case(dtype=BF16, batch=2, seqlens=(4, 4), heads=(2, 1))
     with flash_attn.emulator():
-        none = flash_varlen([(0, 0), (0, 0)], *make_tensors(case), backend=EMULATOR)
-        no_keys = flash_varlen([(4, 0), (3, 0)], *make_tensors(case), backend=EMULATOR)
+        none = flash_varlen([(0, 0), (0, 0)], *make_tensors(case))
+        no_keys = flash_varlen([(4, 0), (3, 0)], *make_tensors(case))
     assert none["out"].shape[0] == TAIL and (none["out"] == 0).all()
     assert (no_keys["out"] == 0).all()
     assert (no_keys["lse"] == INF).all()

@@ -81,7 +81,6 @@ COMPILED = {
 
 
 def compare_compiled(name, compiler, backend=CPU, **options):
-    """Results, and gradients where the backend of attention has them."""
     function, make_inputs = COMPILED[name]
 
     def surrounded(*inputs):  # operations before and after, which the compiler may fuse
@@ -95,8 +94,7 @@ def compare_compiled(name, compiler, backend=CPU, **options):
         torch.manual_seed(3)
         with backend.calls():
             outputs = run(*inputs)
-        gradients = grads_of(outputs, inputs) if backend.has_backward else ()
-        results.append((*outputs, *gradients))
+            results.append((*outputs, *grads_of(outputs, inputs)))
     assert_all_close(results[1], results[0])
 
 

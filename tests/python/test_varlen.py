@@ -95,13 +95,13 @@ def one_by_one(run, lengths, problem):
 
 
 def flash_varlen(lengths, tensors, options, dout, dlse, longest=None, backend=CPU):
-    """Forward and, if the backend has it, backward of the packed batch."""
+    """Forward and backward of the packed batch."""
     lengths_q, lengths_k = zip(*lengths)
     leaves = {"q": pack(tensors["q"], lengths_q)}
     leaves |= {n: pack(tensors[n], lengths_k) for n in "kv"}
     leaves |= {n: tensors[n] for n in ("s_aux", "attn_bias") if n in tensors}
-    here, has_backward = backend.here, backend.has_backward
-    leaves = {n: here(t).detach().requires_grad_(has_backward) for n, t in leaves.items()}
+    here = backend.here
+    leaves = {n: here(t).detach().requires_grad_() for n, t in leaves.items()}
     longest = longest or (max(lengths_q), max(lengths_k))
     out, lse, _ = flash_attn_varlen_func(
         leaves["q"],
@@ -115,14 +115,12 @@ def flash_varlen(lengths, tensors, options, dout, dlse, longest=None, backend=CP
         return_attn_probs=True,
     )
     results = {"out": out.detach().cpu(), "lse": lse.detach()[:, :-TAIL].cpu()}
-    if not backend.has_backward:
-        return results
-    outputs, grads = [out], [pack(dout, lengths_q)]
+    outputs, grads = [out], [here(pack(dout, lengths_q))]
     if dlse is not None:
         outputs.append(lse)
-        grads.append(pack_lse(dlse, lengths_q))
+        grads.append(here(pack_lse(dlse, lengths_q)))
     wanted = torch.autograd.grad(outputs, list(leaves.values()), grads)
-    gradients = {f"d{n}": g for n, g in zip(leaves, wanted)}
+    gradients = {f"d{n}": g.cpu() for n, g in zip(leaves, wanted)}
     return {**results, **gradients}
 
 

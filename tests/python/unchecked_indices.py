@@ -61,6 +61,15 @@ class Forward(ctypes.Structure):
     ]  # fmt: skip
 
 
+class Backward(ctypes.Structure):
+    _fields_ = [
+        *tensors("dout q k v out softmax_lse dq dk dv softmax_d dlse ds_aux dattn_bias"),
+        ("score", Score), ("p_dropout", c_double), *tensors("rng_state"),
+        ("deterministic", c_int32), *tensors("cu_seqlens_q cu_seqlens_k"),
+        ("max_seqlen_q", c_int64), ("max_seqlen_k", c_int64), ("zero_tensors", c_int32), *RUN,
+    ]  # fmt: skip
+
+
 class Cache(ctypes.Structure):
     _fields_ = [
         *tensors("q k_cache v_cache k v out softmax_lse"), ("score", Score),
@@ -202,6 +211,39 @@ class VarlenCall:
         return []
 
 
+class BackwardCall:
+    """Packed sequences of 5, 0 and 150 queries over 30, 20 and 300 keys, which several CTAs
+    share; 5 rows of none."""
+
+    function, arguments = "flash_attn_mha_varlen_bwd", Backward
+    written = ("dq", "dk", "dv", "softmax_d")
+
+    def __init__(self):
+        self.scalars = {"max_seqlen_q": 150, "max_seqlen_k": 300}
+        self.tensors = {
+            "cu_seqlens_q": int32(0, 5, 5, 155),
+            "cu_seqlens_k": int32(0, 30, 50, 350),
+            "q": normal(160, 2, 64),
+            "k": normal(350, 1, 64),
+            "v": normal(350, 1, 64),
+            "out": normal(160, 2, 64),
+            "dout": normal(160, 2, 64),
+            "softmax_lse": torch.full((2, 160), 5.0),
+            "dq": torch.zeros(160, 2, 64, dtype=torch.float16),
+            "dk": torch.zeros(350, 1, 64, dtype=torch.float16),
+            "dv": torch.zeros(350, 1, 64, dtype=torch.float16),
+            "softmax_d": torch.zeros(2, 160 + 3 * 128),
+        }
+
+    def of_sequence(self, results, i):
+        rows = slice(*((0, 5), (5, 5), (5, 155))[i])
+        keys = slice(*((0, 30), (30, 50), (50, 350))[i])
+        return [results["dq"][rows], results["dk"][keys], results["dv"][keys]]
+
+    def others(self, results, sequences):
+        return []
+
+
 CALLS = {
     "kvcache": lambda: KvcacheCall(False, 70),
     "paged_kvcache": lambda: KvcacheCall(True, 70),
@@ -219,6 +261,7 @@ CALLS = {
     # Few queries of sequences that might be long.
     "packed_decode": lambda: VarlenCall(False, longest=(7, 600)),
     "paged_packed_decode": lambda: VarlenCall(True, longest=(7, 600)),
+    "varlen_bwd": BackwardCall,
 }
 
 
@@ -239,6 +282,13 @@ MALFORMED = [
     ("varlen varlen_dropout", "cu_seqlens_q", (3,), outside(81), [2]),
     ("long_varlen", "cu_seqlens_q", (3,), outside(311), [2]),
     ("packed_decode", "cu_seqlens_q", (3,), outside(18), [2]),
+    ("varlen_bwd", "cu_seqlens_q", (0,), outside(1), [0]),
+    ("varlen_bwd", "cu_seqlens_q", (1,), outside(), [0, 1]),
+    ("varlen_bwd", "cu_seqlens_q", (2,), (-1, 4, INT32_MAX), [1, 2]),
+    ("varlen_bwd", "cu_seqlens_q", (3,), (161, INT32_MAX), [2]),
+    ("varlen_bwd", "cu_seqlens_k", (0,), outside(1), [0]),
+    ("varlen_bwd", "cu_seqlens_k", (2,), outside(), [1, 2]),
+    ("varlen_bwd", "cu_seqlens_k", (3,), (351, INT32_MAX), [2]),
     ("varlen packed_decode", "cu_seqlens_q", (1,), outside(), [0, 1]),
     ("varlen packed_decode", "cu_seqlens_q", (2,), outside(4), [1, 2]),
     ("varlen paged_varlen packed_decode", "cu_seqlens_k", (0,), outside(1), [0]),
@@ -249,6 +299,17 @@ MALFORMED = [
     ("paged_varlen paged_varlen_dropout paged_packed_decode", "block_table", (2, 3),
      outside(12), [2]),
 ]  # fmt: skip
+
+
+# Of the backward: sequences that overlap, more of their blocks than there is room for.
+OVERLAPPING = [
+    ("cu_seqlens_q", (0, 150, 5, 155)),
+    ("cu_seqlens_q", (0, 155, 0, 155)),
+    ("cu_seqlens_q", (5, 155, 5, 0)),
+    ("cu_seqlens_k", (0, 300, 50, 350)),
+    ("cu_seqlens_k", (0, 350, 50, 350)),
+    ("cu_seqlens_k", (350, 50, 350, 0)),
+]
 
 
 def cases():
@@ -352,6 +413,11 @@ def main():
     call = CALLS["varlen"]()
     call.tensors["cu_seqlens_q"] = int32(0, 70, 5, 75)
     report["overlapping"] = [runner.run(call)[:2], runner.run(CALLS["varlen"]())[:2]]
+    for tensor, entries in OVERLAPPING:
+        call = CALLS["varlen_bwd"]()
+        call.tensors[tensor] = int32(*entries)
+        results = [runner.run(call)[:2], runner.run(CALLS["varlen_bwd"]())[:2]]
+        report[f"overlapping_bwd-{tensor}={entries}"] = results
     print(json.dumps(report))
 
 

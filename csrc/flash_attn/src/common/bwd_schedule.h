@@ -2,12 +2,16 @@
 // and in which order they add to a block's dQ: pure functions of the mask and the numbers of
 // blocks.
 //
-// Key blocks form groups of `group` neighbours. A key block visits the query blocks that see it in
-// ascending order, from one of its own on and around: at its step t the members of a group are at
-// different blocks, so that nobody waits for a turn. To a query block's dQ the groups add in
-// ascending order, the members of a group in that of their steps, and of their numbers where these
-// are equal. Any wait is for a lower group or, within a group, for an earlier step, so all of them
-// end if the members of a group run at the same time and groups start in ascending order.
+// A key block visits the query blocks that see it in descending order. CTAs start in ascending
+// order of their key blocks, and add to a query block's dQ in the same order: those before have
+// passed the block already, or are a turn ahead, under any mask. Any wait is for a lower key block,
+// so all of them end, however few run at the same time.
+//
+// Where all CTAs of a head run at the same time and see the same queries, they start at different
+// blocks instead and go on around, so that nobody waits for the first turns: key blocks form groups
+// of `group` neighbours. To a query block's dQ the groups add in ascending order, the members of a
+// group in that of their steps, and of their numbers where these are equal. Then a wait may be for
+// an earlier step of any member, and the members have to run at the same time.
 #pragma once
 
 #include "common/block_range.h"
@@ -15,18 +19,18 @@
 
 namespace flash {
 
-// Query blocks [begin, end), from `start` on and around.
+// Query blocks [begin, end), from `start` down and around.
 struct QueryBlocks {
   int begin, end, start;
 
   FLASH_INLINE int count() const { return end - begin; }
   // The block that is visited at a step 0..count() - 1, and the step at which a block is.
   FLASH_INLINE int at(int step) const {
-    const int block = start + step;
-    return block < end ? block : block - count();
+    const int block = start - step;
+    return block >= begin ? block : block + count();
   }
   FLASH_INLINE int step_of(int block) const {
-    return block >= start ? block - start : block - start + count();
+    return block <= start ? start - block : start - block + count();
   }
   FLASH_INLINE bool contains(int block) const { return begin <= block && block < end; }
 };
@@ -54,11 +58,7 @@ struct BwdSchedule {
     const QueryRange queries = mask.queries(key_block * n, key_block * n + n - 1);
     if (queries.end <= queries.begin) return {0, 0, 0};
     QueryBlocks blocks{queries.begin / m, (queries.end + m - 1) / m, 0};
-    // Under a causal mask the members' first blocks differ already.
-    const int rank = key_block - first_of_group(key_block);
-    const int first = mask.queries(first_of_group(key_block) * n, key_block * n - 1).begin / m;
-    const int ahead = rank == 0 ? 0 : rank - (blocks.begin - first);
-    blocks.start = blocks.begin + (ahead <= 0 ? 0 : ahead % blocks.count());
+    blocks.start = blocks.end - 1 - (key_block - first_of_group(key_block)) % blocks.count();
     return blocks;
   }
 
@@ -84,5 +84,13 @@ struct BwdSchedule {
     return turn;
   }
 };
+
+// Key blocks of a group, for `heads` of `key_blocks` each on a GPU that runs `slots` CTAs at a
+// time. What it costs is simulated in tests/cpp/test_bwd_schedule.cpp.
+FLASH_INLINE int bwd_group(const Mask& mask, int64_t heads, int64_t key_blocks, int64_t slots) {
+  const bool is_full = mask.left < 0 && mask.right < 0;
+  return is_full && key_blocks > 0 && heads * key_blocks <= slots ? static_cast<int>(key_blocks)
+                                                                  : 1;
+}
 
 }  // namespace flash

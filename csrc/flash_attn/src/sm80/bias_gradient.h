@@ -60,7 +60,7 @@ FLASH_DEVICE void add_slopes(typename WarpTile<C>::Scores& sums, uint32_t smem, 
   ptx::cp_async_commit_group();
   ptx::cp_async_wait_group<0>();
   __syncthreads();
-  BwdScores<C> scores(smem, stage, this_warp(), this_lane());
+  BwdScores<C> scores(smem, stage, this_warp<C>(), this_lane<C>());
   scores.template modify<false>(stage, p, launch, here, queries);
   scores.softmax_bwd_step(launch, here, queries, false,
                           [&](int m, int n, int half, const float*, const float* slope) {
@@ -126,10 +126,10 @@ FLASH_DEVICE void bias_gradient(const BwdParams& p, const BwdLaunch& launch) {
   }
 
   static_assert(sizeof(float) * kM * kN <= offsetof(Plan, tile));
-  const ScoreTile<C> part(this_warp());
+  const ScoreTile<C> part(this_warp<C>());
   auto* block = reinterpret_cast<float*>(memory);
   for_each<C>(sums, [&](float x, int m, int n, int i) {
-    const ptx::Element at = ptx::accumulator_element(this_lane(), i);
+    const ptx::Element at = ptx::accumulator_element(this_lane<C>(), i);
     block[(part.row + m * 16 + at.row) * kN + part.key + n * 8 + at.col] = x;
   });
   __syncthreads();

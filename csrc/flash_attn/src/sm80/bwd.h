@@ -130,9 +130,9 @@ FLASH_DEVICE void store_dq(const typename BwdWarps<C>::QueryGradient& rdQ, const
                            const BwdLaunch& launch, const KeyTile& here,
                            const QueryBlock& queries) {
   using Warps = BwdWarps<C>;
-  const int warp = this_warp();
+  const int warp = this_warp<C>();
   static_for<Warps::kRows / 8>([&](auto i) {
-    const ptx::Element first = ptx::accumulator_element(this_lane(), 2 * (i % 2));
+    const ptx::Element first = ptx::accumulator_element(this_lane<C>(), 2 * (i % 2));
     const int row = queries.block * C.tile().m + Warps::row(warp, i / 2) + first.row;
     if (row >= here.seq.seqlen_q) return;
     char* dq = operand_row(p.dq, C.dtype, here.seq.batch, here.seq.q_row + row, queries.head);
@@ -155,8 +155,8 @@ FLASH_DEVICE Turn turn_at(const BwdLaunch& launch, const KeyTile& here, const Qu
       .turn(here.key_block, queries.block, step, [&](int first, int end, const auto& holds) {
         int count = 0;
         for (; first < end; first += 32)
-          count += __popc(
-              __ballot_sync(0xffffffffu, first + this_lane() < end && holds(first + this_lane())));
+          count += __popc(__ballot_sync(
+              0xffffffffu, first + this_lane<C>() < end && holds(first + this_lane<C>())));
         return count;
       });
 }
@@ -170,10 +170,11 @@ FLASH_DEVICE void add_dq(typename BwdWarps<C>::QueryGradient& rdQ, const BwdPara
   constexpr int kM = sizeof(rdQ) / sizeof(rdQ[0]), kN = sizeof(rdQ[0]) / sizeof(rdQ[0][0]);
   const int64_t index =
       (here.first_q_block + int64_t{queries.head} * launch.q_blocks + queries.block) * kWarps +
-      this_warp();
-  float4* sums = reinterpret_cast<float4*>(launch.dq_sums) + index * (kM * kN * 32) + this_lane();
+      this_warp<C>();
+  float4* sums =
+      reinterpret_cast<float4*>(launch.dq_sums) + index * (kM * kN * 32) + this_lane<C>();
   if (turn.before > 0) {
-    if (this_lane() == 0)
+    if (this_lane<C>() == 0)
       while (ptx::load_acquire(launch.turns + index) != static_cast<uint32_t>(turn.before)) {
       }
     __syncwarp();
@@ -195,7 +196,7 @@ FLASH_DEVICE void add_dq(typename BwdWarps<C>::QueryGradient& rdQ, const BwdPara
     for (int n = 0; n < kN; ++n)
       sums[(m * kN + n) * 32] = float4{rdQ[m][n][0], rdQ[m][n][1], rdQ[m][n][2], rdQ[m][n][3]};
   __syncwarp();
-  if (this_lane() == 0)
+  if (this_lane<C>() == 0)
     ptx::store_release(launch.turns + index, static_cast<uint32_t>(turn.before + 1));
   __syncwarp();
 }
@@ -226,9 +227,9 @@ FLASH_DEVICE void epilogue(uint32_t smem, const typename BwdWarps<C>::KeyGradien
   using Plan = BwdSmemPlan<C>;
   const uint32_t sdK = smem + offsetof(Plan, k), sdV = smem + offsetof(Plan, v);
   __syncthreads();
-  stage_gradient<C>(sdK, rdK, p.scale_softmax, this_warp(), this_lane());
+  stage_gradient<C>(sdK, rdK, p.scale_softmax, this_warp<C>(), this_lane<C>());
   stage_gradient<C>(sdV, rdV, C.scores == ScoreClass::kModified ? launch.dropout.rescale : 1.f,
-                    this_warp(), this_lane());
+                    this_warp<C>(), this_lane<C>());
   __syncthreads();
   const auto store = [&](uint32_t tile, const Operand& x, bool aligned, int64_t head_dim) {
     store_rows<typename Plan::K, C.threads()>(

@@ -137,9 +137,9 @@ FLASH_DEVICE void add_keys(typename BwdWarps<C>::KeyGradient& r, uint32_t scores
                            const KeyTile& here, const QueryBlock& queries, bool by_element) {
   using Plan = BwdSmemPlan<C>;
   using Warps = BwdWarps<C>;
-  const int warp = this_warp();  // by all lanes: a shuffle
-  if (!by_element) return gemm_of_keys<C>(r, scores, rows, warp, this_lane());
-  const ptx::Element first = ptx::accumulator_element(this_lane(), 0);
+  const int warp = this_warp<C>();  // by all lanes: a shuffle
+  if (!by_element) return gemm_of_keys<C>(r, scores, rows, warp, this_lane<C>());
+  const ptx::Element first = ptx::accumulator_element(this_lane<C>(), 0);
   multiply_by_element<C.dtype>(
       r, C.tile().m, [&](int i) { return Warps::key(warp, i / 2) + i % 2 * 8 + first.row; },
       [&](int key, int row) { return sees<C>(here, queries, row, key); },
@@ -157,9 +157,9 @@ FLASH_DEVICE void multiply_queries(typename BwdWarps<C>::QueryGradient& r, uint3
   using Plan = BwdSmemPlan<C>;
   using Warps = BwdWarps<C>;
   clear(r);
-  const int warp = this_warp();
-  if (!by_element) return gemm_of_queries<C>(r, scores, keys, warp, this_lane());
-  const ptx::Element first = ptx::accumulator_element(this_lane(), 0);
+  const int warp = this_warp<C>();
+  if (!by_element) return gemm_of_queries<C>(r, scores, keys, warp, this_lane<C>());
+  const ptx::Element first = ptx::accumulator_element(this_lane<C>(), 0);
   multiply_by_element<C.dtype>(
       r, C.tile().n, [&](int i) { return Warps::row(warp, i / 2) + i % 2 * 8 + first.row; },
       [&](int row, int key) { return sees<C>(here, queries, row, key); },

@@ -15,11 +15,21 @@ struct QueryBlock {
   int head, block;
 };
 
-// This thread's place in its CTA; read anew rather than kept. this_warp() is a shuffle: where all
-// lanes come.
-FLASH_DEVICE int this_lane() { return ptx::read_tid_x() & 31; }
+// This thread's place in its CTA. Where registers are short it is read anew each time, and what is
+// computed from it is too. this_warp() is a shuffle: where all lanes come.
+template <BwdConfig C>
+FLASH_DEVICE int this_thread() {
+  if constexpr (C.head_dim <= 64 && C.scores != ScoreClass::kModified)
+    return static_cast<int>(threadIdx.x);
+  return ptx::read_tid_x();
+}
+template <BwdConfig C>
+FLASH_DEVICE int this_lane() {
+  return this_thread<C>() & 31;
+}
+template <BwdConfig C>
 FLASH_DEVICE int this_warp() {
-  return __shfl_sync(0xffffffffu, ptx::read_tid_x() >> 5, 0);  // which is known to be uniform
+  return __shfl_sync(0xffffffffu, this_thread<C>() >> 5, 0);  // which is known to be uniform
 }
 
 // Fetches a block's Q, dO, lse and delta.

@@ -77,7 +77,7 @@ struct BwdScores {
   FLASH_DEVICE void modify(uint32_t stage, const BwdParams& p, const BwdLaunch& launch,
                            const KeyTile& here, const QueryBlock& queries) {
     RowValues<C> delta;
-    load_rows<C>(delta, stage + offsetof(Stage, delta), part, this_lane());
+    load_rows<C>(delta, stage + offsetof(Stage, delta), part, this_lane<C>());
     if constexpr (C.scores == ScoreClass::kModified) drop_dp(p, launch, here, queries);
     for_each<C>(dp, [&](float& x, int m, int, int i) { x -= delta[m][i / 2]; });
     if constexpr (C.scores == ScoreClass::kModified) {
@@ -103,7 +103,7 @@ struct BwdScores {
       step(launch.scale_log2, emit, [](int, int) { return [](int) { return true; }; });
       return;
     }
-    const ptx::Element first = ptx::accumulator_element(this_lane(), 0);
+    const ptx::Element first = ptx::accumulator_element(this_lane<C>(), 0);
     const int row = first_row(queries) + first.row, key = first_key(here) + first.col;
     step(launch.scale_log2, emit, [&](int m, int half) {
       const int query = row + m * 16 + half * 8;
@@ -184,7 +184,7 @@ FLASH_DEVICE void recompute(uint32_t smem, uint32_t stage, const BwdParams& p,
                             bool is_full) {
   using W = WarpTile<C>;
   using Plan = BwdSmemPlan<C>;
-  BwdScores<C> scores(smem, stage, this_warp(), this_lane());
+  BwdScores<C> scores(smem, stage, this_warp<C>(), this_lane<C>());
   scores.template modify<true>(stage, p, launch, here, queries);
   typename W::Probabilities rP, rdS;
   scores.softmax_bwd_step(launch, here, queries, is_full,
@@ -195,7 +195,7 @@ FLASH_DEVICE void recompute(uint32_t smem, uint32_t stage, const BwdParams& p,
   if constexpr (C.scores == ScoreClass::kModified) {
     if (launch.dropout.enabled) drop<C>(rP, scores.kept);
   }
-  const uint32_t first = score_address(smem + offsetof(Plan, p), scores.part, this_lane());
+  const uint32_t first = score_address(smem + offsetof(Plan, p), scores.part, this_lane<C>());
   store_scores<C>(first, rP);
   store_scores<C>(first + (offsetof(Plan, ds) - offsetof(Plan, p)), rdS);
 }

@@ -5,6 +5,7 @@
 #include <span>
 
 #include "base/cuda_driver/device.h"
+#include "common/bwd_schedule.h"
 #include "sm80/bwd_params.h"
 #include "sm80/kernel_list.h"
 #include "sm80/launch.h"
@@ -72,10 +73,20 @@ bool is_aligned_to_pairs(const Operand& x) {
   return aligned;
 }
 
-BwdLaunch plan(const Flash_bwd_params& p, const Cut& c, const BwdTile& tile) {
+int blocks_of_group(const Flash_bwd_params& p, const Cut& c, const BwdKernel& kernel) {
+  if (c.is_packed) return 1;  // CTAs of a head are not neighbours
+  const Mask mask{static_cast<int>(p.seqlen_q), static_cast<int>(p.seqlen_k), p.window_left,
+                  p.window_right};
+  return bwd_group(mask, c.heads_k, c.key_blocks,
+                   p.target.device->cta_slots(kernel.tile.ctas_per_sm, kernel.shared_bytes));
+}
+
+BwdLaunch plan(const Flash_bwd_params& p, const Cut& c, const BwdKernel& kernel) {
+  const BwdTile& tile = kernel.tile;
   BwdLaunch launch{};
-  launch.blocks_of_group = 1;
-  launch.scheduler = {static_cast<int>(c.key_blocks), static_cast<int>(c.heads_k),
+  launch.blocks_of_group = blocks_of_group(p, c, kernel);
+  const int64_t groups = (c.key_blocks + launch.blocks_of_group - 1) / launch.blocks_of_group;
+  launch.scheduler = {static_cast<int>(groups), static_cast<int>(c.heads_k),
                       static_cast<int>(c.heads_k)};
   launch.heads_k = static_cast<int>(p.h_k);
   launch.group = static_cast<int>(p.h / p.h_k);
@@ -133,7 +144,7 @@ void store_bias_gradient(const Flash_bwd_params& p, BwdParams& params) {
   const int64_t ctas =
       x.b * x.h * ((x.rows + tile.m - 1) / tile.m) * ((x.cols + tile.n - 1) / tile.n);
   require(ctas <= std::numeric_limits<int>::max(), "attn_bias is too large");
-  BwdLaunch launch_plan = plan(p, cut(p, tile), tile);
+  BwdLaunch launch_plan = plan(p, cut(p, tile), kernel);
   if (ctas > 0) launch(kernel, ctas, params, launch_plan, p.target);
 }
 
@@ -154,7 +165,7 @@ void mha_bwd(const Flash_bwd_params& p) {
   const BwdKernel& kernel = choose(kBwdKernels, p);
   const Cut c = cut(p, kernel.tile);
   if (c.key_blocks * c.heads_k == 0) return;
-  BwdLaunch launch_plan = plan(p, c, kernel.tile);
+  BwdLaunch launch_plan = plan(p, c, kernel);
   if (launch_plan.turns != nullptr)
     p.target.device->clear(launch_plan.turns, turn_count(c, kernel.tile), p.target.stream);
   launch(kernel, launch_plan.scheduler.tiles() * launch_plan.blocks_of_group, params, launch_plan,
