@@ -11,7 +11,7 @@ import pytest
 HERE = Path(__file__).parent
 
 
-@pytest.mark.parametrize("case", ["sm80_fwd", "sm80_decode", "sm80_cache"])
+@pytest.mark.parametrize("case", ["sm80_fwd", "sm80_bwd", "sm80_decode", "sm80_cache"])
 def test_no_deletion_survives(case, emulator_library):
     tool = HERE.parent.parent / "tools" / "mutate.py"
     command = [sys.executable, str(tool), str(HERE / f"{case}.py"), "--library", emulator_library]
