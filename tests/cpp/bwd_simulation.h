@@ -33,8 +33,7 @@ class BwdSimulator {
   // `add`: of a visit, the part in which a CTA has its turn. `in_order`: whether it waits for it.
   BwdSimulator(const BwdWork& work, int slots, double add, bool in_order)
       : work_(work), add_(add), in_order_(in_order), free_slots_(slots) {
-    const int groups = (work.key_blocks() + work.schedule.group - 1) / work.schedule.group;
-    order_ = {groups, work.heads_k, work.heads_k};
+    order_ = {work.key_blocks(), work.heads_k, work.heads_k};
     blocks_.resize(static_cast<size_t>(work.heads_k) * work.heads * work.query_blocks());
     for (int block = 0; block < work.key_blocks(); ++block) plans_.push_back(plan(block));
   }
@@ -72,26 +71,18 @@ class BwdSimulator {
 
   Plan plan(int key_block) const {
     Plan plan{work_.schedule.visits(key_block), {}};
-    for (int step = 0; step < plan.visits.count(); ++step) {
-      const auto count = [](int first, int end, const auto& holds) {
-        int sum = 0;
-        for (; first < end; ++first) sum += holds(first);
-        return sum;
-      };
-      plan.before.push_back(
-          work_.schedule.turn(key_block, plan.visits.at(step), step, count).before);
-    }
+    for (int step = 0; step < plan.visits.count(); ++step)
+      plan.before.push_back(work_.schedule.turn(key_block, plan.visits.at(step)).before);
     return plan;
   }
 
-  int64_t cta_count() const { return order_.tiles() * work_.schedule.group; }
+  int64_t cta_count() const { return order_.tiles(); }
 
   void start_ctas(double time) {
     for (; free_slots_ > 0 && next_cta_ < cta_count(); ++next_cta_) {
-      const int group = work_.schedule.group;
-      const flash::Tile_coordinates tile = order_.tile(next_cta_ / group);
-      const int key_block = (order_.m_blocks - 1 - tile.m_block) * group + next_cta_ % group;
-      if (key_block >= work_.key_blocks() || plans_[key_block].visits.count() == 0) continue;
+      const flash::Tile_coordinates tile = order_.tile(next_cta_);
+      const int key_block = order_.m_blocks - 1 - tile.m_block;
+      if (plans_[key_block].visits.count() == 0) continue;
       ctas_.push_back({key_block, tile.batch_head, 0, 0});
       --free_slots_;
       ++running_;

@@ -45,13 +45,13 @@ template <class F>
 void for_small_schedules(F f) {
   for_small_masks([&](const Mask& mask) {
     for (const auto& [m, n] : std::vector<std::pair<int, int>>{{1, 1}, {2, 4}, {3, 2}, {4, 4}})
-      for (int group = 1; group <= 8; ++group) f(BwdSchedule{mask, m, n, group});
+      f(BwdSchedule{mask, m, n});
   });
 }
 
 std::string text_of(const BwdSchedule& s) {
-  return testing::PrintToString(std::vector<int64_t>{s.mask.seqlen_q, s.mask.seqlen_k, s.mask.left,
-                                                     s.mask.right, s.m, s.n, s.group});
+  return testing::PrintToString(
+      std::vector<int64_t>{s.mask.seqlen_q, s.mask.seqlen_k, s.mask.left, s.mask.right, s.m, s.n});
 }
 
 int blocks_of(int length, int size) { return (length + size - 1) / size; }
@@ -66,7 +66,7 @@ TEST(BwdMask, QueriesThatSeeKeys) {
           for (int j = first; j <= std::min(last, mask.seqlen_k - 1); ++j)
             is_seen |= sees(mask, i, j);
           ASSERT_EQ(range.begin <= i && i < range.end, is_seen)
-              << text_of({mask, 1, 1, 1}) << " keys " << first << ".." << last << " query " << i;
+              << text_of({mask, 1, 1}) << " keys " << first << ".." << last << " query " << i;
         }
       }
   });
@@ -78,7 +78,6 @@ TEST(BwdSchedule, EachVisiblePairOfBlocksIsVisitedOnce) {
       const flash::QueryBlocks visits = s.visits(keys);
       std::set<int> visited;
       for (int step = 0; step < visits.count(); ++step) {
-        ASSERT_EQ(visits.step_of(visits.at(step)), step) << text_of(s);
         ASSERT_TRUE(visited.insert(visits.at(step)).second) << text_of(s);
       }
       for (int queries = 0; queries < blocks_of(s.mask.seqlen_q, s.m); ++queries)
@@ -88,12 +87,6 @@ TEST(BwdSchedule, EachVisiblePairOfBlocksIsVisitedOnce) {
   });
 }
 
-int count_one_by_one(int first, int end, const auto& holds) {
-  int sum = 0;
-  for (; first < end; ++first) sum += holds(first);
-  return sum;
-}
-
 TEST(BwdSchedule, TurnsAreAPermutation) {
   for_small_schedules([](const BwdSchedule& s) {
     for (int queries = 0; queries < blocks_of(s.mask.seqlen_q, s.m); ++queries) {
@@ -101,8 +94,7 @@ TEST(BwdSchedule, TurnsAreAPermutation) {
       for (int keys = 0; keys < blocks_of(s.mask.seqlen_k, s.n); ++keys) {
         const flash::QueryBlocks visits = s.visits(keys);
         if (!visits.contains(queries)) continue;
-        const flash::Turn turn = s.turn(keys, queries, visits.step_of(queries),
-                                        [](auto... x) { return count_one_by_one(x...); });
+        const flash::Turn turn = s.turn(keys, queries);
         turns.push_back(turn.before);
         ASSERT_EQ(turn.is_last(), turn.before == turn.visitors - 1);
         ASSERT_EQ(turn.visitors, s.key_blocks(queries).end - s.key_blocks(queries).begin);
@@ -116,7 +108,7 @@ TEST(BwdSchedule, TurnsAreAPermutation) {
 
 TEST(BwdSchedule, AllCtasEnd) {
   for_small_schedules([](const BwdSchedule& s) {
-    for (const int slots : {s.group, s.group + 1, s.group + 5}) {
+    for (const int slots : {1, 2, 6}) {
       const BwdWork work{s, 3, 2};
       ASSERT_TRUE(BwdSimulator(work, slots, 0.1, true).run().has_ended)
           << text_of(s) << " slots " << slots;
@@ -124,47 +116,32 @@ TEST(BwdSchedule, AllCtasEnd) {
   });
 }
 
-TEST(BwdSchedule, GroupsNeedTheirMembers) {
-  const BwdWork work{{Mask{64, 64, -1, -1}, 4, 8, 8}, 1, 1};
-  EXPECT_FALSE(BwdSimulator(work, 4, 0.1, true).run().has_ended);
-}
-
-TEST(BwdGroup, Examples) {
-  const Mask full{4096, 4096, -1, -1}, causal{4096, 4096, -1, 0};
-  EXPECT_EQ(flash::bwd_group(full, 3, 32, 108), 32);  // all at the same time
-  EXPECT_EQ(flash::bwd_group(full, 4, 32, 108), 1);
-  EXPECT_EQ(flash::bwd_group(causal, 3, 32, 108), 1);
-  EXPECT_EQ(flash::bwd_group(full, 1, 0, 108), 1);
-}
-
 // On GPUs of 108 and 132 SMs, for tiles of 64 queries and 128 keys, a tenth of a visit in turn.
-TEST(BwdGroup, TheOrderCostsLittle) {
+TEST(BwdSchedule, TheOrderCostsLittle) {
   const bool prints = std::getenv("FLASH_ATTN_PRINT_TABLES") != nullptr;
-  if (prints) std::printf("| mask | SMs | seqlen | heads x batch | group | cost of the order |\n");
+  if (prints) std::printf("| mask | SMs | seqlen | heads x batch | cost of the order |\n");
   for (const int right : {-1, 0})
     for (const int slots : {108, 132})
       for (const int seqlen : {2048, 4096, 8192})
         for (const int heads : {1, 2, 4, 8, 16, 32, 64}) {
           const Mask mask{seqlen, seqlen, -1, right};
-          const int group = flash::bwd_group(mask, heads, seqlen / 128, slots);
-          const double cost = cost_of_order({{mask, 64, 128, group}, heads, 1}, slots, 0.1) - 1.;
+          const double cost = cost_of_order({{mask, 64, 128}, heads, 1}, slots, 0.1) - 1.;
           if (prints)
-            std::printf("| %s | %d | %d | %d | %d | %.1f %% |\n", right < 0 ? "full" : "causal",
-                        slots, seqlen, heads, group, 100. * cost);
+            std::printf("| %s | %d | %d | %d | %.1f %% |\n", right < 0 ? "full" : "causal", slots,
+                        seqlen, heads, 100. * cost);
           EXPECT_LE(cost, 0.03) << right << " " << slots << " " << seqlen << " " << heads;
         }
 }
 
 // Windows, and query heads that share keys.
-TEST(BwdGroup, TheOrderCostsLittleUnderWindowsAndForSharedKeys) {
+TEST(BwdSchedule, TheOrderCostsLittleUnderWindowsAndForSharedKeys) {
   for (const Mask& mask : {Mask{4096, 4096, 1000, 0}, Mask{4096, 4096, 500, 500}})
     for (const int heads : {1, 8, 32})
-      EXPECT_LE(cost_of_order({{mask, 64, 128, 1}, heads, 1}, 132, 0.1), 1.03) << heads;
+      EXPECT_LE(cost_of_order({{mask, 64, 128}, heads, 1}, 132, 0.1), 1.03) << heads;
   for (const int right : {-1, 0})
     for (const int heads_k : {1, 4, 8, 32}) {
       const Mask mask{4096, 4096, -1, right};
-      const int group = flash::bwd_group(mask, heads_k, 32, 132);
-      EXPECT_LE(cost_of_order({{mask, 64, 128, group}, heads_k, 4}, 132, 0.1), 1.03) << heads_k;
+      EXPECT_LE(cost_of_order({{mask, 64, 128}, heads_k, 4}, 132, 0.1), 1.03) << heads_k;
     }
 }
 

@@ -242,6 +242,56 @@ TEST(Control, LanesThatComeAfterOthersWereLetGo) {
   grid.expect([](uint32_t thread) { return thread % 32 == 0 ? 10 : 11; });
 }
 
+// Lane 0 polls for so long that the others are let go on; bar.warp.sync of all brings them together
+// again, for an instruction that takes all lanes at once.
+TEST(Control, LanesThatWereLetGoMeetAtABarrierOfTheWarp) {
+  for (const Mode mode : kModes) {
+    SCOPED_TRACE(name_of(mode));
+    Grid grid;
+    grid.grid = 1;
+    grid.block = 64;
+    grid.options.mode = mode;
+    ASSERT_EQ(grid.run_body(R"(
+      setp.lt.u32 %p3, %r4, 32;
+      and.b32 %r20, %r4, 31;
+      shl.b32 %r21, %r20, 2;
+      add.u32 %r21, %r21, %r63;
+      @%p3 st.shared.b32 [%r21+64], %r4;
+      setp.eq.u32 %p0, %r4, 0;
+      @%p0 st.shared.b32 [%r63], 0;
+      bar.sync 0;
+      @%p3 bra FIRST;
+      setp.ne.u32 %p0, %r20, 0;
+      @%p0 bra MEET;
+      SPIN:
+      ld.acquire.cta.shared.b32 %r13, [%r63];
+      setp.eq.u32 %p2, %r13, 0;
+      @%p2 bra SPIN;
+      MEET:
+      bar.warp.sync -1;
+      and.b32 %r22, %r20, 7;
+      shl.b32 %r22, %r22, 4;
+      add.u32 %r22, %r22, %r63;
+      ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%r40}, [%r22+64];
+      bra END;
+      FIRST:
+      mov.u32 %r14, 0;
+      mov.u32 %r40, 100;
+      LONG:
+      add.u32 %r14, %r14, 1;
+      setp.lt.u32 %p2, %r14, 20000;
+      @%p2 bra LONG;
+      @%p0 st.release.cta.shared.b32 [%r63], 1;
+      END:
+      bar.sync 0;
+    )",
+                            256)
+                  .text,
+              "");
+    grid.expect([](uint32_t thread) { return thread < 32 ? 100 : thread - 32; });
+  }
+}
+
 TEST(Control, FaultsAreReported) {
   const Misuse cases[] = {
       {"setp.lt.u32 %p0, %r4, 16;\n@%p0 bra.uni A;\nA:\n", "uniform_branch", "bra.uni"},

@@ -21,6 +21,7 @@ def mutate(case: str, library: str, *options: str) -> subprocess.CompletedProces
     "case",
     [
         "sm80_fwd",
+        "sm80_bwd",
         "sm80_dims",
         "sm80_packed",
         "sm80_decode",

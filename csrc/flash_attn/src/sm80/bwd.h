@@ -44,22 +44,20 @@ FLASH_DEVICE int query_blocks_before(const SequenceGeometry& p, int batch) {
   return blocks;
 }
 
-// This CTA's number among the key blocks of a head and the heads.
+// This CTA's number among the key blocks of a head, the first ones first, and the heads.
 struct BwdNumber {
   int key_block, batch_head;  // key_block: of a packed batch, over all sequences
 
   FLASH_DEVICE explicit BwdNumber(const BwdLaunch& launch) {
-    const int cta = ptx::read_ctaid_x();
-    const Tile_coordinates group = launch.scheduler.tile(cta / launch.blocks_of_group);
-    key_block = (launch.scheduler.m_blocks - 1 - group.m_block) * launch.blocks_of_group +
-                cta % launch.blocks_of_group;
-    batch_head = group.batch_head;
+    const Tile_coordinates tile = launch.scheduler.tile(ptx::read_ctaid_x());
+    key_block = launch.scheduler.m_blocks - 1 - tile.m_block;
+    batch_head = tile.batch_head;
   }
 };
 
 template <BwdConfig C>
-FLASH_DEVICE BwdSchedule schedule_of(const BwdLaunch& launch, const Mask& mask) {
-  return {mask, C.tile().m, C.tile().n, launch.blocks_of_group};
+FLASH_DEVICE BwdSchedule schedule_of(const Mask& mask) {
+  return {mask, C.tile().m, C.tile().n};
 }
 
 // Puts this CTA's block of keys into shared memory.
@@ -91,7 +89,7 @@ FLASH_DEVICE void find_tile(KeyTile& tile, const BwdParams& p, const BwdLaunch& 
               found.m_block,
               first_key,
               min(kN, seq.seqlen_k - first_key),
-              schedule_of<C>(launch, mask).visits(found.m_block),
+              schedule_of<C>(mask).visits(found.m_block),
               q_blocks};
       if (faults != 0) report(launch.bounds, faults);
     }
@@ -99,13 +97,13 @@ FLASH_DEVICE void find_tile(KeyTile& tile, const BwdParams& p, const BwdLaunch& 
   __syncthreads();
 }
 
-// A visit: to a block of queries of one head.
+// A visit: to a block of queries of one head. The heads of a group take turns at a block, so that
+// the CTAs of their keys stay in step (common/bwd_schedule.h).
 struct Visit {
-  int head, step;  // head: of the group
+  int step, head;  // head: of the group
 
-  FLASH_DEVICE bool exists(int heads) const { return head < heads; }
-  FLASH_DEVICE Visit next(int steps) const {
-    return step + 1 < steps ? Visit{head, step + 1} : Visit{head + 1, 0};
+  FLASH_DEVICE Visit next(int heads) const {
+    return head + 1 < heads ? Visit{step, head + 1} : Visit{step + 1, 0};
   }
 };
 
@@ -145,20 +143,6 @@ FLASH_DEVICE void store_dq(const typename BwdWarps<C>::QueryGradient& rdQ, const
                  static_cast<int>(p.d) - column, launch.dq_aligned);
     }
   });
-}
-
-// This CTA's turn at a block's dQ.
-template <BwdConfig C>
-FLASH_DEVICE Turn turn_at(const BwdLaunch& launch, const KeyTile& here, const QueryBlock& queries,
-                          int step) {
-  return schedule_of<C>(launch, here.mask)
-      .turn(here.key_block, queries.block, step, [&](int first, int end, const auto& holds) {
-        int count = 0;
-        for (; first < end; first += 32)
-          count += __popc(__ballot_sync(
-              0xffffffffu, first + this_lane<C>() < end && holds(first + this_lane<C>())));
-        return count;
-      });
 }
 
 // Adds the warp's part of dS K to the block's dQ when it is its turn.
@@ -244,16 +228,16 @@ FLASH_DEVICE void epilogue(uint32_t smem, const typename BwdWarps<C>::KeyGradien
 
 // Whether every query of a block sees every key of this CTA, and none lies beyond the sequence.
 template <BwdConfig C>
-FLASH_DEVICE bool is_full_block(const BwdLaunch& launch, const KeyTile& here,
-                                const QueryBlock& queries) {
-  return schedule_of<C>(launch, here.mask).key_blocks(queries.block).is_full(here.key_block) &&
+FLASH_DEVICE bool is_full_block(const KeyTile& here, const QueryBlock& queries) {
+  return schedule_of<C>(here.mask).key_blocks(queries.block).is_full(here.key_block) &&
          (queries.block + 1) * C.tile().m <= here.seq.seqlen_q;
 }
 
 // Zeros for keys of no sequence, this CTA's share of them.
 template <BwdConfig C>
 FLASH_DEVICE void clear_rows_of_no_sequence(const BwdParams& p, const KeyTile& here) {
-  const int64_t first = max(p.cu_seqlens_k[p.b], 0);
+  const int64_t first = p.cu_seqlens_k[p.b];
+  if (first < 0) return;
   const auto clear_row = [&](const Operand& x, int64_t row, int64_t head_dim) {
     auto* elements = reinterpret_cast<uint16_t*>(operand_row(x, C.dtype, 0, row, here.head_k));
     for (int i = threadIdx.x; i < head_dim; i += C.threads()) elements[i] = 0;
@@ -281,26 +265,26 @@ FLASH_DEVICE void mha_bwd(const BwdParams& p, const BwdLaunch& launch) {
   typename Warps::KeyGradient rdK, rdV;
   clear(rdK);
   clear(rdV);
-  const int heads = here.visits.count() > 0 ? launch.group : 0;
+  const int steps = here.visits.count();
   Visit visit{0, 0};
   uint32_t stage = smem + offsetof(Plan, stages);
   uint32_t other = kIsDouble ? stage + sizeof(Stage) : stage;
-  if (heads > 0) {
+  if (steps > 0) {
     fetch_keys<C>(smem, p, launch, here);
     fetch<C>(stage, p, launch, here, query_block(launch, here, visit));
     ptx::cp_async_commit_group();
   }
-  while (visit.exists(heads)) {
-    const Visit next = visit.next(here.visits.count());
+  while (visit.step < steps) {
+    const Visit next = visit.next(launch.group);
     const auto fetch_next = [&] {
-      if (next.exists(heads)) fetch<C>(other, p, launch, here, query_block(launch, here, next));
+      if (next.step < steps) fetch<C>(other, p, launch, here, query_block(launch, here, next));
       ptx::cp_async_commit_group();
     };
     ptx::cp_async_wait_group<0>();
     __syncthreads();
     if (kIsDouble) fetch_next();
     const QueryBlock queries = query_block(launch, here, visit);
-    const bool is_full = is_full_block<C>(launch, here, queries);
+    const bool is_full = is_full_block<C>(here, queries);
     recompute<C>(smem, stage, p, launch, here, queries, is_full);
     const bool by_element = is_cut_and_not_finite<C>(smem, stage, is_full);
 
@@ -312,7 +296,7 @@ FLASH_DEVICE void mha_bwd(const BwdParams& p, const BwdLaunch& launch) {
       __syncthreads();
       fetch_next();
     }
-    const Turn turn = turn_at<C>(launch, here, queries, visit.step);
+    const Turn turn = schedule_of<C>(here.mask).turn(here.key_block, queries.block);
     typename Warps::QueryGradient rdQ;
     multiply_queries<C>(rdQ, smem + offsetof(Plan, ds), smem + offsetof(Plan, k), here, queries,
                         by_element);

@@ -13,8 +13,7 @@ struct BwdParams : Operands, SequenceGeometry, ScoreParams, GradientParams {};
 
 // The host's plan of the main kernel's launch.
 struct BwdLaunch {
-  Tile_scheduler scheduler;  // groups of key blocks, and key-value heads of all sequences
-  int blocks_of_group;       // neighbouring CTAs: common/bwd_schedule.h
+  Tile_scheduler scheduler;  // key blocks, and key-value heads of all sequences
   int heads_k;
   int group;             // query heads for each key-value head
   bool modifies_scores;  // softcap, ALiBi, bias: scores become natural logits
@@ -33,13 +32,12 @@ struct BwdLaunch {
 
 static_assert(sizeof(BwdParams) + sizeof(BwdLaunch) <= 4096);
 
-// Of the kernel before it, which has kPrepareLanes for each row of softmax_d.
-inline constexpr int kPrepareLanes = 8;
+// Of the kernels before it and beside it.
 struct BwdPrepareLaunch {
-  int64_t rows;   // of a head of softmax_d, with those between sequences
-  int64_t heads;  // dense: of all sequences
+  int tiles;  // of kPrepareRows rows, of a head: of a sequence, or of a packed batch
   bool o_aligned, dout_aligned;
   IndexBounds bounds;
 };
+inline constexpr int kPrepareRows = 16;
 
 }  // namespace flash::sm80

@@ -5,7 +5,6 @@
 #include <span>
 
 #include "base/cuda_driver/device.h"
-#include "common/bwd_schedule.h"
 #include "sm80/bwd_params.h"
 #include "sm80/kernel_list.h"
 #include "sm80/launch.h"
@@ -73,20 +72,9 @@ bool is_aligned_to_pairs(const Operand& x) {
   return aligned;
 }
 
-int blocks_of_group(const Flash_bwd_params& p, const Cut& c, const BwdKernel& kernel) {
-  if (c.is_packed) return 1;  // CTAs of a head are not neighbours
-  const Mask mask{static_cast<int>(p.seqlen_q), static_cast<int>(p.seqlen_k), p.window_left,
-                  p.window_right};
-  return bwd_group(mask, c.heads_k, c.key_blocks,
-                   p.target.device->cta_slots(kernel.tile.ctas_per_sm, kernel.shared_bytes));
-}
-
-BwdLaunch plan(const Flash_bwd_params& p, const Cut& c, const BwdKernel& kernel) {
-  const BwdTile& tile = kernel.tile;
+BwdLaunch plan(const Flash_bwd_params& p, const Cut& c, const BwdTile& tile) {
   BwdLaunch launch{};
-  launch.blocks_of_group = blocks_of_group(p, c, kernel);
-  const int64_t groups = (c.key_blocks + launch.blocks_of_group - 1) / launch.blocks_of_group;
-  launch.scheduler = {static_cast<int>(groups), static_cast<int>(c.heads_k),
+  launch.scheduler = {static_cast<int>(c.key_blocks), static_cast<int>(c.heads_k),
                       static_cast<int>(c.heads_k)};
   launch.heads_k = static_cast<int>(p.h_k);
   launch.group = static_cast<int>(p.h / p.h_k);
@@ -109,18 +97,35 @@ BwdLaunch plan(const Flash_bwd_params& p, const Cut& c, const BwdKernel& kernel)
   return launch;
 }
 
-BwdPrepareLaunch plan_prepare(const Flash_bwd_params& p) {
+// The rows of softmax_d that belong to no query become 0.
+void clear_softmax_d(const Flash_bwd_params& p) {
   const bool is_packed = p.cu_seqlens_q != nullptr;
-  return {is_packed ? p.total_q + 128 * p.b : (p.seqlen_q + 127) / 128 * 128,
-          is_packed ? p.h : p.b * p.h, is_aligned(p.o, p.d_v), is_aligned(p.dout, p.d_v),
-          index_bounds(p)};
+  const int64_t rows = is_packed ? p.total_q + 128 * p.b : (p.seqlen_q + 127) / 128 * 128;
+  if (!is_packed && rows == p.seqlen_q) return;
+  const int64_t batches = is_packed ? 1 : p.b;
+  const auto clear = [&](float* first, int64_t count) {
+    if (count > 0)
+      p.target.device->clear(reinterpret_cast<uint32_t*>(first), static_cast<size_t>(count),
+                             p.target.stream);
+  };
+  if (p.dsoftmax_head_stride == rows && (batches == 1 || p.dsoftmax_batch_stride == p.h * rows))
+    return clear(p.dsoftmax_sum, batches * p.h * rows);
+  for (int64_t batch = 0; batch < batches; ++batch)
+    for (int64_t head = 0; head < p.h; ++head)
+      clear(p.dsoftmax_sum + batch * p.dsoftmax_batch_stride + head * p.dsoftmax_head_stride, rows);
 }
 
 void prepare(const Flash_bwd_params& p, BwdParams& params) {
-  BwdPrepareLaunch launch = plan_prepare(p);
+  clear_softmax_d(p);
+  const bool is_packed = p.cu_seqlens_q != nullptr;
+  const int64_t tiles = is_packed ? packed_tiles(p.total_q, p.b, kPrepareRows)
+                                  : (p.seqlen_q + kPrepareRows - 1) / kPrepareRows;
+  const int64_t heads = is_packed ? p.h : p.b * p.h;
+  BwdPrepareLaunch launch{static_cast<int>(tiles), is_aligned(p.o, p.d_v),
+                          is_aligned(p.dout, p.d_v), index_bounds(p)};
   void* args[] = {&params, &launch};
-  if (launch.rows * launch.heads > 0)
-    launch_rows(kernel_of(kBwdPrepareKernels, p.dtype), launch.rows * launch.heads * kPrepareLanes,
+  if (tiles * heads > 0)
+    launch_rows(kernel_of(kBwdPrepareKernels, p.dtype), tiles * heads * RowConfig::threads(),
                 p.target, args);
   if (p.ds_aux != nullptr)
     launch_rows(kernel_of(kSinkGradientKernels, Dtype::kFloat32), p.h * RowConfig::threads(),
@@ -144,7 +149,7 @@ void store_bias_gradient(const Flash_bwd_params& p, BwdParams& params) {
   const int64_t ctas =
       x.b * x.h * ((x.rows + tile.m - 1) / tile.m) * ((x.cols + tile.n - 1) / tile.n);
   require(ctas <= std::numeric_limits<int>::max(), "attn_bias is too large");
-  BwdLaunch launch_plan = plan(p, cut(p, tile), kernel);
+  BwdLaunch launch_plan = plan(p, cut(p, tile), tile);
   if (ctas > 0) launch(kernel, ctas, params, launch_plan, p.target);
 }
 
@@ -165,11 +170,10 @@ void mha_bwd(const Flash_bwd_params& p) {
   const BwdKernel& kernel = choose(kBwdKernels, p);
   const Cut c = cut(p, kernel.tile);
   if (c.key_blocks * c.heads_k == 0) return;
-  BwdLaunch launch_plan = plan(p, c, kernel);
+  BwdLaunch launch_plan = plan(p, c, kernel.tile);
   if (launch_plan.turns != nullptr)
     p.target.device->clear(launch_plan.turns, turn_count(c, kernel.tile), p.target.stream);
-  launch(kernel, launch_plan.scheduler.tiles() * launch_plan.blocks_of_group, params, launch_plan,
-         p.target);
+  launch(kernel, launch_plan.scheduler.tiles(), params, launch_plan, p.target);
 }
 
 }  // namespace flash::sm80
