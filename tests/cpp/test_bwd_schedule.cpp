@@ -117,6 +117,9 @@ TEST(BwdSchedule, AllCtasEnd) {
 }
 
 // On GPUs of 108 and 132 SMs, for tiles of 64 queries and 128 keys, a tenth of a visit in turn.
+// Where all CTAs run at once and see the same queries, they queue up at the first block, a tenth of
+// a visit each. (Starting at different blocks would spare that, but deadlocks where another kernel
+// keeps some of them from starting.)
 TEST(BwdSchedule, TheOrderCostsLittle) {
   const bool prints = std::getenv("FLASH_ATTN_PRINT_TABLES") != nullptr;
   if (prints) std::printf("| mask | SMs | seqlen | heads x batch | cost of the order |\n");
@@ -129,7 +132,9 @@ TEST(BwdSchedule, TheOrderCostsLittle) {
           if (prints)
             std::printf("| %s | %d | %d | %d | %.1f %% |\n", right < 0 ? "full" : "causal", slots,
                         seqlen, heads, 100. * cost);
-          EXPECT_LE(cost, 0.03) << right << " " << slots << " " << seqlen << " " << heads;
+          const bool run_at_once = heads * seqlen / 128 <= slots;
+          EXPECT_LE(cost, run_at_once ? 0.05 : 0.03)
+              << right << " " << slots << " " << seqlen << " " << heads;
         }
 }
 

@@ -32,6 +32,7 @@ class Backend:
     )  # of a case's fields, instead of CHOICES
     cache_choices: dict = dataclasses.field(default_factory=dict)  # the same of cache_cases
     dtype: torch.dtype = FP32  # of small inputs
+    max_backward_dim: int = 576
     lse_slack: float = 0.0  # of the exponent function, relative to the largest LSE
 
     def __str__(self):
@@ -44,6 +45,9 @@ class Backend:
     def here(self, x):
         """A tensor, or what is none, on the device that takes calls."""
         return x
+
+    def has_backward(self, dims):
+        return max(dims) <= self.max_backward_dim
 
     @property
     def inputs(self):
@@ -90,6 +94,7 @@ CUDA = {
         "num_splits": [0, 0, 1, 3],
     },
     "dtype": FP16,
+    "max_backward_dim": 256,
     "lse_slack": 2e-6,
 }  # fmt: skip
 

@@ -233,7 +233,11 @@ def test_sequence_does_not_depend_on_its_batch(index):
                 assert torch.equal(alone[name][0], together[name][i]), name
 
 
-@pytest.mark.parametrize("case", varlen_cases(12, seed=6, backend=EMULATOR), ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [c for c in varlen_cases(14, seed=6, backend=EMULATOR) if EMULATOR.has_backward(c.dims)],
+    ids=str,
+)
 def test_packed_equals_each_sequence_alone(case):
     """Bitwise; what sequences share (sinks, broadcast bias) is summed over the batch."""
     lengths = sampled_lengths(case, case.seed)

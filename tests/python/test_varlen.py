@@ -95,7 +95,7 @@ def one_by_one(run, lengths, problem):
 
 
 def flash_varlen(lengths, tensors, options, dout, dlse, longest=None, backend=CPU):
-    """Forward and backward of the packed batch."""
+    """Forward and, if the backend has it, backward of the packed batch."""
     lengths_q, lengths_k = zip(*lengths)
     leaves = {"q": pack(tensors["q"], lengths_q)}
     leaves |= {n: pack(tensors[n], lengths_k) for n in "kv"}
@@ -115,6 +115,8 @@ def flash_varlen(lengths, tensors, options, dout, dlse, longest=None, backend=CP
         return_attn_probs=True,
     )
     results = {"out": out.detach().cpu(), "lse": lse.detach()[:, :-TAIL].cpu()}
+    if not backend.has_backward([t.shape[-1] for t in (leaves["q"], leaves["v"])]):
+        return results
     outputs, grads = [out], [here(pack(dout, lengths_q))]
     if dlse is not None:
         outputs.append(lse)

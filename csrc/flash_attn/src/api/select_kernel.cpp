@@ -7,6 +7,7 @@
 #include "api/target.h"
 #include "cpu/cpu_backend.h"
 #if defined(FLASH_ATTN_HAVE_CUDA)
+#include "sm80/bwd_table.h"
 #include "sm80/decode_table.h"
 #include "sm80/sm80_backend.h"
 #endif
@@ -122,8 +123,8 @@ void add_cuda_kernels([[maybe_unused]] std::vector<Kernel>& kernels) {
                        .isa = "sm80",
                        .min_capability = sm80::kMinComputeCapability,
                        .dtypes = bit(Dtype::kFloat16) | bit(Dtype::kBFloat16),
-                       .max_d = sm80::kMaxHeadDim,
-                       .max_d_v = sm80::kMaxHeadDim,
+                       .max_d = sm80::kMaxBwdHeadDim,
+                       .max_d_v = sm80::kMaxBwdHeadDim,
                        .features = kAllFeatures,
                        .mha_bwd = sm80::mha_bwd,
                        .bwd_workspace_bytes = sm80::mha_bwd_workspace_bytes});

@@ -33,7 +33,7 @@ inline constexpr BwdTile kBwdTiles[] = {
     {64, ScoreClass::kMasked, 64, 128, 8, 2, 4, 4, 2, 1},
     {96, ScoreClass::kMasked, 64, 64, 4, 1, 2, 2, 2, 2},
     {128, ScoreClass::kMasked, 64, 128, 8, 2, 4, 4, 2, 1},
-    {128, ScoreClass::kMasked, 64, 64, 4, 1, 2, 2, 2, 2},
+    {128, ScoreClass::kMasked, 64, 64, 8, 1, 2, 2, 2, 1},
     {192, ScoreClass::kMasked, 32, 64, 8, 1, 4, 2, 2, 1},
     {256, ScoreClass::kMasked, 64, 64, 8, 1, 2, 2, 2, 1},
     {256, ScoreClass::kMasked, 32, 32, 4, 1, 2, 1, 1, 2},
@@ -41,6 +41,8 @@ inline constexpr BwdTile kBwdTiles[] = {
     {128, ScoreClass::kModified, 64, 64, 8, 1, 2, 2, 2, 1},
     {256, ScoreClass::kModified, 32, 32, 4, 1, 2, 1, 1, 2},
 };
+
+inline constexpr int kMaxBwdHeadDim = 256;
 
 constexpr bool is_valid(const BwdTile& t) {
   const auto is_cut = [&](int rows, int row_warps, int columns) {

@@ -15,7 +15,7 @@ inline constexpr int kMinComputeCapability = 80;
 void mha_fwd(const Flash_fwd_params& p);
 
 // Backward of a dense or packed batch, enqueued on p.target. As mha_fwd, bit for bit the same
-// whenever it runs. Throws ApiError.
+// whenever it runs; head dims at most kMaxBwdHeadDim (bwd_table.h). Throws ApiError.
 void mha_bwd(const Flash_bwd_params& p);
 
 // Merge of partial results into fp16, bf16 or fp32; any head dim. Throws ApiError.
