@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import subprocess
@@ -102,7 +103,8 @@ def test_nan_reaches_the_rows_that_see_it(causal):
 def test_softcaps_of_any_size(seqlens, kernel, softcap):
     """A large one leaves scores as they are, a small one leaves their signs."""
     case = cuda_case(dtype=FP16, seqlens=seqlens, softcap=softcap, softmax_scale=0.5)
-    check(case, backend=EMULATOR)
+    check(case, backend=dataclasses.replace(EMULATOR, max_backward_dim=0))
+    check(dataclasses.replace(case, dtype=BF16), backend=EMULATOR)  # torch's fp16 overflows
     with flash_attn.emulator() as gpu:
         flash_attn_func(*qkv(case), softcap=softcap)
     assert [name.split("_")[1] for name in gpu.counters] == [kernel]
