@@ -64,6 +64,28 @@ def alibi_and_bias(inputs: Inputs):
     return dense(inputs, alibi_slopes=slopes, attn_bias=bias, s_aux=inputs.normal(2))
 
 
+def backward(inputs: Inputs, dims=(64, 64), scores="masked", lengths=(150, 170), **options):
+    """The output and all gradients; of two query heads that share keys."""
+    leaves = [x.requires_grad_() for x in inputs.qkv((1, lengths[0]), (1, lengths[1]), dims)]
+    leaves += [x.requires_grad_() for x in options.values() if isinstance(x, torch.Tensor)]
+    torch.manual_seed(1)  # of dropout
+    out = flash_attn_func(*leaves[:3], **SCORES[scores], **options)
+    return (out.detach(), *torch.autograd.grad(out, leaves, inputs.normal(*out.shape) / 8))
+
+
+def backward_of_bias(inputs: Inputs, dims):
+    bias, sinks = inputs.normal(1, 1, 150, 170), inputs.normal(2)
+    return backward(inputs, dims, "masked", attn_bias=bias, s_aux=sinks)
+
+
+def backward_of_packed(inputs: Inputs):
+    """Four sequences, one without keys, one without queries, and rows of none."""
+    cu_q, cu_k = inputs.int32(0, 150, 170, 170, 240), inputs.int32(0, 200, 200, 290, 340)
+    leaves = [x.requires_grad_() for x in inputs.qkv((242,), (343,), (64, 64))]
+    out = flash_attn_varlen_func(*leaves, cu_q, cu_k, 150, 200, causal=True)
+    return (out.detach(), *torch.autograd.grad(out, leaves, inputs.normal(*out.shape) / 8))
+
+
 def packed(inputs: Inputs, paged: bool):
     """Three sequences, one without keys, one without queries, and two rows of none."""
     cu_q, cu_k = inputs.int32(0, 150, 170, 170), inputs.int32(0, 200, 200, 290)
@@ -133,8 +155,16 @@ def calls(dtype: str, device: str) -> dict[str, Callable[[], tuple[torch.Tensor,
         found[f"decode d={dims[0]}"] = call(cache, dims)
         found[f"decode d={dims[0]}, 1 split"] = call(cache, dims, num_splits=1)
         found[f"decode d={dims[0]}, pages"] = call(cache, dims, paged=True, queries=3)
+    for dims in kinds["decode_wide"].configs:
+        found[f"decode d={dims[0]}x{dims[1]}"] = call(cache, dims, paged=True, queries=3)
+    for d, dv, scores, _ in kinds["bwd"].configs:  # the device has one of each
+        found.setdefault(f"backward d={d} {scores}", call(backward, (d, dv), scores))
+    for d, dv, *_ in kinds["bias_gradient"].configs:
+        found[f"backward of bias and sinks, d={d}"] = call(backward_of_bias, (d, dv))
     return {
         **found,
+        "backward with dropout": call(backward, scores="modified", dropout_p=0.3),
+        "backward, packed": call(backward_of_packed),
         "ALiBi, bias and sinks": call(alibi_and_bias),
         "dropout and S_dmask": call(dense, scores="masked", lengths=(30, 50), dropout_p=0.3),
         "packed": call(packed, False),
