@@ -7,22 +7,30 @@ import itertools
 
 from cases.case import Case
 
-TOKENS, HIDDEN = 16384, 2048  # of a forward: batch * seqlen, nheads * headdim
+TOKENS, HIDDEN = 16384, 2048  # of a dense batch: batch * seqlen, nheads * headdim
 SEQLENS = (512, 1024, 2048, 4096, 8192, 16384)
 
 
-def _fwd(headdim: int, seqlen: int, causal: bool, group: int = 1) -> Case:
+def _dense(op: str, headdim: int, seqlen: int, causal: bool, group: int = 1) -> Case:
     nheads = HIDDEN // headdim
     batch = TOKENS // seqlen
     heads = (nheads, nheads // group)
-    return Case("fwd", "bfloat16", batch, seqlen, seqlen, *heads, headdim, headdim, causal)
+    return Case(op, "bfloat16", batch, seqlen, seqlen, *heads, headdim, headdim, causal)
 
 
 def forward() -> list[Case]:
     """As many tokens in all in each; other head dims, grouped heads at one length."""
-    cases = [_fwd(d, s, c) for d, c, s in itertools.product((64, 128), (False, True), SEQLENS)]
-    cases += [_fwd(d, 4096, c) for d, c in itertools.product((32, 96, 192, 256), (False, True))]
-    return [*cases, _fwd(128, 4096, True, group=4)]
+    masks = (False, True)
+    cases = [_dense("fwd", d, s, c) for d, c, s in itertools.product((64, 128), masks, SEQLENS)]
+    cases += [_dense("fwd", d, 4096, c) for d, c in itertools.product((32, 96, 192, 256), masks)]
+    return [*cases, _dense("fwd", 128, 4096, True, group=4)]
+
+
+def forward_backward() -> list[Case]:
+    """As many tokens in all in each; grouped heads at one length."""
+    shapes = itertools.product((64, 128, 256), (False, True), (1024, 4096, 16384))
+    cases = [_dense("fwd_bwd", d, s, c) for d, c, s in shapes]
+    return [*cases, _dense("fwd_bwd", 128, 4096, True, group=4)]
 
 
 def varlen() -> list[Case]:
@@ -53,7 +61,13 @@ def latency() -> list[Case]:
     return [_decode(1, 1024), _decode(1, 1024, page_size=16)]
 
 
-CASES = {"fwd": forward, "varlen": varlen, "decode": decode, "latency": latency}
+CASES = {
+    "fwd": forward,
+    "fwd_bwd": forward_backward,
+    "varlen": varlen,
+    "decode": decode,
+    "latency": latency,
+}
 
 
 def shrunk(case: Case, factor: int) -> Case:

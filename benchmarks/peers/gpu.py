@@ -60,6 +60,7 @@ def copy(case: Case, inputs: Inputs) -> Run:
 SDPA = {"sdpa_flash": sdpa_flash, "sdpa_cudnn": sdpa_cudnn}
 PEERS = {
     "fwd": {"flash_attn": flash_attn, **SDPA},
+    "fwd_bwd": {"flash_attn": flash_attn, **SDPA},
     "varlen": {"flash_attn": flash_attn, "torch_varlen": torch_varlen},
     "decode": {"flash_attn": flash_attn, "sdpa": sdpa, **SDPA, "copy": copy},
     "latency": {"flash_attn": flash_attn, "flash_attn_graph": flash_attn_graph, "sdpa": sdpa},

@@ -312,10 +312,14 @@ def test_cases_of_a_gpu_run_on_the_emulated_one(tmp_path, benchmark_modules):
     count = {op: len(cases()) for op, cases in gpu.CASES.items()}
     for op in count:
         peers = [row["peer"] for row in rows if row["op"] == op]
-        rivals = {"fwd": ["sdpa_flash"], "decode": ["sdpa", "sdpa_flash", "copy"]}.get(op, [])
+        rivals = {
+            "fwd": ["sdpa_flash"],
+            "fwd_bwd": ["sdpa_flash"],
+            "decode": ["sdpa", "sdpa_flash", "copy"],
+        }.get(op, [])
         for peer in ("flash_attn", *rivals):
             assert peers.count(peer) == count[op], (op, peer)
-    assert {name.split("_")[1] for name in emulated.counters} == {"fwd", "decode"}
+    assert {name.split("_")[1] for name in emulated.counters} == {"fwd", "bwd", "decode"}
     assert all(float(row["share_of_copy"]) == 1 for row in rows if row["peer"] == "copy")
 
 
