@@ -128,11 +128,12 @@ def launch(headdims: tuple[int, int], call: str, seqlen_k: int) -> tuple[str, di
     return name, kernel
 
 
-def launch_backward(headdims: tuple[int, int], call: str, seqlen_q: int) -> tuple[str, dict]:
-    """Return the main kernel and the counters of the backward of ``seqlen_q`` queries, 256 keys."""
+def launch_backward(headdims: tuple[int, int], call: str, seqlen: int) -> tuple[str, dict]:
+    """Return the main kernel and the counters of the backward of ``seqlen`` queries and keys. One
+    CTA runs after the other, so that none waits for its turn."""
     d, _ = headdims
-    q, k, v = (torch.randn(1, n, 1, d).bfloat16().requires_grad_() for n in (seqlen_q, 256, 256))
-    with flash_attn.emulator(checks="none") as gpu:
+    q, k, v = (torch.randn(1, seqlen, 1, d).bfloat16().requires_grad_() for _ in "qkv")
+    with flash_attn.emulator(checks="none", threads=1) as gpu:
         out = flash_attn.flash_attn_func(q, k, v, **BACKWARD_CALLS[call])
         out.backward(torch.randn_like(out))
     ((name, kernel),) = (x for x in gpu.counters.items() if x[0].startswith("flash_bwd_sm80_"))

@@ -29,8 +29,9 @@ OPCODES = {
     "SHF VIADD VIADDMNMX VIMNMX VOTE",
     "LSU": "LDG LDGSTS LDS LDSM S2R SHFL STG STS",
     "uniform": "R2UR S2UR UIADD3 UIMAD UISETP ULDC ULEA ULOP3 UPLOP3 USEL USHF VOTEU",
-    "others": "BAR BRA BREAK BSSY BSYNC CALL DEPBAR ENDCOLLECTIVE EXIT LDC LDGDEPBAR NOP RET "
-    "WARPSYNC",
+    # What waits, barriers and fences among them, counts where it is issued.
+    "others": "BAR BRA BREAK BSSY BSYNC CALL CCTL DEPBAR ENDCOLLECTIVE ERRBAR EXIT LDC LDGDEPBAR "
+    "MEMBAR NOP RET WARPSYNC",
 }
 PIPE_OF = {root: pipe for pipe, roots in OPCODES.items() for root in roots.split()}
 MOVES = {"MOV": "ALU", "CS2R": "ALU", "IMAD.MOV": "FMA", "UMOV": "uniform"}
