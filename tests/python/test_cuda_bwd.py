@@ -377,3 +377,35 @@ def test_packed_rows_of_neighbours_are_not_read():
     for name in GRADIENTS:
         rows = kept["q" if name == "dq" else "k"][:-TAIL, 0]
         assert torch.equal(actual[name][:-TAIL][rows], clean[name][:-TAIL][rows]), name
+
+
+def _gradients_of(leaves, dout, **options):
+    leaves = [x.detach().requires_grad_() for x in leaves]
+    out = flash_attn_func(*leaves, **options)
+    return torch.autograd.grad(out, leaves, dout)
+
+
+@pytest.mark.parametrize("lowest", [torch.finfo(BF16).min, -1e38, -1e9])
+@pytest.mark.parametrize("causal", [False, True])
+def test_padding_by_a_low_bias(causal, lowest):
+    """As models mask padded rows and keys; what is lost stays there."""
+    *leaves, dout = (torch.randn(1, 70, 2, 64, dtype=BF16) for _ in range(4))
+    dout[:, :9] = 0
+    bias = torch.zeros(1, 1, 70, 70)
+    bias[..., :9] = bias[:, :, :9] = lowest
+    expected = _gradients_of(leaves, dout, attn_bias=bias, causal=causal)
+    with flash_attn.emulator():
+        actual = _gradients_of(leaves, dout, attn_bias=bias, causal=causal)
+    for x, y in zip(actual, expected):
+        torch.testing.assert_close(x, y, rtol=1.6e-2, atol=1.6e-2)
+
+
+@pytest.mark.parametrize("size", [30, 1e3, 1e4])
+def test_scores_far_from_0(size):
+    """Where one key has all of a row's weight dV is the sum of rows of dout."""
+    q, k, v, dout = (torch.randn(1, 130, 2, 64, dtype=BF16) for _ in range(4))
+    leaves = (q * size, k * size, v)
+    expected = _gradients_of(leaves, dout)[2]
+    with flash_attn.emulator():
+        actual = _gradients_of(leaves, dout)[2]
+    torch.testing.assert_close(actual, expected, rtol=1.6e-2, atol=1.6e-2)

@@ -17,6 +17,7 @@ struct BwdLaunch {
   int heads_k;
   int group;             // query heads for each key-value head
   bool modifies_scores;  // softcap, ALiBi, bias: scores become natural logits
+  float scale;           // of scores to natural logits, 1 if they are
   float scale_log2;      // of scores to logits, times log2(e); may be negative
   bool q_aligned, k_aligned, v_aligned, dout_aligned;  // rows are chunks of 16 bytes: load.h
   bool dk_aligned, dv_aligned;

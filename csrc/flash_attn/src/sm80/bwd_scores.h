@@ -43,6 +43,9 @@ FLASH_DEVICE void for_each(typename WarpTile<C>::Scores& r, const F& f) {
       for (int i = 0; i < 4; ++i) f(r[m][n][i], m, n, i);
 }
 
+// Beyond this the rounding of lse * log2(e) would be seen in the weights.
+inline constexpr float kMaxFusedLse = 1024.f;
+
 // What a warp computes of a block of scores.
 template <BwdConfig C>
 struct BwdScores {
@@ -97,15 +100,14 @@ struct BwdScores {
   // emit(m, n, half, P, dS) of each pair of neighbouring scores; both 0 where the key is hidden.
   template <class Emit>
   FLASH_DEVICE void softmax_bwd_step(const BwdLaunch& launch, const KeyTile& here,
-                                     const QueryBlock& queries, bool is_full,
-                                     const Emit& emit) const {
+                                     const QueryBlock& queries, bool is_full, const Emit& emit) {
     if (is_full) {
-      step(launch.scale_log2, emit, [](int, int) { return [](int) { return true; }; });
+      step(launch, emit, [](int, int) { return [](int) { return true; }; });
       return;
     }
     const ptx::Element first = ptx::accumulator_element(this_lane<C>(), 0);
     const int row = first_row(queries) + first.row, key = first_key(here) + first.col;
-    step(launch.scale_log2, emit, [&](int m, int half) {
+    step(launch, emit, [&](int m, int half) {
       const int query = row + m * 16 + half * 8;
       const KeyRange keys = here.mask.keys(query);
       const int begin = keys.begin - key;
@@ -130,14 +132,30 @@ struct BwdScores {
     });
   }
 
+  // Of a row far from 0: logits less lse with one rounding, and no weight above 1.
+  FLASH_DEVICE void subtract_lse(int m, int half, float scale) {
+#pragma unroll
+    for (int n = 0; n < W::kS; ++n)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        float& x = s[m][n][2 * half + i];
+        x = fminf(fmaf(x, scale, -lse[m][half]), 0.f);
+      }
+  }
+
   template <class Emit, class Seen>
-  FLASH_DEVICE void step(float scale_log2, const Emit& emit, const Seen& seen) const {
+  FLASH_DEVICE void step(const BwdLaunch& launch, const Emit& emit, const Seen& seen) {
 #pragma unroll
     for (int m = 0; m < W::kM; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const auto sees = seen(m, half);
-        const float reference = -lse[m][half] * kLog2e;
+        float scale_log2 = launch.scale_log2, reference = -lse[m][half] * kLog2e;
+        if (fabsf(lse[m][half]) > kMaxFusedLse) {
+          subtract_lse(m, half, launch.scale);
+          scale_log2 = kLog2e;
+          reference = 0.f;
+        }
 #pragma unroll
         for (int n = 0; n < W::kS; ++n) {
           float weight[2], slope[2];

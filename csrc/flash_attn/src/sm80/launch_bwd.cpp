@@ -79,7 +79,8 @@ BwdLaunch plan(const Flash_bwd_params& p, const Cut& c, const BwdTile& tile) {
   launch.heads_k = static_cast<int>(p.h_k);
   launch.group = static_cast<int>(p.h / p.h_k);
   launch.modifies_scores = modifies_scores(p);
-  launch.scale_log2 = (launch.modifies_scores ? 1.f : p.scale_softmax) * kLog2e;
+  launch.scale = launch.modifies_scores ? 1.f : p.scale_softmax;
+  launch.scale_log2 = launch.scale * kLog2e;
   launch.q_aligned = is_aligned(p.q, p.d);
   launch.k_aligned = is_aligned(p.k, p.d);
   launch.v_aligned = is_aligned(p.v, p.d_v);
