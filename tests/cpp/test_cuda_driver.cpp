@@ -214,10 +214,11 @@ TEST(SelectKernel, CudaBackendNamesEverythingItLacks) {
   EXPECT_EQ(sentence({Operation::kMhaFwd, ampere, Dtype::kFloat8E4M3, 64, 576}),
             "the CUDA backend lacks fp8, head dimension of v 576 (at most 512) (in mha_fwd); CPU "
             "tensors have it");
-  EXPECT_EQ(sentence({Operation::kMhaBwd, ampere, Dtype::kFloat16, 64, 64,
-                      flash::kSink | flash::kDropout}),
-            "the CUDA backend lacks the backward pass, dropout, attention sinks (s_aux) (in "
-            "mha_bwd); CPU tensors have it");
+  EXPECT_EQ(sentence({Operation::kMhaBwd, ampere, Dtype::kFloat16, 256, 64, flash::kAllFeatures}),
+            "served");
+  EXPECT_EQ(sentence({Operation::kMhaVarlenBwd, hopper, Dtype::kFloat32, 264, 264}),
+            "the CUDA backend lacks fp32, head dimension 264 (at most 256) (in mha_varlen_bwd); "
+            "CPU tensors have it");
 }
 
 }  // namespace

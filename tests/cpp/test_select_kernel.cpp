@@ -192,6 +192,7 @@ TEST(SelectKernel, TableHasEveryOperationOfEveryInstructionSet) {
 #if defined(FLASH_ATTN_HAVE_CUDA)
   for (const char* line :
        {"mha_fwd fp16,bf16 1-576,v:1-512", "mha_varlen_fwd fp16,bf16 1-576,v:1-512",
+        "mha_bwd fp16,bf16 1-256", "mha_varlen_bwd fp16,bf16 1-256",
         "mha_fwd_kvcache fp16,bf16 1-576,v:1-512", "combine fp16,bf16,fp32 1-576"}) {
     EXPECT_NE(table.find(std::string("cuda sm80 ") + line + "\n"), std::string::npos) << table;
     ++lines;
