@@ -75,9 +75,9 @@ def caches(draw):
 
 
 CHECKS = {  # cases, how to check one, and how many of them
-    "dense": (cases(**ATTENTION), attention_cases.check, 35),
-    "packed": (packed_cases(), test_varlen.check, 14),
-    "cache": (caches(), cache_cases.check, 18),
+    "dense": (cases(**ATTENTION), attention_cases.check, 20),
+    "packed": (packed_cases(), test_varlen.check, 8),
+    "cache": (caches(), cache_cases.check, 10),
 }
 
 
