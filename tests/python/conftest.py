@@ -8,6 +8,7 @@ import known_failures
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from scripts import ROOT, forget_modules
 
 from flash_attn import _library
 
@@ -30,6 +31,16 @@ def isa(request):
     _library.set_cpu_isa(request.param)
     yield request.param
     _library.set_cpu_isa(None)
+
+
+@pytest.fixture
+def demo_modules(monkeypatch):
+    """Makes the demo's own modules, and those of the benchmark that it uses, importable."""
+    for name in ("benchmarks", "examples"):
+        monkeypatch.syspath_prepend(str(ROOT / name))
+    yield
+    for name in ("benchmarks", "examples"):
+        forget_modules(ROOT / name)
 
 
 def pytest_collection_modifyitems(items):

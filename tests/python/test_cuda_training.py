@@ -5,21 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from backends import needs_emulator
-from scripts import ROOT, forget_modules
 from torch.utils.checkpoint import checkpoint
 
 import flash_attn
 
 pytestmark = needs_emulator
-
-
-@pytest.fixture
-def demo_modules(monkeypatch):
-    for name in ("benchmarks", "examples"):
-        monkeypatch.syspath_prepend(str(ROOT / name))
-    yield
-    for name in ("benchmarks", "examples"):
-        forget_modules(ROOT / name)
 
 
 def randn(*shape, seed=0):

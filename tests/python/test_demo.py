@@ -6,23 +6,12 @@ import math
 
 import pytest
 import torch
-from scripts import ROOT, forget_modules
 
 
 @pytest.fixture(autouse=True)
 def one_thread(restore_threads):
     """The cases are too small to share."""
     torch.set_num_threads(1)
-
-
-@pytest.fixture
-def demo_modules(monkeypatch):
-    """Makes the demo's own modules, and those of the benchmark that it uses, importable."""
-    for name in ("benchmarks", "examples"):
-        monkeypatch.syspath_prepend(str(ROOT / name))
-    yield
-    for name in ("benchmarks", "examples"):
-        forget_modules(ROOT / name)
 
 
 @pytest.mark.parametrize("batch", [1, 3])

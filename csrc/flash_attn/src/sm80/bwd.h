@@ -7,7 +7,7 @@
 //   dV = P^T dO, dK = scale dS^T Q, dQ = scale dS K
 //
 // A CTA owns n keys of one key-value head (bwd_table.h) and walks over the blocks of m queries that
-// see any of them, for all query heads of its group, one after the other: dK and dV of the keys
+// see any of them, from the last down, each for all query heads of its group: dK and dV of the keys
 // stay in registers and have one owner. Scores are computed once; P and dS pass through shared
 // memory as 16 bits, since the three products after them are shared out otherwise among the warps:
 // every operand of a product is read by ldmatrix, and a warp's tile is the largest that registers

@@ -75,7 +75,7 @@ struct BwdScores {
   }
 
   // dP -= delta, after dropout; then what softcap, ALiBi and bias do to both, but for the softcap's
-  // slope where `has_slope` is false: that of logits.
+  // slope where kHasSlope is false: that of logits.
   template <bool kHasSlope>
   FLASH_DEVICE void modify(uint32_t stage, const BwdParams& p, const BwdLaunch& launch,
                            const KeyTile& here, const QueryBlock& queries) {

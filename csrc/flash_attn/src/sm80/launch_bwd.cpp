@@ -1,6 +1,5 @@
 // From checked arguments to the backward's launches.
 #include <algorithm>
-#include <cstdlib>
 #include <limits>
 #include <span>
 
