@@ -4,7 +4,8 @@ include(CMakePackageConfigHelpers)
 
 set(package_dir ${CMAKE_INSTALL_LIBDIR}/cmake/flash_attn)
 install(TARGETS flash_attn EXPORT flash_attn_targets LIBRARY DESTINATION ${CMAKE_INSTALL_LIBDIR} COMPONENT cpp)
-install(DIRECTORY csrc/base/include/ csrc/flash_attn/include/ DESTINATION ${CMAKE_INSTALL_INCLUDEDIR} COMPONENT cpp)
+list(TRANSFORM include_dirs APPEND / OUTPUT_VARIABLE headers)
+install(DIRECTORY ${headers} DESTINATION ${CMAKE_INSTALL_INCLUDEDIR} COMPONENT cpp)
 install(EXPORT flash_attn_targets NAMESPACE flash_attn:: FILE flash_attnTargets.cmake DESTINATION ${package_dir}
         COMPONENT cpp)
 configure_package_config_file(cmake/flash_attnConfig.cmake.in flash_attnConfig.cmake

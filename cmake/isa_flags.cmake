@@ -23,12 +23,14 @@ if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
   endif()
 endif()
 
-# Adds the units of every instruction set to `target`, worst set first, and defines FLASH_ATTN_HAVE_<ISA> for each that
+# Adds the units of every instruction set in the directories to `target`, worst set first, and defines FLASH_ATTN_HAVE_<ISA> for each that
 # is not the baseline.
-function(flash_attn_add_isa_units target directory)
+function(flash_attn_add_isa_units target)
   foreach(isa IN LISTS FLASH_ATTN_ISAS)
     string(TOUPPER ${isa} ISA)
-    file(GLOB units CONFIGURE_DEPENDS ${directory}/kernels_${isa}.cpp ${directory}/kernels_${isa}_*.cpp)
+    list(TRANSFORM ARGN APPEND /kernels_${isa}.cpp OUTPUT_VARIABLE plain)
+    list(TRANSFORM ARGN APPEND /kernels_${isa}_*.cpp OUTPUT_VARIABLE suffixed)
+    file(GLOB units CONFIGURE_DEPENDS ${plain} ${suffixed})
     target_sources(${target} PRIVATE ${units})
     if(NOT isa STREQUAL baseline)
       set_source_files_properties(${units} PROPERTIES COMPILE_OPTIONS "${FLASH_ATTN_${ISA}_FLAGS}")

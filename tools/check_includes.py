@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TABLE = ROOT / "docs" / "architecture.md"
 MARKS = "<!-- layers: checked by tools/check_includes.py -->", "<!-- end of layers -->"
 # Where quoted includes are looked up, as in CMakeLists.txt.
-SEARCHED = "csrc", "csrc/base/include", "csrc/flash_attn/include", "csrc/flash_attn/src"
+SEARCHED = "csrc", "csrc/flash_attn/src", "csrc/*/include"
 SUFFIXES = {".h", ".cpp", ".cu", ".inc", ".in"}
 _INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"]+)"', re.MULTILINE)
 
@@ -41,7 +41,7 @@ def layer_of(path: Path, root: Path, layers) -> "str | None":
 
 def find(include: str, source: Path, root: Path) -> "Path | None":
     """Return the file that ``include`` names in ``source``; None if the tree has no such file."""
-    for folder in (source.parent, *(root / name for name in SEARCHED)):
+    for folder in (source.parent, *(path for name in SEARCHED for path in root.glob(name))):
         if (folder / include).is_file():
             return (folder / include).resolve()
     return None

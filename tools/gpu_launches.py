@@ -3,7 +3,7 @@
     python tools/gpu_launches.py --dtype bf16                # on a GPU
     python tools/gpu_launches.py --device cpu --dtype fp16   # within FLASH_ATTENTION_EMULATOR=sm_80
 
-The head dims and classes of scores are those of csrc/flash_attn/generate_kernels.py.
+The head dims and classes of scores are those of csrc/generate_kernels.py.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import torch
 from flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
 from flash_attn._library import bind
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "csrc" / "flash_attn"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "csrc"))
 import generate_kernels
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}

@@ -5,7 +5,7 @@
 #include "api/select_kernel.h"
 #include "api_calls.h"
 #include "base/cuda_driver/emulated.h"
-#include "common/index_tensors.h"
+#include "base/index_tensors.h"
 
 namespace flash_test {
 namespace {
@@ -101,7 +101,7 @@ TEST(CudaDriver, ElementsOutOfRangeAreTheNextCallsError) {
   EXPECT_EQ(c.run(), FLASH_ATTN_INVALID_ARGUMENT);
   EXPECT_STREQ(flash_attn_last_error(),
                "an earlier call on CUDA device 0 was given values out of range in seqused_k, "
-               "block_table: sequences and pages that they do not name were left out");
+               "block_table: what they do not name was left out");
   EXPECT_EQ(calls(), "");
   EXPECT_EQ(c.run(), FLASH_ATTN_OK) << flash_attn_last_error();
 }

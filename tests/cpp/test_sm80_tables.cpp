@@ -13,7 +13,7 @@
 
 #include "base/ptx/fragments.h"
 #include "common/block_range.h"
-#include "common/fast_divide.h"
+#include "base/fast_divide.h"
 #include "common/softmax.h"
 #include "common/tile_scheduler.h"
 #if defined(FLASH_ATTN_HAVE_CUDA)

@@ -13,7 +13,7 @@ import flash_attn
 from flash_attn import _functions as functions
 from flash_attn._library import arguments
 
-CSRC = Path(__file__).parents[2] / "csrc" / "flash_attn"
+CSRC = Path(__file__).parents[2] / "csrc"
 LIBRARY_NAMES = {
     "dropout_p": "p_dropout",
     "causal": "is_causal",
@@ -86,13 +86,13 @@ def test_schema_is_the_declarations(operator):
 
 def test_new_member_of_the_c_struct_is_an_argument(tmp_path, monkeypatch):
     """Nothing else has to be told of it: the library learns its arguments from the header."""
-    header = (CSRC / "include" / "flash_attn" / "flash_attn.h").read_text()
+    header = (CSRC / "flash_attn" / "include" / "flash_attn" / "flash_attn.h").read_text()
     member = "double softcap;"
     assert header.count(member) == 1
     changed, output = tmp_path / "flash_attn.h", tmp_path / "arguments.inc"
     changed.write_text(header.replace(member, f"{member} double temperature; /* of the scores */"))
-    script = str(CSRC / "generate_arguments.py")
-    monkeypatch.setattr(sys, "argv", [script, str(changed), str(output)])
+    script = str(CSRC / "ffi" / "generate_arguments.py")
+    monkeypatch.setattr(sys, "argv", [script, str(output), str(changed)])
     runpy.run_path(script, run_name="__main__")
     rows = [line for line in output.read_text().splitlines() if '"temperature"' in line]
     calls = ("fwd", "bwd", "kvcache")

@@ -32,7 +32,7 @@ def test_every_include_points_downwards(lint):
         ("csrc/flash_attn/src/common/mask.h", "cpu/plan.h"),
         ("csrc/flash_attn/src/cpu/plan.h", "api/check.h"),
         ("csrc/flash_attn/src/sm80/smem.h", "cpu/plan.h"),
-        ("csrc/flash_attn/flash_api.cpp", "common/flash.h"),
+        ("csrc/ffi/flash_api.cpp", "common/flash.h"),
     ],
 )
 def test_an_include_that_points_upwards_is_found(lint, tmp_path, source, include):

@@ -1,46 +1,16 @@
 // The C interface: check, choose a kernel, run it. No exception passes.
 #include "flash_attn/flash_attn.h"
 
-#include <cstdio>
-#include <new>
 #include <string>
 
 #include "api/check.h"
 #include "api/run.h"
+#include "base/call/guarded.h"
 #include "base/cpu/isa.h"
 #include "base/cpu/scratch.h"
 
 namespace flash {
 namespace {
-
-// Reports of the emulated GPU are long.
-thread_local char last_error[8192] = "";
-
-flash_attn_status keep_error(flash_attn_status status, const char* sentence) {
-  std::snprintf(last_error, sizeof(last_error), "%s", sentence);
-  return status;
-}
-
-template <typename Body>
-flash_attn_status guarded(const Body& body) noexcept {
-  try {
-    body();
-    return FLASH_ATTN_OK;
-  } catch (const ApiError& error) {
-    return keep_error(error.status(), error.what());
-  } catch (const std::bad_alloc&) {
-    return keep_error(FLASH_ATTN_OUT_OF_MEMORY, "flash_attn ran out of memory");
-  } catch (const std::exception& error) {
-    return keep_error(FLASH_ATTN_INTERNAL_ERROR, error.what());
-  } catch (...) {
-    return keep_error(FLASH_ATTN_INTERNAL_ERROR, "unknown error inside flash_attn");
-  }
-}
-
-template <typename Pointer>
-void require_pointer(const Pointer* pointer, const char* name) {
-  require(pointer != nullptr, name, " must not be NULL");
-}
 
 // The tensor whose device is the call's.
 const flash_attn_tensor& leader(const flash_attn_combine_args& args) { return *args.out; }
@@ -156,7 +126,7 @@ flash_attn_status flash_attn_mha_fwd_kvcache_workspace_size(const flash_attn_kvc
                                flash::check_mha_fwd_kvcache);
 }
 
-const char* flash_attn_last_error(void) { return flash::last_error; }
+const char* flash_attn_last_error(void) { return flash::last_error(); }
 
 const char* flash_attn_version(void) { return FLASH_ATTN_VERSION; }
 

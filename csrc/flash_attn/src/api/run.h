@@ -2,7 +2,7 @@
 #pragma once
 
 #include "api/select_kernel.h"
-#include "api/target.h"
+#include "base/call/target.h"
 #include "api/tensors.h"
 
 namespace flash {

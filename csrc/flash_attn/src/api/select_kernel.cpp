@@ -4,7 +4,7 @@
 #include <sstream>
 #include <vector>
 
-#include "api/target.h"
+#include "base/call/target.h"
 #include "cpu/cpu_backend.h"
 #if defined(FLASH_ATTN_HAVE_CUDA)
 #include "sm80/bwd_table.h"

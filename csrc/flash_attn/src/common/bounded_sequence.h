@@ -1,7 +1,7 @@
 // Where one sequence of a batch lies, told by index tensors that nobody has checked.
 #pragma once
 
-#include "common/index_tensors.h"
+#include "base/index_tensors.h"
 #include "common/seqlen.h"
 
 namespace flash {

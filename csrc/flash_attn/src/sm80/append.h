@@ -9,13 +9,13 @@
 #pragma once
 
 #include "base/ptx/special_registers.h"
+#include "base/row_config.h"
 #include "common/bounded_sequence.h"
 #include "sm80/append_params.h"
 #include "sm80/cache_place.h"
 #include "sm80/fwd_params.h"
 #include "sm80/query.h"
 #include "sm80/report.h"
-#include "sm80/row_config.h"
 
 namespace flash::sm80 {
 

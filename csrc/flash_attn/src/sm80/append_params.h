@@ -1,8 +1,8 @@
 // What the append kernel is given beside the call's arguments.
 #pragma once
 
-#include "common/fast_divide.h"
-#include "common/index_tensors.h"
+#include "base/fast_divide.h"
+#include "base/index_tensors.h"
 
 namespace flash::sm80 {
 

@@ -1,9 +1,9 @@
 // What the backward kernels are given.
 #pragma once
 
+#include "base/index_tensors.h"
 #include "common/dropout.h"
 #include "common/flash.h"
-#include "common/index_tensors.h"
 #include "common/tile_scheduler.h"
 
 namespace flash::sm80 {

@@ -4,11 +4,11 @@
 #pragma once
 
 #include "base/ptx/special_registers.h"
+#include "base/row_config.h"
 #include "common/bounded_sequence.h"
 #include "sm80/bwd_params.h"
 #include "sm80/packed_tile.h"
 #include "sm80/query.h"
-#include "sm80/row_config.h"
 #include "sm80/smem.h"
 
 namespace flash::sm80 {

@@ -6,11 +6,11 @@
 #pragma once
 
 #include "base/ptx/special_registers.h"
+#include "base/row_config.h"
 #include "common/flash.h"
 #include "common/seqlen.h"
 #include "common/softmax.h"
 #include "sm80/query.h"
-#include "sm80/row_config.h"
 
 namespace flash::sm80 {
 

@@ -7,12 +7,12 @@
 #pragma once
 
 #include "base/ptx/special_registers.h"
+#include "base/row_config.h"
 #include "common/dmask_block.h"
 #include "common/softmax.h"
 #include "sm80/cache_place.h"
 #include "sm80/dmask_params.h"
 #include "sm80/query.h"
-#include "sm80/row_config.h"
 
 namespace flash::sm80 {
 

@@ -1,10 +1,10 @@
 // What the kernel of S_dmask is given.
 #pragma once
 
+#include "base/fast_divide.h"
+#include "base/index_tensors.h"
 #include "common/dropout.h"
-#include "common/fast_divide.h"
 #include "common/flash.h"
-#include "common/index_tensors.h"
 
 namespace flash::sm80 {
 

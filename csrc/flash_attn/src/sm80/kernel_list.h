@@ -4,9 +4,9 @@
 #include <span>
 
 #include "base/cuda_driver/device.h"
+#include "base/cuda_driver/row_kernel.h"
 #include "sm80/bwd_table.h"
 #include "sm80/decode_table.h"
-#include "sm80/row_config.h"
 #include "sm80/tile_table.h"
 
 namespace flash::sm80 {
@@ -36,11 +36,7 @@ extern const std::span<const FwdKernel> kFwdKernels;
 extern const std::span<const BwdKernel> kBwdKernels, kBiasGradientKernels;
 extern const std::span<const DecodeKernel> kDecodeKernels;
 
-// Without dynamic shared memory.
-struct RowKernel {
-  RowConfig config;
-  cuda::KernelImage image;
-};
+using cuda::RowKernel;
 
 extern const std::span<const RowKernel> kAppendKernels, kBwdPrepareKernels, kCombineKernels,
     kDmaskKernels, kSinkGradientKernels;

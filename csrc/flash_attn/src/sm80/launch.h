@@ -2,11 +2,10 @@
 #pragma once
 
 #include <cstdint>
-#include <span>
 
+#include "base/fast_divide.h"
 #include "base/target.h"
 #include "common/bounded_sequence.h"
-#include "common/fast_divide.h"
 #include "sm80/kernel_list.h"
 
 namespace flash::sm80 {
@@ -22,12 +21,6 @@ FastDivide page_size(const SequenceGeometry& p);
 
 IndexBounds index_bounds(const Flash_fwd_params& p);
 IndexBounds index_bounds(const Flash_bwd_params& p);
-
-// Enqueues a kernel of `threads` threads, filled up to whole CTAs. Throws ApiError.
-void launch_rows(const RowKernel& kernel, int64_t threads, const Target& target, void** args);
-
-// The one of `kernels` for a dtype.
-const RowKernel& kernel_of(std::span<const RowKernel> kernels, Dtype dtype);
 
 // Enqueues what is to be appended to the cache; nothing if that is nothing. Throws ApiError.
 void append_kv(const Flash_fwd_params& p);

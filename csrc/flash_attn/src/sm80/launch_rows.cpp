@@ -2,7 +2,6 @@
 #include <algorithm>
 #include <bit>
 #include <cstdlib>
-#include <limits>
 
 #include "sm80/append_params.h"
 #include "sm80/dmask_params.h"
@@ -64,19 +63,6 @@ IndexBounds index_bounds(const Flash_fwd_params& p) {
 
 IndexBounds index_bounds(const Flash_bwd_params& p) {
   return {max_cached(p, p, {}), p.target.device->mailbox()};
-}
-
-void launch_rows(const RowKernel& kernel, int64_t threads, const Target& target, void** args) {
-  const int64_t ctas = (threads + RowConfig::threads() - 1) / RowConfig::threads();
-  require(ctas <= std::numeric_limits<int>::max(), "the tensors have too many rows for one launch");
-  target.device->launch(
-      kernel.image, {static_cast<unsigned>(ctas), static_cast<unsigned>(RowConfig::threads()), 0},
-      target.stream, args);
-}
-
-const RowKernel& kernel_of(std::span<const RowKernel> kernels, Dtype dtype) {
-  return *std::find_if(kernels.begin(), kernels.end(),
-                       [=](const RowKernel& kernel) { return kernel.config.dtype == dtype; });
 }
 
 void append_kv(const Flash_fwd_params& p) {

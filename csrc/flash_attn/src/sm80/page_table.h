@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "common/fast_divide.h"
+#include "base/fast_divide.h"
 
 namespace flash::sm80 {
 

@@ -4,7 +4,7 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include "base/ptx/math.h"
+#include "base/ptx/elements.h"
 #include "base/ptx/shared_memory.h"
 #include "common/flash.h"
 #include "common/seqlen.h"
@@ -12,19 +12,8 @@
 
 namespace flash::sm80 {
 
-template <Dtype kDtype>
-FLASH_DEVICE float to_float(uint16_t bits) {
-  if constexpr (kDtype == Dtype::kBFloat16) {
-    return __uint_as_float(static_cast<uint32_t>(bits) << 16);
-  } else {
-    return __half2float(__ushort_as_half(bits));
-  }
-}
-
-template <Dtype kDtype>
-FLASH_DEVICE uint16_t from_float(float x) {
-  return static_cast<uint16_t>(ptx::pack<kDtype>(x, 0.f));
-}
+using ptx::from_float;
+using ptx::to_float;
 
 // Negates this thread's own copies of Q, for a negative scale: the maximum of scale * score is then
 // that of the scores.

@@ -1,9 +1,9 @@
 // Telling the host of index tensors with elements out of range.
 #pragma once
 
+#include "base/fast_divide.h"
 #include "base/ptx/global_memory.h"
 #include "common/bounded_sequence.h"
-#include "common/fast_divide.h"
 
 namespace flash::sm80 {
 

@@ -2,10 +2,10 @@
 // - delta). A CTA sums up a head, in an order of its own.
 #pragma once
 
+#include "base/row_config.h"
 #include "common/bounded_sequence.h"
 #include "sm80/bwd_params.h"
 #include "sm80/epilogue.h"
-#include "sm80/row_config.h"
 
 namespace flash::sm80 {
 

@@ -1,7 +1,7 @@
 """The CUDA kernels of this library: the one list that the build, C++, tools and tests read.
 
-    python csrc/flash_attn/generate_kernels.py         # print the kernels' names
-    python csrc/flash_attn/generate_kernels.py OUT     # write their sources into OUT/generated
+    python csrc/generate_kernels.py         # print the kernels' names
+    python csrc/generate_kernels.py OUT     # write their sources into OUT/generated
 
 That folder then holds NAME.cu, a translation unit for each kernel; BACKEND_KIND.inc, the table that
 C++ makes of the list; embedded_kernels.S, which gives NAME_fatbin the bytes of OUT/NAME.fatbin; and
@@ -25,6 +25,7 @@ CPP = {
 }
 
 DTYPES = ("fp16", "bf16")
+ALL_DTYPES = (*DTYPES, "fp32")
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,19 @@ class Kind:
     # of keys.
     configs: tuple[tuple, ...] = ((),)
     dtypes: tuple[str, ...] = DTYPES
+    # Of fused operators: a namespace, a folder of csrc/, and the header that has the entry.
+    operator: str = ""
+
+    @property
+    def header(self) -> str:
+        if self.operator:
+            return f"{self.operator}/{self.backend}/{self.operator}.h"
+        return f"{self.backend}/{self.name}.h"
+
+    @property
+    def namespace(self) -> str:
+        names = ("flash", self.operator, self.backend)
+        return "::".join(name for name in names if name)
 
     def kernels(self) -> list[Kernel]:
         """Return them in the order of ``configs``, for one dtype after the other."""
@@ -82,9 +96,9 @@ class Kernel:
             f"const __grid_constant__ {type_} {name}" for type_, name in zip(kind.parameters, names)
         )
         return f"""// Made by generate_kernels.py.
-#include "{kind.backend}/{kind.name}.h"
+#include "{kind.header}"
 
-namespace flash::{kind.backend} {{
+namespace {kind.namespace} {{
 
 inline constexpr {self.config.replace(kind.config, kind.config + " kConfig", 1)};
 
@@ -93,7 +107,7 @@ extern "C" __global__ void __launch_bounds__(kConfig.threads(), kConfig.ctas_per
   {kind.entry}<kConfig>({", ".join(names)});
 }}
 
-}}  // namespace flash::{kind.backend}
+}}  // namespace {kind.namespace}
 """
 
 
@@ -201,6 +215,18 @@ KINDS = [
         configs=((576, 512),),
         parameters=("FwdParams", "DecodeLaunch"),
         entry="mha_decode_wide",
+    ),
+    *(
+        Kind(
+            backend="sm80",
+            operator="activations",
+            name=name,
+            config="RowConfig",
+            parameters=("Params", "Launch"),
+            entry=name,
+            dtypes=ALL_DTYPES,
+        )
+        for name in ("activation_fwd", "activation_bwd")
     ),
 ]
 

@@ -1,9 +1,9 @@
-// Kernels beside attention, that work row by row: append, combine, dmask.
+// Kernels that work row by row: attention's append, combine and dmask, and the fused operators.
 #pragma once
 
 #include "base/dtype.h"
 
-namespace flash::sm80 {
+namespace flash {
 
 struct RowConfig {
   Dtype dtype;
@@ -14,4 +14,4 @@ struct RowConfig {
   static consteval int ctas_per_sm() { return 8; }
 };
 
-}  // namespace flash::sm80
+}  // namespace flash

@@ -1,4 +1,4 @@
-#include "api/target.h"
+#include "base/call/target.h"
 
 #include <atomic>
 #include <cstdlib>
@@ -7,7 +7,7 @@
 
 #if defined(FLASH_ATTN_HAVE_CUDA)
 #include "base/cuda_driver/emulated.h"
-#include "common/index_tensors.h"
+#include "base/index_tensors.h"
 #endif
 
 namespace flash {
@@ -28,8 +28,7 @@ void raise_index_faults(cuda::Device& device) {
     names += (names.empty() ? "" : ", ") + std::string(kIndexTensorNames[i]);
   }
   require(names.empty(), "an earlier call on CUDA device ", device.ordinal(),
-          " was given values out of range in ", names,
-          ": sequences and pages that they do not name were left out");
+          " was given values out of range in ", names, ": what they do not name was left out");
 }
 
 Target cuda_target(cuda::Device& device, void* stream, bool is_emulated) {
@@ -53,6 +52,15 @@ Target target_of(const flash_attn_tensor& x, void* stream) {
     return cuda_target(cuda::Device::get(cuda::Driver::machine(), x.device_id), stream, false);
   cuda::Device* emulated = cuda::emulated_device();
   return emulated == nullptr ? Target{} : cuda_target(*emulated, nullptr, true);
+}
+
+void require_cuda_kernels(const Target& target) {
+  constexpr int kOldest = 80;
+  if (target.compute_capability >= kOldest) return;
+  const int capability = target.compute_capability;
+  throw ApiError(FLASH_ATTN_UNSUPPORTED,
+                 "the CUDA kernels need a GPU of compute capability 8.0 or newer, this one has " +
+                     std::to_string(capability / 10) + "." + std::to_string(capability % 10));
 }
 
 void run_emulated(const Target& target, std::span<const Region> written,
@@ -88,6 +96,8 @@ Target target_of(const flash_attn_tensor& x, void* stream) {
   require_nothing_to_emulate(description);
   return {.device_type = x.device_type, .stream = stream};
 }
+
+void require_cuda_kernels(const Target&) { throw ApiError(FLASH_ATTN_UNSUPPORTED, kNoCudaKernels); }
 
 // No target is emulated.
 void run_emulated(const Target&, std::span<const Region>, std::span<const Region>, const Workspace&,

@@ -18,6 +18,7 @@
 #include <utility>
 #include <vector>
 
+#include "flash_attn/activations.h"
 #include "flash_attn/flash_attn.h"
 
 namespace {
@@ -121,24 +122,39 @@ struct Argument {
   void (*set)(Args&, const Value&);
 };
 
-// The arguments of each struct of the C interface: its members.
-template <class Args>
-constexpr std::array<Argument<Args>, 0> kArguments{};
-#include "generated/arguments.inc"
-
-// A function of the C interface, and the one that tells the workspace it needs; null: none.
+// A function of a C interface, and the one that tells the workspace it needs; null: none.
 template <class Args>
 struct Entry {
   flash_attn_status (*run)(const Args*);
   flash_attn_status (*workspace_size)(const Args*, size_t*) = nullptr;
 };
 
-// The stream that the caller's framework works on now, for the device of the result; tvm-ffi asks
-// the framework when tensors cross.
-void* current_stream(const flash_attn_tensor* out) {
-  if (out == nullptr || out->device_type != FLASH_ATTN_CUDA) return nullptr;
-  return TVMFFIEnvGetStream(kDLCUDA, out->device_id);
-}
+// The arguments of each struct of the C interfaces, its members; and
+// with_function(name, visit) -> visit(Entry of this name).
+template <class Args>
+constexpr std::array<Argument<Args>, 0> kArguments{};
+#include "generated/arguments.inc"
+
+// Where a call's tensors lie: where the first of them does. The library rejects others.
+struct Place {
+  bool is_cuda = false;
+  int device_id = 0;
+
+  void see(const flash_attn_tensor& tensor) {
+    if (seen_) return;
+    seen_ = true;
+    is_cuda = tensor.device_type == FLASH_ATTN_CUDA;
+    device_id = is_cuda ? tensor.device_id : 0;
+  }
+  // The stream that the caller's framework works on now; tvm-ffi asks the framework when tensors
+  // cross.
+  void* current_stream() const {
+    return is_cuda ? TVMFFIEnvGetStream(kDLCUDA, device_id) : nullptr;
+  }
+
+ private:
+  bool seen_ = false;
+};
 
 // Whether CPU tensors of some thread may go to the emulated device.
 std::atomic<bool> may_be_emulated{[] {
@@ -156,15 +172,14 @@ Function& allocator() {
 // as always on the CPU. The framework may reuse it as soon as work on the current stream is done
 // with it: it may go when the call returns.
 template <class Args>
-Any add_workspace(const Entry<Args>& entry, Args& args) {
+Any add_workspace(const Entry<Args>& entry, const Place& place, Args& args) {
   if constexpr (requires { args.workspace; }) {
-    const bool is_cuda = args.out != nullptr && args.out->device_type == FLASH_ATTN_CUDA;
-    if (entry.workspace_size == nullptr || !(is_cuda || may_be_emulated)) return nullptr;
+    if (entry.workspace_size == nullptr || !(place.is_cuda || may_be_emulated)) return nullptr;
     check_status(entry.workspace_size(&args, &args.workspace_bytes));
     if (args.workspace_bytes == 0) return nullptr;
     Any tensor = allocator()(static_cast<int64_t>(args.workspace_bytes),
-                             static_cast<int64_t>(is_cuda ? kDLCUDA : kDLCPU),
-                             static_cast<int64_t>(is_cuda ? args.out->device_id : 0));
+                             static_cast<int64_t>(place.is_cuda ? kDLCUDA : kDLCPU),
+                             static_cast<int64_t>(place.device_id));
     args.workspace = tensor.cast<TensorView>().data_ptr();
     return tensor;
   }
@@ -183,14 +198,16 @@ void call(const Entry<Args>& entry, const std::vector<const Argument<Args>*>& or
   }
   std::array<flash_attn_tensor, kArguments<Args>.size()> tensors;
   Args args{};
+  Place place;
   for (int i = 0; i < count; ++i) {
     const bool is_absent = order[i] == nullptr || (order[i]->is_tensor && given[i] == nullptr);
     if (is_absent) continue;
     flash_attn_tensor& tensor = tensors[order[i] - kArguments<Args>.data()];
     order[i]->set(args, {order[i]->name, given[i], &tensor});
+    if (order[i]->is_tensor) place.see(tensor);
   }
-  args.stream = current_stream(args.out);
-  const Any workspace = add_workspace(entry, args);
+  args.stream = place.current_stream();
+  const Any workspace = add_workspace(entry, place, args);
   check_status(entry.run(&args));
 }
 
@@ -203,22 +220,7 @@ const Argument<Args>* find_argument(const std::string& name) {
   return &*found;
 }
 
-// Returns visit(function of this name).
-template <class Visit>
-auto with_function(const std::string& name, const Visit& visit) {
-  if (name == "mha_fwd") return visit(Entry{flash_attn_mha_fwd, flash_attn_mha_fwd_workspace_size});
-  if (name == "mha_varlen_fwd")
-    return visit(Entry{flash_attn_mha_varlen_fwd, flash_attn_mha_varlen_fwd_workspace_size});
-  if (name == "mha_bwd") return visit(Entry{flash_attn_mha_bwd, flash_attn_mha_bwd_workspace_size});
-  if (name == "mha_varlen_bwd")
-    return visit(Entry{flash_attn_mha_varlen_bwd, flash_attn_mha_varlen_bwd_workspace_size});
-  if (name == "mha_fwd_kvcache")
-    return visit(Entry{flash_attn_mha_fwd_kvcache, flash_attn_mha_fwd_kvcache_workspace_size});
-  if (name == "combine") return visit(Entry<flash_attn_combine_args>{flash_attn_combine});
-  raise("ValueError", "there is no function " + name);
-}
-
-// A function of the C interface that takes the arguments `names`, separated by spaces, by position;
+// A function of a C interface that takes the arguments `names`, separated by spaces, by position;
 // "_" stands for one that is not passed on.
 Function bind(const String& function, const String& names) {
   return with_function(function, [&]<class Args>(const Entry<Args>& entry) {

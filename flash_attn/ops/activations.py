@@ -1,0 +1,255 @@
+"""Activation functions in one pass over memory, forward and backward.
+
+Tensors have any shape, and are fp16, bf16 or fp32 on the CPU or CUDA; arithmetic is fp32. Results
+are contiguous, of the dtype to which torch promotes the arguments. GELU is its tanh approximation
+(arXiv:1606.08415). Functions without a gradient of their own say so by their names: ``*_fwd``,
+``*_bwd``, ``*_back``.
+"""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from flash_attn._arguments import check_tensors
+from flash_attn._fused import Fused, as_matrix, new_like
+from flash_attn._library import bind
+
+__all__ = [
+    "FastGeLUFunction",
+    "GeLUFunction",
+    "SwiGLUFunction",
+    "bias_gelu",
+    "bias_gelu_back",
+    "bias_gelu_impl",
+    "fast_gelu_impl",
+    "gelu_bwd",
+    "gelu_fwd",
+    "relu_bwd",
+    "sqrelu_bwd",
+    "sqrelu_fwd",
+    "swiglu",
+    "swiglu_bwd",
+    "swiglu_fwd",
+]
+
+# The numbers of flash_attn/activations.h.
+_GELU_TANH, _RELU, _SQRELU, _SILU, _SIGMOID = range(5)
+
+_run_forward = bind("activation_fwd", "x bias y activation out")
+_run_backward = bind("activation_bwd", "dout x bias y activation dx dy")
+
+
+def _optional_matrix(x: Optional[Tensor]) -> Optional[Tensor]:
+    return None if x is None else as_matrix(x)
+
+
+def _forward_kernel(x, bias, y, activation):
+    out = new_like(x)
+    _run_forward(as_matrix(x), bias, _optional_matrix(y), activation, as_matrix(out))
+    return out
+
+
+def _backward_kernel(dout, x, bias, y, activation):
+    dx, dy = new_like(x), None if y is None else new_like(y)
+    matrices = as_matrix(dout), as_matrix(x), bias, _optional_matrix(y)
+    _run_backward(*matrices, activation, as_matrix(dx), _optional_matrix(dy))
+    return dx, x.new_empty(0) if dy is None else dy
+
+
+def _fake_backward(dout, x, bias, y, activation):
+    return new_like(x), x.new_empty(0) if y is None else new_like(y)
+
+
+_backward = Fused(
+    "activation_bwd(Tensor dout, Tensor x, Tensor? bias, Tensor? y, int activation)"
+    " -> (Tensor dx, Tensor dy)",
+    _backward_kernel,
+    _fake_backward,
+)
+
+
+def _save(ctx, args, out) -> None:
+    x, bias, y, ctx.activation = args
+    ctx.save_for_backward(x, bias, y)
+
+
+def _gradients(ctx, dout):
+    x, bias, y = ctx.saved_tensors
+    dx, dy = _backward(dout, x, bias, y, ctx.activation)
+    dbias = _sum_of_rows(dx) if bias is not None and ctx.needs_input_grad[-3] else None
+    return dx, dbias, None if y is None else dy, None
+
+
+def _sum_of_rows(dx: Tensor) -> Tensor:
+    return dx.flatten(0, -2).sum(0) if dx.dim() > 1 else dx
+
+
+_forward = Fused(
+    "activation_fwd(Tensor x, Tensor? bias, Tensor? y, int activation) -> Tensor",
+    _forward_kernel,
+    lambda x, bias, y, activation: new_like(x),
+    _save,
+    _gradients,
+)
+
+
+def _promoted(**tensors: Tensor) -> list[Tensor]:
+    """Return tensors of one dtype, as torch's arithmetic would have them."""
+    check_tensors(**tensors)
+    given = list(tensors.values())
+    first = given[0]
+    for (name, x), other in zip(tensors.items(), given):
+        if name != "bias" and x.shape != first.shape:
+            raise ValueError(
+                f"{name} must have the shape {tuple(first.shape)}, got {tuple(other.shape)}"
+            )
+    if all(x.dtype == first.dtype for x in given):
+        return given
+    dtype = first.dtype
+    for x in given[1:]:
+        dtype = torch.promote_types(dtype, x.dtype)
+    return [x.to(dtype) for x in given]
+
+
+def _with_bias(bias: Tensor, **tensors: Tensor) -> list[Tensor]:
+    """Return the tensors and bias, of one dtype, bias contiguous."""
+    check_tensors(bias=bias)
+    *tensors, bias = _promoted(**tensors, bias=bias)
+    if tensors[0].shape[-1:] != bias.shape:
+        raise ValueError(
+            f"bias must have the shape {tuple(tensors[0].shape[-1:])}, got {tuple(bias.shape)}"
+        )
+    return [*tensors, bias.contiguous()]
+
+
+def _unary(x: Tensor, activation: int) -> Tensor:
+    check_tensors(x=x)
+    return _forward(x, None, None, activation)
+
+
+def _unary_bwd(g: Tensor, x: Tensor, activation: int) -> Tensor:
+    g, x = _promoted(g=g, x=x)
+    return _backward(g, x, None, None, activation)[0]
+
+
+def bias_gelu(y: Tensor, bias: Tensor) -> Tensor:
+    """Return gelu(y + bias).
+
+    Args:
+        y: ``(..., n)``.
+        bias: ``(n,)``.
+
+    Differentiable in both. Raises TypeError for what is no tensor, ValueError for a wrong shape.
+    """
+    y, bias = _with_bias(bias, y=y)
+    return _forward(y, bias, None, _GELU_TANH)
+
+
+def bias_gelu_back(g: Tensor, y: Tensor, bias: Tensor) -> Tensor:
+    """Return the gradient of y in ``bias_gelu(y, bias)``: g gelu'(y + bias), of y's shape."""
+    g, y, bias = _with_bias(bias, g=g, y=y)
+    return _backward(g, y, bias, None, _GELU_TANH)[0]
+
+
+def gelu_fwd(x: Tensor) -> Tensor:
+    """Return gelu(x)."""
+    return _unary(x, _GELU_TANH)
+
+
+def gelu_bwd(g: Tensor, x: Tensor) -> Tensor:
+    """Return g gelu'(x)."""
+    return _unary_bwd(g, x, _GELU_TANH)
+
+
+def relu_bwd(g: Tensor, x: Tensor) -> Tensor:
+    """Return g where x > 0, elsewhere 0."""
+    return _unary_bwd(g, x, _RELU)
+
+
+def sqrelu_fwd(x: Tensor) -> Tensor:
+    """Return relu(x)^2."""
+    return _unary(x, _SQRELU)
+
+
+def sqrelu_bwd(g: Tensor, x: Tensor) -> Tensor:
+    """Return 2 g relu(x)."""
+    return _unary_bwd(g, x, _SQRELU)
+
+
+def swiglu(x: Tensor, y: Tensor) -> Tensor:
+    """Return silu(x) * y (arXiv:2002.05202), differentiable in both.
+
+    Args:
+        x, y: of one shape; may be the halves of one tensor, ``chunk(2, dim=-1)``.
+
+    Raises TypeError for what is no tensor, ValueError where the shapes differ.
+    """
+    x, y = _promoted(x=x, y=y)
+    return _forward(x, None, y, _SILU)
+
+
+def swiglu_fwd(x: Tensor, y: Tensor) -> Tensor:
+    """Return silu(x) * y."""
+    return swiglu(x, y)
+
+
+def swiglu_bwd(x: Tensor, y: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients (dx, dy) of ``swiglu(x, y)`` for the gradient g of its result."""
+    x, y, g = _promoted(x=x, y=y, g=g)
+    return _backward(g, x, None, y, _SILU)
+
+
+class GeLUFunction(torch.autograd.Function):
+    """``bias_gelu``."""
+
+    @staticmethod
+    def forward(ctx, input, bias):
+        ctx.save_for_backward(input, bias)
+        return bias_gelu(input, bias)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        input, bias = ctx.saved_tensors
+        dx = bias_gelu_back(grad_output, input, bias)
+        return dx.to(input.dtype), _sum_of_rows(dx).to(bias.dtype)
+
+
+class FastGeLUFunction(torch.autograd.Function):
+    """gelu of one tensor."""
+
+    @staticmethod
+    def forward(ctx, input):
+        ctx.save_for_backward(input)
+        return gelu_fwd(input)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        return gelu_bwd(grad_output, *ctx.saved_tensors)
+
+
+class SwiGLUFunction(torch.autograd.Function):
+    """``swiglu``."""
+
+    @staticmethod
+    def forward(ctx, x, y):
+        ctx.save_for_backward(x, y)
+        return swiglu_fwd(x, y)
+
+    @staticmethod
+    def backward(ctx, dout):
+        x, y = ctx.saved_tensors
+        dx, dy = swiglu_bwd(x, y, dout)
+        return dx.to(x.dtype), dy.to(y.dtype)
+
+
+def bias_gelu_impl(input: Tensor, bias: Tensor) -> Tensor:
+    """Return gelu(input + bias), as ``bias_gelu``."""
+    return bias_gelu(input, bias)
+
+
+def fast_gelu_impl(input: Tensor) -> Tensor:
+    """Return gelu(input), differentiable."""
+    return _unary(input, _GELU_TANH)
