@@ -2,6 +2,7 @@
 # Builds the wheel in an isolated environment without torch, with PyPI's nvcc (or what FLASH_ATTN_CUDA says) and without
 # libzstd, and checks its tag, its files and how its libraries find each other; then loads it in a virtual environment
 # that has nothing but the wheel and apache-tvm-ffi, and runs a CUDA kernel of it on the emulated GPU, with .venv's torch.
+# FLASH_ATTN_FATBINS: a folder with the kernels of a build that is up to date; nvcc then compiles none.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -10,7 +11,9 @@ PATH=${PATH#"$PWD/.venv/bin:"}  # no help from the tools of the virtual environm
 rm -rf build/wheel
 .venv/bin/python -m venv build/wheel/venv
 pip=(build/wheel/venv/bin/pip --disable-pip-version-check -qq)
-"${pip[@]}" wheel --no-deps -w build/wheel --config-settings=cmake.define.GPU_EMULATOR_ZSTD=OFF .
+settings=(--config-settings=cmake.define.GPU_EMULATOR_ZSTD=OFF
+          --config-settings=cmake.define.FLASH_ATTN_FATBINS="${FLASH_ATTN_FATBINS:-}")
+"${pip[@]}" wheel --no-deps -w build/wheel "${settings[@]}" .
 wheel=$(echo build/wheel/*.whl)
 [[ $wheel == *-py3-none-linux_*.whl ]] || { echo "unexpected tag: $wheel" >&2; exit 1; }
 
