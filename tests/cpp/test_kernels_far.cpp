@@ -43,7 +43,8 @@ AttentionProblem make_problem(const FarCase& x) {
     problem.k.set(i, i[3] == 0 ? k_far : i[3] == 1 ? near / scale : 0.);
   });
   problem.bias.for_each([&](const PoisonTensor::Index& i) { problem.bias.set(i, far); });
-  problem.sink.for_each([&](const PoisonTensor::Index& i) { problem.sink.set(i, far); });
+  const double largest = far + (kSteps - 1) * step(x.exponent);
+  problem.sink.for_each([&](const PoisonTensor::Index& i) { problem.sink.set(i, largest); });
   return problem;
 }
 

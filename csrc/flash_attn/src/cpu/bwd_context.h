@@ -120,7 +120,7 @@ struct BwdContext : TaskContext<Flash_bwd_params> {
   float subtract_reference(int row_index, const Row& row, float* s, const TileColumns& t) const {
     const float row_lse = lse(row_index);
     if (!is_far(row_lse)) return row_lse;
-    const RowReference& reference = far_rows.at(seq.batch, row);
+    const RowReference& reference = far_rows.at(seq.batch, row.head, row.query);
     for (int j = t.begin; j < t.end; j += kWidth) store(s + j, load(s + j) - set1(reference.score));
     return reference.log_sum;
   }

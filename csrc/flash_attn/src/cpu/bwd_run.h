@@ -46,8 +46,16 @@ inline bool prepare_rows(const Flash_bwd_params& p, const Sequence& seq, int hea
   return far && seen.begin < seen.end;
 }
 
-// The sink is a key with value 0: its gradient is sum over queries of exp(sink - lse) (0 - delta).
-inline void store_ds_aux(const Flash_bwd_params& p, int head) {
+// The weight of `sink` in a row of a head whose softmax_lse is `lse`.
+inline float sink_weight(float sink, float lse, const FarRows& far_rows, int batch, int head,
+                         int query) {
+  if (!is_far(lse) || far_rows.references == nullptr) return exp(sink - lse);
+  const RowReference& reference = far_rows.at(batch, head, query);
+  return exp((sink - reference.score) - reference.log_sum);
+}
+
+// The sink is a key with value 0: its gradient is sum over queries of weight (0 - delta).
+inline void store_ds_aux(const Flash_bwd_params& p, int head, const FarRows& far_rows) {
   const float sink = sink_logit(p, head);
   float sum = 0.f;
   for (int b = 0; b < p.b; ++b) {
@@ -55,7 +63,8 @@ inline void store_ds_aux(const Flash_bwd_params& p, int head) {
     const float* lse =
         p.softmax_lse + b * p.lse_batch_stride + head * p.lse_head_stride + seq.lse_row;
     const float* delta = p.dsoftmax_sum + dsoftmax_offset(p, seq, head);
-    for (int i = 0; i < seq.seqlen_q; ++i) sum -= exp(sink - lse[i]) * delta[i];
+    for (int i = 0; i < seq.seqlen_q; ++i)
+      sum -= sink_weight(sink, lse[i], far_rows, b, head, i) * delta[i];
   }
   p.ds_aux[head] = sum;
 }
@@ -118,7 +127,8 @@ inline void find_references(const Flash_bwd_params& p, const BwdHead& head, int 
   for (int r = 0; r < block.rows; ++r) {
     const Row row = map.row(block.row0 + r);
     if (p.s_aux) add_sink(p, row.head, states[r]);
-    if (is_far(lse(r))) far_rows.at(seq.batch, row) = far_reference(states[r], lse(r));
+    if (is_far(lse(r)))
+      far_rows.at(seq.batch, row.head, row.query) = far_reference(states[r], lse(r));
   }
 }
 
@@ -203,16 +213,20 @@ inline void mha_bwd(const Flash_bwd_params& p) {
   const BwdTile tile = Runner::tile(p);
   const BwdPlan plan = plan_bwd(p, tile.keys, num_threads());
   const int threads = threads_for(plan.flops);
+  const auto run = [&](const FarRows& far_rows) {
+    run_bwd_tasks<Runner>(p, plan, tile, threads, far_rows);
+    if (p.ds_aux)
+      parallel_for(p.h, threads,
+                   [&](int64_t h, int) { store_ds_aux(p, static_cast<int>(h), far_rows); });
+  };
   if (prepare_bwd(p, plan, tile, threads)) {
     Scratch references(p.b * p.h * p.seqlen_q * sizeof(RowReference));
     const FarRows far_rows{reinterpret_cast<RowReference*>(references.data()), p.h, p.seqlen_q};
     find_far_rows<Runner>(p, plan, tile, threads, far_rows);
-    run_bwd_tasks<Runner>(p, plan, tile, threads, far_rows);
+    run(far_rows);
   } else {
-    run_bwd_tasks<Runner>(p, plan, tile, threads, FarRows{});
+    run(FarRows{});
   }
-  if (p.ds_aux)
-    parallel_for(p.h, threads, [&](int64_t h, int) { store_ds_aux(p, static_cast<int>(h)); });
   if (p.cu_seqlens_q) zero_rows_of_no_sequence(p);
 }
 

@@ -1,7 +1,8 @@
 // Attention, backward, for compute capability 8.0 and newer: cp.async, ldmatrix, mma.sync.
 //
 // FlashAttention-2 (arXiv:2307.08691), algorithm 2. With P = exp(scale S - lse) recomputed and
-// delta = rowsum(dO * O) - dlse, which bwd_prepare.h has left in softmax_d:
+// delta = rowsum(dO * O) - dlse, which bwd_prepare.h has left in softmax_d (and what is subtracted
+// in the place of an lse that is far from 0 in the workspace: far_rows.h):
 //
 //   S = Q K^T, dP = dO V^T, dS = P * (dP - delta)
 //   dV = P^T dO, dK = scale dS^T Q, dQ = scale dS K

@@ -1,12 +1,14 @@
 // What the backward needs of each query before it walks over keys: delta = rowsum(dO * O) - dlse,
-// left in softmax_d. Also zeros for rows of dq that no key sees, or that belong to no sequence. A
-// CTA has a tile of rows of one head, eight lanes a row.
+// left in softmax_d, and the references of rows that are far from 0. Also zeros for rows of dq that
+// no key sees, or that belong to no sequence. A CTA has a tile of rows of one head, eight lanes a
+// row.
 #pragma once
 
 #include "base/ptx/special_registers.h"
 #include "base/row_config.h"
 #include "common/bounded_sequence.h"
 #include "sm80/bwd_params.h"
+#include "sm80/far_rows.h"
 #include "sm80/packed_tile.h"
 #include "sm80/query.h"
 #include "sm80/smem.h"
@@ -90,7 +92,9 @@ FLASH_DEVICE void prepare(const BwdParams& p, const BwdPrepareLaunch& launch) {
   if (place.batch < b) {
     IndexFaults faults;  // the main kernel reports them
     const Sequence seq = bounded_sequence(p, place.batch, launch.bounds.max_cached, faults);
-    store_delta<C.dtype>(p, launch, seq, head, place.m_block * kPrepareRows + row, lane);
+    const int first_query = place.m_block * kPrepareRows;
+    store_delta<C.dtype>(p, launch, seq, head, first_query + row, lane);
+    store_references<C>(p, launch, seq, head, first_query);
     return;
   }
   const int64_t first = p.cu_seqlens_q[b];

@@ -43,9 +43,6 @@ FLASH_DEVICE void for_each(typename WarpTile<C>::Scores& r, const F& f) {
       for (int i = 0; i < 4; ++i) f(r[m][n][i], m, n, i);
 }
 
-// Beyond this the rounding of lse * log2(e) would be seen in the weights.
-inline constexpr float kMaxFusedLse = 1024.f;
-
 // What a warp computes of a block of scores.
 template <BwdConfig C>
 struct BwdScores {
@@ -102,12 +99,12 @@ struct BwdScores {
   FLASH_DEVICE void softmax_bwd_step(const BwdLaunch& launch, const KeyTile& here,
                                      const QueryBlock& queries, bool is_full, const Emit& emit) {
     if (is_full) {
-      step(launch, emit, [](int, int) { return [](int) { return true; }; });
+      step(launch, here, queries, emit, [](int, int) { return [](int) { return true; }; });
       return;
     }
     const ptx::Element first = ptx::accumulator_element(this_lane<C>(), 0);
     const int row = first_row(queries) + first.row, key = first_key(here) + first.col;
-    step(launch, emit, [&](int m, int half) {
+    step(launch, here, queries, emit, [&](int m, int half) {
       const int query = row + m * 16 + half * 8;
       const KeyRange keys = here.mask.keys(query);
       const int begin = keys.begin - key;
@@ -132,28 +129,34 @@ struct BwdScores {
     });
   }
 
-  // Of a row far from 0: logits less lse with one rounding, and no weight above 1.
-  FLASH_DEVICE void subtract_lse(int m, int half, float scale) {
+  // Of a row far from 0: scores become logarithms of weights, to base 2; none of these is above 1.
+  FLASH_DEVICE void subtract_reference(int m, int half, const BwdLaunch& launch,
+                                       const KeyTile& here, const QueryBlock& queries) {
+    const int row = m * 16 + ptx::accumulator_element(ptx::read_tid_x() % 32, 2 * half).row;
+    const RowReference reference = launch.references.at(here.seq, ptx::opaque(queries.head),
+                                                        ptx::opaque(first_row(queries)) + row);
+    const float log2_sum = reference.log_sum * kLog2e;
 #pragma unroll
     for (int n = 0; n < W::kS; ++n)
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         float& x = s[m][n][2 * half + i];
-        x = fminf(fmaf(x, scale, -lse[m][half]), 0.f);
+        x = fminf(fmaf(x - reference.score, launch.scale_log2, -log2_sum), 0.f);
       }
   }
 
   template <class Emit, class Seen>
-  FLASH_DEVICE void step(const BwdLaunch& launch, const Emit& emit, const Seen& seen) {
+  FLASH_DEVICE void step(const BwdLaunch& launch, const KeyTile& here, const QueryBlock& queries,
+                         const Emit& emit, const Seen& seen) {
 #pragma unroll
     for (int m = 0; m < W::kM; ++m) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const auto sees = seen(m, half);
         float scale_log2 = launch.scale_log2, reference = -lse[m][half] * kLog2e;
-        if (fabsf(lse[m][half]) > kMaxFusedLse) {
-          subtract_lse(m, half, launch.scale);
-          scale_log2 = kLog2e;
+        if (fabsf(lse[m][half]) > kFarLse) {
+          subtract_reference(m, half, launch, here, queries);
+          scale_log2 = 1.f;
           reference = 0.f;
         }
 #pragma unroll

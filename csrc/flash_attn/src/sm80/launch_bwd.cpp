@@ -55,7 +55,11 @@ Cut cut(const Flash_bwd_params& p, const BwdTile& tile) {
 // Whether several key blocks can add to a block's dQ.
 bool shares_dq(const Flash_bwd_params& p, const BwdTile& tile) { return p.seqlen_k > tile.n; }
 
-// The workspace: sums, turns.
+// The workspace: references, a multiple of 16 bytes; sums; turns.
+size_t reference_bytes(const Flash_bwd_params& p) {
+  const int64_t rows = p.cu_seqlens_q != nullptr ? p.total_q : p.b * p.seqlen_q;
+  return static_cast<size_t>((rows * p.h + 1) / 2 * 2) * sizeof(RowReference);
+}
 size_t sum_bytes(const Cut& c, const BwdTile& tile) {
   return static_cast<size_t>(c.blocks()) * static_cast<size_t>(tile.m * tile.head_dim) *
          sizeof(float);
@@ -71,15 +75,24 @@ bool is_aligned_to_pairs(const Operand& x) {
   return aligned;
 }
 
+BwdReferences references(const Flash_bwd_params& p) {
+  auto* first = static_cast<RowReference*>(p.workspace.ptr);
+  if (p.cu_seqlens_q != nullptr) return {first, 0, p.total_q};
+  return {first, p.h * p.seqlen_q, p.seqlen_q};
+}
+
+BwdScale scale_of(const Flash_bwd_params& p) {
+  const float scale = modifies_scores(p) ? 1.f : p.scale_softmax;
+  return {modifies_scores(p), scale, scale * kLog2e};
+}
+
 BwdLaunch plan(const Flash_bwd_params& p, const Cut& c, const BwdTile& tile) {
   BwdLaunch launch{};
+  static_cast<BwdScale&>(launch) = scale_of(p);
   launch.scheduler = {static_cast<int>(c.key_blocks), static_cast<int>(c.heads_k),
                       static_cast<int>(c.heads_k)};
   launch.heads_k = static_cast<int>(p.h_k);
   launch.group = static_cast<int>(p.h / p.h_k);
-  launch.modifies_scores = modifies_scores(p);
-  launch.scale = launch.modifies_scores ? 1.f : p.scale_softmax;
-  launch.scale_log2 = launch.scale * kLog2e;
   launch.q_aligned = is_aligned(p.q, p.d);
   launch.k_aligned = is_aligned(p.k, p.d);
   launch.v_aligned = is_aligned(p.v, p.d_v);
@@ -89,11 +102,12 @@ BwdLaunch plan(const Flash_bwd_params& p, const Cut& c, const BwdTile& tile) {
   launch.dq_aligned = is_aligned_to_pairs(p.dq);
   launch.bounds = index_bounds(p);
   launch.dropout = Dropout::make(p.p_dropout, p.seed, p.offset);
+  launch.references = references(p);
   launch.q_blocks = static_cast<int>(c.q_blocks);
   if (!shares_dq(p, tile)) return launch;
-  launch.dq_sums = static_cast<float*>(p.workspace.ptr);
-  launch.turns =
-      reinterpret_cast<uint32_t*>(static_cast<char*>(p.workspace.ptr) + sum_bytes(c, tile));
+  char* sums = static_cast<char*>(p.workspace.ptr) + reference_bytes(p);
+  launch.dq_sums = reinterpret_cast<float*>(sums);
+  launch.turns = reinterpret_cast<uint32_t*>(sums + sum_bytes(c, tile));
   return launch;
 }
 
@@ -121,8 +135,16 @@ void prepare(const Flash_bwd_params& p, BwdParams& params) {
   const int64_t tiles = is_packed ? packed_tiles(p.total_q, p.b, kPrepareRows)
                                   : (p.seqlen_q + kPrepareRows - 1) / kPrepareRows;
   const int64_t heads = is_packed ? p.h : p.b * p.h;
-  BwdPrepareLaunch launch{static_cast<int>(tiles), is_aligned(p.o, p.d_v),
-                          is_aligned(p.dout, p.d_v), index_bounds(p)};
+  BwdPrepareLaunch launch{};
+  static_cast<BwdScale&>(launch) = scale_of(p);
+  launch.tiles = static_cast<int>(tiles);
+  launch.group = static_cast<int>(p.h / p.h_k);
+  launch.q_aligned = is_aligned(p.q, p.d);
+  launch.k_aligned = is_aligned(p.k, p.d);
+  launch.o_aligned = is_aligned(p.o, p.d_v);
+  launch.dout_aligned = is_aligned(p.dout, p.d_v);
+  launch.bounds = index_bounds(p);
+  launch.references = references(p);
   void* args[] = {&params, &launch};
   if (tiles * heads > 0)
     launch_rows(kernel_of(kBwdPrepareKernels, p.dtype), tiles * heads * RowConfig::threads(),
@@ -158,9 +180,9 @@ void store_bias_gradient(const Flash_bwd_params& p, BwdParams& params) {
 size_t mha_bwd_workspace_bytes(const Flash_bwd_params& p) {
   if (p.b == 0) return 0;
   const BwdTile& tile = choose(kBwdKernels, p).tile;
-  if (!shares_dq(p, tile)) return 0;
+  if (!shares_dq(p, tile)) return reference_bytes(p);
   const Cut c = cut(p, tile);
-  return sum_bytes(c, tile) + turn_count(c, tile) * sizeof(uint32_t);
+  return reference_bytes(p) + sum_bytes(c, tile) + turn_count(c, tile) * sizeof(uint32_t);
 }
 
 void mha_bwd(const Flash_bwd_params& p) {

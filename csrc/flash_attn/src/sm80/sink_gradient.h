@@ -1,5 +1,6 @@
 // ds_aux. A sink is a key with value 0: its gradient is the sum over queries of exp(sink - lse) (0
-// - delta). A CTA sums up a head, in an order of its own.
+// - delta), or of what far rows have in the place of lse. A CTA sums up a head, in an order of its
+// own.
 #pragma once
 
 #include "base/row_config.h"
@@ -8,6 +9,14 @@
 #include "sm80/epilogue.h"
 
 namespace flash::sm80 {
+
+// A sink's weight in a row.
+FLASH_DEVICE float sink_weight(float sink, float lse, const BwdPrepareLaunch& launch,
+                               const Sequence& seq, int head, int query) {
+  if (!(fabsf(lse) > kFarLse)) return __expf(sink - lse);
+  const RowReference reference = launch.references.at(seq, head, query);
+  return __expf(fmaf(-reference.score, launch.scale, sink) - reference.log_sum);
+}
 
 template <RowConfig C>
 FLASH_DEVICE void sink_gradient(const BwdParams& p, const BwdPrepareLaunch& launch) {
@@ -23,7 +32,7 @@ FLASH_DEVICE void sink_gradient(const BwdParams& p, const BwdPrepareLaunch& laun
     const float* delta =
         p.dsoftmax_sum + batch * p.dsoftmax_batch_stride + head * p.dsoftmax_head_stride + first;
     for (int i = threadIdx.x; i < seq.seqlen_q; i += C.threads())
-      sum -= __expf(sink - lse[i]) * delta[i];
+      sum -= sink_weight(sink, lse[i], launch, seq, head, i) * delta[i];
   }
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
