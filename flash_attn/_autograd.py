@@ -20,12 +20,13 @@ from torch.autograd import forward_ad
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
 from flash_attn import _composition as composition
-from flash_attn import _dtensor
+from flash_attn import _dtensor, _emulator
 from flash_attn._arguments import not_dense
 from flash_attn._buffers import maybe_contiguous, new_gradient
 from flash_attn._composition import unwrapped
 from flash_attn._eager import needs_derivative, run
 from flash_attn._functions import BACKWARD, FORWARD, VARLEN_BACKWARD, VARLEN_FORWARD
+from flash_attn._library import largest_head_dims
 from flash_attn._ops import registered
 from flash_attn._schema import Operator
 
@@ -58,9 +59,23 @@ class _Saved(NamedTuple):
     sequences: tuple  # () or (cu_seqlens_q, cu_seqlens_k)
 
 
+def _refuse_wide_gradients(q, v) -> None:
+    """Raise RuntimeError for head dims that the CUDA backend's backward lacks."""
+    largest = largest_head_dims("cuda", "mha_bwd")
+    for name, dim in (("head dimension", q.shape[-1]), ("head dimension of v", v.shape[-1])):
+        if dim > largest:
+            raise RuntimeError(
+                f"the CUDA backend lacks {name} {dim} (at most {largest}) in the backward, and a "
+                "gradient is required: under torch.no_grad() it has the forward"
+            )
+
+
 def _save(ctx, inputs, results) -> None:
     """Keep in ctx what the derivatives need."""
     operator, _, *args = inputs
+    q, _, v, *_ = operator.inputs_of(args)
+    if (q.is_cuda or _emulator.in_use()) and any(ctx.needs_input_grad):
+        _refuse_wide_gradients(q, v)
     out, softmax_lse, s_dmask, rng_state = results
     saved = (*operator.inputs_of(args), out, softmax_lse, rng_state, *args[operator.sequences][:2])
     ctx.save_for_backward(*saved)

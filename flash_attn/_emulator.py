@@ -104,6 +104,8 @@ class emulator:
 
         Of the launches since the context was entered; after it, of those until it was left. They
         are the device's: entering or leaving another context, in any thread, starts them anew.
+        ``registers_per_thread`` of "occupancy" is estimated from PTX, within the launch bounds;
+        docs/cuda.md and ``tools/kernel_table.py`` tell what ptxas takes.
         """
         return {
             name: {key: x for key, x in kernel.items() if key != "lines"}

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import os
 from importlib.util import find_spec
@@ -108,6 +109,14 @@ def bind(function: str, names: str) -> Callable[..., None]:
 def arguments(function: str) -> list[str]:
     """Return the names of the arguments of a function of the C interface."""
     return str(lib.arguments(function)).split()
+
+
+@functools.cache
+def largest_head_dims(backend: str, operation: str) -> int:
+    """Return the largest head dim of q and v that a backend has an operation for; 0: none."""
+    rows = [line.split() for line in str(lib.kernels()).splitlines()]
+    limits = [row[-1] for row in rows if row[0] == backend and row[2] == operation]
+    return max((int(limit.split(",")[0].split("-")[1]) for limit in limits), default=0)
 
 
 def cpu_isas() -> list[str]:

@@ -17,7 +17,7 @@ from reference import attention
 
 import flash_attn
 import flash_attn_2_cuda
-from flash_attn import flash_attn_func
+from flash_attn import flash_attn_func, flash_attn_varlen_func
 
 
 @needs_emulator
@@ -251,19 +251,12 @@ def _lacking(name):
         "head dimension of v 520 (at most 512)": lambda: flash_attn_func(
             *[torch.ones(1, 8, 1, 520, dtype=BF16)] * 3
         ),
-        "head dimension 264 (at most 256)": lambda: (
-            flash_attn_func(*[torch.ones(1, 8, 1, 264, dtype=BF16, requires_grad=True)] * 3)
-            .sum()
-            .backward()
-        ),
     }
     return calls[name]
 
 
 @needs_emulator
-@pytest.mark.parametrize(
-    "feature", ["fp32", "head dimension of v 520 (at most 512)", "head dimension 264 (at most 256)"]
-)
+@pytest.mark.parametrize("feature", ["fp32", "head dimension of v 520 (at most 512)"])
 def test_what_is_missing_is_named(feature):
     call = _lacking(feature)
     with (
@@ -272,6 +265,35 @@ def test_what_is_missing_is_named(feature):
     ):
         call()
     assert feature in str(error.value)
+    assert str(error.value).endswith("; outside the emulator CPU tensors have it")
+
+
+@needs_emulator
+@pytest.mark.parametrize(
+    ("dims", "missing"),
+    [((264, 264), "head dimension 264"), ((64, 264), "head dimension of v 264")],
+)
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_forward_refuses_gradients_that_the_backward_lacks(dims, missing, is_packed):
+    q, k, v = qkv(cuda_case(seqlens=(8, 8), dims=dims))
+
+    def call():
+        if not is_packed:
+            return flash_attn_func(q, k, v)
+        ends = torch.tensor([0, 8], dtype=torch.int32)
+        return flash_attn_varlen_func(q[0], k[0], v[0], ends, ends, 8, 8)
+
+    v.requires_grad_()
+    expected = call()
+    with flash_attn.emulator():
+        with pytest.raises(RuntimeError) as error:
+            call()
+        with torch.no_grad():
+            torch.testing.assert_close(call(), expected, rtol=0, atol=2e-2)
+    assert str(error.value) == (
+        f"the CUDA backend lacks {missing} (at most 256) in the backward, and a gradient is "
+        "required: under torch.no_grad() it has the forward"
+    )
 
 
 @needs_emulator

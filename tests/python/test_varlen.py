@@ -101,7 +101,8 @@ def flash_varlen(lengths, tensors, options, dout, dlse, longest=None, backend=CP
     leaves |= {n: pack(tensors[n], lengths_k) for n in "kv"}
     leaves |= {n: tensors[n] for n in ("s_aux", "attn_bias") if n in tensors}
     here = backend.here
-    leaves = {n: here(t).detach().requires_grad_() for n, t in leaves.items()}
+    has_backward = backend.has_backward([t.shape[-1] for t in (leaves["q"], leaves["v"])])
+    leaves = {n: here(t).detach().requires_grad_(has_backward) for n, t in leaves.items()}
     longest = longest or (max(lengths_q), max(lengths_k))
     out, lse, _ = flash_attn_varlen_func(
         leaves["q"],
@@ -115,7 +116,7 @@ def flash_varlen(lengths, tensors, options, dout, dlse, longest=None, backend=CP
         return_attn_probs=True,
     )
     results = {"out": out.detach().cpu(), "lse": lse.detach()[:, :-TAIL].cpu()}
-    if not backend.has_backward([t.shape[-1] for t in (leaves["q"], leaves["v"])]):
+    if not has_backward:
         return results
     outputs, grads = [out], [here(pack(dout, lengths_q))]
     if dlse is not None:

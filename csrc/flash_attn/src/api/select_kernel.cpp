@@ -276,7 +276,9 @@ std::string wrong_capability(const KernelRequest& request) {
     sentence << "the " << (is_cuda ? "CUDA" : "CPU") << " backend lacks "
              << join(missing(best_candidate(request), request)) << " (in "
              << name(request.operation) << ")";
-    if (is_cuda) sentence << "; CPU tensors have it";
+    if (is_cuda)
+      sentence << (request.target.is_emulated ? "; outside the emulator CPU tensors have it"
+                                              : "; CPU tensors have it");
   }
   throw ApiError(FLASH_ATTN_UNSUPPORTED, sentence.str());
 }
