@@ -155,6 +155,7 @@ def calls(dtype: str, device: str) -> dict[str, Callable[[], tuple[torch.Tensor,
         found[f"decode d={dims[0]}"] = call(cache, dims)
         found[f"decode d={dims[0]}, 1 split"] = call(cache, dims, num_splits=1)
         found[f"decode d={dims[0]}, pages"] = call(cache, dims, paged=True, queries=3)
+        found[f"decode d={dims[0]}, append"] = call(cache, dims, new=2, queries=2, paged=True)
     for dims in kinds["decode_wide"].configs:
         found[f"decode d={dims[0]}x{dims[1]}"] = call(cache, dims, paged=True, queries=3)
     for d, dv, scores, _ in kinds["bwd"].configs:  # the device has one of each
@@ -169,7 +170,6 @@ def calls(dtype: str, device: str) -> dict[str, Callable[[], tuple[torch.Tensor,
         "dropout and S_dmask": call(dense, scores="masked", lengths=(30, 50), dropout_p=0.3),
         "packed": call(packed, False),
         "packed, pages": call(packed, True),
-        "decode and append": call(cache, new=2, queries=2, paged=True),
         "prefill of a cache": call(cache, queries=50, new=50, paged=True),
         "combine": call(combine),
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from backends import BF16, EMULATOR, FP16, needs_emulator
-from cache_cases import Case, Problem, check, sampled_cases
+from cache_cases import Case, Problem, as_bytes, check, sampled_cases
 from decode_step import DecodeStep
 
 import flash_attn
@@ -45,26 +45,68 @@ def test_paged(page_size, seed):
     check(Case(dtype=BF16, window_size=(90, 0), heads=(8, 1), dims=(128, 72), **options), EMULATOR)
 
 
-@pytest.mark.parametrize("dims", [(64, 64), (17, 9)])
-def test_launches(dims):
-    """One kernel appends, and there is none where nothing is appended."""
-
-    def kernels(seqlen_new):
-        problem = Problem(Case(dtype=FP16, dims=dims, seqlen_new=seqlen_new))
-        with flash_attn.emulator() as gpu:
-            problem.call()
-        return [name.split("_")[1] for name in gpu.counters]
-
-    assert kernels(0) == ["decode"]
-    assert sorted(kernels(2)) == ["append", "decode"]
-
-
-def test_append_moves_whole_sectors():
-    problem = Problem(Case(dtype=FP16, seqlen_new=33, heads=(8, 8), dims=(128, 128)))
+@pytest.mark.parametrize(
+    ("more", "launches"),
+    [
+        ({}, {"decode": 1}),
+        ({"seqlen_new": 1, "rotary": "halves"}, {"decode": 1}),
+        ({"seqlen_new": 16, "seqlen_q": 8, "page_size": 3}, {"decode": 1}),
+        ({"seqlen_new": 17}, {"append": 1, "decode": 1}),
+        ({"seqlen_new": 1, "seqlen_q": 9}, {"append": 1, "decode": 1}),  # of 2 heads: two tiles
+    ],
+)
+@pytest.mark.parametrize("dims", [(64, 64), (17, 17), (128, 64), (256, 256), (576, 512)])
+def test_a_decode_step_is_one_launch(dims, more, launches):
+    """New rows are appended by the launch that attends to them, if they and the queries are few."""
+    problem = Problem(Case(dtype=FP16, dims=dims, heads=(4, 2), **more))
     with flash_attn.emulator() as gpu:
         problem.call()
-    counted = gpu.counters["flash_append_sm80_fp16"]["global"]
+    assert {name.split("_")[1]: x["launches"] for name, x in gpu.counters.items()} == launches
+
+
+@pytest.mark.parametrize(("seqlen_new", "kernel"), [(33, "append"), (3, "decode")])
+def test_append_moves_whole_sectors(seqlen_new, kernel):
+    problem = Problem(Case(dtype=FP16, seqlen_new=seqlen_new, heads=(8, 8), dims=(128, 128)))
+    with flash_attn.emulator() as gpu:
+        problem.call()
+    (counted,) = (x["global"] for name, x in gpu.counters.items() if kernel in name)
     assert counted["sectors"] == counted["ideal_sectors"] > 0
+
+
+class Steps(Problem):
+    """Lengths whose new rows are a sequence's first, lie in two units, or, of those that a window
+    of two keys does not touch, before the first unit that is read; and that leave no room."""
+
+    def random_lengths(self):
+        return [0, 251, 125, self.case.capacity - self.case.seqlen_new]
+
+
+@pytest.mark.parametrize("dims", [(64, 64), (17, 40), (128, 128), (256, 256), (576, 512)])
+@pytest.mark.parametrize("page_size", [0, 5, 16])
+@pytest.mark.parametrize(("num_splits", "window_size"), [(0, (-1, 0)), (1, (-1, -1)), (7, (1, 0))])
+def test_append_and_attention_in_one_launch(dims, page_size, num_splits, window_size):
+    """Bit for bit what they give in two: a launch that only appends, and one that finds the new
+    rows in their places."""
+    case = Case(
+        dtype=BF16, batch=4, dims=dims, heads=(4, 1), capacity=720, seqlen_new=6, rotary="halves",
+        num_splits=num_splits, window_size=window_size, page_size=page_size, leftpad=True,
+        batch_idx=not page_size, seed=num_splits,
+    )  # fmt: skip
+    together, apart, only_appended = Steps(case), Steps(case), Steps(case)
+    with flash_attn.emulator(mode="random", seed=page_size) as gpu:
+        out, lse = together.call()
+    assert [kernel["launches"] for kernel in gpu.counters.values()] == [1]
+    with flash_attn.emulator():
+        only_appended.q = only_appended.q[:, :0]
+        only_appended.call()
+        apart.k_buffer.copy_(only_appended.k_buffer)
+        apart.v_buffer.copy_(only_appended.v_buffer)
+        other, other_lse = apart.call()
+    assert out.isfinite().all()
+    assert torch.equal(out, other)
+    assert torch.equal(lse, other_lse)
+    for name in ("k_buffer", "v_buffer"):
+        assert torch.equal(*(as_bytes(getattr(x, name)) for x in (together, only_appended)))
 
 
 @pytest.mark.parametrize("rotary_dim", [0, 16])

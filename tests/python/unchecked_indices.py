@@ -251,6 +251,10 @@ CALLS = {
     "paged_decode": lambda: KvcacheCall(True, 9),
     "shared_decode": lambda: KvcacheCall(False, 9, num_splits=3),
     "paged_shared_decode": lambda: KvcacheCall(True, 9, num_splits=3),
+    # Few enough queries for the decode kernel to append.
+    "decode_step": lambda: KvcacheCall(False, 3),
+    "paged_decode_step": lambda: KvcacheCall(True, 3),
+    "paged_wide_decode_step": lambda: KvcacheCall(True, 3, num_splits=3, dims=(576, 512)),
     "wide_decode": lambda: KvcacheCall(False, 9, dims=(264, 72)),
     "paged_wide_decode": lambda: KvcacheCall(True, 9, num_splits=3, dims=(576, 512)),
     "varlen": lambda: VarlenCall(False),
@@ -269,8 +273,11 @@ def outside(*more):
     return (INT32_MIN, -1, *more, INT32_MAX)
 
 
-DENSE = "kvcache decode shared_decode wide_decode"
-PAGED = "paged_kvcache paged_decode paged_shared_decode paged_wide_decode"
+DENSE = "kvcache decode shared_decode decode_step wide_decode"
+PAGED = (
+    "paged_kvcache paged_decode paged_shared_decode paged_decode_step paged_wide_decode_step "
+    "paged_wide_decode"
+)
 # Calls, tensor, index, values; the sequences that are then without keys or queries.
 MALFORMED = [
     # Of 45 cached rows the queries' positions reach beyond the rotary tables.

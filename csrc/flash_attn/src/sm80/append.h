@@ -1,63 +1,17 @@
-// Appending to a KV cache: knew, rotated, and vnew go behind the rows in use.
+// Appending to a KV cache, in a launch before attention: knew, rotated, and vnew go behind the rows
+// in use.
 //
-// A few neighbouring threads own one row of K or V, of one token and head: each copies 16 bytes
-// where rows are aligned, so that a row is moved in whole sectors. Pairs that are rotated are read
-// and written element by element. A row that is in place already is not copied, and rotated in
-// place: a thread reads both elements of a pair before it writes them.
-//
-// The rows are read once and written once; attention reads them afterwards, from L2.
+// The rows are read once and written once (append_rows.h); attention reads them afterwards, from
+// L2. Where decoding's CTAs append what they read, there is no such launch (decode_append.h).
 #pragma once
 
 #include "base/ptx/special_registers.h"
 #include "base/row_config.h"
 #include "common/bounded_sequence.h"
-#include "sm80/append_params.h"
-#include "sm80/cache_place.h"
-#include "sm80/fwd_params.h"
-#include "sm80/query.h"
+#include "sm80/append_rows.h"
 #include "sm80/report.h"
 
 namespace flash::sm80 {
-
-// The threads of a row.
-struct RowLanes {
-  int lane, lanes;
-
-  // f(i) for this thread's share of first..end - 1.
-  template <class F>
-  FLASH_DEVICE void for_each(int first, int end, const F& f) const {
-    for (int i = first + lane; i < end; i += lanes) f(i);
-  }
-};
-
-// Copies the elements first..end - 1 of a row.
-FLASH_DEVICE void copy_row(const RowLanes& mine, char* to, const char* from, int first, int end,
-                           bool aligned) {
-  if (to == from) return;
-  const int chunks = aligned && first % kChunkElements == 0 ? (end - first) / kChunkElements : 0;
-  const auto copy = [&](auto* destination, const auto* source, int begin, int count) {
-    mine.for_each(begin, count, [&](int i) { destination[i] = source[i]; });
-  };
-  copy(reinterpret_cast<uint4*>(to + first * kElementBytes),
-       reinterpret_cast<const uint4*>(from + first * kElementBytes), 0, chunks);
-  copy(reinterpret_cast<uint16_t*>(to), reinterpret_cast<const uint16_t*>(from),
-       first + chunks * kChunkElements, end);
-}
-
-// Copies the first rotary_dim elements of a row, rotated.
-template <Dtype kDtype>
-FLASH_DEVICE void rotate_row(const RowLanes& mine, const AppendParams& p, char* to,
-                             const char* from, int64_t position) {
-  auto* destination = reinterpret_cast<uint16_t*>(to);
-  const auto* source = reinterpret_cast<const uint16_t*>(from);
-  mine.for_each(0, static_cast<int>(p.rotary_dim / 2), [&](int i) {
-    const RotaryPair pair = rotary_pair(p, i);
-    uint16_t x0 = source[pair.first], x1 = source[pair.second];
-    rotate<kDtype>(p, position, i, x0, x1);
-    destination[pair.first] = x0;
-    destination[pair.second] = x1;
-  });
-}
 
 template <RowConfig C>
 FLASH_DEVICE void append(const FwdParams& p, const AppendLaunch& launch) {
@@ -82,12 +36,7 @@ FLASH_DEVICE void append(const FwdParams& p, const AppendLaunch& launch) {
     return;
   }
 
-  char* to = operand_row(is_v ? p.v : p.k, C.dtype, place.entry, place.row, head);
-  const char* from = operand_row(is_v ? p.vnew : p.knew, C.dtype, batch, token, head);
-  const int rotary_dim = is_v ? 0 : static_cast<int>(p.rotary_dim);
-  if (rotary_dim > 0) rotate_row<C.dtype>(mine, p, to, from, position);
-  copy_row(mine, to, from, rotary_dim, static_cast<int>(is_v ? p.d_v : p.d),
-           is_v ? launch.v_aligned : launch.k_aligned);
+  append_row<C.dtype>(mine, p, launch, {is_v, batch, token, head}, place, position);
 }
 
 }  // namespace flash::sm80

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "common/softmax.h"
+#include "sm80/append_params.h"
 #include "sm80/fwd_params.h"
 
 namespace flash::sm80 {
@@ -16,6 +17,8 @@ struct DecodeLaunch : AttentionLaunch {
   FastDivide group;   // query heads for each key-value head
   bool v_within_k;    // V's rows are the first d_v columns of K's
   Dropout dropout;
+  int new_rows;  // of a sequence that this launch appends: decode_append.h
+  AppendPlan append;
   // Results of single units where several CTAs share a tile, [tile, unit, row]: row maxima and
   // sums, unnormalised outputs of the kernel's head_dim_v. Tiles count over the launch.
   RowState* unit_states;

@@ -1,6 +1,7 @@
 // What a CTA of the decode kernels does around its loop over keys.
 #pragma once
 
+#include "sm80/decode_append.h"
 #include "sm80/decode_output.h"
 #include "sm80/decode_place.h"
 
@@ -18,6 +19,7 @@ FLASH_DEVICE void decode_tile(const FwdParams& p, const DecodeLaunch& launch, Sm
   if (here.rows <= 0) return;
   const KeyUnits<C> units(launch, here);
   if (here.sharer >= units.mine.sharers) return;
+  if (launch.new_rows > 0) append_keys<C>(p, launch, here, units);
 
   Total<C> total;
   if (units.count > 0) attend(total, here, units);

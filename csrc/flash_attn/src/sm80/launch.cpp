@@ -71,7 +71,7 @@ void attend(const Flash_fwd_params& p) {
 }  // namespace
 
 void mha_fwd(const Flash_fwd_params& p) {
-  if (p.knew.ptr != nullptr) append_kv(p);
+  if (p.knew.ptr != nullptr && !decode_appends(p)) append_kv(p);
   attend(p);
   if (p.s_dmask != nullptr) store_dmask(p);
 }

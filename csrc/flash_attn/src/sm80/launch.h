@@ -6,6 +6,7 @@
 #include "base/fast_divide.h"
 #include "base/target.h"
 #include "common/bounded_sequence.h"
+#include "sm80/append_params.h"
 #include "sm80/kernel_list.h"
 
 namespace flash::sm80 {
@@ -21,6 +22,9 @@ FastDivide page_size(const SequenceGeometry& p);
 
 IndexBounds index_bounds(const Flash_fwd_params& p);
 IndexBounds index_bounds(const Flash_bwd_params& p);
+
+// How new rows go into the cache, of a call that appends some.
+AppendPlan plan_append(const Flash_fwd_params& p);
 
 // Enqueues what is to be appended to the cache; nothing if that is nothing. Throws ApiError.
 void append_kv(const Flash_fwd_params& p);

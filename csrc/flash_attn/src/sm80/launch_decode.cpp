@@ -7,6 +7,7 @@
 #include "common/split_heuristic.h"
 #include "sm80/decode_params.h"
 #include "sm80/kernel_list.h"
+#include "sm80/launch.h"
 #include "sm80/launch_plan.h"
 #include "sm80/sm80_backend.h"
 
@@ -16,6 +17,14 @@ namespace {
 // Of more rows the prefill kernel reads keys less often; of fewer keys there is little to share.
 constexpr int64_t kMaxDecodeRows = 64;
 constexpr int64_t kMinDecodeKeys = 512;
+
+// More new rows are appended sooner by a launch of their own, with many CTAs.
+constexpr int64_t kMaxNewRows = 16;
+
+// Of a sequence's key-value head.
+int64_t query_rows(const Flash_fwd_params& p) {
+  return p.seqlen_q * (p.h / std::max<int64_t>(p.h_k, 1));
+}
 
 // Of a cache only the capacity is known here.
 bool is_cache_call(const Flash_fwd_params& p) {
@@ -33,7 +42,7 @@ const DecodeKernel& choose(const Flash_fwd_params& p) {
 
 // How a call is cut into CTAs, and what several of them leave in the workspace for the last.
 struct Cut {
-  int64_t rows;           // of a sequence's key-value head
+  int64_t rows;           // query_rows
   int64_t tiles_of_head;  // of these
   int64_t heads;          // of all sequences, and those of no sequence
   int max_units;
@@ -48,7 +57,7 @@ struct Cut {
 
 Cut cut(const Flash_fwd_params& p, const DecodeKernel& kernel) {
   Cut c{};
-  c.rows = p.seqlen_q * (p.h / p.h_k);
+  c.rows = query_rows(p);
   c.tiles_of_head = std::max<int64_t>((c.rows + kDecodeRows - 1) / kDecodeRows, 1);
   c.heads = (p.b + (p.cu_seqlens_q != nullptr ? 1 : 0)) * p.h_k;
   const auto largest = std::numeric_limits<int>::max();
@@ -92,6 +101,10 @@ DecodeLaunch plan(const Flash_fwd_params& p, const Cut& c, const DecodeKernel& k
   launch.v_within_k = p.v.ptr == p.k.ptr && p.d_v <= p.d && same_rows(p, p.k, p.v);
   launch.dropout = Dropout::make(p.p_dropout, p.seed, p.offset);
   launch.unit_rows = static_cast<int>(c.unit_rows());
+  if (p.knew.ptr != nullptr && decode_appends(p)) {
+    launch.new_rows = static_cast<int>(p.seqlen_knew);
+    launch.append = plan_append(p);
+  }
   if (c.is_shared()) place_workspace(c, kernel, p.workspace.ptr, launch);
   return launch;
 }
@@ -99,10 +112,15 @@ DecodeLaunch plan(const Flash_fwd_params& p, const Cut& c, const DecodeKernel& k
 }  // namespace
 
 bool takes_decode(const Flash_fwd_params& p) {
-  const int64_t rows = p.seqlen_q * (p.h / std::max<int64_t>(p.h_k, 1));
+  const int64_t rows = query_rows(p);
   if (decode_tile_of(p.d, p.d_v).warps_share_keys) return true;
   return rows > 0 && rows <= kMaxDecodeRows && (p.seqlen_k >= kMinDecodeKeys || is_cache_call(p)) &&
          p.p_dropout == 0.f && p.bias.ptr == nullptr;
+}
+
+bool decode_appends(const Flash_fwd_params& p) {
+  const int64_t rows = query_rows(p);
+  return takes_decode(p) && 0 < rows && rows <= kDecodeRows && p.seqlen_knew <= kMaxNewRows;
 }
 
 size_t mha_fwd_workspace_bytes(const Flash_fwd_params& p) {

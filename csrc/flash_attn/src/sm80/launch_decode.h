@@ -11,6 +11,10 @@ namespace flash::sm80 {
 // function of shapes, not of the lengths within a batch.
 bool takes_decode(const Flash_fwd_params& p);
 
+// Of a call with new rows for the cache: whether launch_decode appends them. It does where a head's
+// queries are one tile and new rows are few.
+bool decode_appends(const Flash_fwd_params& p);
+
 // Of a call that takes it. Throws ApiError.
 void launch_decode(const Flash_fwd_params& p);
 

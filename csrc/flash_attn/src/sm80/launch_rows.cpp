@@ -15,26 +15,6 @@ namespace {
 
 constexpr int kWarp = 32;
 
-AppendLaunch plan_append(const Flash_fwd_params& p) {
-  AppendLaunch launch{};
-  launch.rows = p.b * p.seqlen_knew * p.h_k;
-  const auto chunks =
-      static_cast<uint64_t>(std::max(p.d, p.d_v) + kChunkElements - 1) / kChunkElements;
-  launch.lanes = static_cast<int>(std::min<uint64_t>(std::bit_ceil(chunks), 32));
-  // One cache's rows within the other's are checked to get parts of the other's new rows.
-  const int64_t distance =
-      (reinterpret_cast<intptr_t>(p.v.ptr) - reinterpret_cast<intptr_t>(p.k.ptr)) / kElementBytes;
-  const bool same = same_rows(p, p.k, p.v);
-  const bool v_within_k = same && distance >= 0 && distance + p.d_v <= p.d;
-  launch.writes_v = !v_within_k;
-  launch.writes_k = v_within_k || !(same && distance <= 0 && p.d - distance <= p.d_v);
-  launch.k_aligned = is_aligned(p.k, p.d) && is_aligned(p.knew, p.d);
-  launch.v_aligned = is_aligned(p.v, p.d_v) && is_aligned(p.vnew, p.d_v);
-  launch.page_size = page_size(p);
-  launch.bounds = index_bounds(p);
-  return launch;
-}
-
 }  // namespace
 
 bool is_aligned(const Operand& x, int64_t head_dim) {
@@ -65,8 +45,25 @@ IndexBounds index_bounds(const Flash_bwd_params& p) {
   return {max_cached(p, p, {}), p.target.device->mailbox()};
 }
 
+AppendPlan plan_append(const Flash_fwd_params& p) {
+  AppendPlan plan{};
+  const auto chunks =
+      static_cast<uint64_t>(std::max(p.d, p.d_v) + kChunkElements - 1) / kChunkElements;
+  plan.lanes = static_cast<int>(std::min<uint64_t>(std::bit_ceil(chunks), 32));
+  // One cache's rows within the other's are checked to get parts of the other's new rows.
+  const int64_t distance =
+      (reinterpret_cast<intptr_t>(p.v.ptr) - reinterpret_cast<intptr_t>(p.k.ptr)) / kElementBytes;
+  const bool same = same_rows(p, p.k, p.v);
+  const bool v_within_k = same && distance >= 0 && distance + p.d_v <= p.d;
+  plan.writes_v = !v_within_k;
+  plan.writes_k = v_within_k || !(same && distance <= 0 && p.d - distance <= p.d_v);
+  plan.k_aligned = is_aligned(p.k, p.d) && is_aligned(p.knew, p.d);
+  plan.v_aligned = is_aligned(p.v, p.d_v) && is_aligned(p.vnew, p.d_v);
+  return plan;
+}
+
 void append_kv(const Flash_fwd_params& p) {
-  AppendLaunch launch = plan_append(p);
+  AppendLaunch launch{plan_append(p), p.b * p.seqlen_knew * p.h_k, page_size(p), index_bounds(p)};
   if (launch.rows == 0) return;
   FwdParams params{p, p, p, p};
   void* args[] = {&params, &launch};
