@@ -155,8 +155,8 @@ class KvcacheCall:
             "v_cache": normal(*shape, 1, dims[1]),
             "k": normal(3, 2, 1, dims[0]),
             "v": normal(3, 2, 1, dims[1]),
-            "rotary_cos": normal(40 + seqlen_q, 8),
-            "rotary_sin": normal(40 + seqlen_q, 8),
+            "rotary_cos": normal(max(48, 40 + seqlen_q), 8),
+            "rotary_sin": normal(max(48, 40 + seqlen_q), 8),
             "out": torch.zeros(3, seqlen_q, 2, dims[1], dtype=torch.float16),
             "softmax_lse": torch.zeros(3, 2, seqlen_q),
         }
@@ -273,18 +273,17 @@ def outside(*more):
     return (INT32_MIN, -1, *more, INT32_MAX)
 
 
-DENSE = "kvcache decode shared_decode decode_step wide_decode"
-PAGED = (
-    "paged_kvcache paged_decode paged_shared_decode paged_decode_step paged_wide_decode_step "
-    "paged_wide_decode"
-)
+DENSE = "kvcache decode shared_decode wide_decode"
+PAGED = "paged_kvcache paged_decode paged_shared_decode paged_wide_decode"
+STEPS = "paged_decode_step paged_wide_decode_step"
 # Calls, tensor, index, values; the sequences that are then without keys or queries.
 MALFORMED = [
     # Of 45 cached rows the queries' positions reach beyond the rotary tables.
     (f"{DENSE} {PAGED}", "cache_seqlens", (1,), outside(45, 47), [1]),
-    (f"{DENSE} {PAGED}", "cache_leftpad", (2,), outside(40), [2]),
-    (DENSE, "cache_batch_idx", (0,), outside(4), [0]),
-    (PAGED, "block_table", (1, 1), outside(10), [1]),
+    (f"decode_step {STEPS}", "cache_seqlens", (1,), outside(47), [1]),
+    (f"{DENSE} {PAGED} decode_step {STEPS}", "cache_leftpad", (2,), outside(40), [2]),
+    (f"{DENSE} decode_step", "cache_batch_idx", (0,), outside(4), [0]),
+    (f"{PAGED} {STEPS}", "block_table", (1, 1), outside(10), [1]),
     ("varlen varlen_dropout", "cu_seqlens_q", (0,), outside(1), [0]),
     ("varlen varlen_dropout", "cu_seqlens_q", (3,), outside(81), [2]),
     ("long_varlen", "cu_seqlens_q", (3,), outside(311), [2]),

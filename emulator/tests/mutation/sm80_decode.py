@@ -4,7 +4,8 @@
         emulator/tests/mutation/sm80_decode.py
 
 Units that several CTAs share and the last one merges, and one CTA that fills its ring again and
-again; a scale that negates Q, and a NaN in V that some queries do not see.
+again; a scale that negates Q, and a NaN in V that some queries do not see; and the last keys
+appended by the CTA that reads them.
 """
 
 import os
@@ -37,9 +38,18 @@ _EXPECTED = _reference(_Q, _K, _V)[:, :-1]
 _V[0, -1] = float("nan")
 
 
+def _append(**options):
+    """The last keys go where zeros are."""
+    old, new = zip(*((x[:, :-QUERIES], x[:, -QUERIES:]) for x in (_K, _V)))
+    caches = [torch.cat([x, torch.zeros_like(y)], 1) for x, y in zip(old, new)]
+    sizes = torch.tensor([KEYS - QUERIES], dtype=torch.int32)
+    return flash_attn.flash_attn_with_kvcache(_Q, *caches, *new, cache_seqlens=sizes, **options)
+
+
 def run() -> bool:
     options = {"softmax_scale": SCALE, "causal": True}
     shared = flash_attn.flash_attn_func(_Q, _K, _V, **options)
     alone = flash_attn.flash_attn_with_kvcache(_Q, _K, _V, num_splits=1, **options)
-    errors = [(out[:, :-1].double() - _EXPECTED).abs().max() for out in (shared, alone)]
+    outs = (shared, alone, _append(**options))
+    errors = [(out[:, :-1].double() - _EXPECTED).abs().max() for out in outs]
     return all(error < 0.02 for error in errors)
