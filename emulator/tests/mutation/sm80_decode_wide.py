@@ -5,8 +5,8 @@
 
 Values within the keys, in units that several CTAs share and the last one merges; values of their
 own, in one CTA that fills its ring again and again; a scale that negates Q, and a NaN in V that
-some queries do not see; and Q rotated after it is negated, and the last keys
-appended by the CTA that reads them. Of this call the CPU backend has the expected result.
+some queries do not see. And Q rotated after it is negated, with the last keys appended by the CTA
+that reads them, which is not the first: of this call the CPU backend has the expected result.
 """
 
 import os

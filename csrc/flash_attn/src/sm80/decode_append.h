@@ -2,8 +2,9 @@
 //
 // Where a head's rows of queries are one tile, each of its keys is read by one CTA alone, the one
 // that has the key's unit. It writes the new rows among its keys before it reads any, and a barrier
-// of the CTA puts the one before the other. Units cover the keys that are seen: new rows before the
-// first unit are written by the first CTA of the tile, those behind the last unit by the last.
+// of the CTA puts the one before the other; cp.async is of the generic proxy (PTX ISA, "Proxies"),
+// so that no fence is needed. Units cover the keys that are seen: the first CTA of a tile also has
+// the keys before the first unit, the last one those behind the last unit.
 #pragma once
 
 #include "sm80/append_rows.h"
@@ -30,10 +31,10 @@ template <DecodeConfig C>
 FLASH_DEVICE void append_keys(const FwdParams& p, const DecodeLaunch& launch,
                               const DecodePlace<C>& here, const KeyUnits<C>& units) {
   const KeyRange keys = keys_to_append(launch, here, units);
+  if (keys.begin >= keys.end) return;
   const AppendPlan& plan = launch.append;
   const int thread = ptx::read_tid_x(), first_new = here.seq.seqlen_k - launch.new_rows;
   const RowLanes mine{thread & (plan.lanes - 1), plan.lanes};
-  if (keys.begin >= keys.end) return;
 #pragma unroll 1
   for (int i = thread / plan.lanes; i < 2 * (keys.end - keys.begin);
        i += C.threads() / plan.lanes) {
