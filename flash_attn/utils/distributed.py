@@ -1,9 +1,10 @@
 """Collectives over a process group, with and without gradients, for tensor and sequence
 parallelism.
 
-Every collective works along the first dimension. ``process_group=None`` is torch's default group,
-or this process alone where torch.distributed is not initialised. In a group of one process nothing
-is copied. gloo and NCCL groups both work: what a backend lacks is made of what it has.
+Every collective works along the first dimension. Here ``process_group=None`` is torch's default
+group, or this process alone where torch.distributed is not initialised; to the layers elsewhere it
+is this process alone. In a group of one nothing is copied. gloo and NCCL groups both work: what a
+backend lacks is made of what it has.
 """
 
 from __future__ import annotations
@@ -42,12 +43,12 @@ class _Finished:
 
 
 def group_size(process_group) -> int:
-    """Return the number of processes in the group.
+    """Return the number of processes over which a layer is spread; None: 1.
 
     Raises:
         ValueError: this process is not in the group.
     """
-    if process_group is None and not (dist.is_available() and dist.is_initialized()):
+    if process_group is None:
         return 1
     size = dist.get_world_size(process_group)
     if size < 1:
@@ -58,6 +59,13 @@ def group_size(process_group) -> int:
 def group_rank(process_group) -> int:
     """Return this process's place in the group: 0 to ``group_size(process_group) - 1``."""
     return dist.get_rank(process_group) if group_size(process_group) > 1 else 0
+
+
+def _or_default(process_group):
+    """The group, or torch's default one for None if there is one."""
+    if process_group is None and dist.is_available() and dist.is_initialized():
+        return dist.group.WORLD
+    return process_group
 
 
 def _rows(input_: Tensor) -> int:
@@ -92,6 +100,7 @@ def all_gather_raw(input_: Tensor, process_group, async_op: bool = False):
     Raises:
         ValueError: ``input_`` has no dimension, or this process is not in the group.
     """
+    process_group = _or_default(process_group)
     rows, size = _rows(input_), group_size(process_group)
     if size == 1:
         return _unchanged(input_, async_op)
@@ -123,6 +132,7 @@ def reduce_scatter_raw(input_: Tensor, process_group, async_op: bool = False):
         ValueError: the processes do not divide the rows, ``input_`` has no dimension, or this
             process is not in the group.
     """
+    process_group = _or_default(process_group)
     rows, size = _rows(input_), group_size(process_group)
     if size == 1:
         return _unchanged(input_, async_op)
@@ -160,6 +170,7 @@ def all_reduce_raw(input_: Tensor, process_group, async_op: bool = False):
         ValueError: this process is not in the group.
     """
     check_tensors(input_=input_)
+    process_group = _or_default(process_group)
     if group_size(process_group) == 1:
         return _unchanged(input_, async_op)
     input_ = input_.contiguous()
@@ -198,7 +209,7 @@ class AllReduceFunc(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, input_, process_group):
-        if group_size(process_group) > 1:
+        if group_size(_or_default(process_group)) > 1:
             input_ = input_.clone(memory_format=torch.contiguous_format)
         return all_reduce_raw(input_, process_group)[0]
 
@@ -220,9 +231,10 @@ def _marked_parameters(model: torch.nn.Module, mark: str) -> list[torch.nn.Param
 def sync_shared_params(model: torch.nn.Module, process_group) -> None:
     """Give every process the values that the group's first one has, in the parameters whose
     attribute ``_shared_params`` is true."""
+    process_group = _or_default(process_group)
     if group_size(process_group) == 1:
         return
-    source = 0 if process_group is None else dist.get_global_rank(process_group, 0)
+    source = dist.get_global_rank(process_group, 0)
     for parameter in _marked_parameters(model, "_shared_params"):
         values = parameter.detach().contiguous()
         dist.broadcast(values, source, group=process_group)
@@ -239,8 +251,8 @@ def _sum_gradients(parameters: list[torch.nn.Parameter], process_group) -> None:
     has_grad = grads[0].new_tensor([p.grad is not None for p in parameters])
     total, _ = all_reduce_raw(_flatten_dense_tensors([*grads, has_grad]), process_group)
     *sums, counts = _unflatten_dense_tensors(total, [*grads, has_grad])
-    for parameter, grad, summed, count in zip(parameters, grads, sums, counts.tolist()):
-        if count:
+    for parameter, grad, summed, count in zip(parameters, grads, sums, counts):
+        if parameter.grad is not None or count.item():
             parameter.grad = grad.copy_(summed)
 
 
@@ -248,6 +260,7 @@ def _sum_gradients(parameters: list[torch.nn.Parameter], process_group) -> None:
 def allreduce_sequence_parallel_grad(model: torch.nn.Module, process_group) -> None:
     """Add the gradients of all processes, in the parameters whose attribute ``_sequence_parallel``
     is true: those that saw only this process's share of the tokens."""
+    process_group = _or_default(process_group)
     if group_size(process_group) == 1:
         return
     kinds: dict = {}

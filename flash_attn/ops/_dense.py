@@ -1,0 +1,278 @@
+"""What the functions and layers of ``fused_dense`` are made of: activations, the tokens of a group
+of processes, checks, the steps of a backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial, wraps
+from typing import NamedTuple, Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from flash_attn._arguments import is_plain
+from flash_attn.ops.activations import gelu_bwd, gelu_fwd, sqrelu_bwd, sqrelu_fwd
+from flash_attn.utils.distributed import (
+    all_gather,
+    all_gather_raw,
+    all_reduce,
+    all_reduce_raw,
+    group_size,
+    reduce_scatter,
+    reduce_scatter_raw,
+)
+
+_transforms_active = torch._C._are_functorch_transforms_active
+
+
+class Activation(NamedTuple):
+    """The function between the layers of an MLP.
+
+    ``composed`` and ``forward`` compute it from the pre-activation, ``composed`` by operations that
+    torch differentiates. ``backward(grad, kept)`` is the gradient of the pre-activation; kept is
+    the pre-activation, or with ``from_output`` the function's value, which says as much.
+    ``use_gelu`` is the argument by which ``torch._addmm_activation`` computes it; None: it does
+    not.
+    """
+
+    composed: Callable[[Tensor], Tensor]
+    forward: Callable[[Tensor], Tensor]
+    backward: Callable[[Tensor, Tensor], Tensor]
+    from_output: bool = False
+    use_gelu: Optional[bool] = None
+
+    def of_product(self, x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
+        """Return its value at x W^T + b, ``(..., out_features)``, in one operation if torch has it.
+
+        torch's fused GELU is the tanh approximation on a GPU alone.
+        """
+        if bias is None or self.use_gelu is None or (self.use_gelu and not x.is_cuda):
+            return self.forward(F.linear(x, weight, bias))
+        rows = x.reshape(-1, x.shape[-1])
+        value = torch._addmm_activation(bias, rows, weight.t(), use_gelu=self.use_gelu)
+        return value.view(*x.shape[:-1], weight.shape[0])
+
+    def gradient(self, grad: Tensor, pre_act: Optional[Tensor], value: Optional[Tensor]) -> Tensor:
+        """Return the gradient of the pre-activation from that of the value, both ``(rows,
+        features)``; in grad mode, one to differentiate again."""
+        if torch.is_grad_enabled():
+            grad = grad.view(value.shape)
+            dx = torch.autograd.grad(value, pre_act, grad, create_graph=True)[0]
+        else:
+            kept = value if self.from_output else pre_act
+            dx = self.backward(grad.view(kept.shape), kept)
+        return dx.view(-1, dx.shape[-1])
+
+
+def _relu_bwd(grad: Tensor, value: Tensor) -> Tensor:
+    return torch.ops.aten.threshold_backward(grad, value, 0)
+
+
+def _sqrelu(x: Tensor) -> Tensor:
+    return F.relu(x).square()
+
+
+ACTIVATIONS = {
+    "gelu_approx": Activation(
+        partial(F.gelu, approximate="tanh"), gelu_fwd, gelu_bwd, use_gelu=True
+    ),
+    "relu": Activation(F.relu, F.relu, _relu_bwd, from_output=True, use_gelu=False),
+    "sqrelu": Activation(_sqrelu, sqrelu_fwd, sqrelu_bwd),
+}
+
+
+class Tokens(NamedTuple):
+    """How a layer whose weight is divided by rows gets its tokens, and what becomes of their
+    gradient.
+
+    ``start_*`` return a tensor and the handle to wait for before it is read; in grad mode, a tensor
+    to differentiate.
+    """
+
+    process_group: object
+    sequence_parallel: bool
+
+    @property
+    def is_alone(self) -> bool:
+        return group_size(self.process_group) == 1
+
+    def composed(self, x: Tensor) -> Tensor:
+        if self.is_alone:
+            return x
+        return (all_gather if self.sequence_parallel else replicate)(x, self.process_group)
+
+    def start_gather(self, x: Tensor):
+        if self.is_alone or not self.sequence_parallel:
+            return x, None
+        if torch.is_grad_enabled():
+            return all_gather(x, self.process_group), None
+        return all_gather_raw(x, self.process_group, async_op=True)
+
+    def start_reduce(self, grad: Tensor):
+        if self.is_alone:
+            return grad, None
+        if torch.is_grad_enabled():
+            reduce = reduce_scatter if self.sequence_parallel else all_reduce
+            return reduce(grad, self.process_group), None
+        reduce = reduce_scatter_raw if self.sequence_parallel else all_reduce_raw
+        return reduce(grad, self.process_group, async_op=True)
+
+
+def finished(started) -> Tensor:
+    tensor, handle = started
+    if handle is not None:
+        handle.wait()
+    return tensor
+
+
+class Replicate(torch.autograd.Function):
+    """x itself, which every process of the group goes on with: its gradients are added."""
+
+    @staticmethod
+    def forward(ctx, x, process_group):
+        ctx.process_group = process_group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        return all_reduce(grad_output, ctx.process_group), None
+
+
+replicate = Replicate.apply
+
+
+def _described(x: Tensor) -> str:
+    return f"{x.dtype} {tuple(x.shape)}"
+
+
+def check_one_of(name: str, value, choices) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def check_input(x: Tensor, tokens: Tokens) -> None:
+    if x.dim() == 0 or not x.is_floating_point():
+        raise ValueError(f"x must be floating point (..., in_features), got {_described(x)}")
+    if x.dim() == 1 and not tokens.is_alone:
+        raise ValueError(
+            f"x must be (tokens, ..., in_features) over a process group, got {_described(x)}"
+        )
+
+
+def check_layer(in_features: int, weight: Tensor, bias: Optional[Tensor], layer: str = "") -> None:
+    """Raise ValueError if x W^T + b has no meaning for the shapes."""
+    if weight.dim() != 2 or weight.shape[1] != in_features:
+        raise ValueError(
+            f"weight{layer} must be (out_features, in_features) with {in_features} in_features, "
+            f"got {tuple(weight.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"bias{layer} must be ({weight.shape[0]},) as weight{layer} is "
+            f"{tuple(weight.shape)}, got {tuple(bias.shape)}"
+        )
+
+
+def check_dtypes(x: Tensor, **parameters: Optional[Tensor]) -> None:
+    """Raise ValueError for dtypes that torch multiplies under autocast alone."""
+    if torch.is_autocast_enabled(x.device.type):
+        return
+    for name, tensor in parameters.items():
+        if tensor is not None and tensor.dtype != x.dtype:
+            raise ValueError(
+                f"x and {name} must have the same dtype where autocast is off, got {x.dtype} and "
+                f"{tensor.dtype}"
+            )
+
+
+def as_autocast(x: Tensor, *parameters: Optional[Tensor]) -> list[Optional[Tensor]]:
+    """The tensors in the dtype in which autocast multiplies them: its own, but for fp64."""
+    if not torch.is_autocast_enabled(x.device.type):
+        return [x, *parameters]
+    dtype = torch.get_autocast_dtype(x.device.type)
+    return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, *parameters)]
+
+
+def in_dtype_of_forward(backward):
+    """Run a backward without autocast: its tensors have the dtype in which it is to compute."""
+
+    @wraps(backward)
+    def wrapped(ctx, grad_output, *grads):
+        device_type = grad_output.device.type
+        if not torch.is_autocast_enabled(device_type):
+            return backward(ctx, grad_output, *grads)
+        with torch.autocast(device_type, enabled=False):
+            return backward(ctx, grad_output, *grads)
+
+    return wrapped
+
+
+def is_for_torch(*tensors: Optional[Tensor]) -> bool:
+    """Whether torch is to take the computation apart, which it cannot do to autograd functions."""
+    if torch.compiler.is_compiling() or _transforms_active() or forward_ad._current_level >= 0:
+        return True
+    return not all(t is None or is_plain(t) for t in tensors)
+
+
+def input_gradient(tokens: Tokens, grad: Tensor, weight: Tensor, residual: tuple):
+    """Start the gradient of x from that of x W^T, with that of its residual branch if it is here
+    to be added in the product."""
+    if residual and tokens.is_alone:
+        return torch.addmm(residual[0].reshape(-1, weight.shape[1]), grad, weight), None
+    return tokens.start_reduce(grad @ weight)
+
+
+def with_residual(tokens: Tokens, started, x_shape, residual: tuple) -> Tensor:
+    grad = finished(started).view(x_shape)
+    return grad + residual[0] if residual and not tokens.is_alone else grad
+
+
+def parameter_gradients(grad: Tensor, x: Optional[Tensor], needs_weight: bool, needs_bias: bool):
+    """Gradients of W and b from that of x W^T + b, ``(rows, out_features)``."""
+    weight = grad.t() @ x.reshape(-1, x.shape[-1]) if needs_weight else None
+    return weight, grad.sum(0) if needs_bias else None
+
+
+def first_layer(activation: Activation, x, weight, bias, keeps_pre_act: bool):
+    """The first layer's pre-activation, None where it is not needed, and value."""
+    if activation.from_output or not keeps_pre_act:
+        return None, activation.of_product(x, weight, bias)
+    pre_act = F.linear(x, weight, bias)
+    return pre_act, activation.forward(pre_act)
+
+
+def kept_of(activation: Activation, pre_act, value, checkpoint_lvl: int, needs_value: bool):
+    """What is kept of the first layer for the backward."""
+    if checkpoint_lvl == 2:
+        return None, None
+    is_kept = activation.from_output or (checkpoint_lvl == 0 and needs_value)
+    return pre_act, value if is_kept else None
+
+
+def again(activation: Activation, gathered, weight, bias, kept: list, needs_value: bool):
+    """The first layer's pre-activation and value, as far as the backward needs them, from what was
+    kept or computed again. In grad mode all of it, as what was kept has no graph."""
+    pre_act, value = kept
+    if torch.is_grad_enabled():
+        pre_act = F.linear(finished(gathered), weight, bias)
+        return pre_act, activation.composed(pre_act)
+    if pre_act is None and value is None:
+        return first_layer(activation, finished(gathered), weight, bias, keeps_pre_act=True)
+    if value is None and needs_value:
+        value = activation.forward(pre_act)
+    return pre_act, value
+
+
+def check_options(activation, checkpoint_lvl, heuristic) -> None:
+    check_one_of("activation", activation, tuple(ACTIVATIONS))
+    check_one_of("checkpoint_lvl", checkpoint_lvl, (0, 1, 2))
+    check_one_of("heuristic", heuristic, ("auto", *range(-1, 5)))
+
+
+def reduced(x: Tensor, process_group, sequence_parallel: bool) -> Tensor:
+    """The sum of all processes' results: this process's tokens of it, or all."""
+    if group_size(process_group) == 1:
+        return x
+    return (reduce_scatter if sequence_parallel else all_reduce)(x, process_group)
