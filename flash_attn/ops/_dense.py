@@ -120,6 +120,9 @@ class Tokens(NamedTuple):
         return reduce(grad, self.process_group, async_op=True)
 
 
+ALONE = Tokens(process_group=None, sequence_parallel=False)
+
+
 def finished(started) -> Tensor:
     tensor, handle = started
     if handle is not None:
@@ -152,7 +155,8 @@ def check_one_of(name: str, value, choices) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
-def check_input(x: Tensor, tokens: Tokens) -> None:
+def check_input(x: Tensor, tokens: Tokens = ALONE) -> None:
+    """Raise ValueError if x has no features, or over a process group no tokens."""
     if x.dim() == 0 or not x.is_floating_point():
         raise ValueError(f"x must be floating point (..., in_features), got {_described(x)}")
     if x.dim() == 1 and not tokens.is_alone:
