@@ -22,9 +22,15 @@ from flash_attn.utils.distributed import (
     group_size,
     reduce_scatter,
     reduce_scatter_raw,
+    replicate,
 )
 
 _transforms_active = torch._C._are_functorch_transforms_active
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """x (..., features) as (rows, features)."""
+    return x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
 
 
 class Activation(NamedTuple):
@@ -50,8 +56,7 @@ class Activation(NamedTuple):
         """
         if bias is None or self.use_gelu is None or (self.use_gelu and not x.is_cuda):
             return self.forward(F.linear(x, weight, bias))
-        rows = x.reshape(-1, x.shape[-1])
-        value = torch._addmm_activation(bias, rows, weight.t(), use_gelu=self.use_gelu)
+        value = torch._addmm_activation(bias, rows_of(x), weight.t(), use_gelu=self.use_gelu)
         return value.view(*x.shape[:-1], weight.shape[0])
 
     def gradient(self, grad: Tensor, pre_act: Optional[Tensor], value: Optional[Tensor]) -> Tensor:
@@ -63,7 +68,7 @@ class Activation(NamedTuple):
         else:
             kept = value if self.from_output else pre_act
             dx = self.backward(grad.view(kept.shape), kept)
-        return dx.view(-1, dx.shape[-1])
+        return rows_of(dx)
 
 
 def _relu_bwd(grad: Tensor, value: Tensor) -> Tensor:
@@ -104,10 +109,10 @@ class Tokens(NamedTuple):
         return (all_gather if self.sequence_parallel else replicate)(x, self.process_group)
 
     def start_gather(self, x: Tensor):
+        if torch.is_grad_enabled():
+            return self.composed(x), None
         if self.is_alone or not self.sequence_parallel:
             return x, None
-        if torch.is_grad_enabled():
-            return all_gather(x, self.process_group), None
         return all_gather_raw(x, self.process_group, async_op=True)
 
     def start_reduce(self, grad: Tensor):
@@ -128,22 +133,6 @@ def finished(started) -> Tensor:
     if handle is not None:
         handle.wait()
     return tensor
-
-
-class Replicate(torch.autograd.Function):
-    """x itself, which every process of the group goes on with: its gradients are added."""
-
-    @staticmethod
-    def forward(ctx, x, process_group):
-        ctx.process_group = process_group
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, grad_output):
-        return all_reduce(grad_output, ctx.process_group), None
-
-
-replicate = Replicate.apply
 
 
 def _described(x: Tensor) -> str:
@@ -224,7 +213,7 @@ def input_gradient(tokens: Tokens, grad: Tensor, weight: Tensor, residual: tuple
     """Start the gradient of x from that of x W^T, with that of its residual branch if it is here
     to be added in the product."""
     if residual and tokens.is_alone:
-        return torch.addmm(residual[0].reshape(-1, weight.shape[1]), grad, weight), None
+        return torch.addmm(rows_of(residual[0]), grad, weight), None
     return tokens.start_reduce(grad @ weight)
 
 
@@ -235,7 +224,7 @@ def with_residual(tokens: Tokens, started, x_shape, residual: tuple) -> Tensor:
 
 def parameter_gradients(grad: Tensor, x: Optional[Tensor], needs_weight: bool, needs_bias: bool):
     """Gradients of W and b from that of x W^T + b, ``(rows, out_features)``."""
-    weight = grad.t() @ x.reshape(-1, x.shape[-1]) if needs_weight else None
+    weight = grad.t() @ rows_of(x) if needs_weight else None
     return weight, grad.sum(0) if needs_bias else None
 
 

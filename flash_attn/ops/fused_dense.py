@@ -41,6 +41,7 @@ from flash_attn.ops._dense import (
     kept_of,
     parameter_gradients,
     reduced,
+    rows_of,
     with_residual,
 )
 from flash_attn.utils.distributed import get_dim_for_local_rank, group_rank, group_size
@@ -90,7 +91,7 @@ class FusedDenseFunc(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         gathered = ctx.tokens.start_gather(x) if needs_weight else (None, None)
-        grad = grad_output.reshape(-1, weight.shape[0])
+        grad = rows_of(grad_output)
         if needs_x:
             started = input_gradient(ctx.tokens, grad, weight, residual)
         grads = parameter_gradients(grad, finished(gathered), needs_weight, needs_bias)
@@ -327,7 +328,7 @@ class FusedMLPFunc(torch.autograd.Function):
         is_again = torch.is_grad_enabled() or all(t is None for t in kept)
         gathered = ctx.tokens.start_gather(x) if needs_w1 or is_again else (None, None)
         pre_act, hidden = again(ctx.activation, gathered, weight1, bias1, kept, needs_w2)
-        grad = grad_output.reshape(-1, weight2.shape[0])
+        grad = rows_of(grad_output)
         of_second = parameter_gradients(grad, hidden, needs_w2, needs_b2)
         if not (needs_x or needs_w1 or needs_b1):
             return None, None, None, *of_second, *(None,) * 4

@@ -20,6 +20,7 @@ __all__ = [
     "AllGatherFunc",
     "AllReduceFunc",
     "ReduceScatterFunc",
+    "ReplicateFunc",
     "all_gather",
     "all_gather_raw",
     "all_reduce",
@@ -28,6 +29,7 @@ __all__ = [
     "get_dim_for_local_rank",
     "reduce_scatter",
     "reduce_scatter_raw",
+    "replicate",
     "sync_shared_params",
 ]
 
@@ -79,6 +81,18 @@ def _unchanged(input_: Tensor, async_op: bool):
     return input_, _Finished() if async_op else None
 
 
+_NAMES_BEFORE_SINGLE = {
+    "all_gather": "all_gather_into_tensor",
+    "reduce_scatter": "reduce_scatter_tensor",
+}
+
+
+def _of_one_tensor(name: str):
+    """The collective that takes the processes' tensors as one, by its name in this torch."""
+    single = getattr(dist, name + "_single", None)
+    return getattr(dist, _NAMES_BEFORE_SINGLE[name]) if single is None else single
+
+
 def _is_missing(error: RuntimeError) -> bool:
     """Whether the error says that the group's backend has no such collective."""
     return isinstance(error, NotImplementedError) or "support" in str(error)
@@ -108,11 +122,11 @@ def all_gather_raw(input_: Tensor, process_group, async_op: bool = False):
     output = input_.new_empty((size * rows, *input_.shape[1:]))
     options = {"group": process_group, "async_op": async_op}
     try:
-        handle = dist.all_gather_into_tensor(output, input_, **options)
+        handle = _of_one_tensor("all_gather")(output, input_, **options)
     except RuntimeError as error:
         if not _is_missing(error):
             raise
-        handle = dist.all_gather(list(output.split(rows)), input_, **options)
+        handle = dist.all_gather(list(output.view(size, *input_.shape)), input_, **options)
     return output, handle
 
 
@@ -144,7 +158,7 @@ def reduce_scatter_raw(input_: Tensor, process_group, async_op: bool = False):
     output = input_.new_empty((rows // size, *input_.shape[1:]))
     options = {"group": process_group, "async_op": async_op}
     try:
-        handle = dist.reduce_scatter_tensor(output, input_, **options)
+        handle = _of_one_tensor("reduce_scatter")(output, input_, **options)
     except RuntimeError as error:
         if not _is_missing(error):
             raise
@@ -209,18 +223,34 @@ class AllReduceFunc(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, input_, process_group):
+        ctx.process_group = process_group
         if group_size(_or_default(process_group)) > 1:
             input_ = input_.clone(memory_format=torch.contiguous_format)
         return all_reduce_raw(input_, process_group)[0]
 
     @staticmethod
     def backward(ctx, grad_output):
-        return grad_output, None
+        return replicate(grad_output, ctx.process_group), None
+
+
+class ReplicateFunc(torch.autograd.Function):
+    """A tensor that is the same on all processes, for each of which to go on with a computation of
+    its own: the gradients of all are added."""
+
+    @staticmethod
+    def forward(ctx, input_, process_group):
+        ctx.process_group = process_group
+        return input_.view_as(input_)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        return all_reduce(grad_output, ctx.process_group), None
 
 
 all_gather = AllGatherFunc.apply
 reduce_scatter = ReduceScatterFunc.apply
 all_reduce = AllReduceFunc.apply
+replicate = ReplicateFunc.apply
 
 
 def _marked_parameters(model: torch.nn.Module, mark: str) -> list[torch.nn.Parameter]:
