@@ -421,7 +421,8 @@ def check_modes(ranks):
             close(module(part), expected)
         with torch.inference_mode():
             close(module(part), expected)
-        close(torch.compile(module, backend="eager")(part), expected)
+        if ranks.size == 2 and sequence_parallel:  # to import the compiler takes seconds
+            close(torch.compile(module, backend="eager")(part), expected)
         compare(
             ranks, whole, lambda x, m=module: checkpoint(m, x, use_reentrant=False), x,
             sequence_parallel,
