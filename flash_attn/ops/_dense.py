@@ -210,16 +210,19 @@ def is_for_torch(*tensors: Optional[Tensor]) -> bool:
 
 
 def input_gradient(tokens: Tokens, grad: Tensor, weight: Tensor, residual: tuple):
-    """Start the gradient of x from that of x W^T, with that of its residual branch if it is here
-    to be added in the product."""
-    if residual and tokens.is_alone:
+    """Start the gradient of x from that of x W^T. A GPU's product adds that of the residual branch
+    to its sums; the CPU's would start from it and round at its size."""
+    if residual and tokens.is_alone and grad.is_cuda:
         return torch.addmm(rows_of(residual[0]), grad, weight), None
     return tokens.start_reduce(grad @ weight)
 
 
 def with_residual(tokens: Tokens, started, x_shape, residual: tuple) -> Tensor:
+    """Finish it."""
     grad = finished(started).view(x_shape)
-    return grad + residual[0] if residual and not tokens.is_alone else grad
+    if not residual or (tokens.is_alone and grad.is_cuda):
+        return grad
+    return grad + residual[0] if torch.is_grad_enabled() else grad.add_(residual[0])
 
 
 def parameter_gradients(grad: Tensor, x: Optional[Tensor], needs_weight: bool, needs_bias: bool):

@@ -1,9 +1,10 @@
 """Linear layers and MLPs of two linear layers, on one process or spread over a group.
 
 The products are torch's own: oneDNN or BLAS on the CPU, cuBLAS on a GPU. What is fused is what goes
-around them: the bias and, where its input need not be kept, the activation into the product; the
-gradient of a residual branch into the product that gives the input's; the collectives of a process
-group run while products do that do not need them. The CPU and CUDA take fp16, bf16, fp32 and fp64.
+around them: the bias and, where its input need not be kept, the activation into the product; on a
+GPU the gradient of a residual branch into the product that gives the input's. The collectives of a
+process group run beside products that do not need them. The CPU and CUDA take fp16, bf16, fp32 and
+fp64.
 
 Over a process group the first layer's weight is divided by rows (output features), the second
 one's by columns (input features), as in Megatron-LM (https://arxiv.org/abs/1909.08053). Tokens are
@@ -114,8 +115,8 @@ def fused_dense_func(
             in_features)``: this process's tokens with ``sequence_parallel``, otherwise all.
         weight: ``(out_features, in_features)``, this process's rows.
         bias: ``(out_features,)``, or None.
-        return_residual: whether to return x, too, for a residual branch. The gradients of both are
-            then added by the product that gives x's.
+        return_residual: whether to return x, too, for a residual branch. A GPU then adds the
+            gradients of both in the product that gives x's.
         process_group: over which the weight is divided; None: no group.
         sequence_parallel: whether the group's processes have a share of the tokens each, to be
             gathered, rather than all of them.
@@ -368,8 +369,8 @@ def fused_mlp_func(
         activation: f: "gelu_approx" (tanh), "relu" or "sqrelu" (max(x, 0)**2).
         save_pre_act: whether to keep what ``checkpoint_lvl`` says for a backward; False keeps x
             alone.
-        return_residual: whether to return x, too, for a residual branch. The gradients of both are
-            then added by the product that gives x's.
+        return_residual: whether to return x, too, for a residual branch. A GPU then adds the
+            gradients of both in the product that gives x's.
         checkpoint_lvl: what the backward computes again instead of its being kept. 0: nothing; 1:
             the activation; 2: the first layer. ReLU's result is kept at 1, as it costs no more than
             what it is computed from.

@@ -6,6 +6,7 @@ Everything is fp64, so that summing in another order shows in the last digits al
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from unittest import mock
 
@@ -423,10 +424,8 @@ def check_modes(ranks):
             close(module(part), expected)
         if ranks.size == 2 and sequence_parallel:  # to import the compiler takes seconds
             close(torch.compile(module, backend="eager")(part), expected)
-        compare(
-            ranks, whole, lambda x, m=module: checkpoint(m, x, use_reentrant=False), x,
-            sequence_parallel,
-        )  # fmt: skip
+            again = functools.partial(checkpoint, module, use_reentrant=False)
+            compare(ranks, whole, again, x, sequence_parallel)
         module.requires_grad_(False)
         compare(ranks, whole, module, x, sequence_parallel)
 

@@ -1,7 +1,7 @@
 """Names and signatures are those of the FlashAttention-2 package.
 
 ``data/python_api.json`` maps each module's public names to their parameters, as written in ``def``;
-null: a callable whose parameters are not fixed.
+null: a callable whose parameters are not fixed. A class has those of its ``__init__`` without self.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import re
 import subprocess
 import sys
+from operator import attrgetter
 from pathlib import Path
 
 import pytest
@@ -56,24 +57,28 @@ OPERATORS = (
 )
 
 
+def as_written(parameter):
+    return parameter.name, parameter.kind, parameter.default
+
+
 def expected_parameters(text):
-    """The parameters of ``def f(<text>)`` as (name, default) pairs."""
-    namespace = {}
+    """The parameters of ``def f(<text>)``."""
+    namespace = {"F": torch.nn.functional}
     exec(f"def f({text}): pass", namespace)  # the text is a file of this repository
-    return [(p.name, p.default) for p in inspect.signature(namespace["f"]).parameters.values()]
+    return [as_written(p) for p in inspect.signature(namespace["f"]).parameters.values()]
 
 
 @pytest.mark.parametrize(("module", "name"), NAMES)
 def test_signature(module, name):
-    function = getattr(importlib.import_module(module), name)
+    function = attrgetter(name)(importlib.import_module(module))
     assert callable(function)
-    expected = API[module][name]
-    if expected is None:
+    if API[module][name] is None:
         return
+    expected = expected_parameters(API[module][name])
+    names = [name for name, *_ in expected]
     parameters = inspect.signature(function).parameters.values()
-    positional = [p for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
-    assert [(p.name, p.default) for p in positional] == expected_parameters(expected)
-    extensions = [p for p in parameters if p not in positional]
+    assert [as_written(p) for p in parameters if p.name in names] == expected
+    extensions = [p for p in parameters if p.name not in names]
     assert [p.name for p in extensions] == EXTENSIONS.get(name, [])
     assert all(p.kind is p.KEYWORD_ONLY and p.default is None for p in extensions)
 
