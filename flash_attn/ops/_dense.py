@@ -168,9 +168,14 @@ def check_layer(in_features: int, weight: Tensor, bias: Optional[Tensor], layer:
         )
 
 
+def _is_autocast_on(x: Tensor) -> bool:
+    device_type = x.device.type  # the meta device has no autocast
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
 def check_dtypes(x: Tensor, **parameters: Optional[Tensor]) -> None:
     """Raise ValueError for dtypes that torch multiplies under autocast alone."""
-    if torch.is_autocast_enabled(x.device.type):
+    if _is_autocast_on(x):
         return
     for name, tensor in parameters.items():
         if tensor is not None and tensor.dtype != x.dtype:
@@ -182,7 +187,7 @@ def check_dtypes(x: Tensor, **parameters: Optional[Tensor]) -> None:
 
 def as_autocast(x: Tensor, *parameters: Optional[Tensor]) -> list[Optional[Tensor]]:
     """The tensors in the dtype in which autocast multiplies them: its own, but for fp64."""
-    if not torch.is_autocast_enabled(x.device.type):
+    if not _is_autocast_on(x):
         return [x, *parameters]
     dtype = torch.get_autocast_dtype(x.device.type)
     return [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, *parameters)]
@@ -193,10 +198,9 @@ def in_dtype_of_forward(backward):
 
     @wraps(backward)
     def wrapped(ctx, grad_output, *grads):
-        device_type = grad_output.device.type
-        if not torch.is_autocast_enabled(device_type):
+        if not _is_autocast_on(grad_output):
             return backward(ctx, grad_output, *grads)
-        with torch.autocast(device_type, enabled=False):
+        with torch.autocast(grad_output.device.type, enabled=False):
             return backward(ctx, grad_output, *grads)
 
     return wrapped

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from flash_attn.modules.embedding import (
@@ -24,6 +25,7 @@ from flash_attn.modules.embedding import (
     VocabParallelEmbedding,
 )
 from flash_attn.modules.mlp import GatedMlp, ParallelGatedMlp, ParallelMLP
+from flash_attn.ops import _dense
 from flash_attn.ops.fused_dense import (
     ColumnParallelLinear,
     FusedDense,
@@ -404,6 +406,59 @@ def check_second_derivatives(ranks):
         close(actual[0], ranks.tokens(expected[0], sequence_parallel))
         close(actual[1], ranks.part(expected[1], 0))
         close(actual[2], ranks.part(expected[2], 1))
+
+
+class Events(TorchDispatchMode):
+    """Writes down products, and the start and the end of collectives."""
+
+    def __init__(self):
+        super().__init__()
+        self.list = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            self.list.append("product")
+        return function(*args, **(kwargs or {}))
+
+    def of(self, raw):
+        def recorded(*args, **kwargs):
+            self.list.append("start")
+            out, handle = raw(*args, **kwargs)
+            ended = mock.Mock()
+            ended.wait.side_effect = lambda: (self.list.append("end"), handle.wait())
+            return out, ended
+
+        return recorded
+
+
+def check_overlap(ranks):
+    """In a backward, a product runs between the start and the end of every collective."""
+    if ranks.size > 2:  # a dispatch mode imports the compiler, which takes seconds
+        return
+    events = Events()
+    recorded = {name: events.of(getattr(_dense, name))
+                for name in ("all_gather_raw", "reduce_scatter_raw", "all_reduce_raw")}  # fmt: skip
+    x = randn(TOKENS, FEATURES).requires_grad_()
+    for sequence_parallel in (True, False):
+        options = {"process_group": ranks.group, "sequence_parallel": sequence_parallel}
+        layers = [
+            ColumnParallelLinear(FEATURES, 8, **options).double(),
+            ParallelFusedMLP(FEATURES, 8, **options).double(),
+        ]
+        for layer in layers:
+            loss = layer(ranks.tokens(x, sequence_parallel)).sum()
+            events.list.clear()
+            with mock.patch.multiple(_dense, **recorded), events:
+                loss.backward()
+            products = ["product"] * (4 if layer is layers[1] else 2)
+            backward = [e for e in events.list if e == "product"]
+            assert backward == products
+            started, ended = (
+                [i for i, e in enumerate(events.list) if e == kind] for kind in ("start", "end")
+            )
+            assert len(started) == len(ended) == (2 if sequence_parallel else 1)
+            for first, last in zip(started, ended):
+                assert "product" in events.list[first:last], events.list
 
 
 def check_modes(ranks):

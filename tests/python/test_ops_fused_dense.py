@@ -15,6 +15,7 @@ from dense_reference import (
     randn,
 )
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
@@ -302,6 +303,19 @@ def test_inference():
     with torch.inference_mode():
         torch.testing.assert_close(module(x), expected)
     assert not module.requires_grad_(False)(x).requires_grad
+
+
+def test_without_values():
+    """On the meta device, with fake tensors, and exported."""
+    module = FusedMLP(16, 24, 12, return_residual=True, device="meta")
+    x = torch.empty(5, 16, device="meta", requires_grad=True)
+    out, _ = module(x)
+    out.sum().backward()
+    assert out.shape == (5, 12) and x.grad.shape == (5, 16)
+    with FakeTensorMode():
+        assert FusedMLP(16, 24, 12)(torch.empty(5, 16)).shape == (5, 12)
+    module, x = FusedMLP(16, 24, 12), randn(5, 16)
+    torch.testing.assert_close(torch.export.export(module, (x,)).module()(x), module(x))
 
 
 def test_in_place_change_of_what_is_kept_is_found():
