@@ -8,8 +8,8 @@ from typing import Optional
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
+from flash_attn.ops._dense import has_kernels, is_for_torch
 from flash_attn.ops.activations import swiglu
 from flash_attn.ops.fused_dense import (
     ColumnParallelLinear,
@@ -29,8 +29,6 @@ __all__ = [
     "RowParallelLinear",
     "swiglu",
 ]
-
-_transforms_active = torch._C._are_functorch_transforms_active
 
 
 def _or_default(features: Optional[int], default: int) -> int:
@@ -54,18 +52,14 @@ def _check_activation(activation) -> None:
         )
 
 
-def _swiglu(gate: Tensor, y: Tensor) -> Tensor:
-    if torch.compiler.is_compiling() or _transforms_active() or forward_ad._current_level >= 0:
-        return F.silu(gate) * y
-    return swiglu(gate, y)
-
-
 def _gated(x: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
     """``(..., 2 n)`` to ``(..., n)``: the first half times the activation of the second."""
     if activation is F.sigmoid or activation is torch.sigmoid:
         return F.glu(x, dim=-1)
     y, gate = x.chunk(2, dim=-1)
-    return _swiglu(gate, y) if activation is F.silu else y * activation(gate)
+    if activation is F.silu and has_kernels(x) and not is_for_torch(x):
+        return swiglu(gate, y)
+    return y * activation(gate)
 
 
 class Mlp(nn.Module):

@@ -25,6 +25,7 @@ from flash_attn.utils.distributed import (
     replicate,
 )
 
+_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _transforms_active = torch._C._are_functorch_transforms_active
 
 
@@ -33,21 +34,32 @@ def rows_of(x: Tensor) -> Tensor:
     return x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)
 
 
+def has_kernels(x: Tensor) -> bool:
+    """Whether ``flash_attn.ops.activations`` computes with x."""
+    return x.dtype in _KERNEL_DTYPES and (x.is_cpu or x.is_cuda)
+
+
 class Activation(NamedTuple):
     """The function between the layers of an MLP.
 
-    ``composed`` and ``forward`` compute it from the pre-activation, ``composed`` by operations that
-    torch differentiates. ``backward(grad, kept)`` is the gradient of the pre-activation; kept is
-    the pre-activation, or with ``from_output`` the function's value, which says as much.
-    ``use_gelu`` is the argument by which ``torch._addmm_activation`` computes it; None: it does
-    not.
+    ``composed`` computes it from the pre-activation by operations that torch differentiates,
+    ``kernel``, if there is one, by one of this library. ``backward(grad, kept)`` and
+    ``backward_kernel`` are the gradient of the pre-activation; kept is the pre-activation, or with
+    ``from_output`` the function's value, which says as much. ``use_gelu`` is the argument by which
+    ``torch._addmm_activation`` computes it; None: it does not.
     """
 
     composed: Callable[[Tensor], Tensor]
-    forward: Callable[[Tensor], Tensor]
     backward: Callable[[Tensor, Tensor], Tensor]
+    kernel: Optional[Callable[[Tensor], Tensor]] = None
+    backward_kernel: Optional[Callable[[Tensor, Tensor], Tensor]] = None
     from_output: bool = False
     use_gelu: Optional[bool] = None
+
+    def forward(self, pre_act: Tensor) -> Tensor:
+        """Return its value at the pre-activation; no gradient."""
+        is_fused = self.kernel is not None and has_kernels(pre_act)
+        return (self.kernel if is_fused else self.composed)(pre_act)
 
     def of_product(self, x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
         """Return its value at x W^T + b, ``(..., out_features)``, in one operation if torch has it.
@@ -64,14 +76,18 @@ class Activation(NamedTuple):
         features)``; in grad mode, one to differentiate again."""
         if torch.is_grad_enabled():
             grad = grad.view(value.shape)
-            dx = torch.autograd.grad(value, pre_act, grad, create_graph=True)[0]
-        else:
-            kept = value if self.from_output else pre_act
-            dx = self.backward(grad.view(kept.shape), kept)
-        return rows_of(dx)
+            return rows_of(torch.autograd.grad(value, pre_act, grad, create_graph=True)[0])
+        kept = value if self.from_output else pre_act
+        is_fused = self.backward_kernel is not None and has_kernels(kept)
+        backward = self.backward_kernel if is_fused else self.backward
+        return rows_of(backward(grad.view(kept.shape), kept))
 
 
-def _relu_bwd(grad: Tensor, value: Tensor) -> Tensor:
+def _gelu_backward(grad: Tensor, pre_act: Tensor) -> Tensor:
+    return torch.ops.aten.gelu_backward(grad, pre_act, approximate="tanh")
+
+
+def _relu_backward(grad: Tensor, value: Tensor) -> Tensor:
     return torch.ops.aten.threshold_backward(grad, value, 0)
 
 
@@ -79,12 +95,16 @@ def _sqrelu(x: Tensor) -> Tensor:
     return F.relu(x).square()
 
 
+def _sqrelu_backward(grad: Tensor, pre_act: Tensor) -> Tensor:
+    return 2.0 * grad * F.relu(pre_act)
+
+
 ACTIVATIONS = {
     "gelu_approx": Activation(
-        partial(F.gelu, approximate="tanh"), gelu_fwd, gelu_bwd, use_gelu=True
+        partial(F.gelu, approximate="tanh"), _gelu_backward, gelu_fwd, gelu_bwd, use_gelu=True
     ),
-    "relu": Activation(F.relu, F.relu, _relu_bwd, from_output=True, use_gelu=False),
-    "sqrelu": Activation(_sqrelu, sqrelu_fwd, sqrelu_bwd),
+    "relu": Activation(F.relu, _relu_backward, from_output=True, use_gelu=False),
+    "sqrelu": Activation(_sqrelu, _sqrelu_backward, sqrelu_fwd, sqrelu_bwd),
 }
 
 

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from dense_reference import (
     DTYPES,
     assert_as_exact_as,
-    largest,
     outputs_and_gradients,
     randn,
 )
@@ -19,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.utils.checkpoint import checkpoint
 
-from flash_attn.ops import _dense, activations
+from flash_attn.ops import _dense
 from flash_attn.ops.fused_dense import (
     ColumnParallelLinear,
     FusedDense,
@@ -347,52 +346,6 @@ def test_heuristic_changes_nothing(heuristic):
     x = randn(3, 4, dtype=torch.float64)
     expected = fused_mlp_func(x, w1, w2, b1, b2)
     assert torch.equal(fused_mlp_func(x, w1, w2, b1, b2, heuristic=heuristic), expected)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_activations_that_it_is_made_of(dtype):
-    """Values and gradients of the functions as of composed ones, at most twice their error."""
-    y, gate = (randn(3, 5, 8, seed=i, dtype=dtype) for i in (0, 1))
-    bias = randn(8, dtype=dtype)
-    g = randn(3, 5, 8, seed=2, dtype=dtype)
-    gelu, sqrelu = FUNCTIONS["gelu_approx"], FUNCTIONS["sqrelu"]
-
-    def biased(y, bias):
-        return gelu(y + bias)
-
-    def gated(x, y):
-        return F.silu(x) * y
-
-    for function, value, gradient, inputs in (
-        (gelu, activations.gelu_fwd, activations.gelu_bwd, (y,)),
-        (F.relu, F.relu, activations.relu_bwd, (y,)),
-        (sqrelu, activations.sqrelu_fwd, activations.sqrelu_bwd, (y,)),
-        (biased, activations.bias_gelu, activations.bias_gelu_back, (y, bias)),
-        (gated, activations.swiglu_fwd, lambda g, *xs: activations.swiglu_bwd(*xs, g), (y, gate)),
-        (biased, activations.bias_gelu_impl, None, (y, bias)),
-        (gelu, activations.fast_gelu_impl, None, (y,)),
-        (gated, activations.swiglu, None, (y, gate)),
-    ):
-        exact = results(function, g, [x.double() for x in inputs])
-        plain = results(function, g, inputs)
-        if gradient is None:
-            mine = results(value, g, inputs)
-        else:
-            grads = gradient(g, *inputs)
-            mine = [value(*inputs), *(grads if isinstance(grads, tuple) else (grads,))]
-        assert len(mine) == len(exact)
-        for found, wanted, of_torch in zip(mine, exact, plain):
-            assert found.dtype == dtype and found.shape == wanted.shape
-            allowed = 2 * largest(of_torch.double() - wanted)
-            allowed += torch.finfo(dtype).eps * largest(wanted)
-            assert largest(found.double() - wanted) <= allowed
-
-
-def results(function, g, inputs):
-    """Value and gradients."""
-    inputs = [x.detach().requires_grad_() for x in inputs]
-    value = function(*inputs)
-    return [value.detach(), *torch.autograd.grad(value, inputs, g.to(value.dtype))]
 
 
 def test_squared_relu_mlp():
