@@ -46,6 +46,7 @@ from flash_attn.utils.distributed import (
     sync_shared_params,
 )
 
+PROCESSES = 4
 TOKENS, BATCH, FEATURES = 8, 3, 6
 ACTIVATIONS = {
     "gelu_approx": lambda x: F.gelu(x, approximate="tanh"),
@@ -65,8 +66,10 @@ def close(actual, expected):
 class Ranks:
     """This process's place, and its parts of what all have."""
 
-    def __init__(self):
-        self.group, self.rank, self.size = dist.group.WORLD, dist.get_rank(), dist.get_world_size()
+    def __init__(self, group):
+        self.group, self.rank, self.size = group, dist.get_rank(group), dist.get_world_size(group)
+        # torch.compile and dispatch modes import the compiler, which takes seconds.
+        self.has_compiler = self.size == 2 and dist.get_rank() < 2
 
     def tokens(self, x, sequence_parallel=True):
         return x.chunk(self.size)[self.rank] if sequence_parallel else x
@@ -144,11 +147,12 @@ def check_raw_collectives(ranks):
     of_all = [randn(2 * ranks.size, 3, seed=r) for r in range(ranks.size)]
     mine, total = of_all[ranks.rank], sum(of_all)
     strided = mine.t().contiguous().t()
+    as_argument = None if ranks.size == dist.get_world_size() else ranks.group
     without = without_native_collectives("Backend gloo does not support this collective")
     for collectives in (contextlib.nullcontext(), without):
         with collectives:
             for group, x, is_async in (
-                (ranks.group, mine, False), (None, mine, True), (ranks.group, strided, True)
+                (ranks.group, mine, False), (as_argument, mine, True), (ranks.group, strided, True)
             ):  # fmt: skip
                 for function, expected in (
                     (all_gather_raw, torch.cat(of_all)),
@@ -241,8 +245,11 @@ def check_marked_parameters(ranks):
 
 
 def check_subgroup(ranks):
-    """The last two processes: shared values come from the first of them, not from process 0."""
-    members = [ranks.size - 2, ranks.size - 1]
+    """Shared values come from the first process of the group, not from process 0; who is not in it
+    is refused."""
+    if ranks.size < PROCESSES:
+        return
+    members = [1, 3]
     group = dist.new_group(members)
     model = Marked(ranks.rank)
     if ranks.rank in members:
@@ -433,7 +440,7 @@ class Events(TorchDispatchMode):
 
 def check_overlap(ranks):
     """In a backward, a product runs between the start and the end of every collective."""
-    if ranks.size > 2:  # a dispatch mode imports the compiler, which takes seconds
+    if not ranks.has_compiler:
         return
     events = Events()
     recorded = {name: events.of(getattr(_dense, name))
@@ -477,7 +484,7 @@ def check_modes(ranks):
             close(module(part), expected)
         with torch.inference_mode():
             close(module(part), expected)
-        if ranks.size == 2 and sequence_parallel:  # to import the compiler takes seconds
+        if ranks.has_compiler and sequence_parallel:
             close(torch.compile(module, backend="eager")(part), expected)
             again = functools.partial(checkpoint, module, use_reentrant=False)
             compare(ranks, whole, again, x, sequence_parallel)
@@ -557,15 +564,20 @@ def check_refusals(ranks):
 CHECKS = [value for name, value in list(globals().items()) if name.startswith("check_")]
 
 
-def run_rank(rank, size, port):
+def run_rank(rank, port):
+    """All checks in the group of all processes, then in two groups of two."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=size)
+    dist.init_process_group("gloo", rank=rank, world_size=PROCESSES)
     try:
-        for check in CHECKS:
-            try:
-                check(Ranks())
-            except Exception as error:
-                raise AssertionError(f"{check.__name__} on process {rank}") from error
+        pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+        for group in (dist.group.WORLD, pairs[rank // 2]):
+            ranks = Ranks(group)
+            for check in CHECKS:
+                try:
+                    check(ranks)
+                except Exception as error:
+                    where = f"on process {ranks.rank} of {ranks.size}"
+                    raise AssertionError(f"{check.__name__} {where}") from error
     finally:
         dist.destroy_process_group()

@@ -1,17 +1,15 @@
-"""Collectives, dense layers, MLPs and embeddings divided over two and four processes."""
+"""Collectives, dense layers, MLPs and embeddings divided over four processes and over two."""
 
 from __future__ import annotations
 
 import socket
 
-import pytest
 import torch.multiprocessing as mp
-from dense_ranks import run_rank
+from dense_ranks import PROCESSES, run_rank
 
 
-@pytest.mark.parametrize("size", [2, 4])
-def test_processes_are_one(size):
+def test_processes_are_one():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    mp.spawn(run_rank, (size, port), size)
+    mp.spawn(run_rank, (port,), PROCESSES)
