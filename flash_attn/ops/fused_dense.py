@@ -74,7 +74,7 @@ class FusedDenseFunc(torch.autograd.Function):
         sequence_parallel=True,
     ):
         operands = as_autocast(x, weight, bias)
-        is_residual_within = return_residual and operands[0] is x
+        is_residual_within = return_residual and operands[0] is x and x.requires_grad
         tokens = Tokens(process_group, sequence_parallel)
         out = super().apply(*operands, is_residual_within, tokens)
         return (out, x) if return_residual and not is_residual_within else out
@@ -301,7 +301,7 @@ class FusedMLPFunc(torch.autograd.Function):
         sequence_parallel=True,
     ):
         operands = as_autocast(x, weight1, bias1, weight2, bias2)
-        is_residual_within = return_residual and operands[0] is x
+        is_residual_within = return_residual and operands[0] is x and x.requires_grad
         tokens = Tokens(process_group, sequence_parallel)
         level = checkpoint_lvl if save_pre_act else 2
         out = super().apply(*operands, activation, level, is_residual_within, tokens)

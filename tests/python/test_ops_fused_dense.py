@@ -296,6 +296,13 @@ def test_compiled_and_transformed(activation):
     torch.testing.assert_close(per_sample, y.grad)
 
 
+@pytest.mark.parametrize("module", [FusedDense, FusedMLP])
+def test_residual_needs_a_gradient_as_x_does(module):
+    layer, x = module(16, 16, return_residual=True), randn(5, 16)
+    assert layer(x)[0].requires_grad and not layer(x)[1].requires_grad
+    assert layer(x.requires_grad_())[1].requires_grad
+
+
 def test_inference():
     module, x = FusedMLP(16, 24, 12, activation="relu"), randn(5, 16)
     expected = module(x)
