@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from flash_attn._arguments import as_int, check_tensors
+from flash_attn.ops.fused_dense import FusedDense
 
 __all__ = ["PatchEmbed"]
 
@@ -54,7 +55,8 @@ class PatchEmbed(nn.Module):
             ValueError: a size is not positive, or patches do not divide the image.
         """
         super().__init__()
-        self.img_size, self.patch_size = _pair("img_size", img_size), _pair("patch_size", patch_size)
+        self.img_size = _pair("img_size", img_size)
+        self.patch_size = _pair("patch_size", patch_size)
         if any(size % patch for size, patch in zip(self.img_size, self.patch_size)):
             raise ValueError(
                 f"img_size {self.img_size} must be a multiple of patch_size {self.patch_size}"
@@ -64,7 +66,7 @@ class PatchEmbed(nn.Module):
         self.in_chans = in_chans
         self.flatten = flatten
         pixels = in_chans * self.patch_size[0] * self.patch_size[1]
-        self.proj = _linear(fused_bias_fc)(pixels, embed_dim, bias=bias)
+        self.proj = (FusedDense if fused_bias_fc else nn.Linear)(pixels, embed_dim, bias=bias)
         self.norm = nn.Identity() if norm_layer is None else norm_layer(embed_dim)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -88,11 +90,3 @@ class PatchEmbed(nn.Module):
         patches = x.unflatten(3, (columns, width)).unflatten(2, (rows, height))
         tokens = self.proj(patches.permute(0, 2, 4, 1, 3, 5).flatten(3))
         return self.norm(tokens.flatten(1, 2) if self.flatten else tokens)
-
-
-def _linear(fused: bool) -> type[nn.Linear]:
-    if not fused:
-        return nn.Linear
-    from flash_attn.ops.fused_dense import FusedDense
-
-    return FusedDense
