@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from functools import partial
 from typing import Callable, Optional, Union
 
@@ -47,7 +46,9 @@ class StochasticDepth(nn.Module):
 
 def _fused():
     """Return the module of the fused dropout, addition and norm."""
-    return importlib.import_module("flash_attn.ops.triton.layer_norm")
+    from flash_attn.ops.triton import layer_norm
+
+    return layer_norm
 
 
 def _check_fusable(norm: nn.Module, *dropouts: nn.Module) -> None:

@@ -216,12 +216,21 @@ class _Attention(nn.Module):
             return attended.flatten(-2)
         if self.rotary_emb_dim > 0:
             qkv = self._rotated(qkv, options)
-        if self._heads.num_heads == self._heads.num_heads_kv:
-            return self._run(self.inner_attn, qkv.unflatten(-2, (3, -1)), **options).flatten(-2)
+        return self._attend_self(qkv, options).flatten(-2)
+
+    def _attend_self(self, qkv: Tensor, options: dict) -> Tensor:
+        """Attend without a cache; qkv is ``(..., nheads + 2 * nheads_k, headdim)``."""
+        groups = self._heads.num_heads // self._heads.num_heads_kv
+        if groups == 1:
+            return self._run(self.inner_attn, qkv.unflatten(-2, (3, -1)), **options)
+        q, kv = self._split(qkv)
+        if not self.use_flash_attn:  # CrossAttention takes queries to end where padding begins
+            whole = torch.cat((q.unsqueeze(-3), kv.repeat_interleave(groups, -2)), -3)
+            return self._run(self.inner_attn, whole, **options)
         if options.get("cu_seqlens") is not None:
             names = ("cu_seqlens", "max_seqlen")
             options = {**{name + "_k": options[name] for name in names}, **options}
-        return self._run(self.inner_cross_attn, *self._split(qkv), **options).flatten(-2)
+        return self._run(self.inner_cross_attn, q, kv, **options)
 
     def _run(self, attention: nn.Module, *tensors: Tensor, **options) -> Tensor:
         if self.checkpointing:
