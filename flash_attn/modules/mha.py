@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional, Union
+from typing import Optional, Union
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from flash_attn._arguments import as_int, check_optional, check_tensors
 from flash_attn.flash_attn_interface import (  # noqa: F401  (other packages import some from here)
@@ -16,7 +15,7 @@ from flash_attn.flash_attn_interface import (  # noqa: F401  (other packages imp
     flash_attn_varlen_qkvpacked_func,
     flash_attn_with_kvcache,
 )
-from flash_attn.layers.rotary import RotaryEmbedding, apply_rotary_emb
+from flash_attn.modules._heads import HeadAttention, checked_heads, local_heads
 from flash_attn.modules._inner_attention import (
     CrossAttention,
     FlashCrossAttention,
@@ -24,9 +23,8 @@ from flash_attn.modules._inner_attention import (
     SelfAttention,
     get_alibi_slopes,
 )
-from flash_attn.modules._kv_cache import cache_rows, cached_lengths, check_room, update_kv_cache
+from flash_attn.modules._kv_cache import update_kv_cache
 from flash_attn.ops.fused_dense import ColumnParallelLinear, RowParallelLinear
-from flash_attn.utils.distributed import get_dim_for_local_rank, group_rank, group_size
 
 __all__ = [
     "MHA",
@@ -49,284 +47,6 @@ class LinearResidual(nn.Linear):
         return super().forward(input), input
 
 
-class _Heads(NamedTuple):
-    """The heads of one process."""
-
-    num_heads: int
-    num_heads_kv: int
-    head_dim: int
-    alibi_slopes: list[float]
-
-    @property
-    def features(self) -> int:
-        """Size of the packed projection of queries, keys and values."""
-        return (self.num_heads + 2 * self.num_heads_kv) * self.head_dim
-
-
-def _checked_heads(embed_dim, num_heads, num_heads_kv, use_alibi: bool) -> _Heads:
-    """Return all heads of the layer.
-
-    Raises:
-        ValueError: a number is not positive, or does not divide another that it should.
-    """
-    embed_dim, num_heads = as_int("embed_dim", embed_dim), as_int("num_heads", num_heads)
-    num_heads_kv = num_heads if num_heads_kv is None else as_int("num_heads_kv", num_heads_kv)
-    if num_heads < 1 or embed_dim < 1 or embed_dim % num_heads:
-        raise ValueError(
-            f"embed_dim must be a positive multiple of num_heads, got {embed_dim} and {num_heads}"
-        )
-    if num_heads_kv < 1 or num_heads % num_heads_kv:
-        raise ValueError(
-            f"num_heads must be a positive multiple of num_heads_kv, got {num_heads} and "
-            f"{num_heads_kv}"
-        )
-    slopes = get_alibi_slopes(num_heads) if use_alibi else []
-    return _Heads(num_heads, num_heads_kv, embed_dim // num_heads, slopes)
-
-
-def _local_heads(heads: _Heads, process_group) -> _Heads:
-    """Return this process's heads: whole groups of queries with their key-value head.
-
-    Raises:
-        ValueError: there are more processes than key-value heads.
-    """
-    size, rank = group_size(process_group), group_rank(process_group)
-    if size > heads.num_heads_kv:
-        raise ValueError(
-            f"num_heads_kv ({heads.num_heads_kv}) must be at least the number of processes in "
-            f"process_group ({size})"
-        )
-    shares = [get_dim_for_local_rank(heads.num_heads_kv, size, i) for i in range(rank + 1)]
-    queries = heads.num_heads // heads.num_heads_kv
-    end, count = sum(shares) * queries, shares[-1] * queries
-    return _Heads(count, shares[-1], heads.head_dim, heads.alibi_slopes[end - count : end])
-
-
-class _Attention(nn.Module):
-    """The heads of one process between the projections: rotation, attention, cache."""
-
-    def __init__(
-        self,
-        heads: _Heads,
-        *,
-        dropout: float,
-        softmax_scale: Optional[float],
-        causal: bool,
-        layer_idx: Optional[int],
-        rotary_emb_dim: int,
-        rotary_emb_base: float,
-        rotary_emb_scale_base: Optional[float],
-        rotary_emb_interleaved: bool,
-        window_size: tuple[int, int],
-        use_flash_attn: bool,
-        checkpointing: bool,
-        device,
-    ):
-        super().__init__()
-        self._heads = heads
-        self.head_dim = heads.head_dim
-        self.causal = causal
-        self.layer_idx = layer_idx
-        self.rotary_emb_dim = rotary_emb_dim
-        self.use_flash_attn = use_flash_attn
-        self.checkpointing = checkpointing
-        if rotary_emb_dim > 0:
-            self._check_rotary_dim(rotary_emb_dim)
-            self.rotary_emb = RotaryEmbedding(
-                rotary_emb_dim,
-                base=rotary_emb_base,
-                scale_base=rotary_emb_scale_base,
-                interleaved=rotary_emb_interleaved,
-                device=device,
-            )
-        score = {"causal": causal, "softmax_scale": softmax_scale, "attention_dropout": dropout}
-        score["window_size"] = window_size
-        if heads.alibi_slopes:
-            slopes = torch.tensor(heads.alibi_slopes, dtype=torch.float32, device=device)
-            score["alibi_slopes"] = slopes
-        self.inner_attn = (FlashSelfAttention if use_flash_attn else SelfAttention)(**score)
-        self.inner_cross_attn = (FlashCrossAttention if use_flash_attn else CrossAttention)(**score)
-
-    def _check_rotary_dim(self, rotary_emb_dim: int) -> None:
-        if rotary_emb_dim % 2 or rotary_emb_dim > self.head_dim:
-            raise ValueError(
-                f"rotary_emb_dim must be even and at most the head dim {self.head_dim}, got "
-                f"{rotary_emb_dim}"
-            )
-
-    def allocate_inference_cache(
-        self, batch_size: int, max_seqlen: int, dtype: Optional[torch.dtype] = None
-    ) -> Tensor:
-        """Return a cache for ``inference_params.key_value_memory_dict[layer_idx]``.
-
-        Args:
-            batch_size: number of sequences.
-            max_seqlen: tokens of the longest one.
-            dtype: default that of the output projection.
-
-        Returns:
-            ``(batch_size, max_seqlen, 2, nheads_k, headdim)``, not initialised, on the output
-            projection's device; nheads_k are this process's.
-        """
-        weight = self.out_proj.weight
-        shape = (batch_size, max_seqlen, 2, self._heads.num_heads_kv, self.head_dim)
-        return torch.empty(shape, dtype=dtype or weight.dtype, device=weight.device)
-
-    def _check_call(self, inference_params, options: dict) -> None:
-        """Raise for arguments of forward that do not go together."""
-        cu_seqlens = options.get("cu_seqlens")
-        check_optional(cu_seqlens=cu_seqlens)
-        if cu_seqlens is not None and not self.use_flash_attn:
-            raise ValueError("cu_seqlens needs use_flash_attn=True")
-        if cu_seqlens is not None and options.get("max_seqlen") is None:
-            raise ValueError("cu_seqlens needs max_seqlen")
-        if options.get("key_padding_mask") is not None and self.use_flash_attn:
-            raise ValueError(
-                "key_padding_mask needs use_flash_attn=False; with it, remove the padding "
-                "(flash_attn.bert_padding.unpad_input) and give cu_seqlens and max_seqlen"
-            )
-        if inference_params is None:
-            return
-        if self.layer_idx is None:
-            raise ValueError("inference_params needs a module with layer_idx")
-        given = [name for name, x in options.items() if x is not None]
-        if given:
-            raise ValueError(f"inference_params does not go together with {', '.join(given)}")
-
-    def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor]:
-        """Return views q ``(..., nheads, headdim)`` and kv ``(..., 2, nheads_k, headdim)``."""
-        count = self._heads.num_heads
-        return qkv[..., :count, :], qkv[..., count:, :].unflatten(-2, (2, -1))
-
-    def _attend(self, qkv: Tensor, inference_params, options: dict) -> Tensor:
-        """Attend within sequences.
-
-        Args:
-            qkv: ``(batch, seqlen, features)`` or, packed, ``(total, features)``.
-            inference_params: with a cache, or None.
-            options: arguments of the inner attention's forward.
-
-        Returns:
-            ``(..., nheads * headdim)``.
-        """
-        qkv = qkv.unflatten(-1, (-1, self.head_dim))
-        if inference_params is not None:
-            q, kv = self._split(qkv)
-            attended = self._apply_rotary_update_kvcache_attention(q, kv, inference_params)
-            return attended.flatten(-2)
-        if self.rotary_emb_dim > 0:
-            qkv = self._rotated(qkv, options)
-        return self._attend_self(qkv, options).flatten(-2)
-
-    def _attend_self(self, qkv: Tensor, options: dict) -> Tensor:
-        """Attend without a cache; qkv is ``(..., nheads + 2 * nheads_k, headdim)``."""
-        groups = self._heads.num_heads // self._heads.num_heads_kv
-        if groups == 1:
-            return self._run(self.inner_attn, qkv.unflatten(-2, (3, -1)), **options)
-        q, kv = self._split(qkv)
-        if not self.use_flash_attn:  # CrossAttention takes queries to end where padding begins
-            whole = torch.cat((q.unsqueeze(-3), kv.repeat_interleave(groups, -2)), -3)
-            return self._run(self.inner_attn, whole, **options)
-        if options.get("cu_seqlens") is not None:
-            names = ("cu_seqlens", "max_seqlen")
-            options = {**{name + "_k": options[name] for name in names}, **options}
-        return self._run(self.inner_cross_attn, q, kv, **options)
-
-    def _run(self, attention: nn.Module, *tensors: Tensor, **options) -> Tensor:
-        if self.checkpointing:
-            return checkpoint(attention, *tensors, use_reentrant=False, **options)
-        return attention(*tensors, **options)
-
-    def _rotated(self, qkv: Tensor, options: dict) -> Tensor:
-        """Turn queries and keys of ``(..., nheads + 2 * nheads_k, headdim)`` in place."""
-        count, cu_seqlens = self._heads.num_heads, options.get("cu_seqlens")
-        if cu_seqlens is None:
-            return self.rotary_emb(qkv, num_heads_q=count)
-        rotary, max_seqlen = self.rotary_emb, as_int("max_seqlen", options["max_seqlen"])
-        rotary._update_cos_sin_cache(max_seqlen, device=qkv.device, dtype=qkv.dtype)
-        tables = (rotary._cos_cached, rotary._sin_cached)
-        tables_k = (rotary._cos_k_cached, rotary._sin_k_cached) if rotary.scale_base else tables
-        where = {"inplace": True, "cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen}
-        where["interleaved"] = rotary.interleaved
-        apply_rotary_emb(qkv[:, :count], *tables, **where)
-        apply_rotary_emb(qkv[:, count : count + self._heads.num_heads_kv], *tables_k, **where)
-        return qkv
-
-    def _update_kv_cache(self, kv: Tensor, inference_params) -> Tensor:
-        """``update_kv_cache`` of this layer."""
-        return update_kv_cache(kv, inference_params, self.layer_idx)
-
-    def _apply_rotary_update_kvcache_attention(
-        self, q: Tensor, kv: Tensor, inference_params
-    ) -> Tensor:
-        """Turn q and kv at their positions, append kv to the cache and attend over it.
-
-        Args:
-            q: ``(batch, seqlen, nheads, headdim)``, possibly overwritten.
-            kv: ``(batch, seqlen, 2, nheads_k, headdim)``, likewise.
-
-        Returns:
-            Of q's shape.
-        """
-        if self.rotary_emb_dim == 0:
-            return self._update_kvcache_attention(q, kv, inference_params)
-        rotary = self.rotary_emb
-        # The tables of one length throughout: those of xPos are not the same for another one.
-        capacity = cache_rows(kv, inference_params, self.layer_idx).shape[1]
-        rotary._update_cos_sin_cache(capacity, device=q.device, dtype=q.dtype)
-        if self._kernel_rotates(q.shape[1]):
-            return self._attend_cache(
-                q,
-                kv,
-                inference_params,
-                rotary_cos=rotary._cos_cached,
-                rotary_sin=rotary._sin_cached,
-                rotary_interleaved=rotary.interleaved,
-            )
-        length = cached_lengths(q.shape[0], inference_params)
-        q, kv = rotary(q, kv, seqlen_offset=length, max_seqlen=capacity)
-        return self._update_kvcache_attention(q, kv, inference_params)
-
-    def _kernel_rotates(self, seqlen: int) -> bool:
-        """Whether flash_attn_with_kvcache turns queries and keys as the module does.
-
-        Without any mask it takes all queries to be at one position.
-        """
-        if not self.use_flash_attn or self.rotary_emb.scale_base is not None:
-            return False
-        left, right = self.inner_cross_attn.window_size
-        return seqlen == 1 or self.causal or left >= 0 or right >= 0
-
-    def _update_kvcache_attention(self, q: Tensor, kv: Tensor, inference_params) -> Tensor:
-        """Append kv to the cache and attend over it: as the function above, without turning."""
-        if self.use_flash_attn:
-            return self._attend_cache(q, kv, inference_params)
-        length = cached_lengths(q.shape[0], inference_params)
-        whole = self._update_kv_cache(kv, inference_params)
-        if not isinstance(length, Tensor):
-            return self.inner_cross_attn(q, whole)
-        place = torch.arange(whole.shape[1], device=q.device)
-        is_token = place < (length + kv.shape[1])[:, None]
-        return self.inner_cross_attn(q, whole, key_padding_mask=is_token)
-
-    def _attend_cache(self, q: Tensor, kv: Tensor, inference_params, **rotary) -> Tensor:
-        cache = cache_rows(kv, inference_params, self.layer_idx)
-        length = cached_lengths(q.shape[0], inference_params)
-        check_room(length, kv.shape[1], cache)
-        inner = self.inner_cross_attn
-        return flash_attn_with_kvcache(
-            q,
-            *cache.unbind(2),
-            *kv.unbind(2),
-            cache_seqlens=length,
-            softmax_scale=inner.softmax_scale,
-            causal=inner.causal,
-            window_size=inner.window_size,
-            alibi_slopes=inner.alibi_slopes,
-            **rotary,
-        )
-
-
 def _depthwise(channels: int, **factory) -> nn.Conv1d:
     """A convolution of each channel over its token and the two before; cut the last two outputs."""
     return nn.Conv1d(channels, channels, kernel_size=3, padding=2, groups=channels, **factory)
@@ -337,7 +57,7 @@ def _convolved(conv: nn.Conv1d, x: Tensor) -> Tensor:
     return conv(x.transpose(1, 2))[..., :-2].transpose(1, 2).contiguous()
 
 
-class MHA(_Attention):
+class MHA(HeadAttention):
     """Multi-head self- or cross-attention."""
 
     def __init__(
@@ -399,7 +119,7 @@ class MHA(_Attention):
         Raises:
             ValueError: an argument does not fit another; the message names it.
         """
-        heads = _checked_heads(embed_dim, num_heads, num_heads_kv, use_alibi)
+        heads = checked_heads(embed_dim, num_heads, num_heads_kv, use_alibi)
         if cross_attn and rotary_emb_dim > 0:
             raise ValueError("rotary_emb_dim must be 0 with cross_attn")
         super().__init__(
@@ -549,7 +269,7 @@ class MHA(_Attention):
         return (out, x) if self.return_residual else out
 
 
-class ParallelMHA(_Attention):
+class ParallelMHA(HeadAttention):
     """Multi-head self-attention whose heads are spread over the processes of a group."""
 
     def __init__(
@@ -592,8 +312,8 @@ class ParallelMHA(_Attention):
         Raises:
             ValueError: an argument does not fit another; the message names it.
         """
-        heads = _checked_heads(embed_dim, num_heads, num_heads_kv, use_alibi)
-        local = _local_heads(heads, process_group)
+        heads = checked_heads(embed_dim, num_heads, num_heads_kv, use_alibi)
+        local = local_heads(heads, process_group)
         super().__init__(
             local,
             dropout=dropout,

@@ -9,8 +9,8 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
+from module_decoding import decode
 from small_cases import int32, randn
-from test_modules_mha import decode
 
 from flash_attn.modules.block import Block, ParallelBlock
 from flash_attn.modules.mha import MHA, ParallelMHA

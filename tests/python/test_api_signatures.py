@@ -48,6 +48,8 @@ EXTENSIONS = {  # keyword-only parameters that FlashAttention-2 does not have
     "_flash_attn_varlen_forward": FORWARD_EXTENSIONS,
     "_flash_attn_backward": BACKWARD_EXTENSIONS,
     "_flash_attn_varlen_backward": BACKWARD_EXTENSIONS,
+    "SelfAttention": ["window_size", "alibi_slopes"],
+    "CrossAttention": ["window_size", "alibi_slopes"],
 }
 OPERATORS = (
     "_flash_attn_forward",
@@ -63,7 +65,7 @@ def as_written(parameter):
 
 def expected_parameters(text):
     """The parameters of ``def f(<text>)``."""
-    namespace = {"F": torch.nn.functional}
+    namespace = {"F": torch.nn.functional, "nn": torch.nn}
     exec(f"def f({text}): pass", namespace)  # the text is a file of this repository
     return [as_written(p) for p in inspect.signature(namespace["f"]).parameters.values()]
 

@@ -185,6 +185,16 @@ def test_mixer_kwargs(kind):
     assert kwargs == given
 
 
+def test_norms_without_parameters():
+    module = make(norm_cls=partial(torch.nn.LayerNorm, elementwise_affine=False))
+    ones = make()
+    for norm in (ones.norm1, ones.norm2):
+        norm.weight.data.fill_(1.0), norm.bias.data.zero_()
+    ones.load_state_dict(module.state_dict(), strict=False)
+    (x,) = tokens(1)
+    assert_all_close(module(x), ones(x))
+
+
 def test_without_mlp():
     torch.manual_seed(0)
     mixer = partial(MHA, num_heads=HEADS)

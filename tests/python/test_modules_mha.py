@@ -3,12 +3,10 @@ sequence."""
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Optional
-
 import pytest
 import reference
 import torch
+from module_decoding import InferenceParams, decode, poisoned_cache
 from plain_modules import PlainMHA, assert_as_good_as, run_module, weights_of
 from small_cases import assert_all_close, int32, randn
 
@@ -28,16 +26,6 @@ from flash_attn.modules.mha import (
 
 DIM, HEADS = 32, 4
 both_kinds = pytest.mark.parametrize("flash", [False, True], ids=["composed", "kernels"])
-
-
-@dataclasses.dataclass
-class InferenceParams:
-    max_seqlen: int
-    max_batch_size: int
-    seqlen_offset: int = 0
-    batch_size_offset: int = 0
-    key_value_memory_dict: dict = dataclasses.field(default_factory=dict)
-    lengths_per_sample: Optional[torch.Tensor] = None
 
 
 def make(seed=0, dtype=torch.float32, **options):
@@ -246,6 +234,7 @@ MODULES = {
     "xpos, grouped": {"rotary_emb_dim": 8, "rotary_emb_scale_base": 64, "num_heads_kv": 1},
     "convolution": {"dwconv": True, "causal": True},
     "convolution, grouped": {"dwconv": True, "num_heads_kv": 2},
+    "convolution, rotary": {"dwconv": True, "rotary_emb_dim": 8, "causal": True},
     "no bias": {"qkv_proj_bias": False, "out_proj_bias": False, "fused_bias_fc": True},
     "scale": {"softmax_scale": 0.5},
     "checkpointing": {"checkpointing": True, "num_heads_kv": 2, "rotary_emb_dim": 8},
@@ -453,38 +442,21 @@ DECODING = {
 }
 
 
-def poisoned_cache(module, rows, max_seqlen):
-    """A cache whose places that no token has hold NaN."""
-    cache = module.allocate_inference_cache(rows, max_seqlen)
-    return {module.layer_idx: cache.fill_(torch.nan)}
-
-
-def decode(module, x, chunks, **options):
-    """Outputs of x given in chunks of these lengths."""
-    params = InferenceParams(16, len(x), **options)
-    if not params.key_value_memory_dict:
-        params.key_value_memory_dict = poisoned_cache(module, len(x), 16)
-    outs = []
-    for part in x.split(chunks, 1):
-        outs.append(module(part, inference_params=params))
-        params.seqlen_offset += part.shape[1]
-    return torch.cat(outs, 1)
-
-
 @both_kinds
 @pytest.mark.parametrize("name", DECODING)
-def test_decoding_is_the_whole_sequence(name, flash):
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_decoding_is_the_whole_sequence(name, mode, flash):
     """A prompt, a longer continuation and single tokens."""
     module = make(use_flash_attn=flash, causal=True, **DECODING[name]).eval()
     x = randn(2, 11, DIM)
-    with torch.no_grad():
+    with mode():
         expected = plain_whole(module, x)
         assert_all_close([decode(module, x, (5, 3, 1, 1, 1))], [expected])
         assert_all_close([decode(module, x, (1,) * 11)], [expected])
 
 
 def plain_whole(module, x):
-    """The whole sequence by plain operations, with the cache's length for xPos' centre."""
+    """The whole sequence by plain operations."""
     return plain_of(module)(dict(module.named_parameters()), x)
 
 
