@@ -246,8 +246,8 @@ class HeadAttention(nn.Module):
         rotary = self.rotary_emb
         # The tables of one length throughout: those of xPos are not the same for another one.
         capacity = cache_rows(kv, inference_params, self.layer_idx).shape[1]
-        rotary._update_cos_sin_cache(capacity, device=q.device, dtype=q.dtype)
         if self._kernel_rotates(q.shape[1]):
+            rotary._update_cos_sin_cache(capacity, device=q.device, dtype=q.dtype)
             return self._attend_cache(
                 q,
                 kv,

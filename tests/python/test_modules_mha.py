@@ -507,7 +507,8 @@ def test_cache_of_a_module_that_is_not_causal(rotary, flash):
 
 
 @both_kinds
-def test_rows_of_a_cache(flash):
+@pytest.mark.parametrize("lengths", [None, int32([9, 9, 4, 4, 9])], ids=["one", "each"])
+def test_rows_of_a_cache(lengths, flash):
     """A part of the batch has its rows alone; the cache is made where there is none."""
     module = make(use_flash_attn=flash, causal=True, num_heads_kv=2, rotary_emb_dim=8).eval()
     x, params = randn(2, 6, DIM), InferenceParams(8, 5, batch_size_offset=2)
@@ -516,7 +517,7 @@ def test_rows_of_a_cache(flash):
         cache = params.key_value_memory_dict[3]
         assert cache.shape == (5, 8, 2, 2, 8)
         cache[:2], cache[4:], cache[:, 4:] = 7.0, 7.0, 7.0
-        params.seqlen_offset = 4
+        params.seqlen_offset, params.lengths_per_sample = 4, lengths
         second = module(x[:, 4:], inference_params=params)
     assert cache[:2].eq(7).all() and cache[4:].eq(7).all() and cache[:, 6:].eq(7).all()
     assert_all_close([torch.cat((first, second), 1)], [module(x)])
