@@ -82,7 +82,7 @@ def test_signature(module, name):
     assert [as_written(p) for p in parameters if p.name in names] == expected
     extensions = [p for p in parameters if p.name not in names]
     assert [p.name for p in extensions] == EXTENSIONS.get(name, [])
-    assert all(p.kind is p.KEYWORD_ONLY and p.default is None for p in extensions)
+    assert all(p.kind is p.KEYWORD_ONLY and p.default is not p.empty for p in extensions)
 
 
 def test_package_exports():
