@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Optional, Union
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flash_attn._arguments import as_int, check_optional, check_tensors
@@ -47,14 +48,26 @@ class LinearResidual(nn.Linear):
         return super().forward(input), input
 
 
+_TAPS = 3
+
+
 def _depthwise(channels: int, **factory) -> nn.Conv1d:
-    """A convolution of each channel over its token and the two before; cut the last two outputs."""
-    return nn.Conv1d(channels, channels, kernel_size=3, padding=2, groups=channels, **factory)
+    """The parameters of a convolution of each channel over its token and the two before."""
+    padding = {"kernel_size": _TAPS, "padding": _TAPS - 1}
+    return nn.Conv1d(channels, channels, groups=channels, **padding, **factory)
 
 
 def _convolved(conv: nn.Conv1d, x: Tensor) -> Tensor:
-    """Apply ``_depthwise`` to ``(batch, seqlen, channels)``."""
-    return conv(x.transpose(1, 2))[..., :-2].transpose(1, 2).contiguous()
+    """Apply ``_depthwise`` to ``(batch, seqlen, channels)``, without the outputs after the end.
+
+    By products and sums, rounded once: torch's own takes seconds on a CPU in half precision.
+    """
+    dtype, seqlen = torch.promote_types(x.dtype, torch.float32), x.shape[1]
+    late, weight = F.pad(x, (0, 0, _TAPS - 1, 0)).to(dtype), conv.weight[:, 0].to(dtype)
+    out = conv.bias.to(dtype)
+    for i in range(_TAPS):
+        out = out + late[:, i : i + seqlen] * weight[:, i]
+    return out.to(x.dtype)
 
 
 class MHA(HeadAttention):

@@ -252,6 +252,13 @@ def test_mha(name, dtype, flash):
     assert_as_good_as(actual, plain_of(module), dict(module.named_parameters()), [x])
 
 
+def test_convolution_is_that_of_its_module():
+    module, x = make(dwconv=True), randn(2, 6, DIM)
+    qkv = module.Wqkv(x)
+    expected = module.dwconv_qkv(qkv.transpose(1, 2))[..., :-2].transpose(1, 2)
+    assert_all_close([module._project(x)], [expected])
+
+
 CROSS = {
     "plain": {},
     "grouped, causal": {"num_heads_kv": 2, "causal": True},
