@@ -60,13 +60,13 @@ demo: $(INSTALLED) ## train a small GPT, generate text with it, compare speed an
 	mkdir -p build/demo
 	.venv/bin/python examples/train_text.py
 
-# The CUDA kernels' tests load a driver and run its threads: in processes of their own, in which Python takes most of the
-# time and torch needs one thread.
+# Tests share the cores by processes: threads that wait must not take time from those of others. The CUDA kernels' tests
+# load a driver and run its threads: in processes of their own, in which torch needs one thread.
+PYTEST := pytest --config-file=../pyproject.toml -n $(JOBS) --maxprocesses=8
 test: $(RELEASE) $(INSTALLED) ## C++ tests, then Python tests of the installed package
-	ctest --test-dir build/release --output-on-failure
-	cd build && pytest --config-file=../pyproject.toml ../tests/python --ignore-glob='../tests/python/test_cuda*.py'
-	cd build && OMP_NUM_THREADS=1 pytest --config-file=../pyproject.toml -n $(JOBS) ../tests/python/test_cuda*.py \
-	  ../emulator/tests/mutation
+	ctest --test-dir build/release --output-on-failure -j $(JOBS)
+	cd build && OMP_WAIT_POLICY=passive $(PYTEST) ../tests/python --ignore-glob='../tests/python/test_cuda*.py'
+	cd build && OMP_NUM_THREADS=1 $(PYTEST) ../tests/python/test_cuda*.py ../emulator/tests/mutation
 
 bench: $(INSTALLED) ## time attention against PyTorch and the machine's limits (build/bench)
 	.venv/bin/python benchmarks/benchmark_attn.py --quick

@@ -11,9 +11,9 @@
 #include <utility>
 #include <vector>
 
+#include "base/fast_divide.h"
 #include "base/ptx/fragments.h"
 #include "common/block_range.h"
-#include "base/fast_divide.h"
 #include "common/softmax.h"
 #include "common/tile_scheduler.h"
 #if defined(FLASH_ATTN_HAVE_CUDA)

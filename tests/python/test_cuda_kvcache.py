@@ -89,8 +89,8 @@ def test_append_and_attention_in_one_launch(dims, page_size, num_splits, window_
     rows in their places."""
     case = Case(
         dtype=BF16, batch=4, dims=dims, heads=(4, 1), capacity=720, seqlen_new=6, rotary="halves",
-        num_splits=num_splits, window_size=window_size, page_size=page_size, leftpad=num_splits == 1,
-        batch_idx=not page_size, seed=num_splits,
+        num_splits=num_splits, window_size=window_size, page_size=page_size,
+        leftpad=num_splits == 1, batch_idx=not page_size, seed=num_splits,
     )  # fmt: skip
     together, apart, only_appended = Steps(case), Steps(case), Steps(case)
     with flash_attn.emulator(mode="random", seed=page_size) as gpu:

@@ -2,8 +2,8 @@
 #pragma once
 
 #include "api/select_kernel.h"
-#include "base/call/target.h"
 #include "api/tensors.h"
+#include "base/call/target.h"
 
 namespace flash {
 
