@@ -64,7 +64,7 @@ demo: $(INSTALLED) ## train a small GPT, generate text with it, compare speed an
 # load a driver and run its threads: in processes of their own, in which torch needs one thread.
 PYTEST := pytest --config-file=../pyproject.toml -n $(JOBS) --maxprocesses=8
 test: $(RELEASE) $(INSTALLED) ## C++ tests, then Python tests of the installed package
-	ctest --test-dir build/release --output-on-failure -j $(JOBS)
+	OMP_WAIT_POLICY=passive ctest --test-dir build/release --output-on-failure -j $(JOBS)
 	cd build && OMP_WAIT_POLICY=passive $(PYTEST) ../tests/python --ignore-glob='../tests/python/test_cuda*.py'
 	cd build && OMP_NUM_THREADS=1 $(PYTEST) ../tests/python/test_cuda*.py ../emulator/tests/mutation
 
@@ -91,7 +91,7 @@ asan tsan: # the CUDA kernels are those of build/release: nothing sanitizes them
 	  -DFLASH_ATTN_FATBINS=$(CURDIR)/build/release/cuda \
 	  -DFLASH_ATTN_SANITIZE=$(SANITIZE) $(SANITIZE_FLAGS)
 	cmake --build build/$@ -j $(JOBS)
-	UBSAN_OPTIONS=print_stacktrace=1 ctest --test-dir build/$@ --output-on-failure
+	OMP_WAIT_POLICY=passive UBSAN_OPTIONS=print_stacktrace=1 ctest --test-dir build/$@ --output-on-failure -j $(JOBS)
 
 wheel: $(VENV) ## build the wheel as users do, isolated from everything, and check it
 	tools/check_wheel.sh
