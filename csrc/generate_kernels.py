@@ -228,6 +228,15 @@ KINDS = [
         )
         for name in ("activation_fwd", "activation_bwd")
     ),
+    Kind(
+        backend="sm80",
+        operator="rotary",
+        name="rotary",
+        config="RowConfig",
+        parameters=("Params", "Launch"),
+        entry="rotary",
+        dtypes=ALL_DTYPES,
+    ),
 ]
 
 KERNELS = [kernel for kind in KINDS for kernel in kind.kernels()]

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from flash_attn import _rotary
 from flash_attn._arguments import as_int, check_optional, check_tensors
-from flash_attn.ops.triton.rotary import apply_rotary
+from flash_attn.ops.triton.rotary import apply_rotary, check, offsets_of_operator
 
 __all__ = [
     "ApplyRotaryEmb",
@@ -86,6 +87,11 @@ def _is_for_autograd(*tables: Optional[Tensor]) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tables)
 
 
+def _is_compiled_without_gradient(x: Tensor, *tables: Optional[Tensor]) -> bool:
+    """Whether ``torch.compile`` may write to ``x`` by an operator, which has no gradient."""
+    return torch.compiler.is_compiling() and _rotary.serves(x, *tables, inplace=True)
+
+
 class ApplyRotaryEmb(torch.autograd.Function):
     """``apply_rotary_emb``, differentiable in x alone."""
 
@@ -143,9 +149,10 @@ def apply_rotary_emb(
         return ApplyRotaryEmb.apply(
             x, cos, sin, interleaved, inplace, seqlen_offsets, cu_seqlens, max_seqlen
         )
-    before = x.clone() if inplace else x
-    turned = apply_rotary(before, cos, sin, seqlen_offsets, cu_seqlens, max_seqlen, interleaved)
-    return x.copy_(turned) if inplace else turned
+    places = (seqlen_offsets, cu_seqlens, max_seqlen, interleaved)
+    if not inplace or _is_compiled_without_gradient(x, cos, sin):
+        return apply_rotary(x, cos, sin, *places, inplace)
+    return x.copy_(apply_rotary(x.clone(), cos, sin, *places))
 
 
 apply_rotary_emb_func = apply_rotary_emb
@@ -179,15 +186,29 @@ def _apply_rotary_emb_qkv(
     num_heads_q: Optional[int] = None,
 ) -> Tensor:
     """Turn the queries and keys of packed qkv, without gradient of its own."""
-    qkv = qkv if inplace else qkv.clone()
     q, k = _queries_and_keys(qkv, num_heads_q)
-    cos_k = cos if cos_k is None else cos_k
-    sin_k = sin if sin_k is None else sin_k
-    for x, tables in ((q, (cos, sin)), (k, (cos_k, sin_k))):
-        apply_rotary(
-            x, *tables, seqlen_offsets, interleaved=interleaved, inplace=True, conjugate=conjugate
-        )
+    tables = ((cos, sin), (cos if cos_k is None else cos_k, sin if sin_k is None else sin_k))
+    if _serves_qkv(qkv, *tables[0], *tables[1], inplace):
+        for x, own in ((q, tables[0]), (k, tables[1])):
+            check(x, *own, seqlen_offsets, None, None)
+        operator = _rotary.turn_qkv_in_place if inplace else _rotary.turned_qkv
+        options = (bool(interleaved), bool(conjugate), num_heads_q or 0)
+        places = offsets_of_operator(seqlen_offsets)
+        out = operator(qkv, cos, sin, cos_k, sin_k, *places, *options)
+        return qkv if inplace else out
+    if not inplace:
+        qkv = qkv.clone()
+        q, k = _queries_and_keys(qkv, num_heads_q)
+    options = {"interleaved": interleaved, "inplace": True, "conjugate": conjugate}
+    for x, own in ((q, tables[0]), (k, tables[1])):
+        apply_rotary(x, *own, seqlen_offsets, **options)
     return qkv
+
+
+def _serves_qkv(qkv: Tensor, cos, sin, cos_k, sin_k, inplace: bool) -> bool:
+    """Whether one operator turns queries and keys."""
+    tables = (cos, sin, cos_k, sin_k)
+    return cos.shape == cos_k.shape and _rotary.serves(qkv, *tables, inplace=inplace)
 
 
 class ApplyRotaryEmbQKV_(torch.autograd.Function):
@@ -257,6 +278,13 @@ def apply_rotary_emb_qkv_(
     options = (interleaved, seqlen_offsets, num_heads_q)
     if not _is_for_autograd(cos, sin, cos_k, sin_k):
         return ApplyRotaryEmbQKV_.apply(qkv, cos, sin, cos_k, sin_k, *options)
+    tables = (cos, sin, cos_k, sin_k)
+    places = (seqlen_offsets, num_heads_q)
+    if _is_compiled_without_gradient(qkv, *tables):
+        return _apply_rotary_emb_qkv(qkv, *tables, interleaved, True, False, *places)
+    if torch.compiler.is_compiling() and _rotary.serves(qkv, *tables):
+        turned = _apply_rotary_emb_qkv(qkv, *tables, interleaved, False, False, *places)
+        return qkv.copy_(turned)
     q, k = _queries_and_keys(qkv, num_heads_q)
     cos_k = cos if cos_k is None else cos_k
     sin_k = sin if sin_k is None else sin_k

@@ -30,38 +30,72 @@ FLASH_DEVICE uint16_t from_float(float x) {
 template <Dtype kDtype>
 inline constexpr int kElementsOfChunk = 16 / dtype_bytes(kDtype);
 
-// kCount elements from `p` on: a whole chunk at an address that is a multiple of 16, or 1.
-template <Dtype kDtype, int kCount>
-FLASH_DEVICE void load_elements(float (&x)[kCount], const void* p) {
-  static_assert(kCount == 1 || kCount == kElementsOfChunk<kDtype>);
-  if constexpr (kDtype == Dtype::kFloat32 && kCount == 1) {
-    x[0] = *static_cast<const float*>(p);
-  } else if constexpr (kDtype == Dtype::kFloat32) {
-    const float4 chunk = *static_cast<const float4*>(p);
-    x[0] = chunk.x, x[1] = chunk.y, x[2] = chunk.z, x[3] = chunk.w;
-  } else if constexpr (kCount == 1) {
-    x[0] = to_float<kDtype>(*static_cast<const uint16_t*>(p));
+// 4, 8 or 16 bytes, or several times 16, at an address that is a multiple of the first three.
+template <int kWords>
+FLASH_DEVICE void load_words(uint32_t (&words)[kWords], const void* p) {
+  static_assert(kWords == 1 || kWords == 2 || kWords % 4 == 0);
+  if constexpr (kWords == 1) {
+    words[0] = *static_cast<const uint32_t*>(p);
+  } else if constexpr (kWords == 2) {
+    const uint2 pair = *static_cast<const uint2*>(p);
+    words[0] = pair.x, words[1] = pair.y;
   } else {
-    const uint4 chunk = *static_cast<const uint4*>(p);
-    const uint32_t pairs[] = {chunk.x, chunk.y, chunk.z, chunk.w};
 #pragma unroll
-    for (int i = 0; i < kCount; ++i)
-      x[i] = to_float<kDtype>(static_cast<uint16_t>(pairs[i / 2] >> (i % 2 * 16)));
+    for (int i = 0; i < kWords; i += 4) {
+      const uint4 chunk = static_cast<const uint4*>(p)[i / 4];
+      words[i] = chunk.x, words[i + 1] = chunk.y, words[i + 2] = chunk.z, words[i + 3] = chunk.w;
+    }
   }
 }
 
+template <int kWords>
+FLASH_DEVICE void store_words(void* p, const uint32_t (&words)[kWords]) {
+  static_assert(kWords == 1 || kWords == 4);
+  if constexpr (kWords == 1) {
+    *static_cast<uint32_t*>(p) = words[0];
+  } else {
+    *static_cast<uint4*>(p) = make_uint4(words[0], words[1], words[2], words[3]);
+  }
+}
+
+// kCount elements from `p` on: one, or as many as load_words takes at its alignment.
+template <Dtype kDtype, int kCount>
+FLASH_DEVICE void load_elements(float (&x)[kCount], const void* p) {
+  constexpr bool kIsFloat = kDtype == Dtype::kFloat32;
+  if constexpr (!kIsFloat && kCount == 1) {
+    x[0] = to_float<kDtype>(*static_cast<const uint16_t*>(p));
+  } else {
+    uint32_t words[kIsFloat ? kCount : kCount / 2];
+    load_words(words, p);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      if constexpr (kIsFloat) {
+        x[i] = __uint_as_float(words[i]);
+      } else {
+        x[i] = to_float<kDtype>(static_cast<uint16_t>(words[i / 2] >> (i % 2 * 16)));
+      }
+    }
+  }
+}
+
+// One, or a chunk at an address that is a multiple of 16.
 template <Dtype kDtype, int kCount>
 FLASH_DEVICE void store_elements(void* p, const float (&x)[kCount]) {
-  static_assert(kCount == 1 || kCount == kElementsOfChunk<kDtype>);
-  if constexpr (kDtype == Dtype::kFloat32 && kCount == 1) {
-    *static_cast<float*>(p) = x[0];
-  } else if constexpr (kDtype == Dtype::kFloat32) {
-    *static_cast<float4*>(p) = make_float4(x[0], x[1], x[2], x[3]);
-  } else if constexpr (kCount == 1) {
+  constexpr bool kIsFloat = kDtype == Dtype::kFloat32;
+  if constexpr (!kIsFloat && kCount == 1) {
     *static_cast<uint16_t*>(p) = from_float<kDtype>(x[0]);
   } else {
-    *static_cast<uint4*>(p) = make_uint4(pack<kDtype>(x[0], x[1]), pack<kDtype>(x[2], x[3]),
-                                         pack<kDtype>(x[4], x[5]), pack<kDtype>(x[6], x[7]));
+    constexpr int kWords = kIsFloat ? kCount : kCount / 2;
+    uint32_t words[kWords];
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) {
+      if constexpr (kIsFloat) {
+        words[i] = __float_as_uint(x[i]);
+      } else {
+        words[i] = pack<kDtype>(x[2 * i], x[2 * i + 1]);
+      }
+    }
+    store_words(p, words);
   }
 }
 

@@ -13,6 +13,7 @@ from typing import Optional, Union
 import torch
 from torch import Tensor
 
+from flash_attn import _rotary
 from flash_attn._arguments import as_int, check_optional, check_tensors, is_plain
 
 __all__ = ["apply_rotary"]
@@ -21,7 +22,7 @@ _INTEGERS = (torch.int32, torch.int64)
 _transforms_active = torch._C._are_functorch_transforms_active
 
 
-def _check(x: Tensor, cos: Tensor, sin: Tensor, offsets, cu_seqlens, max_seqlen) -> None:
+def check(x: Tensor, cos: Tensor, sin: Tensor, offsets, cu_seqlens, max_seqlen) -> None:
     """Raise TypeError or ValueError for arguments that do not fit each other."""
     _check_tables(x, cos, sin)
     if cu_seqlens is None and x.dim() != 4:
@@ -176,9 +177,30 @@ def apply_rotary(
         seqlen_offsets = as_int("seqlen_offsets", seqlen_offsets)
     if max_seqlen is not None:
         max_seqlen = as_int("max_seqlen", max_seqlen)
-    _check(x, cos, sin, seqlen_offsets, cu_seqlens, max_seqlen)
+    check(x, cos, sin, seqlen_offsets, cu_seqlens, max_seqlen)
+    places = (seqlen_offsets, cu_seqlens, max_seqlen)
+    if _rotary.serves(x, cos, sin, inplace=inplace):
+        return _turn_by_operator(x, cos, sin, *places, bool(interleaved), inplace, bool(conjugate))
+    return _turn_by_composition(x, cos, sin, *places[:2], interleaved, inplace, conjugate)
+
+
+def offsets_of_operator(seqlen_offsets: Union[int, Tensor]) -> tuple[Optional[Tensor], int]:
+    """Return the offsets as a tensor or None, and as a number."""
+    return (seqlen_offsets, 0) if isinstance(seqlen_offsets, Tensor) else (None, seqlen_offsets)
+
+
+def _turn_by_operator(
+    x, cos, sin, offsets, cu_seqlens, max_seqlen, interleaved, inplace, conjugate
+):
+    operator = _rotary.turn_in_place if inplace else _rotary.turned
+    places = (*offsets_of_operator(offsets), cu_seqlens, 0 if max_seqlen is None else max_seqlen)
+    out = operator(x, cos, sin, *places, interleaved, conjugate)
+    return x if inplace else out
+
+
+def _turn_by_composition(x, cos, sin, offsets, cu_seqlens, interleaved, inplace, conjugate):
     rotary_dim = 2 * cos.shape[1]
-    cos, sin = _rows(x, cos, sin, seqlen_offsets, cu_seqlens)
+    cos, sin = _rows(x, cos, sin, offsets, cu_seqlens)
     dtype = torch.promote_types(x.dtype, torch.float32)
     cos, sin = cos.to(dtype), sin.to(dtype)
     if conjugate:
