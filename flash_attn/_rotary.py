@@ -37,13 +37,17 @@ def serves(x: Tensor, *tables: Optional[Tensor], inplace: bool = False) -> bool:
         # Only there the operators are differentiated: once.
         if x.requires_grad and (inplace or not torch.compiler.is_compiling()):
             return False
-    return all(_is_dense(t) for t in (x, *tables) if t is not None) and (
-        x.dtype in _DTYPES and (not inplace or (x.stride(-1) == 1 and not x.is_neg()))
-    )
+    if not all(_is_dense(t) for t in (x, *tables) if t is not None) or x.dtype not in _DTYPES:
+        return False
+    return not inplace or (x.stride(-1) == 1 and not _is_negative(x))
 
 
 def _is_dense(x: Tensor) -> bool:
     return is_plain(x) and x.layout is torch.strided and (x.is_cpu or x.is_cuda)
+
+
+def _is_negative(x: Tensor) -> bool:
+    return not torch.compiler.is_compiling() and x.is_neg()  # torch.compile resolves them
 
 
 def _tables(x: Tensor, *tables: Optional[Tensor]) -> list[Optional[Tensor]]:

@@ -167,8 +167,8 @@ def _queries_and_keys(qkv: Tensor, num_heads_q: Optional[int]) -> tuple[Tensor, 
             "qkv must be (batch, seqlen, 3, nheads, headdim), or (batch, seqlen, num_heads_q + 2 * "
             f"num_heads_k, headdim) with num_heads_q given; got {tuple(qkv.shape)}"
         )
-    num_heads_k, rest = divmod(qkv.shape[2] - num_heads_q, 2)
-    if num_heads_k < 1 or rest:
+    num_heads_k = (qkv.shape[2] - num_heads_q) // 2
+    if num_heads_k < 1 or num_heads_q + 2 * num_heads_k != qkv.shape[2]:
         raise ValueError(f"{qkv.shape[2]} heads are not {num_heads_q} + 2 * num_heads_k")
     return qkv[:, :, :num_heads_q], qkv[:, :, num_heads_q : num_heads_q + num_heads_k]
 
