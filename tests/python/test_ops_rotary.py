@@ -240,7 +240,7 @@ def test_autograd_knows_of_what_was_written(function):
 
 def test_memory_written_twice():
     x, (cos, sin) = torch.randn(2, 6, 1, 16).expand(2, 6, 3, 16), tables(6, 12, FP32)
-    with pytest.raises(RuntimeError, match="x must not overlap itself|out must not overlap itself"):
+    with pytest.raises(RuntimeError, match="out must not overlap itself"):
         apply_rotary(x, cos, sin, inplace=True)
     expected = rotary.apply_rotary_emb_torch(x, cos, sin)
     torch.testing.assert_close(apply_rotary(x, cos, sin), expected)
