@@ -230,6 +230,15 @@ KINDS = [
     ),
     Kind(
         backend="sm80",
+        operator="activations",
+        name="activation_dbias",
+        config="RowConfig",
+        parameters=("Params", "Launch"),
+        entry="activation_dbias",
+        dtypes=("fp32",),
+    ),
+    Kind(
+        backend="sm80",
         operator="rotary",
         name="rotary",
         config="RowConfig",

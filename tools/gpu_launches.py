@@ -3,7 +3,8 @@
     python tools/gpu_launches.py --dtype bf16                # on a GPU
     python tools/gpu_launches.py --device cpu --dtype fp16   # within FLASH_ATTENTION_EMULATOR=sm_80
 
-The head dims and classes of scores are those of csrc/generate_kernels.py.
+The head dims and classes of scores are those of csrc/generate_kernels.py. Of fp32 there are the
+fused operators alone.
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ import torch
 
 from flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
 from flash_attn._library import bind
+from flash_attn.layers import rotary
+from flash_attn.ops import activations
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "csrc"))
 import generate_kernels
 
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 SCORES = {
     "unmasked": {},
     "masked": {"causal": True},
@@ -141,8 +144,66 @@ def combine(inputs: Inputs):
     return out, lse
 
 
+# ------------------------------------------------------------------------------------------------
+# Fused operators, by their folders in csrc/: each calls all its kernels, forward and backward
+
+
+def with_gradients(inputs: Inputs, function: Callable, *leaves: torch.Tensor):
+    """The output of a function and its gradients in all tensors that it takes."""
+    leaves = [x.requires_grad_() for x in leaves]
+    out = function(*leaves)
+    return (out.detach(), *torch.autograd.grad(out, leaves, inputs.normal(*out.shape)))
+
+
+def of_activations(inputs: Inputs):
+    """In chunks of 16 bytes and by elements."""
+    results = []
+    for rows, cols in ((70, 256), (3, 77)):
+        x, y, bias = inputs.normal(rows, cols), inputs.normal(rows, cols), inputs.normal(cols)
+        results += with_gradients(inputs, activations.bias_gelu, x, bias)
+        results += with_gradients(inputs, activations.swiglu, x, y)
+    return results
+
+
+def of_rotary(inputs: Inputs):
+    """Queries and keys in place, and packed sequences with offsets, the last rows of none."""
+    angles = 3 * inputs.normal(40, 16, dtype=torch.float32)
+    tables = angles.cos().to(inputs.dtype), angles.sin().to(inputs.dtype)
+    results = []
+    for interleaved in (False, True):
+        qkv = inputs.normal(2, 30, 3, 4, 48)
+        results.append(rotary.apply_rotary_emb_qkv_(qkv, *tables, interleaved=interleaved))
+        places = {
+            "seqlen_offsets": inputs.int32(3, 0, 9),
+            "cu_seqlens": inputs.int32(0, 20, 20, 41),
+            "max_seqlen": 30,
+        }
+
+        def turn(x, interleaved=interleaved, places=places):
+            return rotary.apply_rotary_emb(x, *tables, interleaved, **places)
+
+        results += with_gradients(inputs, turn, inputs.normal(43, 3, 33))
+    return results
+
+
+OPERATORS = {
+    "activations": of_activations,
+    "rotary": of_rotary,
+}
+
+
 def calls(dtype: str, device: str) -> dict[str, Callable[[], tuple[torch.Tensor, ...]]]:
     """Return functions that make inputs, call and return results, by what they do."""
+
+    def call(function):
+        return lambda: function(Inputs(DTYPES[dtype], device))
+
+    found = {f"operator {name}": call(function) for name, function in OPERATORS.items()}
+    return found if dtype == "fp32" else {**calls_of_attention(dtype, device), **found}
+
+
+def calls_of_attention(dtype: str, device: str):
+    """Return those of ``calls``, fused operators aside."""
     kinds = {kind.name: kind for kind in generate_kernels.KINDS}
 
     def call(function, *args, **options):

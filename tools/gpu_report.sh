@@ -58,7 +58,7 @@ fi
 step test 70 "$python" -m pytest -p no:cacheprovider -q tests/python/test_cuda_device.py
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck synccheck initcheck; do
-    step "$tool" 25 compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" tools/gpu_launches.py --dtype bf16
+    step "$tool" 25 compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" tools/gpu_launches.py --dtype bf16 fp32
   done
 else
   note "sanitizers: skipped, no compute-sanitizer"

@@ -11,8 +11,8 @@ struct Value {
   F value, slope;  // f(x), f'(x)
 };
 
-// `Math`: the type F of numbers, and functions of them: exp (of at most 88; what is larger counts
-// as that), tanh, reciprocal, max_0 (of NaN NaN), step (1 above 0) and clamp(x, limit).
+// `Math`: the type F of numbers, and functions of them: exp (may be inf above 88), tanh,
+// reciprocal, max_0 (of NaN NaN), step (0 up to 0, beyond and of NaN 1) and clamp(x, limit).
 template <class Math, class F = typename Math::F>
 FLASH_INLINE Value<F> gelu_tanh(F x) {
   constexpr float kScale = 0.7978845608028654f;  // sqrt(2 / pi)

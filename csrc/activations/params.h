@@ -17,6 +17,7 @@ struct Params {
   Matrix x, bias, y;    // bias, y: may be absent
   Matrix out;           // forward
   Matrix dout, dx, dy;  // backward; dy: where y is
+  float* dbias;         // [cols]; nullptr: not wanted
 };
 
 }  // namespace flash::activations

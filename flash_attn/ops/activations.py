@@ -21,10 +21,12 @@ __all__ = [
     "FastGeLUFunction",
     "GeLUFunction",
     "SwiGLUFunction",
+    "bias_act_bwd",
     "bias_gelu",
     "bias_gelu_back",
     "bias_gelu_impl",
     "fast_gelu_impl",
+    "gated",
     "gelu_bwd",
     "gelu_fwd",
     "relu_bwd",
@@ -37,37 +39,53 @@ __all__ = [
 
 # The numbers of flash_attn/activations.h.
 _GELU_TANH, _RELU, _SQRELU, _SILU, _SIGMOID = range(5)
+_NAMED = {
+    "gelu_approx": _GELU_TANH,
+    "relu": _RELU,
+    "sqrelu": _SQRELU,
+    "silu": _SILU,
+    "sigmoid": _SIGMOID,
+}
 
 _run_forward = bind("activation_fwd", "x bias y activation out")
-_run_backward = bind("activation_bwd", "dout x bias y activation dx dy")
+_run_backward = bind("activation_bwd", "dout x bias y activation dx dy dbias")
 
 
 def _optional_matrix(x: Optional[Tensor]) -> Optional[Tensor]:
     return None if x is None else as_matrix(x)
 
 
+def _vector(x: Optional[Tensor]) -> Optional[Tensor]:
+    return x if x is None or x.dim() == 1 else x.view(1)
+
+
 def _forward_kernel(x, bias, y, activation):
     out = new_like(x)
-    _run_forward(as_matrix(x), bias, _optional_matrix(y), activation, as_matrix(out))
+    matrices = as_matrix(x), _vector(bias), _optional_matrix(y)
+    _run_forward(*matrices, activation, as_matrix(out))
     return out
 
 
-def _backward_kernel(dout, x, bias, y, activation):
-    dx, dy = new_like(x), None if y is None else new_like(y)
-    matrices = as_matrix(dout), as_matrix(x), bias, _optional_matrix(y)
-    _run_backward(*matrices, activation, as_matrix(dx), _optional_matrix(dy))
-    return dx, x.new_empty(0) if dy is None else dy
+def _new_gradients(dout, x, bias, y, activation, with_dbias):
+    """Return uninitialised dx, dy and dbias; empty ones are not wanted."""
+    dy = x.new_empty(0) if y is None else new_like(y)
+    shape = x.shape[-1:] if with_dbias else (0,)
+    return new_like(x), dy, x.new_empty(shape, dtype=torch.float32)
 
 
-def _fake_backward(dout, x, bias, y, activation):
-    return new_like(x), x.new_empty(0) if y is None else new_like(y)
+def _backward_kernel(dout, x, bias, y, activation, with_dbias):
+    dx, dy, dbias = _new_gradients(dout, x, bias, y, activation, with_dbias)
+    matrices = as_matrix(dout), as_matrix(x), _vector(bias), _optional_matrix(y)
+    results = as_matrix(dx), None if y is None else as_matrix(dy)
+    _run_backward(*matrices, activation, *results, _vector(dbias) if with_dbias else None)
+    return dx, dy, dbias
 
 
 _backward = Fused(
-    "activation_bwd(Tensor dout, Tensor x, Tensor? bias, Tensor? y, int activation)"
-    " -> (Tensor dx, Tensor dy)",
+    "activation_bwd(Tensor dout, Tensor x, Tensor? bias, Tensor? y, int activation, "
+    "bool with_dbias) -> (Tensor dx, Tensor dy, Tensor dbias)",
     _backward_kernel,
-    _fake_backward,
+    _new_gradients,
 )
 
 
@@ -78,13 +96,9 @@ def _save(ctx, args, out) -> None:
 
 def _gradients(ctx, dout):
     x, bias, y = ctx.saved_tensors
-    dx, dy = _backward(dout, x, bias, y, ctx.activation)
-    dbias = _sum_of_rows(dx) if bias is not None and ctx.needs_input_grad[-3] else None
-    return dx, dbias, None if y is None else dy, None
-
-
-def _sum_of_rows(dx: Tensor) -> Tensor:
-    return dx.flatten(0, -2).sum(0) if dx.dim() > 1 else dx
+    with_dbias = bias is not None and ctx.needs_input_grad[-3]
+    dx, dy, dbias = _backward(dout, x, bias, y, ctx.activation, with_dbias)
+    return dx, dbias.to(x.dtype) if with_dbias else None, None if y is None else dy, None
 
 
 _forward = Fused(
@@ -132,7 +146,13 @@ def _unary(x: Tensor, activation: int) -> Tensor:
 
 def _unary_bwd(g: Tensor, x: Tensor, activation: int) -> Tensor:
     g, x = _promoted(g=g, x=x)
-    return _backward(g, x, None, None, activation)[0]
+    return _backward(g, x, None, None, activation, False)[0]
+
+
+def _number_of(activation: str) -> int:
+    if activation in _NAMED:
+        return _NAMED[activation]
+    raise ValueError(f"activation must be one of {', '.join(_NAMED)}, got {activation!r}")
 
 
 def bias_gelu(y: Tensor, bias: Tensor) -> Tensor:
@@ -151,7 +171,40 @@ def bias_gelu(y: Tensor, bias: Tensor) -> Tensor:
 def bias_gelu_back(g: Tensor, y: Tensor, bias: Tensor) -> Tensor:
     """Return the gradient of y in ``bias_gelu(y, bias)``: g gelu'(y + bias), of y's shape."""
     g, y, bias = _with_bias(bias, g=g, y=y)
-    return _backward(g, y, bias, None, _GELU_TANH)[0]
+    return _backward(g, y, bias, None, _GELU_TANH, False)[0]
+
+
+def bias_act_bwd(
+    g: Tensor, y: Tensor, bias: Tensor, *, activation: str = "gelu_approx"
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients (dx, dbias) of f(y + bias) for the gradient g of its result.
+
+    Args:
+        g, y: ``(..., n)``.
+        bias: ``(n,)``.
+        activation: f: "gelu_approx", "relu", "sqrelu", "silu" or "sigmoid".
+
+    dx is of the promoted dtype; dbias fp32, summed before dx is rounded, in an order that the shape
+    alone decides. Raises TypeError for what is no tensor, ValueError for a wrong shape or name.
+    """
+    number = _number_of(activation)
+    g, y, bias = _with_bias(bias, g=g, y=y)
+    dx, _, dbias = _backward(g, y, bias, None, number, True)
+    return dx, dbias
+
+
+def gated(x: Tensor, y: Tensor, *, activation: str = "silu") -> Tensor:
+    """Return f(x) * y, differentiable in both: SwiGLU, GEGLU, ReGLU, GLU (arXiv:2002.05202).
+
+    Args:
+        x, y: of one shape; may be the halves of one tensor, ``chunk(2, dim=-1)``.
+        activation: f: "silu", "gelu_approx", "relu", "sqrelu" or "sigmoid".
+
+    Raises TypeError for what is no tensor, ValueError where the shapes differ or for another name.
+    """
+    number = _number_of(activation)
+    x, y = _promoted(x=x, y=y)
+    return _forward(x, None, y, number)
 
 
 def gelu_fwd(x: Tensor) -> Tensor:
@@ -165,7 +218,7 @@ def gelu_bwd(g: Tensor, x: Tensor) -> Tensor:
 
 
 def relu_bwd(g: Tensor, x: Tensor) -> Tensor:
-    """Return g where x > 0, elsewhere 0."""
+    """Return 0 where x <= 0, elsewhere g."""
     return _unary_bwd(g, x, _RELU)
 
 
@@ -187,8 +240,7 @@ def swiglu(x: Tensor, y: Tensor) -> Tensor:
 
     Raises TypeError for what is no tensor, ValueError where the shapes differ.
     """
-    x, y = _promoted(x=x, y=y)
-    return _forward(x, None, y, _SILU)
+    return gated(x, y)
 
 
 def swiglu_fwd(x: Tensor, y: Tensor) -> Tensor:
@@ -199,7 +251,7 @@ def swiglu_fwd(x: Tensor, y: Tensor) -> Tensor:
 def swiglu_bwd(x: Tensor, y: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     """Return the gradients (dx, dy) of ``swiglu(x, y)`` for the gradient g of its result."""
     x, y, g = _promoted(x=x, y=y, g=g)
-    return _backward(g, x, None, y, _SILU)
+    return _backward(g, x, None, y, _SILU, False)[:2]
 
 
 class GeLUFunction(torch.autograd.Function):
@@ -213,8 +265,8 @@ class GeLUFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_output):
         input, bias = ctx.saved_tensors
-        dx = bias_gelu_back(grad_output, input, bias)
-        return dx.to(input.dtype), _sum_of_rows(dx).to(bias.dtype)
+        dx, dbias = bias_act_bwd(grad_output, input, bias)
+        return dx.to(input.dtype), dbias.to(bias.dtype)
 
 
 class FastGeLUFunction(torch.autograd.Function):

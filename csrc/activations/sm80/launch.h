@@ -7,7 +7,10 @@
 namespace flash::activations::sm80 {
 
 // Enqueue their work into the target's stream. Throw ApiError.
-void fwd(const Params& params, const Target& target);
-void bwd(const Params& params, const Target& target);
+void fwd(const Params& params, const Target& target, const Workspace& workspace);
+void bwd(const Params& params, const Target& target, const Workspace& workspace);
+
+// What bwd needs.
+size_t workspace_bytes(const Params& params);
 
 }  // namespace flash::activations::sm80

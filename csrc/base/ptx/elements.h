@@ -50,11 +50,14 @@ FLASH_DEVICE void load_words(uint32_t (&words)[kWords], const void* p) {
 
 template <int kWords>
 FLASH_DEVICE void store_words(void* p, const uint32_t (&words)[kWords]) {
-  static_assert(kWords == 1 || kWords == 4);
+  static_assert(kWords == 1 || kWords % 4 == 0);
   if constexpr (kWords == 1) {
     *static_cast<uint32_t*>(p) = words[0];
   } else {
-    *static_cast<uint4*>(p) = make_uint4(words[0], words[1], words[2], words[3]);
+#pragma unroll
+    for (int i = 0; i < kWords; i += 4)
+      static_cast<uint4*>(p)[i / 4] =
+          make_uint4(words[i], words[i + 1], words[i + 2], words[i + 3]);
   }
 }
 
@@ -78,7 +81,7 @@ FLASH_DEVICE void load_elements(float (&x)[kCount], const void* p) {
   }
 }
 
-// One, or a chunk at an address that is a multiple of 16.
+// One, or what makes several times 16 bytes at an address that is a multiple of 16.
 template <Dtype kDtype, int kCount>
 FLASH_DEVICE void store_elements(void* p, const float (&x)[kCount]) {
   constexpr bool kIsFloat = kDtype == Dtype::kFloat32;

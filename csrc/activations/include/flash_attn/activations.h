@@ -35,20 +35,29 @@ typedef struct flash_attn_activation_fwd_args {
 FLASH_ATTN_API flash_attn_status
 flash_attn_activation_fwd(const flash_attn_activation_fwd_args* args);
 
-/* dx = dout * y * f'(x + bias), dy = dout * f(x + bias) */
+/* dx = dout * y * f'(x + bias), dy = dout * f(x + bias), dbias = sum of dx over rows, in an order
+ * that the shape alone decides on each device */
 typedef struct flash_attn_activation_bwd_args {
   const flash_attn_tensor* dout; /* [rows, cols] */
   const flash_attn_tensor* x;    /* as in the forward, as are bias, y and activation */
   const flash_attn_tensor* bias;
   const flash_attn_tensor* y;
   int32_t activation;
-  const flash_attn_tensor* dx; /* [rows, cols] */
-  const flash_attn_tensor* dy; /* [rows, cols]; given where y is */
+  const flash_attn_tensor* dx;    /* [rows, cols] */
+  const flash_attn_tensor* dy;    /* [rows, cols]; given where y is */
+  const flash_attn_tensor* dbias; /* fp32 [cols], contiguous; NULL: not wanted */
+  /* CUDA with dbias: device memory for the call, aligned to 16 bytes, of workspace_size or more */
+  void* workspace;
+  size_t workspace_bytes;
   void* stream;
 } flash_attn_activation_bwd_args;
 
 FLASH_ATTN_API flash_attn_status
 flash_attn_activation_bwd(const flash_attn_activation_bwd_args* args);
+
+/* The workspace that the call needs; 0 on the CPU. */
+FLASH_ATTN_API flash_attn_status
+flash_attn_activation_bwd_workspace_size(const flash_attn_activation_bwd_args* args, size_t* bytes);
 
 #ifdef __cplusplus
 }
