@@ -133,7 +133,7 @@ def test_built_kernels(sass, sm_pipes):
     library = next(_library.library_path().parent.glob("libflash_attn.so*"))
     cubins = sass.cubins(library.read_bytes())
     functions = [function for cubin in cubins for function in sass.disassemble(cubin)]
-    kernels = [function for function in functions if "_fwd_sm80_" in function.name]
+    kernels = [function for function in functions if function.name.startswith("flash_fwd_sm80_")]
     assert kernels
     for kernel in kernels:
         (full, full_trip), (masked, masked_trip) = sm_pipes.trips(kernel)
