@@ -15,9 +15,10 @@ from torch.autograd import forward_ad
 from flash_attn._arguments import is_plain
 from flash_attn._buffers import raise_versions
 from flash_attn._fused import Fused
-from flash_attn._library import bind
+from flash_attn._library import bind, lib
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_HAVE_CUDA_KERNELS = "cuda " in str(lib.kernels())
 _transforms_active = torch._C._are_functorch_transforms_active
 
 _run = bind(
@@ -43,7 +44,8 @@ def serves(x: Tensor, *tables: Optional[Tensor], inplace: bool = False) -> bool:
 
 
 def _is_dense(x: Tensor) -> bool:
-    return is_plain(x) and x.layout is torch.strided and (x.is_cpu or x.is_cuda)
+    on_device = x.is_cpu or (x.is_cuda and _HAVE_CUDA_KERNELS)
+    return is_plain(x) and x.layout is torch.strided and on_device
 
 
 def _is_negative(x: Tensor) -> bool:
