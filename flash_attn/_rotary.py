@@ -45,7 +45,16 @@ def serves(x: Tensor, *tables: Optional[Tensor], inplace: bool = False) -> bool:
 
 def _is_dense(x: Tensor) -> bool:
     on_device = x.is_cpu or (x.is_cuda and _HAVE_CUDA_KERNELS)
-    return is_plain(x) and x.layout is torch.strided and on_device
+    return (is_plain(x) or _is_exported(x)) and x.layout is torch.strided and on_device
+
+
+def _is_exported(x: Tensor) -> bool:
+    """Whether x is what ``torch.export`` calls a module with."""
+    if not torch.compiler.is_compiling():
+        return False
+    from torch._subclasses.fake_tensor import FakeTensor  # loaded already, but not before
+
+    return isinstance(x, FakeTensor)
 
 
 def _is_negative(x: Tensor) -> bool:

@@ -183,6 +183,21 @@ def test_one_graph_has_the_operators(grad, num_heads_q):
         )
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported_programs_have_the_operators(strict):
+    class Turn(torch.nn.Module):
+        def forward(self, x, qkv, cos, sin):
+            x = rotary.apply_rotary_emb(x, cos, sin)
+            return x, rotary.apply_rotary_emb_qkv_(qkv.clone(), cos, sin)
+
+    x, qkv, of_pairs = torch.randn(2, 6, 3, 16), packed(None, FP32), tables(6, 12, FP32)
+    with torch.no_grad():
+        program = torch.export.export(Turn(), (x, qkv, *of_pairs), strict=strict)
+    assert operators_of([program]) == {"rotary", "rotary_qkv_"}
+    expected = turned_parts(qkv, None, of_pairs, of_pairs, False)
+    torch.testing.assert_close(program.module()(x, qkv, *of_pairs)[1], expected)
+
+
 def test_inductor_writes_in_place():
     cos, sin = tables(6, 12, FP32)
     qkv = packed(None, FP32)
