@@ -62,7 +62,7 @@ def test_packed_sequences():
             return (module(x, cu_seqlens=int32([0, 30, 30, 80]), max_seqlen=50),)
 
     expected, actual, kinds = both(call)
-    assert kinds == {"fwd"}
+    assert kinds == {"fwd", "rotary"}
     assert_close(actual, expected)
 
 
