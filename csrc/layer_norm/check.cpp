@@ -203,8 +203,8 @@ BwdParams check(const flash_attn_layer_norm_bwd_args& a) {
   p.x0 = check_optional(x0, x, p.x0_rows, p.cols);
   p.mean = check_statistic({"mean", a.mean}, x, p.rows);
   p.rstd = check_statistic({"rstd", a.rstd}, x, p.rows);
-  require(p.rstd != nullptr, "rstd must be given");
-  require((p.mean == nullptr) == p.is_rms_norm, "mean must be given, but for RMS norm");
+  require(a.rstd != nullptr, "rstd must be given");
+  require((a.mean == nullptr) == p.is_rms_norm, "mean must be given, but for RMS norm");
   p.dx0 = check_optional(dx0, x, p.x0_rows, p.cols);
   p.dx1 = check_optional({"dx1", a.dx1}, x, p.rows, p.cols);
   p.dresidual = check_optional({"dresidual", a.dresidual}, x, p.rows, p.cols);
