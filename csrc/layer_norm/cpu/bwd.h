@@ -57,7 +57,7 @@ FLASH_INLINE void load_xhat(const BwdParams& p, float* xhat, int64_t row) {
   with_dtype(p.x.dtype, [&]<Dtype T>() {
     const RowIn<T> x{p.x.row(row), 0.f};
     for_vectors(0, p.cols, [&](int64_t i, auto n) {
-      store(xhat + i, first_of((load_from(x, i, n) - mean) * rstd, n));
+      store(xhat + i, first_of((load_given(x, i, n) - mean) * rstd, n));
     });
   });
 }
@@ -74,28 +74,60 @@ template <bool kFirst>
 FLASH_INLINE Totals<2> add_output(float* g, const float* xhat, const OutputGradient& output,
                                   int64_t row, int64_t cols) {
   Totals<2> totals;
-  with_dtype(output.dout.dtype, [&]<Dtype T>() {
+  const auto run = [&]<Dtype T>(const auto& add_sums) {
     const RowIn<T> dout{output.dout.row(row), 0.f};
     totals = sum_row<2>(cols, [&](int64_t i, auto n, Vec* sums) {
-      const Vec dy = load_from(dout, i, n), x = load(xhat + i);
-      add_to(output.dweight, i, dy * x);
-      add_to(output.dbias, i, dy);
-      const Vec v = dy * load_or(output.weight, i, 1.f);
+      const Vec dy = load_given(dout, i, n), x = load(xhat + i);
+      add_sums(i, dy, x);
+      const Vec v = dy * load(output.weight + i);
       sums[0] += v;
       sums[1] = fma(v, x, sums[1]);
       store(g + i, kFirst ? v : load(g + i) + v);
+    });
+  };
+  with_dtype(output.dout.dtype, [&]<Dtype T>() {
+    float *const dweight = output.dweight, *const dbias = output.dbias;
+    if (dweight == nullptr || dbias == nullptr) {
+      return run.template operator()<T>([&](int64_t i, Vec dy, Vec x) {
+        add_to(dweight, i, dy * x);
+        add_to(dbias, i, dy);
+      });
+    }
+    run.template operator()<T>([=](int64_t i, Vec dy, Vec x) {
+      store(dweight + i, fma(dy, x, load(dweight + i)));
+      store(dbias + i, load(dbias + i) + dy);
     });
   });
   return totals;
 }
 
-// g -> dx of the norm
-FLASH_INLINE void through_norm(const BwdParams& p, float* g, const float* xhat,
-                               const Totals<2>& totals, int64_t row) {
-  const float n = static_cast<float>(p.cols), rstd = p.rstd[row];
-  const float mean_g = p.is_rms_norm ? 0.f : totals.of[0] / n, mean_gx = totals.of[1] / n;
-  for_vectors(0, p.cols, [&](int64_t i, auto) {
-    store(g + i, (load(g + i) - mean_g - load(xhat + i) * mean_gx) * rstd);
+struct Means {
+  float g, gx;
+};
+
+// g -> dx, which is written to `out` if that is given, on the way.
+FLASH_INLINE void through_norm(const BwdParams& p, float* g, const float* xhat, const Means& mean,
+                               int64_t row, const TypedMatrix& out) {
+  const float rstd = p.rstd[row];
+  const auto run = [&](const auto& plus, const auto& write) {
+    for_vectors(0, p.cols, [&](int64_t i, auto n) {
+      const Vec v = (load(g + i) - mean.g - load(xhat + i) * mean.gx) * rstd;
+      const Vec dx = plus(v, i, n);
+      store(g + i, dx);
+      write(dx, i, n);
+    });
+  };
+  const auto with_write = [&](const auto& plus) {
+    if (!out.given()) return run(plus, [](Vec, int64_t, auto) {});
+    with_dtype(out.dtype, [&]<Dtype T>() {
+      char* const to = out.row(row);
+      run(plus, [=](Vec dx, int64_t i, auto n) { store_given<T>(to, i, n, dx); });
+    });
+  };
+  if (!p.dx.given()) return with_write([](Vec v, int64_t, auto) { return v; });
+  with_dtype(p.dx.dtype, [&]<Dtype T>() {
+    const RowIn<T> dx{p.dx.row(row), 0.f};
+    with_write([=](Vec v, int64_t i, auto n) { return v + load_given(dx, i, n); });
   });
 }
 
@@ -109,17 +141,28 @@ FLASH_INLINE void add_dcolscale(const BwdParams& p, float* sums, const float* g,
   });
 }
 
-// dx of a row -> gradients of what x is the sum of
+// Whether dx0 is dx.
+FLASH_INLINE bool dx0_is_dx(const BwdParams& p) {
+  return p.x0_subset == nullptr && !p.keep.enabled && !p.colscale.given() &&
+         p.rowscale == nullptr && p.rowscale_const == 1.f;
+}
+
+// Which gradient is written as dx is computed.
+FLASH_INLINE TypedMatrix first_written(const BwdParams& p) {
+  if (p.dresidual.given() || !dx0_is_dx(p)) return p.dresidual;
+  return p.dx0;
+}
+
+// dx of a row -> gradients of what x is the sum of, but for first_written
 inline void write_branches(const BwdParams& p, const Columns& columns, const BwdScratch& scratch,
                            float* dcolscale, int64_t row) {
   const float* keep = p.keep.enabled ? scratch.keep : nullptr;
-  write_row(p.dresidual, row, scratch.g, {}, p.cols);
   if (p.dx1.given()) {
     if (p.keep.enabled) keep_factors(scratch.keep, p.keep, Branch::kX1, row, p.cols);
     write_row(p.dx1, row, scratch.g, {.keep = keep}, p.cols);
   }
   const int64_t x0_row = place_of(p.x0_subset, row);
-  if (x0_row < 0) return;
+  if (x0_row < 0 || (dx0_is_dx(p) && !p.dresidual.given())) return;
   if (p.keep.enabled) keep_factors(scratch.keep, p.keep, Branch::kX0, x0_row, p.cols);
   const float scale = scale_of(p, row);
   if (dcolscale != nullptr)
@@ -133,7 +176,7 @@ FLASH_INLINE void write_output(const BwdParams& p, const Columns& columns, const
   with_dtype(p.out.dtype, [&]<Dtype T>() {
     const RowOut<T> to{p.out.row(row)};
     for_vectors(0, p.cols, [&](int64_t i, auto n) {
-      const Vec weight = load_or(columns.weight, i, 1.f), bias = load_or(columns.bias, i, 0.f);
+      const Vec weight = load(columns.weight + i), bias = load(columns.bias + i);
       store_to(to, i, n, fma(load(xhat + i), weight, bias));
     });
   });
@@ -156,11 +199,14 @@ inline void bwd_row(const BwdParams& p, const Columns& columns, const BwdScratch
           out_row, p.cols);
       for (int k = 0; k < 2; ++k) totals.of[k] += more.of[k];
     }
-    through_norm(p, scratch.g, scratch.xhat, totals, row);
+    const float n = static_cast<float>(p.cols);
+    const Means mean{p.is_rms_norm ? 0.f : totals.of[0] / n, totals.of[1] / n};
+    through_norm(p, scratch.g, scratch.xhat, mean, row, first_written(p));
   } else {
     std::memset(scratch.g, 0, padded(p.cols) * sizeof(float));
+    if (p.dx.given()) add_row<false>(scratch.g, p.dx, row, {}, p.cols);
+    write_row(first_written(p), row, scratch.g, {}, p.cols);
   }
-  if (p.dx.given()) add_row<false>(scratch.g, p.dx, row, {}, p.cols);
   write_branches(p, columns, scratch, partials.of(chunk, kDColscale), row);
 }
 

@@ -26,6 +26,24 @@ FLASH_INLINE int64_t padded(int64_t cols) {
 FLASH_INLINE Vec first_of(Vec v, Constant<kWidth>) { return v; }
 FLASH_INLINE Vec first_of(Vec v, int n) { return select(iota() < n, v, zero()); }
 
+// load_from and store_to of rows that are known to be given.
+template <Dtype T>
+FLASH_INLINE Vec load_given(const RowIn<T>& row, int64_t i, Constant<kWidth>) {
+  return load_as_float<T>(row.ptr, i);
+}
+template <Dtype T>
+FLASH_INLINE Vec load_given(const RowIn<T>& row, int64_t i, int n) {
+  return load_tail<T>(row.ptr, i, n);
+}
+template <Dtype T>
+FLASH_INLINE void store_given(char* row, int64_t i, Constant<kWidth>, Vec v) {
+  store_from_float<T>(row, i, v);
+}
+template <Dtype T>
+FLASH_INLINE void store_given(char* row, int64_t i, int n, Vec v) {
+  store_tail<T>(row, i, n, v);
+}
+
 // Calls body(i, n, sums) for all vectors of a row, where it adds to sums[kCount]: to four sets of
 // them in turn. Returns their totals.
 template <int kCount>
@@ -79,6 +97,7 @@ struct Factors {
   float scale = 1.f;
   const float *col = nullptr, *keep = nullptr;
 
+  FLASH_INLINE bool are_one() const { return scale == 1.f && col == nullptr && keep == nullptr; }
   // What is dropped is 0 whatever it was.
   FLASH_INLINE Vec times(Vec v, int64_t i) const {
     v *= scale;
@@ -89,14 +108,23 @@ struct Factors {
   }
 };
 
+// Calls body(times) with times(v, i) the product of column i's v and the factors.
+template <class Body>
+FLASH_INLINE void with_factors(const Factors& factors, const Body& body) {
+  if (factors.are_one()) return body([](Vec v, int64_t) { return v; });
+  body([&](Vec v, int64_t i) { return factors.times(v, i); });
+}
+
 template <bool kFirst>
 FLASH_INLINE void add_row(float* x, const TypedMatrix& m, int64_t row, const Factors& factors,
                           int64_t cols) {
   with_dtype(m.dtype, [&]<Dtype T>() {
     const RowIn<T> in{m.row(row), 0.f};
-    for_vectors(0, cols, [&](int64_t i, auto n) {
-      const Vec v = factors.times(load_from(in, i, n), i);
-      store(x + i, kFirst ? v : load(x + i) + v);
+    with_factors(factors, [&](const auto& times) {
+      for_vectors(0, cols, [&](int64_t i, auto n) {
+        const Vec v = times(load_given(in, i, n), i);
+        store(x + i, kFirst ? v : load(x + i) + v);
+      });
     });
   });
 }
@@ -105,9 +133,11 @@ FLASH_INLINE void write_row(const TypedMatrix& m, int64_t row, const float* x,
                             const Factors& factors, int64_t cols) {
   if (!m.given()) return;
   with_dtype(m.dtype, [&]<Dtype T>() {
-    const RowOut<T> out{m.row(row)};
-    for_vectors(0, cols,
-                [&](int64_t i, auto n) { store_to(out, i, n, factors.times(load(x + i), i)); });
+    char* const out = m.row(row);
+    with_factors(factors, [&](const auto& times) {
+      for_vectors(0, cols,
+                  [&](int64_t i, auto n) { store_given<T>(out, i, n, times(load(x + i), i)); });
+    });
   });
 }
 
@@ -144,17 +174,17 @@ FLASH_INLINE Statistics rms_statistics(const float* x, float epsilon, int64_t co
 // ------------------------------------------------------------------------------------------------
 // Weights
 
-// Vectors of the columns as fp32 for all rows, in row buffers; null where not given.
+// Vectors of the columns as fp32 for all rows, in row buffers. Weights that are not given are 1,
+// biases 0; colscale: null where not given.
 struct Columns {
-  const float *weight = nullptr, *bias = nullptr, *weight1 = nullptr, *bias1 = nullptr;
-  const float* colscale = nullptr;
+  const float *weight, *bias, *weight1, *bias1, *colscale;
 };
 
-inline const float* take_columns(Carver& carver, const TypedMatrix& m, float plus, int64_t cols) {
-  if (!m.given()) return nullptr;
+inline const float* take_columns(Carver& carver, const TypedMatrix& m, float plus, float absent,
+                                 int64_t cols) {
   float* to = carver.take<float>(padded(cols));
-  add_row<true>(to, m, 0, {}, cols);
-  for (int64_t i = 0; i < cols; ++i) to[i] += plus;
+  if (m.given()) add_row<true>(to, m, 0, {}, cols);
+  for (int64_t i = 0; i < cols; ++i) to[i] = m.given() ? to[i] + plus : absent;
   return to;
 }
 
@@ -163,19 +193,17 @@ inline size_t columns_bytes(int64_t cols) { return 5 * padded(cols) * sizeof(flo
 inline Columns take_columns(Carver& carver, const NormParams& p) {
   const DefaultFloats floats;
   const float plus = p.zero_centered_weight ? 1.f : 0.f;
-  return {take_columns(carver, p.weight, plus, p.cols), take_columns(carver, p.bias, 0.f, p.cols),
-          take_columns(carver, p.weight1, plus, p.cols), take_columns(carver, p.bias1, 0.f, p.cols),
-          take_columns(carver, p.colscale, 0.f, p.cols)};
+  const auto take = [&](const TypedMatrix& m, float added, float absent) {
+    return take_columns(carver, m, added, absent, p.cols);
+  };
+  return {take(p.weight, plus, 1.f), take(p.bias, 0.f, 0.f), take(p.weight1, plus, 1.f),
+          take(p.bias1, 0.f, 0.f), p.colscale.given() ? take(p.colscale, 0.f, 1.f) : nullptr};
 }
 
 // A factor of a row of x0.
 FLASH_INLINE float scale_of(const NormParams& p, int64_t row) {
   if (p.rowscale == nullptr) return p.rowscale_const;
   return p.rowscale_const * load_scalar(p.rowscale, p.rowscale_dtype, row);
-}
-
-FLASH_INLINE Vec load_or(const float* columns, int64_t i, float absent) {
-  return columns == nullptr ? set1(absent) : load(columns + i);
 }
 
 // Rows of a task, so many that a task is worth handing out.

@@ -10,7 +10,7 @@
  * its own account; arithmetic is fp32. Matrices have last stride 1 and rows at any distance;
  * vectors are contiguous. What a call writes shares no byte with anything else that it reads or
  * writes, but for a result that lies exactly where an input of its shape does, where no subset is
- * given.
+ * given and no dcolscale wanted.
  *
  * A column of x0 or x1 is kept where its 16 bits of Philox-4x32-7 are below round((1 - p) 65536),
  * and then divided by 1 - p: columns 8 b to 8 b + 7 of row r are the 16 bytes of the counter {b, r,
