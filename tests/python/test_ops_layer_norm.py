@@ -34,6 +34,11 @@ def test_sizes(n, dtype, isa):
     norm_cases.check(NormCase(dtype, (5, n), **features), contextlib.nullcontext)
 
 
+def test_sum_is_normed_as_it_is_kept(isa):
+    """Of one column that is 0, whatever the sum: so is the gradient of the weight."""
+    norm_cases.check(NormCase(BF16, (50, 1), residual=BF16), contextlib.nullcontext)
+
+
 @pytest.mark.parametrize("rows", [1, 15, 16, 17, 300])
 def test_rows(rows):
     norm_cases.check(NormCase(FP32, (rows, 24), residual=FP32), contextlib.nullcontext)
@@ -557,6 +562,22 @@ def test_results_may_lie_where_inputs_do():
     forward_in_c(x0=x0, residual=residual, out=x0, x=residual)
     close(residual, summed)
     close(x0, out)
+
+
+def test_gradients_may_lie_where_inputs_do():
+    run = bind(
+        "layer_norm_bwd", "x dout dx x0 colscale rstd rowscale_const is_rms_norm dx0 dcolscale"
+    )
+    x, dout, dx = torch.randn(3, 6, 40)
+    rstd = x.square().mean(-1).rsqrt()
+    norm = x * rstd[:, None]
+    exact = rstd[:, None] * (dout - norm * (dout * norm).mean(-1, keepdim=True)) + dx
+    for place in (dout.clone(), dx.clone()):
+        given = [place if torch.equal(t, place) else t for t in (x, dout, dx)]
+        run(*given, None, None, rstd, 1.0, 1, place, None)
+        close(place, exact)
+    with pytest.raises(RuntimeError, match="dx0 must not share memory with x0"):
+        run(x, dout, None, dx, torch.ones(40), rstd, 1.0, 1, dx, torch.empty(40))
 
 
 BAD = {
