@@ -15,12 +15,26 @@ from torch import Tensor, nn
 
 from flash_attn._arguments import check_optional, check_tensors
 from flash_attn.ops._layer_norm import Normed, add_norm
+from flash_attn.ops._layer_norm_by_masks import (
+    _dropout_add_layer_norm_backward,
+    _dropout_add_layer_norm_forward,
+    _dropout_add_layer_norm_parallel_residual_backward,
+    _dropout_add_layer_norm_parallel_residual_forward,
+    _dropout_add_layer_norm_subset_backward,
+    _dropout_add_layer_norm_subset_forward,
+)
 
 __all__ = [
     "DropoutAddLayerNorm",
     "DropoutAddLayerNormFn",
     "DropoutAddLayerNormParallelResidualFn",
     "DropoutAddLayerNormSubsetFn",
+    "_dropout_add_layer_norm_backward",
+    "_dropout_add_layer_norm_forward",
+    "_dropout_add_layer_norm_parallel_residual_backward",
+    "_dropout_add_layer_norm_parallel_residual_forward",
+    "_dropout_add_layer_norm_subset_backward",
+    "_dropout_add_layer_norm_subset_forward",
     "dropout_add_layer_norm",
     "dropout_add_layer_norm_parallel_residual",
     "dropout_add_layer_norm_subset",

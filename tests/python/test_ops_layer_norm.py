@@ -389,6 +389,75 @@ def test_forward_and_backward_without_autograd():
     close((dx, dweight, dresidual), torch.autograd.grad(exact, leaves, dy))
 
 
+def pulled(run, leaves, douts):
+    """Results of ``run`` after seed 0, and gradients of the leaves."""
+    torch.manual_seed(0)
+    results = run(*(t.requires_grad_() for t in leaves))
+    return torch.autograd.grad(results, leaves, douts)
+
+
+def test_forward_and_backward_by_masks():
+    x0, residual, dz, dx = torch.randn(4, 5, 16)
+    gamma, beta, colscale, rowscale = (
+        torch.randn(16),
+        torch.randn(16),
+        torch.randn(16),
+        torch.rand(5),
+    )
+    torch.manual_seed(0)
+    out, x, dmask, mu, rsigma = ln._dropout_add_layer_norm_forward(
+        x0, residual, gamma, beta, rowscale, colscale, 0.5, 1e-5
+    )
+    actual = ln._dropout_add_layer_norm_backward(
+        dz, dx, x, x0, dmask, mu, rsigma, gamma, rowscale, colscale, 0.5, True
+    )
+    leaves = x0, residual, gamma, beta, colscale
+
+    def run(x0, residual, gamma, beta, colscale):
+        args = x0, residual, gamma, beta, 0.5, 1e-5, rowscale, colscale, True
+        return ln.dropout_add_layer_norm(*args)
+
+    close(actual, pulled(run, leaves, (dz, dx)))
+    assert out.shape == dmask.shape == x0.shape
+
+
+def test_subsets_by_masks():
+    tensors, x0_subset, out_subset = subset_case()
+    x0, residual, gamma, beta, colscale = tensors.values()
+    dz, dx = torch.randn(5, 40), torch.randn(7, 40)
+    subsets = x0_subset, out_subset
+    torch.manual_seed(0)
+    _, x, dmask, mu, rsigma = ln._dropout_add_layer_norm_subset_forward(
+        x0, residual, gamma, beta, colscale, *subsets, 0.25, 1e-5, 1.5, 5, False, True
+    )
+    actual = ln._dropout_add_layer_norm_subset_backward(
+        dz, dx, x, x0, dmask, mu, rsigma, gamma, colscale, *subsets, 0.25, 1.5, 4, True, True
+    )
+
+    def run(x0, residual, gamma, beta, colscale):
+        args = x0, residual, gamma, beta, 0.25, 1e-5, colscale, *subsets, 1.5, 5, True
+        return rms.dropout_add_rms_norm_subset(*args)
+
+    close(actual, pulled(run, tuple(tensors.values()), (dz, dx)))
+
+
+def test_parallel_residual_by_masks():
+    x0, x1, residual, dz0, dz1, dx = torch.randn(6, 5, 16)
+    weights = tuple(torch.randn(4, 16).unbind())
+    torch.manual_seed(0)
+    _, _, x, *masks, mu, rsigma = ln._dropout_add_layer_norm_parallel_residual_forward(
+        x0, x1, residual, *weights, 0.5, 1e-5
+    )
+    actual = ln._dropout_add_layer_norm_parallel_residual_backward(
+        dz0, dz1, dx, x, *masks, mu, rsigma, weights[0], weights[2], 0.5, True, True
+    )
+
+    def run(*tensors):
+        return ln.dropout_add_layer_norm_parallel_residual(*tensors, 0.5, 1e-5, True)
+
+    close(actual, pulled(run, (x0, x1, residual, *weights), (dz0, dz1, dx)))
+
+
 @pytest.mark.parametrize("grad", [False, True])
 def test_given_results(grad):
     x = torch.randn(4, 16, requires_grad=grad)
