@@ -24,6 +24,7 @@ import torch.nn.functional as F
 
 from flash_attn.layers import rotary
 from flash_attn.ops import activations
+from flash_attn.ops.triton.layer_norm import layer_norm_fn, rms_norm_fn
 from flash_attn.ops.triton.rotary import apply_rotary
 
 COLUMNS = (
@@ -53,11 +54,12 @@ def normal(dtype: torch.dtype, *shape: int) -> torch.Tensor:
 
 
 def gradients(function: Callable, *inputs: torch.Tensor) -> Callable:
-    """Return a function that makes the gradients of a function's result, of ones."""
+    """Return a function that makes the gradients of a function's results, of ones."""
     leaves = [x.detach().requires_grad_() for x in inputs]
-    out = function(*leaves)
-    dout = torch.ones_like(out)
-    return lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True)
+    outs = function(*leaves)
+    outs = outs if isinstance(outs, tuple) else (outs,)
+    douts = [torch.ones_like(out) for out in outs]
+    return lambda: torch.autograd.grad(outs, leaves, douts, retain_graph=True)
 
 
 def both_directions(ours, eager, inputs, shape: str, forward: int, backward: int):
@@ -128,10 +130,51 @@ def of_bias_gelu(dtype: torch.dtype) -> Iterator[Case]:
     )
 
 
+def of_layer_norm(dtype: torch.dtype) -> Iterator[Case]:
+    """Norms alone, and of a sum that is returned too, with and without dropout."""
+    rows = 8192
+    for n in (1024, 4096):
+        x, residual, weight, bias = (normal(dtype, *s) for s in ((rows, n), (rows, n), (n,), (n,)))
+        shape, size = f"{rows}x{n}", x.nbytes
+        layer_norm = lambda x, w, b: layer_norm_fn(x, w, b, eps=1e-5)  # noqa: E731
+        plain = lambda x, w, b: F.layer_norm(x, x.shape[-1:], w, b)  # noqa: E731
+        yield from both_directions(layer_norm, plain, (x, weight, bias), shape, 2 * size, 3 * size)
+        for p in (0.0, 0.1):
+            inputs, text = (x, residual, weight, bias), f"{shape}, sum" + (", dropout" if p else "")
+            functions = _norms_of_sums(p)
+            backward = (4 + (p > 0)) * size
+            yield from both_directions(*functions, inputs, text, 4 * size, backward)
+        inputs, text = (x, residual, weight), f"{shape}, RMS of sum"
+        yield from both_directions(*_rms_norms_of_sums(), inputs, text, 4 * size, 4 * size)
+
+
+def _norms_of_sums(p: float) -> tuple[Callable, Callable]:
+    def eager(x, residual, weight, bias):
+        y = (F.dropout(x, p) if p else x) + residual
+        return F.layer_norm(y, y.shape[-1:], weight, bias), y
+
+    def ours(x, residual, weight, bias):
+        return layer_norm_fn(x, weight, bias, residual, eps=1e-5, dropout_p=p, prenorm=True)
+
+    return ours, eager
+
+
+def _rms_norms_of_sums() -> tuple[Callable, Callable]:
+    def ours(x, residual, weight):
+        return rms_norm_fn(x, weight, None, residual, eps=1e-5, prenorm=True)
+
+    def eager(x, residual, weight):
+        y = x + residual
+        return F.rms_norm(y, y.shape[-1:], weight, 1e-5), y
+
+    return ours, eager
+
+
 OPERATORS = {
     "rotary": of_rotary,
     "swiglu": of_swiglu,
     "bias_gelu": of_bias_gelu,
+    "layer_norm": of_layer_norm,
 }
 
 # ------------------------------------------------------------------------------------------------

@@ -246,6 +246,22 @@ KINDS = [
         entry="rotary",
         dtypes=ALL_DTYPES,
     ),
+    *(
+        Kind(
+            backend="sm80",
+            operator="layer_norm",
+            name=name,
+            config="NormConfig",
+            parameters=parameters,
+            entry=name,
+            dtypes=("fp32",),
+        )
+        for name, parameters in (
+            ("layer_norm_fwd", ("FwdParams", "Launch")),
+            ("layer_norm_bwd", ("BwdParams", "Launch", "Partials", "int")),
+            ("layer_norm_sums", ("SumsLaunch",)),
+        )
+    ),
 ]
 
 KERNELS = [kernel for kind in KINDS for kernel in kind.kernels()]

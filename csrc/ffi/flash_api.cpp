@@ -20,6 +20,7 @@
 
 #include "flash_attn/activations.h"
 #include "flash_attn/flash_attn.h"
+#include "flash_attn/layer_norm.h"
 #include "flash_attn/rotary.h"
 
 namespace {

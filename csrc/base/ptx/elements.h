@@ -50,9 +50,11 @@ FLASH_DEVICE void load_words(uint32_t (&words)[kWords], const void* p) {
 
 template <int kWords>
 FLASH_DEVICE void store_words(void* p, const uint32_t (&words)[kWords]) {
-  static_assert(kWords == 1 || kWords % 4 == 0);
+  static_assert(kWords == 1 || kWords == 2 || kWords % 4 == 0);
   if constexpr (kWords == 1) {
     *static_cast<uint32_t*>(p) = words[0];
+  } else if constexpr (kWords == 2) {
+    *static_cast<uint2*>(p) = make_uint2(words[0], words[1]);
   } else {
 #pragma unroll
     for (int i = 0; i < kWords; i += 4)
@@ -81,7 +83,7 @@ FLASH_DEVICE void load_elements(float (&x)[kCount], const void* p) {
   }
 }
 
-// One, or what makes several times 16 bytes at an address that is a multiple of 16.
+// As load_elements.
 template <Dtype kDtype, int kCount>
 FLASH_DEVICE void store_elements(void* p, const float (&x)[kCount]) {
   constexpr bool kIsFloat = kDtype == Dtype::kFloat32;
