@@ -20,6 +20,7 @@
 
 #include "flash_attn/activations.h"
 #include "flash_attn/flash_attn.h"
+#include "flash_attn/xentropy.h"
 
 namespace {
 
