@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import NamedTuple, Optional
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from flash_attn._buffers import raise_versions
@@ -24,7 +25,7 @@ _run_forward = bind(
 )
 _run_backward = bind("xentropy_bwd", f"dlosses logits labels state {_OPTIONS} dlogits")
 
-_SCHEMA_OPTIONS = (
+SCHEMA_OPTIONS = (
     "float label_smoothing, float logit_scale, float lse_square_scale, int ignore_index, "
     "int class_start, int num_classes"
 )
@@ -71,19 +72,19 @@ def _in_place_kernel(dlosses, logits, labels, state, *options):
 
 _forward = Fused(
     "cross_entropy_fwd(Tensor logits, Tensor labels, Tensor? precomputed_lse, Tensor? before, "
-    f"{_SCHEMA_OPTIONS}, int classes_before) -> (Tensor losses, Tensor z_losses, Tensor state)",
+    f"{SCHEMA_OPTIONS}, int classes_before) -> (Tensor losses, Tensor z_losses, Tensor state)",
     _forward_kernel,
     _fake_forward,
 )
 _backward = Fused(
     "cross_entropy_bwd(Tensor dlosses, Tensor logits, Tensor labels, Tensor state, "
-    f"{_SCHEMA_OPTIONS}) -> Tensor dlogits",
+    f"{SCHEMA_OPTIONS}) -> Tensor dlogits",
     _backward_kernel,
     lambda dlosses, logits, *_: new_like(logits),
 )
 _backward_in_place = Fused(
     "cross_entropy_bwd_(Tensor dlosses, Tensor(a!) logits, Tensor labels, Tensor state, "
-    f"{_SCHEMA_OPTIONS}) -> ()",
+    f"{SCHEMA_OPTIONS}) -> ()",
     _in_place_kernel,
     lambda *_: None,
 )
@@ -138,12 +139,26 @@ def gradient(
     return dlogits
 
 
-def merge_states(states: Tensor, classes: int) -> Tensor:
-    """Return the state of all classes.
+def gather_states(
+    logits: Tensor, labels: Tensor, state: Tensor, options: Options, process_group
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ``losses_and_state`` of the classes of all processes, of those of each.
 
     Args:
-        states: fp32 ``(parts, rows, 4)``: of parts of the classes, ``classes`` each.
+        logits, labels, state, options: this process's; all have equally many classes.
+        process_group: any backend; one collective.
     """
+    states = state.new_empty(dist.get_world_size(process_group), *state.shape)
+    dist.all_gather(list(states.unbind(0)), state, process_group)
+    merged = _merge_states(states, logits.shape[1])
+    none = logits[:, :0]
+    return losses_and_state(
+        none, labels, options, before=merged, classes_before=options.num_classes
+    )
+
+
+def _merge_states(states: Tensor, classes: int) -> Tensor:
+    """Return the state of all classes, from those of parts of them, ``classes`` each."""
     largest, sums, label, centred = states.unbind(-1)
     highest = largest.amax(0)
     steps = _anchor(largest) - _anchor(highest)

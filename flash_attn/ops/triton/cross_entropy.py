@@ -10,25 +10,19 @@ from torch import Tensor
 
 from flash_attn._arguments import as_int, check_optional, check_tensors, flag, number
 from flash_attn._fused import as_matrix
-from flash_attn.ops.cross_entropy import Options, gradient, losses_and_state, merge_states
+from flash_attn.ops.cross_entropy import Options, gather_states, gradient, losses_and_state
 
 __all__ = ["CrossEntropyLoss", "cross_entropy_loss"]
 
 
-def _size_and_rank(process_group) -> tuple[int, int]:
+def size_and_rank(process_group) -> tuple[int, int]:
+    """Return of how many processes a group is, and this one's place; (1, 0) for None."""
     if process_group is None:
         return 1, 0
     size = dist.get_world_size(process_group)
     if size < 1:
         raise ValueError("process_group must be a group that this process is a member of")
     return size, dist.get_rank(process_group)
-
-
-def gather_states(state: Tensor, process_group, size: int, classes: int) -> Tensor:
-    """Return the state of the classes of all processes, ``classes`` each."""
-    states = state.new_empty(size, *state.shape)
-    dist.all_gather(list(states.unbind(0)), state, process_group)
-    return merge_states(states, classes)
 
 
 class CrossEntropyLoss(torch.autograd.Function):
@@ -47,7 +41,7 @@ class CrossEntropyLoss(torch.autograd.Function):
         inplace_backward=False,
         process_group=None,
     ):
-        size, rank = _size_and_rank(process_group)
+        size, rank = size_and_rank(process_group)
         matrix, rows = as_matrix(logits), labels.reshape(-1).contiguous()
         classes = matrix.shape[1]
         ctx.options = Options(
@@ -62,10 +56,7 @@ class CrossEntropyLoss(torch.autograd.Function):
             precomputed_lse = precomputed_lse.reshape(-1).contiguous()
         losses, z_losses, state = losses_and_state(matrix, rows, ctx.options, precomputed_lse)
         if size > 1:
-            state = gather_states(state, process_group, size, classes)
-            losses, z_losses, state = losses_and_state(
-                matrix[:, :0], rows, ctx.options, before=state, classes_before=size * classes
-            )
+            losses, z_losses, state = gather_states(matrix, rows, state, ctx.options, process_group)
         ctx.in_place, ctx.shape = flag("inplace_backward", inplace_backward), logits.shape
         ctx.save_for_backward(logits, rows, state)
         ctx.set_materialize_grads(False)
