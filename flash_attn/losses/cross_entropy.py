@@ -220,30 +220,29 @@ def linear_cross_entropy_loss(
     )
     rows = labels.reshape(-1).contiguous()
     matrix = hidden.reshape(-1, hidden.shape[-1])
-    # Gradients of the mean's summands may be too small for fp16, where a loss is scaled.
-    is_sum = reduction == "sum" or hidden.dtype == torch.float16
-    loss, z_loss = _LinearCrossEntropy.apply(
+    # The gradients of a mean's summands may be too small for fp16: it divides the sum's.
+    divides_later = reduction == "mean" and hidden.dtype == torch.float16
+    count = (rows != options.ignore_index).sum() if reduction == "mean" else 1
+    losses = _LinearCrossEntropy.apply(
         matrix,
         weight,
         bias,
         rows,
-        _shares(rows, options.ignore_index, reduction),
+        None if reduction == "none" else _shares(rows, 1 if divides_later else count),
         torch.is_grad_enabled(),
         sums_in_fp32(matrix, weight) if sum_in_fp32 is None else sum_in_fp32,
         process_group.group_name if size > 1 else "",
         options,
     )
     if reduction == "none":
-        loss, z_loss = loss.view(labels.shape), z_loss.view(labels.shape)
+        losses = [x.view(labels.shape) for x in losses]
+    loss, z_loss = [x / count for x in losses] if divides_later else losses
     return (loss, z_loss) if return_z_loss else loss
 
 
-def _shares(labels: Tensor, ignore_index: int, reduction: str) -> Optional[Tensor]:
-    """Return the weights of the losses in their sum, fp32 ``(rows,)``; None: there is no sum."""
-    if reduction == "none":
-        return None
-    shares = torch.ones(labels.shape, dtype=torch.float32, device=labels.device)
-    return shares if reduction == "sum" else shares / (labels != ignore_index).sum()
+def _shares(labels: Tensor, count) -> Tensor:
+    """Return 1 / count for each row, fp32: the losses' weights in their sum."""
+    return torch.ones(labels.shape, dtype=torch.float32, device=labels.device) / count
 
 
 class LinearCrossEntropyLoss(nn.Module):
