@@ -37,7 +37,7 @@ def rows_of_chunk(rows: int, in_fp32: bool = False) -> int:
     """
     chunks = _CHUNKS_BESIDE_FP32 if in_fp32 else _CHUNKS
     chunks = max(min(chunks, rows // _LEAST_ROWS), 1)
-    return -(-rows // chunks)
+    return max(-(-rows // chunks), 1)
 
 
 def sums_in_fp32(hidden: Tensor, weight: Tensor) -> bool:
@@ -75,6 +75,8 @@ def _kernel(hidden, weight, labels, bias, dlosses, wants, in_fp32, group, *numbe
     losses, z_losses, dhidden, *_ = _fake(hidden, weight, labels, bias, dlosses, wants)
     dweight = _WeightGradient(weight, in_fp32) if wants_weight else None
     dbias = hidden.new_zeros(weight.shape[0] if wants_bias else 0, dtype=torch.float32)
+    if labels.is_cpu:  # all, before anything is made of them
+        losses_and_state(hidden[:, :0], labels, options._replace(class_start=0))
     size = rows_of_chunk(hidden.shape[0], in_fp32)
     buffer = hidden.new_empty(size, weight.shape[0])
     for first in range(0, hidden.shape[0], size):
