@@ -42,6 +42,12 @@ float* check_statistics(const Arg& x, const Arg& logits, std::initializer_list<D
   return static_cast<float*>(x.t->data);
 }
 
+float* check_state(const Arg& x, const Arg& logits) {
+  float* state = check_statistics(x, logits, {{"rows", logits.size(0)}, {"4", 4}});
+  require(reinterpret_cast<uintptr_t>(state) % 16 == 0, "state must be aligned to 16 bytes");
+  return state;
+}
+
 float* check_vector(const Arg& x, const Arg& logits) {
   return check_statistics(x, logits, {{"rows", logits.size(0)}});
 }
@@ -92,7 +98,7 @@ Params check_inputs(const Args& a) {
   p.logits = check_matrix(logits);
   p.labels = check_labels({"labels", a.labels}, logits);
   p.options = check_options(a, p.cols);
-  p.state = check_statistics({"state", a.state}, logits, {{"rows", p.rows}, {"4", 4}});
+  p.state = check_state({"state", a.state}, logits);
   return p;
 }
 

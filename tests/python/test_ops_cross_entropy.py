@@ -248,6 +248,29 @@ def test_nothing_is_written_for_a_label_out_of_range():
     assert logits.equal(before)
 
 
+def test_bad_states():
+    logits, labels = logits_and_labels(9, 50)
+    options = ONES._replace(num_classes=50)
+    state = losses_and_state(logits, labels, options)[2]
+    shifted = torch.empty(37)[1:].view(9, 4).copy_(state)
+    for wrong, sentence in (
+        (shifted, "state must be aligned to 16 bytes"),
+        (state[1:], r"state must have shape \(rows, 4\) = \(9, 4\), got \(8, 4\)"),
+        (state.t().contiguous().t(), "state must be contiguous"),
+        (state.double(), "state must have dtype fp32"),
+    ):
+        with pytest.raises(RuntimeError, match=sentence):
+            gradient(torch.ones(9), logits, labels, wrong, options)
+
+
+def test_classes_outside_of_all():
+    logits, labels = logits_and_labels(9, 50)
+    for wrong in ({"class_start": 1}, {"class_start": -1}, {"num_classes": 49}):
+        options = ONES._replace(num_classes=50)._replace(**wrong)
+        with pytest.raises(RuntimeError, match="of logits must be among num_classes = "):
+            losses_and_state(logits, labels, options)
+
+
 BAD_CALLS = {
     "logits must be a torch.Tensor, got list": lambda x, y: ([1.0], y),
     "labels must be a torch.Tensor, got NoneType": lambda x, y: (x, None),

@@ -41,7 +41,7 @@ typedef struct flash_attn_xentropy_fwd_args {
   int64_t class_start;    /* the class of the first column */
   int64_t num_classes;    /* in all: columns are classes class_start .. class_start + cols - 1 */
   int64_t classes_before; /* that state has seen already; 0: state holds nothing yet */
-  const flash_attn_tensor* state; /* [rows, 4], fp32, contiguous: updated */
+  const flash_attn_tensor* state; /* [rows, 4], fp32, contiguous, 16-byte aligned: updated */
   /* [rows], fp32, contiguous: the loss with all of num_classes in the state, and the part of it
    * that is lse_square_scale lse^2. Both or neither. */
   const flash_attn_tensor* losses;
