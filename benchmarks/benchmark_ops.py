@@ -24,16 +24,7 @@ import torch.nn.functional as F
 from flash_attn.losses.cross_entropy import linear_cross_entropy_loss
 from flash_attn.ops.triton.cross_entropy import cross_entropy_loss
 
-COLUMNS = [
-    "operator",
-    "direction",
-    "shape",
-    "dtype",
-    "ours_ms",
-    "eager_ms",
-    "compiled_ms",
-    "share_of_copy",
-]
+COLUMNS = "operator,direction,shape,dtype,ours_ms,eager_ms,compiled_ms,share_of_copy"
 
 
 @dataclass
@@ -148,7 +139,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with open(arguments.out, "w") if arguments.out else sys.stdout as out:
         writer = csv.writer(out)
-        writer.writerow(COLUMNS)
+        writer.writerow(COLUMNS.split(","))
         for name in arguments.op:
             for dtype in arguments.dtype:
                 cases = OPERATORS[name](getattr(torch, dtype), arguments.shrink, arguments.compile)

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from flash_attn._arguments import as_int, check_optional, check_tensors, number
 from flash_attn.ops.cross_entropy import Options
 from flash_attn.ops.linear_cross_entropy import losses_and_gradients, sums_in_fp32
-from flash_attn.ops.triton.cross_entropy import cross_entropy_loss, size_and_rank
+from flash_attn.ops.triton.cross_entropy import cross_entropy_loss
+from flash_attn.utils.distributed import group_rank, group_size
 
 __all__ = ["CrossEntropyLoss", "LinearCrossEntropyLoss", "linear_cross_entropy_loss"]
 
@@ -209,7 +210,7 @@ def linear_cross_entropy_loss(
     _check_reduction(reduction)
     _check_shapes(hidden, weight, labels, bias)
     hidden, weight, bias = _as_autocast(hidden, weight, bias)
-    size, rank = size_and_rank(process_group)
+    size, rank = group_size(process_group), group_rank(process_group)
     options = Options(
         number("label_smoothing", label_smoothing),
         number("logit_scale", logit_scale),

@@ -1,9 +1,9 @@
 // Cross entropy on the CPU. A row is one thread's: results do not depend on their number.
 //
-// Forward: a row is read once from memory, in blocks that stay in the first-level cache: the
-// largest logit of a block, then the sum of exp(z - max), which takes a new maximum along with it
-// (Milakov and Gimelshein, arXiv:1805.02867). Sums of blocks are added up in their order. Backward:
-// each logit is read once, and its gradient written once; nothing else is of a row's size.
+// Forward: a row is read once from memory, in blocks that stay in the first-level cache. The sum of
+// exp(z - max) takes a new maximum along with it (Milakov and Gimelshein, arXiv:1805.02867). Sums
+// of blocks are added up in their order. Backward: each logit is read once, and its gradient
+// written once; nothing else is of a row's size.
 #pragma once
 
 #include <algorithm>
@@ -21,25 +21,52 @@ using namespace flash::cpu::FLASH_ATTN_ISA;  // NOLINT(google-build-using-namesp
 FLASH_INLINE Vec lanes(Vec x, Constant<kWidth>, float) { return x; }
 FLASH_INLINE Vec lanes(Vec x, int n, float absent) { return select(iota() < n, x, set1(absent)); }
 
-// Adds the classes first..end, of which `before` were there already, to a row's state.
+// Of some classes of a row.
+struct Sums {
+  float max;      // of z - anchor
+  float sum;      // of exp(z - anchor), if that is at most 0
+  float centred;  // of z - anchor
+};
+
 template <Dtype T>
-FLASH_INLINE void add_block(RowState& s, const RowIn<T>& x, float scale, int64_t first, int64_t end,
-                            int64_t before) {
+FLASH_INLINE float largest_of(const RowIn<T>& x, float scale, int64_t first, int64_t end) {
   Vec largest = set1(-INFINITY);
   for_vectors(first, end, [&](int64_t i, auto n) {
     largest = max(largest, lanes(load_from(x, i, n) * scale, n, -INFINITY));
   });
-  const float block_max = reduce_max(largest);
-  if (block_max > s.max) s.raise(block_max, before);
-  const Vec anchor = set1(s.anchor());
-  Vec sum = zero(), centred = zero();
+  return reduce_max(largest);
+}
+
+template <Dtype T>
+FLASH_INLINE Sums sums_of(const RowIn<T>& x, float scale, float anchor, int64_t first,
+                          int64_t end) {
+  Vec largest = set1(-INFINITY), sum = zero(), centred = zero();
   for_vectors(first, end, [&](int64_t i, auto n) {
     const Vec difference = load_from(x, i, n) * scale - anchor;
+    largest = max(largest, lanes(difference, n, -INFINITY));
     centred += lanes(difference, n, 0.f);
     sum += lanes(flash::cpu::FLASH_ATTN_ISA::exp(difference), n, 0.f);
   });
-  s.sum += reduce_add(sum);
-  s.centred += reduce_add(centred);
+  return {reduce_max(largest), reduce_add(sum), reduce_add(centred)};
+}
+
+// Adds the classes first..end, of which `before` were there already, to a row's state. Few blocks
+// of a row have a larger maximum than those before them: only these are summed twice.
+template <Dtype T>
+FLASH_INLINE void add_block(RowState& s, const RowIn<T>& x, float scale, int64_t first, int64_t end,
+                            int64_t before) {
+  const auto raise = [&] {
+    const float larger = largest_of(x, scale, first, end);
+    if (larger > s.max) s.raise(larger, before);
+  };
+  if (s.max == -INFINITY) raise();
+  Sums sums = sums_of(x, scale, s.anchor(), first, end);
+  if (sums.max > 0.f) {
+    raise();
+    sums = sums_of(x, scale, s.anchor(), first, end);
+  }
+  s.sum += sums.sum;
+  s.centred += sums.centred;
 }
 
 template <Dtype T>

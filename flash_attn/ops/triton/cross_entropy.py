@@ -5,24 +5,14 @@ from __future__ import annotations
 from typing import Optional
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from flash_attn._arguments import as_int, check_optional, check_tensors, flag, number
 from flash_attn._fused import as_matrix
 from flash_attn.ops.cross_entropy import Options, gather_states, gradient, losses_and_state
+from flash_attn.utils.distributed import group_rank, group_size
 
 __all__ = ["CrossEntropyLoss", "cross_entropy_loss"]
-
-
-def size_and_rank(process_group) -> tuple[int, int]:
-    """Return of how many processes a group is, and this one's place; (1, 0) for None."""
-    if process_group is None:
-        return 1, 0
-    size = dist.get_world_size(process_group)
-    if size < 1:
-        raise ValueError("process_group must be a group that this process is a member of")
-    return size, dist.get_rank(process_group)
 
 
 class CrossEntropyLoss(torch.autograd.Function):
@@ -41,7 +31,7 @@ class CrossEntropyLoss(torch.autograd.Function):
         inplace_backward=False,
         process_group=None,
     ):
-        size, rank = size_and_rank(process_group)
+        size, rank = group_size(process_group), group_rank(process_group)
         matrix, rows = as_matrix(logits), labels.reshape(-1).contiguous()
         classes = matrix.shape[1]
         ctx.options = Options(
