@@ -10,6 +10,7 @@ from backends import needs_emulator
 from cross_entropy_cases import ALL_OPTIONS, BF16, DTYPES, FP32, check, logits_and_labels
 
 import flash_attn
+from flash_attn.losses.cross_entropy import linear_cross_entropy_loss
 from flash_attn.ops.cross_entropy import Options, gradient, losses_and_state
 from flash_attn.ops.triton.cross_entropy import cross_entropy_loss
 
@@ -96,6 +97,17 @@ def test_infinite_logits_and_nan():
     mine = cross_entropy_loss(logits, labels)[0]
     expected = torch.nn.functional.cross_entropy(logits, labels, reduction="none")
     torch.testing.assert_close(mine, expected, equal_nan=True)
+
+
+def test_losses_of_a_linear_layer():
+    gen = torch.Generator().manual_seed(0)
+    leaves = [torch.randn(s, generator=gen).requires_grad_() for s in ((70, 16), (40, 16))]
+    labels = logits_and_labels(70, 40)[1]
+    loss = linear_cross_entropy_loss(*leaves, labels)
+    expected = torch.nn.functional.cross_entropy(torch.nn.functional.linear(*leaves), labels)
+    torch.testing.assert_close(loss, expected)
+    gradients = (torch.autograd.grad(x, leaves) for x in (loss, expected))
+    torch.testing.assert_close(*gradients)
 
 
 @pytest.mark.parametrize("label", [-1, 60, 2**40, -(2**63)])
