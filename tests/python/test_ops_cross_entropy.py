@@ -84,6 +84,13 @@ def test_logits_far_from_0(isa, offset, options):
     assert (mine.grad - exact.grad).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("step", [1.0, 200.0])
+def test_maximum_that_rises_along_the_row(isa, step):
+    """By more than exp has a number for."""
+    logits, labels = logits_and_labels(6, 9000)
+    check(cross_entropy_loss, logits + step * torch.arange(9000).div(1000).floor(), labels)
+
+
 def test_infinite_logits_and_nan(isa):
     """As PyTorch has them; classes without a chance have the probability 0."""
     logits, labels = logits_and_labels(8, 3000)
