@@ -23,7 +23,9 @@ import torch
 import torch.nn.functional as F
 
 from flash_attn.layers import rotary
+from flash_attn.losses.cross_entropy import linear_cross_entropy_loss
 from flash_attn.ops import activations
+from flash_attn.ops.triton.cross_entropy import cross_entropy_loss
 from flash_attn.ops.triton.layer_norm import layer_norm_fn, rms_norm_fn
 from flash_attn.ops.triton.rotary import apply_rotary
 
@@ -39,7 +41,7 @@ class Case:
     """One comparison.
 
     ours, eager: take no arguments.
-    bytes: that must be read and written.
+    bytes: that must be read and written; 0: arithmetic is the bound.
     """
 
     direction: str
@@ -170,11 +172,40 @@ def _rms_norms_of_sums() -> tuple[Callable, Callable]:
     return ours, eager
 
 
+def of_cross_entropy(dtype: torch.dtype) -> Iterator[Case]:
+    """Logits are read once a direction, and their gradient is written."""
+    for rows, classes in ((2048, 32768), (512, 131072)):
+        logits = normal(dtype, rows, classes)
+        labels = torch.randint(0, logits.shape[1], logits.shape[:1])
+        ours = lambda x, y=labels: cross_entropy_loss(x, y)[0].mean()  # noqa: E731
+        eager = lambda x, y=labels: F.cross_entropy(x, y)  # noqa: E731
+        moved = logits.nbytes, 2 * logits.nbytes
+        yield from both_directions(ours, eager, (logits,), f"{rows}x{classes}", *moved)
+
+
+def of_linear_cross_entropy(dtype: torch.dtype) -> Iterator[Case]:
+    """From hidden states to gradients, whose products are the bound."""
+    rows, features, classes = 1024, 256, 32768
+    hidden, weight = normal(dtype, rows, features), normal(dtype, classes, features) / 16
+    labels = torch.randint(0, len(weight), (len(hidden),))
+    leaves = [x.requires_grad_() for x in (hidden, weight)]
+
+    def ours():
+        return torch.autograd.grad(linear_cross_entropy_loss(hidden, weight, labels), leaves)
+
+    def eager():
+        return torch.autograd.grad(F.cross_entropy(F.linear(hidden, weight), labels), leaves)
+
+    yield Case("both", f"{rows}x{features}x{classes}", ours, eager, 0)
+
+
 OPERATORS = {
     "rotary": of_rotary,
     "swiglu": of_swiglu,
     "bias_gelu": of_bias_gelu,
     "layer_norm": of_layer_norm,
+    "cross_entropy": of_cross_entropy,
+    "linear_cross_entropy": of_linear_cross_entropy,
 }
 
 # ------------------------------------------------------------------------------------------------
@@ -203,7 +234,9 @@ def medians(functions: dict[str, Callable], seconds: float) -> dict[str, float]:
 
 def measure(case: Case, seconds: float, with_compiled: bool) -> dict[str, object]:
     """Return a row of the table, without operator and dtype."""
-    functions = {"ours": case.ours, "eager": case.eager, "copy": copy_of(case.bytes)}
+    functions = {"ours": case.ours, "eager": case.eager}
+    if case.bytes:
+        functions["copy"] = copy_of(case.bytes)
     if with_compiled and case.direction == "forward":
         torch.compiler.reset()  # functions of one code are compiled anew only a few times
         functions["compiled"] = torch.compile(case.eager, fullgraph=True)
@@ -215,7 +248,7 @@ def measure(case: Case, seconds: float, with_compiled: bool) -> dict[str, object
         "ours_ms": f"{found['ours']:.2f}",
         "eager_ms": f"{found['eager']:.2f}",
         "compiled_ms": compiled,
-        "share_of_copy": f"{found['copy'] / found['ours']:.2f}",
+        "share_of_copy": f"{found['copy'] / found['ours']:.2f}" if case.bytes else "",
     }
 
 

@@ -262,6 +262,18 @@ KINDS = [
             ("layer_norm_sums", ("SumsLaunch",)),
         )
     ),
+    *(
+        Kind(
+            backend="sm80",
+            operator="xentropy",
+            name=name,
+            config="RowConfig",
+            parameters=("Params", "Launch"),
+            entry=name,
+            dtypes=ALL_DTYPES,
+        )
+        for name in ("xentropy_fwd", "xentropy_bwd")
+    ),
 ]
 
 KERNELS = [kernel for kind in KINDS for kernel in kind.kernels()]

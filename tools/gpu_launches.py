@@ -20,6 +20,8 @@ from flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_with_
 from flash_attn._library import bind
 from flash_attn.layers import rotary
 from flash_attn.ops import activations
+from flash_attn.ops.triton.cross_entropy import cross_entropy_loss
+from flash_attn.ops.triton.layer_norm import layer_norm_fn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "csrc"))
 import generate_kernels
@@ -152,7 +154,8 @@ def with_gradients(inputs: Inputs, function: Callable, *leaves: torch.Tensor):
     """The output of a function and its gradients in all tensors that it takes."""
     leaves = [x.requires_grad_() for x in leaves]
     out = function(*leaves)
-    return (out.detach(), *torch.autograd.grad(out, leaves, inputs.normal(*out.shape)))
+    dout = inputs.normal(*out.shape).to(out.dtype)
+    return (out.detach(), *torch.autograd.grad(out, leaves, dout))
 
 
 def of_activations(inputs: Inputs):
@@ -186,9 +189,35 @@ def of_rotary(inputs: Inputs):
     return results
 
 
+def of_layer_norm(inputs: Inputs):
+    """In chunks and by elements, with a row in registers and one that is read again."""
+    results = []
+    for rows, cols in ((70, 256), (9, 77), (3, 4200)):
+        x, residual = inputs.normal(rows, cols), inputs.normal(rows, cols)
+        weight, bias = inputs.normal(cols), inputs.normal(cols)
+        results += with_gradients(inputs, layer_norm_fn, x, weight, bias, residual)
+    return results
+
+
+def of_cross_entropy(inputs: Inputs):
+    """A row of them is ignored."""
+    results = []
+    for rows, classes in ((9, 1000), (3, 77)):
+        labels = torch.arange(rows, device=inputs.device) * 7
+        labels[1] = -100
+
+        def loss(logits, labels=labels):
+            return cross_entropy_loss(logits, labels, label_smoothing=0.1, lse_square_scale=1e-3)[0]
+
+        results += with_gradients(inputs, loss, inputs.normal(rows, classes))
+    return results
+
+
 OPERATORS = {
     "activations": of_activations,
+    "layer_norm": of_layer_norm,
     "rotary": of_rotary,
+    "xentropy": of_cross_entropy,
 }
 
 

@@ -22,6 +22,7 @@
 #include "flash_attn/flash_attn.h"
 #include "flash_attn/layer_norm.h"
 #include "flash_attn/rotary.h"
+#include "flash_attn/xentropy.h"
 
 namespace {
 

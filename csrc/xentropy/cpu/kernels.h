@@ -1,0 +1,19 @@
+// The CPU kernels as the rest of the library sees them.
+#pragma once
+
+#include "xentropy/params.h"
+
+namespace flash::xentropy::cpu {
+
+// Of one instruction set.
+struct Kernels {
+  void (*fwd)(const Params& params);
+  void (*bwd)(const Params& params);
+};
+
+// One translation unit each.
+extern const Kernels kernels_baseline;
+extern const Kernels kernels_avx2;
+extern const Kernels kernels_avx512;
+
+}  // namespace flash::xentropy::cpu

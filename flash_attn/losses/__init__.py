@@ -1,0 +1,1 @@
+"""Losses in one pass over the logits, or without them."""
