@@ -75,7 +75,7 @@ def test_decoding(name):
             return (decode(module, x, (9, 1, 1, 1)),)
 
     expected, actual, kinds = both(call)
-    assert {"append", "decode"} <= kinds
+    assert "decode" in kinds
     assert_close(actual, expected)
     with torch.no_grad():
         assert_close(actual, (module(x),))
