@@ -80,7 +80,8 @@ class Fused:
         """Run the operator without a thought of gradients."""
         args = [x.resolve_neg() if isinstance(x, Tensor) and x.is_neg() else x for x in args]
         try:
-            return self._function(*args)
+            with torch.no_grad():
+                return self._function(*args)
         except ERRORS as error:
             raise explained(error, dict(zip(self.names, args))) from None
 
@@ -97,11 +98,9 @@ class Fused:
         self._save(ctx, inputs, output)
 
     def _pull_back(self, ctx, *grads) -> tuple:
-        if torch.is_grad_enabled() and any(g is not None and g.requires_grad for g in grads):
-            raise RuntimeError(f"{self.name} has no second derivative")
         if all(g is None for g in grads):
             return (None,) * len(self.names)
-        return self._backward(ctx, *grads)
+        return without_derivative(self.name, self._backward(ctx, *grads))
 
 
 class _Recorded(torch.autograd.Function):
@@ -115,6 +114,27 @@ class _Recorded(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         return None, *ctx.operator._pull_back(ctx, *grads)
+
+
+class _WithoutDerivative(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, name, differentiable, *gradients):
+        ctx.name = name
+        return tuple(None if x is None else x.detach() for x in gradients)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError(f"{ctx.name} has no second derivative")
+
+
+def without_derivative(name: str, gradients: tuple) -> tuple:
+    """Return gradients, some of them None, whose own backward raises RuntimeError.
+
+    ``name``: of what has no second derivative.
+    """
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return gradients
+    return _WithoutDerivative.apply(name, torch.empty(0, requires_grad=True), *gradients)
 
 
 def as_matrix(x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from flash_attn._arguments import as_int, check_optional, check_tensors, number
+from flash_attn._fused import without_derivative
 from flash_attn.ops.cross_entropy import Options
 from flash_attn.ops.linear_cross_entropy import losses_and_gradients, sums_in_fp32
 from flash_attn.ops.triton.cross_entropy import cross_entropy_loss
@@ -122,8 +123,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, dloss, _):
         if dloss is None:
             return (None,) * (6 + len(ctx.options))
-        if torch.is_grad_enabled() and dloss.requires_grad:
-            raise RuntimeError("linear_cross_entropy_loss has no second derivative")
         if ctx.is_sum:
             gradients = [_scaled(x, dloss) for x in ctx.saved_tensors]
         else:
@@ -132,7 +131,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 hidden, weight, labels, bias, dloss.contiguous(), ctx.wants, *ctx.options
             )
             gradients = dhidden, dweight, dbias
-        wanted = (x if wants else None for x, wants in zip(gradients, ctx.wants))
+        wanted = tuple(x if wants else None for x, wants in zip(gradients, ctx.wants))
+        wanted = without_derivative("linear_cross_entropy_loss", wanted)
         return *wanted, *(None,) * (3 + len(ctx.options))
 
 

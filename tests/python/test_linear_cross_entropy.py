@@ -245,3 +245,12 @@ def test_labels_are_checked_before_any_product():
     labels[149] = 301
     with pytest.raises(RuntimeError, match="that of row 149 is 301"):
         linear_cross_entropy_loss(*tensors[:2], labels)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_second_derivative_is_refused(reduction):
+    hidden, weight = (torch.randn(n, 4, requires_grad=True) for n in (3, 6))
+    loss = linear_cross_entropy_loss(hidden, weight, torch.tensor([0, 5, 1]), reduction=reduction)
+    (dhidden,) = torch.autograd.grad(loss.sum(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        (hidden.square().sum() + dhidden.square().sum()).backward()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flash_attn._arguments import as_int, check_optional, check_tensors, flag, number
-from flash_attn._fused import as_matrix
+from flash_attn._fused import as_matrix, without_derivative
 from flash_attn.ops.cross_entropy import Options, gather_states, gradient, losses_and_state
 from flash_attn.utils.distributed import group_rank, group_size
 
@@ -58,13 +58,10 @@ class CrossEntropyLoss(torch.autograd.Function):
     def backward(ctx, dlosses, _):
         if dlosses is None:
             return (None,) * 9
-        if torch.is_grad_enabled() and dlosses.requires_grad:
-            raise RuntimeError("cross_entropy_loss has no second derivative")
         logits, rows, state = ctx.saved_tensors
-        dlosses = dlosses.reshape(-1).contiguous()
-        matrix = as_matrix(logits)
-        dlogits = gradient(dlosses, matrix, rows, state, ctx.options, ctx.in_place)
-        return dlogits.view(ctx.shape), *(None,) * 8
+        matrix, flat = as_matrix(logits), dlosses.reshape(-1).contiguous()
+        dlogits = gradient(flat, matrix, rows, state, ctx.options, ctx.in_place).view(ctx.shape)
+        return *without_derivative("cross_entropy_loss", (dlogits,)), *(None,) * 8
 
 
 def cross_entropy_loss(
