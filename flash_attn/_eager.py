@@ -83,12 +83,17 @@ def needs_derivative(requires_grad: bool) -> bool:
     return forward_ad._current_level >= 0 or (requires_grad and _is_grad_enabled())
 
 
+def has_derivative(x: Tensor) -> bool:
+    """Whether torch.func's transforms or forward mode derive by ``x``."""
+    return _is_tracked(x) or _fw_tangent(x) is not None
+
+
 def refuse_derivatives(name: str, *tensors) -> None:
     """Raise RuntimeError if forward mode or torch.func would derive a tensor's function."""
     if forward_ad._current_level < 0 and not _transforms_active():
         return
     for x in tensors:
-        if isinstance(x, Tensor) and (_is_tracked(x) or _fw_tangent(x) is not None):
+        if isinstance(x, Tensor) and has_derivative(x):
             raise RuntimeError(f"{name} has no derivative; flash_attn_varlen_func has")
 
 

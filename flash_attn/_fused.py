@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from flash_attn._arguments import ERRORS, check_optional, check_tensors, explained
-from flash_attn._eager import run
+from flash_attn._eager import has_derivative, run
 
 _library = torch.library.Library("flash_attn", "FRAGMENT")
 
@@ -59,7 +59,14 @@ class Fused:
             )
 
     def __call__(self, *args):
-        return run(self, args)
+        results = run(self, args)
+        if self.differentiable or results is None or not torch.is_grad_enabled():
+            return results
+        if not any(isinstance(x, Tensor) and x.requires_grad for x in args):
+            return results
+        if isinstance(results, Tensor):
+            return without_derivative(self.name, (results,))[0]
+        return without_derivative(self.name, tuple(results))
 
     # What ``_eager.run`` wants of an operator.
 
@@ -90,7 +97,14 @@ class Fused:
         return _Recorded.apply(self, *args)
 
     def dispatch(self, args):
-        """Call torch's operator."""
+        """Call torch's operator; raise RuntimeError where it lacks what is asked for."""
+        if not torch.compiler.is_compiling():
+            for x in (*self.required_of(args), *self.optional_of(args)):
+                if isinstance(x, Tensor) and has_derivative(x):
+                    raise RuntimeError(
+                        f"{self.name} has a gradient, but no derivative by torch.func or in "
+                        "forward mode"
+                    )
         return self.overload(*args)
 
     def _setup_context(self, ctx, inputs, output) -> None:

@@ -237,7 +237,11 @@ def linear_cross_entropy_loss(
     )
     if reduction == "none":
         losses = [x.view(labels.shape) for x in losses]
-    loss, z_loss = [x / count for x in losses] if divides_later else losses
+    if divides_later:
+        losses = [x / count.clamp(min=1) for x in losses]
+    if reduction == "mean":  # of no rows: nan, with gradients of 0
+        losses = [x + (count - count) / count for x in losses]
+    loss, z_loss = losses
     return (loss, z_loss) if return_z_loss else loss
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from flash_attn._arguments import flag, number
+from flash_attn._arguments import check_tensors, flag, is_plain, number
 from flash_attn._buffers import new_rng_state, raise_versions
 from flash_attn._fused import Fused, as_matrix
 from flash_attn._library import bind
@@ -32,6 +32,9 @@ _run_backward = bind(
 )
 
 
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
 def _columns(x: Optional[Tensor]) -> Optional[Tensor]:
     return None if x is None else x.contiguous()
 
@@ -45,7 +48,14 @@ def _matrix(x: Optional[Tensor]) -> Optional[Tensor]:
 
 
 def _index(x: Optional[Tensor]) -> Optional[Tensor]:
-    return None if x is None else x.reshape(-1).to(torch.int32).contiguous()
+    if x is None:
+        return None
+    if x.is_floating_point() or x.is_complex():
+        raise TypeError(f"rows of a subset must be integers, got {x.dtype}")
+    x = x.reshape(-1)
+    if x.dtype == torch.int64:  # what does not fit stays out of range
+        x = x.clamp(-1, 2**31 - 1)
+    return x.to(torch.int32).contiguous()
 
 
 def _given(x: Tensor, is_given) -> Optional[Tensor]:
@@ -410,7 +420,10 @@ def add_norm_into(out: Optional[Tensor], x: Optional[Tensor], x0, weight, bias, 
     call = _call_of(x0, weight, bias, epsilon, **options)
     if x is not None:
         call = call._replace(wants_x=True)
-    if torch.compiler.is_compiling() or _wants_gradients(call):
+    takes_buffers = _check_buffer("out", out, x0) and _check_buffer("residual_out", x, x0)
+    is_readable = all(_is_readable(t) for t in call if isinstance(t, Tensor))
+    is_for_torch = torch.compiler.is_compiling() or _wants_gradients(call)
+    if is_for_torch or not (takes_buffers and is_readable):
         normed = _normed(call, _forward(*call))
         return normed._replace(
             out=normed.out if out is None else out.copy_(normed.out),
@@ -419,6 +432,22 @@ def add_norm_into(out: Optional[Tensor], x: Optional[Tensor], x0, weight, bias, 
     normed = _normed(call, _forward_kernel(*call, out=out, x=x))
     raise_versions(out, x)
     return normed
+
+
+def _check_buffer(name: str, buffer: Optional[Tensor], x0: Tensor) -> bool:
+    """Return whether the kernel can write to a caller's buffer; None: there is none."""
+    if buffer is None:
+        return True
+    check_tensors(**{name: buffer})
+    if buffer.shape != x0.shape:
+        raise ValueError(f"{name} must have the shape {tuple(x0.shape)}, got {tuple(buffer.shape)}")
+    return _is_readable(buffer) and buffer.is_contiguous() and buffer.dtype in _DTYPES
+
+
+def _is_readable(x: Tensor) -> bool:
+    """Whether the library can be handed a tensor as it is."""
+    is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor(x)
+    return is_plain(x) and not is_wrapped and not x.is_neg() and (x.is_cpu or x.is_cuda)
 
 
 def _call_of(
@@ -459,6 +488,8 @@ def _call_of(
         wants_x: whether the sum is wanted beside the gradients.
         wants_mask: whether what dropout kept is.
     """
+    if x0_subset is None:
+        _check_shapes(x0, x1, residual, rowscale)
     own_dtype = x0.dtype if residual is None else residual.dtype
     residual_dtype = own_dtype if residual_dtype is None else residual_dtype
     call = _Forward(
@@ -487,6 +518,17 @@ def _call_of(
     x_is_x0 = x1 is None and residual is None and _is_plain(call) and residual_dtype == x0.dtype
     wants_x = bool(wants_x) or residual_dtype != own_dtype or _wants_gradients(call)
     return call._replace(wants_x=wants_x and not x_is_x0)
+
+
+def _check_shapes(x0: Tensor, x1, residual, rowscale) -> None:
+    """Raise ValueError for summands of another shape than x0, which may have as many rows."""
+    for name, x, shape in (
+        ("x1", x1, x0.shape),
+        ("residual", residual, x0.shape),
+        ("rowscale", rowscale, x0.shape[:-1]),
+    ):
+        if isinstance(x, Tensor) and x.shape != shape:
+            raise ValueError(f"{name} must have the shape {tuple(shape)}, got {tuple(x.shape)}")
 
 
 def _normed(call: _Forward, results: tuple) -> Normed:

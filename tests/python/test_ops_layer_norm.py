@@ -690,7 +690,7 @@ def test_bad_arguments_of_functions():
         ln.layer_norm([1.0], None, None, 1e-5)
     with pytest.raises(TypeError, match=r"^epsilon must be a number"):
         ln.layer_norm(x, None, None, "1e-5")
-    with pytest.raises(RuntimeError, match=r"rowscale must have shape"):
+    with pytest.raises(ValueError, match=r"rowscale must have the shape"):
         triton.layer_norm_fn(x, None, None, rowscale=torch.ones(2))
-    with pytest.raises(RuntimeError, match=r"x1 must have shape"):
+    with pytest.raises(ValueError, match=r"x1 must have the shape"):
         add_norm_into(None, torch.empty(3, 8), x, None, None, 1e-5, x1=torch.ones(3, 9))

@@ -559,7 +559,7 @@ class LayerNormLinearFn(torch.autograd.Function):
         """Return the gradients of all arguments."""
         x, norm_weight, norm_bias, linear_weight, mean, rstd = ctx.saved_tensors
         eps, prenorm, is_rms_norm, has_residual, dtype, x_dtype = ctx.options
-        dout = dout.to(dtype).flatten(0, -2)
+        dout = dout.to(dtype).reshape(-1, dout.shape[-1])
         with torch.autocast(x.device.type, enabled=False):
             dy = (dout @ linear_weight.to(dtype)).view(x.shape)
             dx, dnorm_weight, dnorm_bias, dresidual_in, _, _, _, y = _layer_norm_bwd(
@@ -576,7 +576,7 @@ class LayerNormLinearFn(torch.autograd.Function):
                 x_dtype=x_dtype,
                 recompute_output=True,
             )
-            dlinear_weight = dout.t() @ y.flatten(0, -2)
+            dlinear_weight = dout.t() @ y.reshape(-1, y.shape[-1])
         dlinear_bias = None
         if ctx.linear_bias_dtype is not None:
             dlinear_bias = dout.sum(0).to(ctx.linear_bias_dtype)
