@@ -156,6 +156,9 @@ def _check_shapes(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Optional
             "hidden and weight must be (..., features) and (classes, features), got "
             f"{tuple(hidden.shape)} and {tuple(weight.shape)}"
         )
+    for name, x in (("weight", weight), ("labels", labels), ("bias", bias)):
+        if x is not None and x.device != hidden.device:
+            raise ValueError(f"{name} must be on hidden's device, {hidden.device}, got {x.device}")
     if labels.shape != hidden.shape[:-1]:
         raise ValueError(
             f"labels must have the shape of hidden without the last dimension, "

@@ -58,6 +58,8 @@ def _check_fusable(norm: nn.Module, *dropouts: nn.Module) -> None:
             "fused_dropout_add_ln needs norm_cls to make torch.nn.LayerNorm or "
             f"flash_attn.ops.triton.layer_norm.RMSNorm, got {type(norm).__name__}"
         )
+    if isinstance(getattr(norm, "drop", None), nn.Dropout) and norm.drop.p > 0.0:
+        raise TypeError("fused_dropout_add_ln needs norm_cls to make a norm without dropout")
     for dropout in dropouts:
         if not isinstance(dropout, nn.Dropout):
             raise TypeError(

@@ -284,7 +284,9 @@ BAD_CALLS = {
     r"labels must have the shape of logits .*, \(9,\), got \(8,\)": lambda x, y: (x, y[1:]),
     "logits must be fp16, bf16 or fp32: logits has torch.float64": lambda x, y: (x.double(), y),
     "labels must have dtype int32 or int64, got torch.uint8": lambda x, y: (x, y.abs().byte()),
-    r"precomputed_lse must have shape \(rows\) = \(9\), got \(3\)": lambda x, y: (x, y, x[0, :3]),
+    r"precomputed_lse must have the shape of labels, \(9,\), got \(3,\)": lambda x, y: (
+        x, y, x[0, :3]
+    ),
     "precomputed_lse must have dtype fp32": lambda x, y: (x, y, x[:, 0].half()),
     "label_smoothing must be 0 to 1, got 1.5": lambda x, y: (x, y, None, 1.5),
     "logit_scale must be a finite number, got inf": lambda x, y: (x, y, None, 0.0, math.inf),

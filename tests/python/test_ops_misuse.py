@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from flash_attn.losses.cross_entropy import linear_cross_entropy_loss
+from flash_attn.modules.block import Block
 from flash_attn.ops import activations
 from flash_attn.ops import layer_norm as by_rows
 from flash_attn.ops.triton import layer_norm as norms
+from flash_attn.ops.triton.cross_entropy import cross_entropy_loss
 
 randn = torch.randn
 
@@ -119,3 +121,28 @@ def test_linear_of_one_normed_row():
     expected = torch.nn.functional.layer_norm(x, (4,), eps=1e-6) @ weight.t()
     torch.testing.assert_close(out, expected)
     torch.testing.assert_close(grads, torch.autograd.grad(expected.sum(), (x, weight)))
+
+
+def test_a_fused_block_does_not_forget_the_norms_dropout():
+    def norm(dim):
+        return norms.RMSNorm(dim, dropout_p=0.5)
+
+    with pytest.raises(TypeError, match="without dropout"):
+        Block(64, norm_cls=norm, fused_dropout_add_ln=True)
+
+
+def test_log_sums_are_those_of_the_labels():
+    logits, labels = randn(2, 3, 4), torch.zeros(2, 3, dtype=torch.int64)
+    lse = logits.logsumexp(-1)
+    expected = cross_entropy_loss(logits, labels)[0]
+    for shape in ((2, 3), (6,)):
+        actual = cross_entropy_loss(logits, labels, precomputed_lse=lse.reshape(shape))[0]
+        torch.testing.assert_close(actual, expected)
+    with pytest.raises(ValueError, match="precomputed_lse must have the shape"):
+        cross_entropy_loss(logits, labels, precomputed_lse=lse.reshape(3, 2))
+
+
+def test_linear_loss_on_two_devices():
+    weight = randn(7, 5).to("meta")
+    with pytest.raises(ValueError, match="weight must be on hidden's device, cpu, got meta"):
+        linear_cross_entropy_loss(randn(3, 5), weight, torch.zeros(3, dtype=torch.int64))

@@ -100,6 +100,14 @@ def cross_entropy_loss(
     """
     check_tensors(logits=logits, labels=labels)
     check_optional(precomputed_lse=precomputed_lse)
+    if precomputed_lse is not None and precomputed_lse.shape not in (
+        labels.shape,
+        (labels.numel(),),
+    ):
+        raise ValueError(
+            f"precomputed_lse must have the shape of labels, {tuple(labels.shape)}, got "
+            f"{tuple(precomputed_lse.shape)}"
+        )
     if logits.dim() == 0 or logits.shape[:-1] != labels.shape:
         raise ValueError(
             f"labels must have the shape of logits without the last dimension, "
