@@ -42,6 +42,17 @@ FLASH_INLINE VecU16 round_to_bf16(Vec v) {
   return float_to_bf16(v);
 #endif
 }
+// Both rounded, a's lanes first.
+FLASH_INLINE VecU16x2 round_to_bf16x2(Vec a, Vec b) {
+#if defined(__AVX512BF16__) && defined(FLASH_ATTN_SIMD_AVX512) && !defined(FLASH_ATTN_BOCHS)
+  return reinterpret_cast<VecU16x2>(_mm512_cvtne2ps_pbh(b, a));
+#else
+  const VecU16 rounded[2] = {round_to_bf16(a), round_to_bf16(b)};
+  VecU16x2 both;
+  std::memcpy(&both, rounded, sizeof(both));
+  return both;
+#endif
+}
 // Calls f(i, term i of a, term i of b): the bf16 nearest to what the terms before leave. kBounded:
 // the numbers are NaN or no larger than kLargestBf16.
 template <int kTerms, bool kBounded, class F>
@@ -194,6 +205,10 @@ inline void clear_not_finite(uint16_t* row, int64_t term_stride, int padded) {
       if ((row[t * term_stride + i] & 0x7f80u) == 0x7f80u) row[t * term_stride + i] = 0;
 }
 
+inline void prefetch(const void* row, int bytes) {
+  for (int i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(row) + i);
+}
+
 // Reads rows [first, first + group) of n into the staging, missing ones as zeros. Rows that a sum
 // runs over may hold inf and NaN that a mask hides: with `spoilt` given, zeros take their place
 // and spoilt[i] says whether row first + i had any. True if it had none anywhere.
@@ -203,6 +218,8 @@ inline bool stage_rows(const Staging& s, const RowGroup& g, Row row, uint8_t* sp
   const int64_t term_stride = int64_t{kTileDepth} * s.ld;
   bool all_finite = true;
   for (int i = 0; i < g.count; ++i) {
+    if (const int ahead = g.first + i + kTileDepth; ahead < g.end)
+      prefetch(row(ahead), g.d * dtype_bytes(g.type));
     uint16_t* dst = s.rows + int64_t{i} * s.ld;
     bool finite = true;
     if (g.first + i < g.end) {

@@ -8,7 +8,8 @@
 namespace flash::cpu::FLASH_ATTN_ISA {
 
 inline constexpr int kBlockRows = 32;
-inline constexpr int kUnitKeys = 64;
+inline constexpr int kUnitKeys = 32;
+inline constexpr int kUnitScores = kBlockRows * kUnitKeys;
 static_assert(kTileN == kTileDepth);  // columns of a tile of scores are whole tiles of a sum
 
 // Tiles that hold so many rows.
