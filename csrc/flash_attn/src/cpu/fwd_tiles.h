@@ -83,7 +83,7 @@ class FwdTilesRunner {
     int keys = (512 << 10) / (2 * kTerms * (d + dv)) / kPieceKeys * kPieceKeys;
     keys = keys < kPieceKeys ? kPieceKeys : keys > 1024 ? 1024 : keys;
     int task_rows = (768 << 10) / (2 * kTerms * d + 4 * dv) / kBlockRows * kBlockRows;
-    task_rows = task_rows < kBlockRows ? kBlockRows : task_rows > 1024 ? 1024 : task_rows;
+    task_rows = task_rows < kBlockRows ? kBlockRows : task_rows > 2048 ? 2048 : task_rows;
     return {.rows = kBlockRows, .keys = keys, .task_rows = task_rows, .stream = stream_tile(p)};
   }
 
