@@ -54,6 +54,7 @@ template <class Tile, class Terms>
 class FwdTilesRunner {
  public:
   using Scratch = FwdTilesScratch;
+  using Inputs = typename Terms::Inputs;
   static constexpr int kTerms = Terms::kTerms;
   static constexpr int64_t kWeightsTerm =  // words from one term of P to the next
       packed_words(kBlockRows, 2 * kPieceKeys, 1);
@@ -217,9 +218,9 @@ class FwdTilesRunner {
     k.data = k_.tile(0, n, 0);
     const TileProduct x = row_major_product(q, k, unit.scores, kUnitKeys);
     const int n_tiles = (unit.end - unit.begin) / kTileSide;
-    const int steps = multiply_steps<Terms>(x, m_tiles, 0, n_tiles);
+    const int steps = multiply_steps<Inputs>(x, m_tiles, 0, n_tiles);
     const int each = (done.rows - done.next + steps - 1) / steps;
-    multiply<Tile, Terms>(x, m_tiles, 0, n_tiles, [this, &done, each] {
+    multiply<Tile, Inputs>(x, m_tiles, 0, n_tiles, [this, &done, each] {
       if (done.next == done.rows) return;
       weigh_rows(done, each);
       raise_late(done);
