@@ -304,8 +304,9 @@ class FwdTilesRunner {
     ctx_.finish_scores(row, s, t, x_.buffer);
     if (ctx_.dropout.enabled) ctx_.random_bytes(row, t, x_.random);
     const float reference = x_.reference[unit.row + r];
-    const bool done = ctx_.dropout.enabled ? weigh_row<true>(unit, r, reference, kMaxExponent)
-                                           : weigh_row<false>(unit, r, reference, kMaxExponent);
+    const bool done = reference != kNoReference &&
+                      (ctx_.dropout.enabled ? weigh_row<true>(unit, r, reference, kMaxExponent)
+                                            : weigh_row<false>(unit, r, reference, kMaxExponent));
     if (done) return;
     raise_reference(unit, r);
     ctx_.dropout.enabled ? weigh_raised<true>(unit, r) : weigh_raised<false>(unit, r);
@@ -317,7 +318,7 @@ class FwdTilesRunner {
     float reference = x_.reference[unit.row + r];
     if (reference == kNoReference) {
       float* s = unit.scores + r * kUnitKeys;
-      const Vec largest = set1(x_.largest[unit.row + r]);
+      const Vec largest = max(set1(-kNoReference), set1(x_.largest[unit.row + r]));
       for (int j = 0; j < unit.end - unit.begin; j += kWidth) store(s + j, load(s + j) - largest);
       reference = 0.f;
     }
