@@ -42,6 +42,7 @@ template <class Tile, class Terms>
 class BwdTilesRunner {
  public:
   using Scratch = BwdTilesScratch;
+  using Inputs = typename Terms::Inputs;
   static constexpr int kTerms = Terms::kTerms;
   static constexpr int kRows = 256 / kTerms / kBlockRows * kBlockRows;
 
@@ -121,7 +122,7 @@ class BwdTilesRunner {
       find_columns(block, first);
       for_units(block.rows, [&](const Unit& unit) {
         const TileProduct s = unit_product(unit, q_, k_t_, unit.s);
-        multiply<Tile, Terms>(s, row_tiles(unit.rows), 0, (unit.end - unit.begin) / kTileSide);
+        multiply<Tile, Inputs>(s, row_tiles(unit.rows), 0, (unit.end - unit.begin) / kTileSide);
         for (int r = unit.sub * kBlockRows; r < unit.sub * kBlockRows + unit.rows; ++r)
           ctx_.add_row(x_.rows[r], unit.s + (r % kBlockRows) * kUnitKeys, columns(unit),
                        x_.row.buffer, states[r]);
@@ -277,8 +278,8 @@ class BwdTilesRunner {
     const int m_tiles = row_tiles(unit.rows), n_tiles = (unit.end - unit.begin) / kTileSide;
     const TileProduct s = unit_product(unit, q_, k_t_, unit.s),
                       dp = unit_product(unit, dout_, v_t_, unit.dp);
-    const int steps = multiply_steps<Terms>(s, m_tiles, 0, n_tiles) +
-                      multiply_steps<Terms>(dp, m_tiles, 0, n_tiles);
+    const int steps = multiply_steps<Inputs>(s, m_tiles, 0, n_tiles) +
+                      multiply_steps<Inputs>(dp, m_tiles, 0, n_tiles);
     const int pairs = done.begin < done.end ? kBlockRows / 2 : 0;
     const int each = (pairs + steps - 1) / steps;
     int pair = 0;
@@ -288,8 +289,8 @@ class BwdTilesRunner {
       weigh_pairs(done, row0, pair, end);
       pair = end;
     };
-    multiply<Tile, Terms>(s, m_tiles, 0, n_tiles, between);
-    multiply<Tile, Terms>(dp, m_tiles, 0, n_tiles, between);
+    multiply<Tile, Inputs>(s, m_tiles, 0, n_tiles, between);
+    multiply<Tile, Inputs>(dp, m_tiles, 0, n_tiles, between);
   }
 
   // Where two rows of P and dS go.
