@@ -70,6 +70,8 @@ FLASH_INLINE Vec max(Vec a, Vec b) {
 #endif
 }
 
+FLASH_INLINE VecI max(VecI a, VecI b) { return a > b ? a : b; }
+
 FLASH_INLINE Vec abs(Vec v) { return from_bits(bits(v) & 0x7fffffffu); }
 FLASH_INLINE Vec select(VecI mask, Vec yes, Vec no) { return mask ? yes : no; }
 FLASH_INLINE Vec to_float(VecI v) { return __builtin_convertvector(v, Vec); }

@@ -69,6 +69,7 @@ template <class Tile, class Terms, class Dims>
 class FwdTilesRunner {
  public:
   using Scratch = FwdTilesScratch;
+  using Inputs = typename Terms::Inputs;
   static constexpr int kTerms = Terms::kTerms;
   static constexpr int kPieceUnits = Dims::kDv == 2 ? 2 : 4;
   static constexpr int kPieceKeys = kPieceUnits * kUnitKeys;
@@ -303,15 +304,16 @@ class FwdTilesRunner {
     int steps = 0;
     if (unit.rows > 0) {
       s = scores_product(unit, unit.scores);
-      steps += multiply_steps<Terms>(s, m_tiles, 0, 2);
+      steps += multiply_steps<Inputs>(s, m_tiles, 0, 2);
     }
     if (n_begin < n_end) {
       o = values_product(multiplied_);
       steps += multiply_steps<Terms>(o, o_m_tiles, n_begin, n_end);
     }
     SpreadRows<Terms> between(rows, steps);
-    if (unit.rows > 0) multiply<Tile, Terms>(s, m_tiles, 0, 2, between);
+    if (unit.rows > 0) multiply<Tile, Inputs>(s, m_tiles, 0, 2, between);
     if (n_begin < n_end) multiply<Tile, Terms>(o, o_m_tiles, n_begin, n_end, between);
+    rows = between.rows();
     rows.finish();
   }
 
@@ -455,7 +457,7 @@ class FwdTilesRunner {
       }
     };
     for_units([&](float* scores) {
-      multiply<Tile, Terms>(scores_product(unit, scores), row_tiles(unit.rows), 0, 2);
+      multiply<Tile, Inputs>(scores_product(unit, scores), row_tiles(unit.rows), 0, 2);
       if (!is_plain(unit)) finish_products(unit, scores);
     });
     for (int r = 0; r < last.rows; ++r) {

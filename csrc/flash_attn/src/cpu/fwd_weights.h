@@ -2,8 +2,8 @@
 // products; and those products with everything but addresses known to the compiler.
 //
 // While the tile unit works, a core of the first generations with AMX starts one 512-bit operation
-// on floating-point numbers a cycle instead of two, integer operations still two: a row takes eight
-// of the former for 16 scores, four of them the polynomial of 2^x.
+// on floating-point numbers a cycle instead of two, integer operations still two: 16 scores take
+// seven of the former (exp2_bf16.h has five of them).
 #pragma once
 
 #include "cpu/tile_units.h"
@@ -35,12 +35,12 @@ class RowWeigher {
 
   FLASH_INLINE void weigh() {
     const Vec factor = set1(factor_), reference = set1(*reference_);
-    const Vec low = exp2_for(Terms{}, fma(load(scores_), factor, reference));
-    const Vec high = exp2_for(Terms{}, fma(load(scores_ + kWidth), factor, reference));
-    const Vec sum = low + high;
-    store(after_, load(before_) + sum);
-    const VecU larger = bits(sum);  // positive floats are ordered as their bits; NaN exceeds all
-    largest_ = larger > largest_ ? larger : largest_;
+    const Vec x = fma(load(scores_), factor, reference);
+    const Vec y = fma(load(scores_ + kWidth), factor, reference);
+    // As integers, floats keep their order as long as one of the two is positive.
+    largest_ = max(largest_, max(reinterpret_cast<VecI>(x), reinterpret_cast<VecI>(y)));
+    const Vec low = exp2_for(Terms{}, x), high = exp2_for(Terms{}, y);
+    store(after_, load(before_) + (low + high));
     store_weights(low, high);
     ++row_;
     ++reference_;
@@ -49,21 +49,21 @@ class RowWeigher {
     after_ += kWidth;
     weights_ += row_ == kTileSide ? next_tile_ : 2 * kTileSide;
   }
-  FLASH_INLINE bool is_done() const { return row_ == rows_; }
   FLASH_INLINE int rows() const { return rows_; }
   FLASH_INLINE void finish() {
     while (row_ < rows_) weigh();
   }
-  // Some weights are larger than 2^kMaxExponent, or NaN.
+  // Some exponents are larger than kMaxExponent: their weights are not right.
   FLASH_INLINE bool exceeds() const {
-    constexpr uint32_t kLimit = (127u + static_cast<uint32_t>(kMaxExponent)) << 23;
+    constexpr int32_t kLimit = (127 + 3) << 23;  // the bits of 8
+    static_assert(kMaxExponent == 8.f);
     return !all_of(largest_ <= kLimit);
   }
 
  private:
   FLASH_INLINE void store_weights(Vec low, Vec high) const {
     if constexpr (Terms::kTerms == 1)
-      store_u16x2(weights_, round_to_bf16x2(low, high));
+      store_u16x2(weights_, round_to_bf16(low, high));
     else
       split<Terms::kTerms, true>(low, high, [&](int i, VecU16 a, VecU16 b) {
         store_u16(weights_ + i * next_term_, a);
@@ -77,20 +77,21 @@ class RowWeigher {
   float factor_ = 0.f;
   int64_t next_tile_ = 0, next_term_ = 0;
   int row_ = 0, rows_ = 0;
-  VecU largest_{};
+  VecI largest_{};
 };
 
 // The rows of a unit, spread evenly over `steps` calls.
 template <class Terms>
 class SpreadRows {
  public:
-  FLASH_INLINE SpreadRows(RowWeigher<Terms>& rows, int steps) : rows_(&rows), steps_(steps) {}
+  FLASH_INLINE SpreadRows(const RowWeigher<Terms>& rows, int steps) : rows_(rows), steps_(steps) {}
   FLASH_INLINE void operator()() {
-    for (due_ += rows_->rows(); due_ >= steps_ && !rows_->is_done(); due_ -= steps_) rows_->weigh();
+    for (due_ += rows_.rows(); due_ >= steps_; due_ -= steps_) rows_.weigh();
   }
+  const RowWeigher<Terms>& rows() const { return rows_; }
 
  private:
-  RowWeigher<Terms>* rows_;
+  RowWeigher<Terms> rows_;
   int steps_, due_ = 0;
 };
 

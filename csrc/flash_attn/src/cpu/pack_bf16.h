@@ -42,14 +42,14 @@ FLASH_INLINE VecU16 round_to_bf16(Vec v) {
   return float_to_bf16(v);
 #endif
 }
-// Both rounded, a's lanes first.
-FLASH_INLINE VecU16x2 round_to_bf16x2(Vec a, Vec b) {
-#if defined(__AVX512BF16__) && defined(FLASH_ATTN_SIMD_AVX512) && !defined(FLASH_ATTN_BOCHS)
+// Both rounded, a's lanes first. Bochs 3.0 has VCVTNE2PS2BF16 wrong.
+FLASH_INLINE VecU16x2 round_to_bf16(Vec a, Vec b) {
+#if defined(__AVX512BF16__) && defined(FLASH_ATTN_SIMD_AVX512) && !defined(FLASH_ATTN_FOR_BOCHS)
   return reinterpret_cast<VecU16x2>(_mm512_cvtne2ps_pbh(b, a));
 #else
-  const VecU16 rounded[2] = {round_to_bf16(a), round_to_bf16(b)};
+  const VecU16 r[2] = {round_to_bf16(a), round_to_bf16(b)};
   VecU16x2 both;
-  std::memcpy(&both, rounded, sizeof(both));
+  std::memcpy(&both, r, sizeof(both));
   return both;
 #endif
 }

@@ -38,7 +38,7 @@ class TileDot {
           const uint32_t* b = x.b.tile(Terms::kB[p], n, k);
           const uint32_t* b_next = x.b.tile(Terms::kB[p], n + 1, k);
           add_products(acc, x.a.tile(Terms::kA[p], m + half / 2, k) + row * kTileSide, b, b_next);
-          if (half == 0) between();
+          between();
         }
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {

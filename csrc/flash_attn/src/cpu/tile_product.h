@@ -1,6 +1,8 @@
 // C = A B or C += A B over grids of tiles (pack_bf16.h), in blocks of up to 2 x 2 tiles of C.
 #pragma once
 
+#include <type_traits>
+
 #include "cpu/pack_bf16.h"
 
 namespace flash::cpu::FLASH_ATTN_ISA {
@@ -47,10 +49,21 @@ inline TileProduct tiled_product(const Packed& a, const Packed& b, float* c, int
   return {a, b, 0, a.depth_tiles, c, n_tiles * kTileWords, kTileWords, kTileSide, true};
 }
 
+// Streams: read once here, while the other operand stays in L1.
+template <class Tile, int kTile, bool kStreams>
+FLASH_INLINE void load_operand(const uint32_t* p) {
+  if constexpr (kStreams)
+    Tile::template load_once<kTile>(p, 64);
+  else
+    Tile::template load<kTile>(p, 64);
+}
+
 template <class Tile, class Terms, int M, class Between>
-FLASH_INLINE void multiply_registers(const TileProduct& x, int m, int n, Between& between) {
+FLASH_INLINE void multiply_registers(const TileProduct& x, int m, int n, Between& caller) {
+  constexpr bool kStreamsA = requires { typename Between::StreamsA; };  // rather than B
+  Between between = caller;
   // Everything the loop needs is a local variable: a tile instruction may write whatever lies in
-  // memory, as far as the compiler knows.
+  // memory, as far as the compiler knows. So is what between() needs: a copy.
   float *c0 = x.c + m * x.c_m + n * x.c_n, *c1 = c0 + x.c_n;
   float *c2 = c0 + x.c_m, *c3 = c1 + x.c_m;
   const int64_t c_bytes = x.c_ld * 4, words = int64_t{x.k_end - x.k_begin} * kTileWords;
@@ -75,19 +88,23 @@ FLASH_INLINE void multiply_registers(const TileProduct& x, int m, int n, Between
     const uint32_t* a = x.a.tile(Terms::kA[p], m, x.k_begin);
     const uint32_t* b = x.b.tile(Terms::kB[p], n, x.k_begin);
     for (const uint32_t* end = a + words; a != end; a += kTileWords, b += kTileWords) {
-      Tile::template load<4>(a, 64);
-      Tile::template load_once<6>(b, 64);
+      load_operand<Tile, 4, kStreamsA>(a);
+      load_operand<Tile, 6, !kStreamsA>(b);
+      load_operand<Tile, 7, !kStreamsA>(b + b_column);
+      between();
       Tile::template multiply<0, 4, 6>();
-      Tile::template load_once<7>(b + b_column, 64);
+      if constexpr (M == 2) load_operand<Tile, 5, kStreamsA>(a + a_row);
+      between();
       Tile::template multiply<1, 4, 7>();
       if constexpr (M == 2) {
-        Tile::template load<5>(a + a_row, 64);
+        between();
         Tile::template multiply<2, 5, 6>();
+        between();
         Tile::template multiply<3, 5, 7>();
       }
-      between();
     }
   }
+  if constexpr (std::is_copy_assignable_v<Between>) caller = between;
   Tile::template store<0>(c0, c_bytes);
   Tile::template store<1>(c1, c_bytes);
   if constexpr (M == 2) {
@@ -96,8 +113,9 @@ FLASH_INLINE void multiply_registers(const TileProduct& x, int m, int n, Between
   }
 }
 
-// Rows of tiles [m, m + M), M = 1 or 2, and columns of tiles n, n + 1; between() runs after every
-// 2 M tile products: vector work that the tile unit hides.
+// Rows of tiles [m, m + M), M = 1 or 2, and columns of tiles n, n + 1; between() runs before every
+// tile product: vector work that the tile unit hides. A Between with the type StreamsA says that A
+// streams through L1 rather than B; one that can be assigned gets its state back.
 template <class Tile, class Terms, int M, class Between>
 inline void multiply_tiles(const TileProduct& x, int m, int n, Between& between) {
   if constexpr (requires { Tile::template multiply_block<Terms, M>(x, m, n, between); })
@@ -108,7 +126,7 @@ inline void multiply_tiles(const TileProduct& x, int m, int n, Between& between)
 
 // Rows of tiles [0, m_tiles), columns of tiles [n_begin, n_end), an even number.
 template <class Tile, class Terms, class Between>
-inline void multiply(const TileProduct& x, int m_tiles, int n_begin, int n_end, Between between) {
+inline void multiply(const TileProduct& x, int m_tiles, int n_begin, int n_end, Between&& between) {
   int m = 0;
   for (; m + 2 <= m_tiles; m += 2)
     for (int n = n_begin; n < n_end; n += 2) multiply_tiles<Tile, Terms, 2>(x, m, n, between);
@@ -123,7 +141,7 @@ inline void multiply(const TileProduct& x, int m_tiles, int n_begin, int n_end) 
 // Calls of between() in such a product.
 template <class Terms>
 inline int multiply_steps(const TileProduct& x, int m_tiles, int n_begin, int n_end) {
-  return (m_tiles + 1) / 2 * ((n_end - n_begin) / 2) * Terms::kProducts * (x.k_end - x.k_begin);
+  return 2 * m_tiles * ((n_end - n_begin) / 2) * Terms::kProducts * (x.k_end - x.k_begin);
 }
 
 }  // namespace flash::cpu::FLASH_ATTN_ISA
