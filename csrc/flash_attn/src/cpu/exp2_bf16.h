@@ -26,8 +26,8 @@ struct Powers {
 alignas(64) inline constexpr Powers kPowers;
 #endif
 
-// 2^x for x < 128, relative error 2e-7, exact for integers. 2^-inf = 0; NaN stays NaN. Results below
-// 2^-126 are 0 or subnormal and wrong by less than 2^-126.
+// 2^x for x < 128, relative error 2e-7, exact for integers. 2^-inf = 0; NaN stays NaN. Results
+// below 2^-126 are 0 or subnormal and wrong by less than 2^-126.
 //
 // With AVX-512 x = n + i / 32 + f with 0 <= f < 1 / 32; 2^f by a degree-2 minimax polynomial with
 // p(0) = 1 (relative error 7e-8), 2^(i / 32) by a table in two registers, 2^n by adding integers:
