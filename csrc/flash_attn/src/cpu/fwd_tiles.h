@@ -42,7 +42,7 @@ struct FwdTilesScratch {
   float* reference;    // [task_rows]: what to add to a scaled score; kNoReference before the first,
                        // and where `largest` must be subtracted before scaling
   float* largest;      // [task_rows]: the score that is the reference, not scaled
-  float* buffer;       // a row of Q, or of bias
+  float* buffer;       // a row of Q
   RowState* state;     // [task_rows]
   Row* rows;           // [task_rows]
   uint8_t* random;     // [kUnitKeys]
@@ -82,7 +82,7 @@ class FwdTilesRunner {
     x.reference = c.take<float>(tile.task_rows);
     x.largest = c.take<float>(tile.task_rows);
     x.staging = carve_staging(c, kTerms, dims.largest_pad());
-    x.buffer = c.take<float>(d + tile.keys + kWidth);
+    x.buffer = c.take<float>(d);
     x.state = c.take<RowState>(tile.task_rows);
     x.rows = c.take<Row>(tile.task_rows);
     x.random = c.take<uint8_t>(kUnitKeys + 64);
@@ -298,9 +298,7 @@ class FwdTilesRunner {
     const Row& row = x_.rows[unit.row + r];
     float* s = unit.scores + r * kUnitKeys;
     const TileColumns t{0, unit.end - unit.begin, unit.first_key + unit.begin};
-    if (!fold_scale_)
-      for (int j = 0; j < t.end; j += kWidth) store(s + j, load(s + j) * ctx_.p.scale_softmax);
-    ctx_.finish_scores(row, s, t, x_.buffer);
+    ctx_.finish_scores(row, s, t, fold_scale_ ? 1.f : ctx_.p.scale_softmax);
     if (ctx_.dropout.enabled) ctx_.random_bytes(row, t, x_.random);
     const float reference = x_.reference[unit.row + r];
     const bool done = ctx_.dropout.enabled ? weigh_row<true>(unit, r, reference, kMaxExponent)
