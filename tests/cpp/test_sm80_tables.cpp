@@ -16,10 +16,10 @@
 #include "common/block_range.h"
 #include "common/softmax.h"
 #include "common/tile_scheduler.h"
-#include "sm80/decode_smem.h"
 #if defined(FLASH_ATTN_HAVE_CUDA)
 #include "sm80/kernel_list.h"
 #endif
+#include "sm80/decode_smem.h"
 #include "sm80/pipeline.h"
 #include "sm80/smem.h"
 #include "sm80/tile_table.h"

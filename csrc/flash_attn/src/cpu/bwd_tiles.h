@@ -34,6 +34,7 @@ struct BwdTilesScratch {
   float *lse, *delta;                 // [tile.rows]: what to add to exponents, to take from dP
   Row* rows;                          // [tile.rows]
   ScoreScratch row;                   // of kUnitKeys
+  uint8_t* random;                    // of kUnitKeys
   uint8_t *spoilt_q, *spoilt_dout, *spoilt_k;
   Staging staging;
 };
@@ -76,10 +77,10 @@ class BwdTilesRunner {
     x.lse = c.take<float>(kRows);
     x.delta = c.take<float>(kRows);
     x.staging = carve_staging(c, kTerms, dims.largest_pad());
-    x.row.buffer = c.take<float>(kUnitKeys + kWidth);
     x.row.cap_slope = c.take<float>(kUnitKeys);
     x.rows = c.take<Row>(kRows);
-    x.row.random = c.take<uint8_t>(kUnitKeys + 64);
+    x.random = c.take<uint8_t>(kUnitKeys + 64);
+    x.row.random = x.random;
     x.spoilt_q = c.take<uint8_t>(kRows);
     x.spoilt_dout = c.take<uint8_t>(kRows);
     x.spoilt_k = c.take<uint8_t>(tile.keys);
@@ -124,8 +125,7 @@ class BwdTilesRunner {
         const TileProduct s = unit_product(unit, q_, k_t_, unit.s);
         multiply<Tile, Inputs>(s, row_tiles(unit.rows), 0, (unit.end - unit.begin) / kTileSide);
         for (int r = unit.sub * kBlockRows; r < unit.sub * kBlockRows + unit.rows; ++r)
-          ctx_.add_row(x_.rows[r], unit.s + (r % kBlockRows) * kUnitKeys, columns(unit),
-                       x_.row.buffer, states[r]);
+          ctx_.add_row(x_.rows[r], unit.s + (r % kBlockRows) * kUnitKeys, columns(unit), states[r]);
       });
     }
     Tile::release();
@@ -375,6 +375,7 @@ class BwdTilesRunner {
     const int block_row = unit.sub * kBlockRows + r;
     const Row& row = x_.rows[block_row];
     const TileColumns t = columns(unit);
+    if (ctx_.dropout.enabled) ctx_.random_bytes(row, t, x_.random);
     ctx_.softmax_bwd_step<kTerms == 1>(row0 + block_row, row, s, dp, t, x_.row);
     const KeyRange seen = visible(row, t);
     fill_invisible(s, t, seen, 0.f);

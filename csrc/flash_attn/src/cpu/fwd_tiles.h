@@ -52,7 +52,7 @@ struct FwdTilesScratch {
   float* reference;    // [task_rows]: what to add to a scaled score; kNoReference before the first
   float* largest;      // [task_rows]: the score that is the reference, not scaled; -inf before
   float* shift;        // [task_rows]: what to subtract from scores: 0, or `largest` where it is far
-  float* buffer;       // a row of Q, or of bias
+  float* buffer;       // a row of Q
   RowState* state;     // [task_rows]
   Row* rows;           // [task_rows]
   struct BlockState {
@@ -60,7 +60,7 @@ struct FwdTilesScratch {
     bool far;       // a row has a shift
     int sums;       // which
   }* blocks;        // [task_rows / 32]
-  uint8_t* random;  // [kUnitKeys]
+  uint8_t* random;  // [32][kUnitKeys]
   uint8_t* spoilt;  // [tile.keys]: V's rows with inf or NaN
   Staging staging;
 };
@@ -104,11 +104,11 @@ class FwdTilesRunner {
     x.largest = c.take<float>(tile.task_rows);
     x.shift = c.take<float>(tile.task_rows);
     x.staging = carve_staging(c, kTerms, dims.largest_pad());
-    x.buffer = c.take<float>(d + tile.keys + kWidth);
+    x.buffer = c.take<float>(d);
     x.state = c.take<RowState>(tile.task_rows);
     x.rows = c.take<Row>(tile.task_rows);
     x.blocks = c.take<FwdTilesScratch::BlockState>(tile.task_rows / kBlockRows);
-    x.random = c.take<uint8_t>(kUnitKeys + 64);
+    x.random = c.take<uint8_t>(kUnitScores + 64);
     x.spoilt = c.take<uint8_t>(tile.keys);
     return x;
   }
@@ -400,13 +400,9 @@ class FwdTilesRunner {
   // Products become scores.
   void finish_products(const Unit& unit, float* scores) {
     const TileColumns t{0, kUnitKeys, unit.key()};
-    for (int r = 0; r < unit.rows; ++r) {
-      float* s = scores + r * kUnitKeys;
-      if (!fold_scale_)
-        for (int j = 0; j < kUnitKeys; j += kWidth)
-          store(s + j, load(s + j) * ctx_.p.scale_softmax);
-      ctx_.finish_scores(x_.rows[unit.row + r], s, t, x_.buffer);
-    }
+    const float scale = fold_scale_ ? 1.f : ctx_.p.scale_softmax;
+    for (int r = 0; r < unit.rows; ++r)
+      ctx_.finish_scores(x_.rows[unit.row + r], scores + r * kUnitKeys, t, scale);
   }
   void shift_scores(const Unit& unit, float* scores) const {
     for (int r = 0; r < unit.rows; ++r) {
@@ -434,15 +430,15 @@ class FwdTilesRunner {
   }
 
   void drop(const Unit& unit) {
+    ctx_.random_bytes(x_.rows + unit.row, unit.rows, {0, kUnitKeys, unit.key()}, x_.random,
+                      kUnitKeys);
     for (int r = 0; r < unit.rows; ++r) {
-      ctx_.random_bytes(x_.rows[unit.row + r], {0, kUnitKeys, unit.key()}, x_.random);
       uint16_t* weights = weight(unit.weights, r, unit.begin);
-      for (int i = 0; i < kTerms; ++i)
-        for (int j = 0; j < kUnitKeys; j += kWidth) {
-          uint16_t* p = weights + i * 2 * kWeightsTerm + j;
-          const VecI keep = kept(ctx_.dropout, x_.random, j);
-          store_u16(p, load_u16(p) & __builtin_convertvector(keep, VecU16));
-        }
+      const VecU16x2 keep = kept_u16(ctx_.dropout, x_.random + r * kUnitKeys);
+      for (int i = 0; i < kTerms; ++i) {
+        uint16_t* p = weights + i * 2 * kWeightsTerm;
+        store_u16x2(p, load_u16x2(p) & keep);
+      }
     }
   }
 
