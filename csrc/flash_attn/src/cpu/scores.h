@@ -316,11 +316,11 @@ FLASH_INLINE VecI kept(const Dropout& dropout, const uint8_t* bytes, int j) {
 // All bits of those of 2 kWidth 16-bit numbers that dropout keeps.
 FLASH_INLINE VecU16x2 kept_u16(const Dropout& dropout, const uint8_t* bytes) {
   typedef uint8_t Bytes __attribute__((vector_size(2 * kWidth)));
+  typedef int16_t Masks __attribute__((vector_size(4 * kWidth)));
   Bytes b;
   std::memcpy(&b, bytes, sizeof(b));
   const auto keep = b <= static_cast<uint8_t>(dropout.keep_threshold);
-  return reinterpret_cast<VecU16x2>(
-      __builtin_convertvector(keep, decltype(VecU16x2{} <= VecU16x2{})));
+  return reinterpret_cast<VecU16x2>(__builtin_convertvector(keep, Masks));
 }
 
 FLASH_INLINE float sink_logit(const ScoreParams& p, int head) {
