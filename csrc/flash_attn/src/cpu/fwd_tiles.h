@@ -33,6 +33,7 @@
 
 namespace flash::cpu::FLASH_ATTN_ISA {
 
+inline constexpr int kRandomRow = kUnitKeys + 32;  // bytes; random_row_bytes writes too many
 inline constexpr float kMaxFused = 1024.f;  // of references subtracted by the FMA that scales
 
 // Head dims in tiles of 32, known to the compiler; AnyDims: not.
@@ -60,7 +61,7 @@ struct FwdTilesScratch {
     bool far;       // a row has a shift
     int sums;       // which
   }* blocks;        // [task_rows / 32]
-  uint8_t* random;  // [32][kUnitKeys]
+  uint8_t* random;  // [32][kRandomRow]
   uint8_t* spoilt;  // [tile.keys]: V's rows with inf or NaN
   Staging staging;
 };
@@ -108,7 +109,7 @@ class FwdTilesRunner {
     x.state = c.take<RowState>(tile.task_rows);
     x.rows = c.take<Row>(tile.task_rows);
     x.blocks = c.take<FwdTilesScratch::BlockState>(tile.task_rows / kBlockRows);
-    x.random = c.take<uint8_t>(kUnitScores + 64);
+    x.random = c.take<uint8_t>(kBlockRows * kRandomRow);
     x.spoilt = c.take<uint8_t>(tile.keys);
     return x;
   }
@@ -241,13 +242,16 @@ class FwdTilesRunner {
     }
   }
 
-  bool is_plain(const Unit& unit) const {
-    return fold_scale_ && all_see(x_.rows[unit.row], x_.rows[unit.row + unit.rows - 1], unit.key(),
-                                  unit.key() + kUnitKeys);
+  bool sees_all(const Unit& unit) const {
+    return all_see(x_.rows[unit.row], x_.rows[unit.row + unit.rows - 1], unit.key(),
+                   unit.key() + kUnitKeys);
   }
+  bool is_plain(const Unit& unit) const { return fold_scale_ && sees_all(unit); }
 
   void advance(const Unit& unit) {
     const Unit done = weighed_;
+    if (unit.rows > 0 && ctx_.modifiers)
+      ctx_.prefetch_bias(x_.rows + unit.row, unit.rows, {0, kUnitKeys, unit.key()});
     if (done.rows > 0) prepare(done);
     const Piece piece = multiplied_;
     const int pairs = next_pairs(done);
@@ -399,10 +403,14 @@ class FwdTilesRunner {
 
   // Products become scores.
   void finish_products(const Unit& unit, float* scores) {
+    const Row* rows = x_.rows + unit.row;
+    if (!fold_scale_)
+      modify_rows<kUnitKeys>(ctx_.p, ctx_.map, rows, unit.rows, scores, kUnitKeys, unit.key(),
+                             ctx_.p.scale_softmax);
+    if (sees_all(unit)) return;
     const TileColumns t{0, kUnitKeys, unit.key()};
-    const float scale = fold_scale_ ? 1.f : ctx_.p.scale_softmax;
     for (int r = 0; r < unit.rows; ++r)
-      ctx_.finish_scores(x_.rows[unit.row + r], scores + r * kUnitKeys, t, scale);
+      fill_invisible(scores + r * kUnitKeys, t, visible(rows[r], t), -kInf);
   }
   void shift_scores(const Unit& unit, float* scores) const {
     for (int r = 0; r < unit.rows; ++r) {
@@ -431,10 +439,10 @@ class FwdTilesRunner {
 
   void drop(const Unit& unit) {
     ctx_.random_bytes(x_.rows + unit.row, unit.rows, {0, kUnitKeys, unit.key()}, x_.random,
-                      kUnitKeys);
+                      kRandomRow);
     for (int r = 0; r < unit.rows; ++r) {
       uint16_t* weights = weight(unit.weights, r, unit.begin);
-      const VecU16x2 keep = kept_u16(ctx_.dropout, x_.random + r * kUnitKeys);
+      const VecU16x2 keep = kept_u16(ctx_.dropout, x_.random + r * kRandomRow);
       for (int i = 0; i < kTerms; ++i) {
         uint16_t* p = weights + i * 2 * kWeightsTerm;
         store_u16x2(p, load_u16x2(p) & keep);
