@@ -28,12 +28,15 @@
 // the task it falls into.
 #pragma once
 
+#include <type_traits>
+
 #include "cpu/decode.h"
 #include "cpu/fwd_weights.h"
 
 namespace flash::cpu::FLASH_ATTN_ISA {
 
-inline constexpr int kRandomRow = kUnitKeys + 32;  // bytes; random_row_bytes writes too many
+inline constexpr int kRandomKeys = 2 * kUnitKeys;    // whose random bytes are made at once
+inline constexpr int kRandomRow = kRandomKeys + 32;  // random_row_bytes may write more
 inline constexpr float kMaxFused = 1024.f;  // of references subtracted by the FMA that scales
 
 // Head dims in tiles of 32, known to the compiler; AnyDims: not.
@@ -255,17 +258,18 @@ class FwdTilesRunner {
     bool exceeds = false;
     const auto go = [&](auto modifier, float factor) {
       RowWeigher<Terms, decltype(modifier)> rows(weight_rows(done, done.scores, factor), modifier);
-      step(unit, pairs, rows);
-      exceeds = rows.exceeds();
+      // Of the modifiers' loops only those of the usual head dims are worth their code.
+      constexpr bool kFixed = std::is_same_v<decltype(modifier), NoModifier> || Dims::kD <= 4;
+      if (kFixed && fits_fixed(unit, done, pairs))
+        exceeds = step_fixed(unit, pairs, rows);
+      else
+        exceeds = step(unit, pairs, rows);
     };
     if (ctx_.modifiers && done.rows > 0 && modifies_exponents(done)) {
       with_modifier(done, go);
     } else {
       if (done.rows > 0) prepare(done);
-      if (fits_fixed(unit, done, pairs))
-        exceeds = step_fixed(unit, pairs, weight_rows(done, done.scores, factor_));
-      else
-        go(NoModifier{}, factor_);
+      go(NoModifier{}, factor_);
     }
     if (pairs > 0 && piece.pairs == 0 && !v_finite_) add_spoilt_values(piece);
     multiplied_.pairs = pairs;
@@ -329,9 +333,9 @@ class FwdTilesRunner {
             .factor = factor};
   }
 
-  // A step of any shape.
+  // A step of any shape. True if weights exceed.
   template <class Rows>
-  void step(const Unit& unit, int pairs, Rows& rows) {
+  bool step(const Unit& unit, int pairs, Rows& rows) {
     TileProduct s{}, o{};
     const int m_tiles = row_tiles(unit.rows), o_m_tiles = row_tiles(multiplied_.rows);
     const int n_begin = 2 * multiplied_.pairs, n_end = 2 * pairs;
@@ -349,12 +353,12 @@ class FwdTilesRunner {
     if (n_begin < n_end) multiply<Tile, Terms>(o, o_m_tiles, n_begin, n_end, between);
     rows = between.rows();
     rows.finish();
+    return rows.exceeds();
   }
 
   // The same of whole blocks and pieces; the compiler knows all but the addresses.
-  // True if weights exceed.
-  FLASH_INLINE bool step_fixed(const Unit& unit, int pairs, const WeightRows& at) {
-    RowWeigher<Terms> rows(at);
+  template <class Rows>
+  FLASH_INLINE bool step_fixed(const Unit& unit, int pairs, Rows& rows) {
     if constexpr (Dims::kD > 0) {
       constexpr int kBesideScores = kBlockRows * Dims::kD / (Dims::kD + kPairs * kPieceUnits);
       constexpr int kBesideValues = (kBlockRows - kBesideScores) / kPairs;
@@ -469,11 +473,16 @@ class FwdTilesRunner {
   }
 
   void drop(const Unit& unit) {
-    ctx_.random_bytes(x_.rows + unit.row, unit.rows, {0, kUnitKeys, unit.key()}, x_.random,
-                      kRandomRow);
+    const int first_key = unit.key() / kRandomKeys * kRandomKeys;
+    if (random_row_ != unit.row || random_key_ != first_key)
+      ctx_.random_bytes(x_.rows + unit.row, unit.rows, {0, kRandomKeys, first_key}, x_.random,
+                        kRandomRow);
+    random_row_ = unit.row;
+    random_key_ = first_key;
     for (int r = 0; r < unit.rows; ++r) {
       uint16_t* weights = weight(unit.weights, r, unit.begin);
-      const VecU16x2 keep = kept_u16(ctx_.dropout, x_.random + r * kRandomRow);
+      const VecU16x2 keep =
+          kept_u16(ctx_.dropout, x_.random + r * kRandomRow + unit.key() % kRandomKeys);
       for (int i = 0; i < kTerms; ++i) {
         uint16_t* p = weights + i * 2 * kWeightsTerm;
         store_u16x2(p, load_u16x2(p) & keep);
@@ -580,10 +589,11 @@ class FwdTilesRunner {
   const double natural_;   // from those to scores
   const Packed q_, k_, v_, weights_;
   bool v_finite_ = true;
-  Unit weighed_;          // whose P comes next
-  Piece multiplied_;      // whose product with V is not complete
-  bool exceeds_ = false;  // the piece that is being made holds too large weights
-  int slot_ = 0;          // of packed_p, of that piece
+  Unit weighed_;                           // whose P comes next
+  Piece multiplied_;                       // whose product with V is not complete
+  bool exceeds_ = false;                   // the piece that is being made holds too large weights
+  int slot_ = 0;                           // of packed_p, of that piece
+  int random_row_ = -1, random_key_ = -1;  // of the block and keys whose random bytes there are
 };
 
 }  // namespace flash::cpu::FLASH_ATTN_ISA
