@@ -163,7 +163,7 @@ class FwdTilesRunner {
   void stage_rotated(int r) {
     float* q = x_.buffer;
     read_query(ctx_.p, ctx_.seq, ctx_.map, task_.row_begin + r, q, ctx_.d_pad);
-    split_row<kTerms>(x_.staging.rows, int64_t{kTileDepth} * x_.staging.ld, q, ctx_.d_pad);
+    stage_floats<kTerms>(x_.staging, 0, q, ctx_.d_pad);
   }
 
   void pack_kv(int key, int keys) {
