@@ -53,6 +53,11 @@ inline int64_t dsoftmax_offset(const Flash_bwd_params& p, const Sequence& seq, i
   return seq.batch * p.dsoftmax_batch_stride + head * p.dsoftmax_head_stride + first;
 }
 
+// Into L2.
+inline void prefetch_row(const char* row, Dtype t, int64_t d) {
+  for (int64_t i = 0; i < d * dtype_bytes(t); i += 64) __builtin_prefetch(row + i, 0, 2);
+}
+
 struct BwdContext : TaskContext<Flash_bwd_params> {
   // score_scale: scores / products.
   BwdContext(const Flash_bwd_params& params, const BwdHead& head, int chunk, const BwdTile& tile,
@@ -81,13 +86,18 @@ struct BwdContext : TaskContext<Flash_bwd_params> {
   void wait_for_turn(const RowBlock& block) const {
     wait_for(dq.turns + block.index, chunk - block.chunks.begin);
   }
-  // So has this one. After the last dq is complete.
-  void end_turn(const RowBlock& block) const {
+  // So has this one. After the last dq is complete; sums(row) is a row of it.
+  template <class Sums>
+  void end_turn(const RowBlock& block, Sums sums) const {
     if (chunk == block.chunks.end - 1) {
       for (int row = block.row0; row < block.row0 + block.rows; ++row)
-        write_row(p.dtype, map.tensor_row(p.dq, row), dq_row(row), d, p.scale_softmax);
+        write_row(p.dtype, map.tensor_row(p.dq, row), sums(row), d, p.scale_softmax);
     }
     __atomic_store_n(dq.turns + block.index, chunk - block.chunks.begin + 1, __ATOMIC_RELEASE);
+  }
+
+  void end_turn(const RowBlock& block) const {
+    end_turn(block, [this](int row) { return dq_row(row); });
   }
 
   // Row `j` of the chunk in dk or dv.

@@ -18,24 +18,42 @@ struct DqSlots {
   DqSlot of(int slot) const { return {sums + slot * slot_size, turns + slot * row_blocks}; }
 };
 
+inline constexpr int kPrefetchedRows = 16;
+
+// a . b, of d elements.
+template <Dtype T>
+inline float dot(const void* a, const void* b, int d) {
+  Vec sum[2] = {};
+  int i = 0;
+  for (; i + 2 * kWidth <= d; i += 2 * kWidth)
+    for (int j = 0; j < 2; ++j)
+      sum[j] =
+          fma(load_as_float<T>(a, i + j * kWidth), load_as_float<T>(b, i + j * kWidth), sum[j]);
+  for (; i + kWidth <= d; i += kWidth)
+    sum[0] = fma(load_as_float<T>(a, i), load_as_float<T>(b, i), sum[0]);
+  if (i < d) sum[1] = fma(load_tail<T>(a, i, d - i), load_tail<T>(b, i, d - i), sum[1]);
+  return reduce_add(sum[0] + sum[1]);
+}
+
 // softmax_d = rowsum(dO * O) - dlse of a block of rows; dq of blocks that see no key is 0. True if
 // any row is far.
 inline bool prepare_rows(const Flash_bwd_params& p, const Sequence& seq, int head_k, int row0,
-                         const BwdTile& tile, float* buffer) {
+                         const BwdTile& tile) {
   const RowMap map(p, seq, head_k);
   const int end = map.rows() - row0 < tile.rows ? map.rows() : row0 + tile.rows;
   const KeyRange seen = map.keys(row0, end - 1);
-  const HeadDims dims(p);
-  const int dv = dims.d_v, dv_pad = dims.d_v_pad;
   bool far = false;
   for (int row = row0; row < end; ++row) {
     far |= is_far(p.softmax_lse[map.lse_index(row)]);
-    read_row(p.dtype, buffer, map.tensor_row(p.o, row), dv, dv_pad);
-    read_row(p.dtype, buffer + dv_pad, map.tensor_row(p.dout, row), dv, dv_pad);
-    Vec sum = zero();
-    for (int i = 0; i < dv_pad; i += kWidth)
-      sum = fma(load(buffer + i), load(buffer + dv_pad + i), sum);
-    float delta = reduce_add(sum);
+    float delta = 0.f;
+    if (row + kPrefetchedRows < end) {
+      prefetch_row(map.tensor_row(p.o, row + kPrefetchedRows), p.dtype, p.d_v);
+      prefetch_row(map.tensor_row(p.dout, row + kPrefetchedRows), p.dtype, p.d_v);
+    }
+    with_dtype(p.dtype, [&]<Dtype T>() {
+      delta =
+          dot<T>(map.tensor_row(p.o, row), map.tensor_row(p.dout, row), static_cast<int>(p.d_v));
+    });
     const int64_t head = map.head(row), query = map.query(row);
     if (p.dlse)
       delta -= p.dlse[seq.batch * p.dlse_batch_stride + head * p.dlse_head_stride +
@@ -93,17 +111,14 @@ inline bool prepare_bwd(const Flash_bwd_params& p, const BwdPlan& plan, const Bw
                         int threads) {
   zero_softmax_d(p);
   if (p.dbias.ptr) zero_dbias(p.dbias);
-  const int64_t buffer_size = 2 * HeadDims(p).d_v_pad;
-  Scratch scratch(threads * buffer_size * sizeof(float));
   const int64_t blocks = (plan.max_rows + tile.rows - 1) / tile.rows;
   bool any_far = false;
-  parallel_for(p.b * p.h_k * blocks, threads, [&](int64_t i, int thread) {
+  parallel_for(p.b * p.h_k * blocks, threads, [&](int64_t i, int) {
     const int head = static_cast<int>(i / blocks);
     const Sequence seq = sequence(p, static_cast<int>(head / p.h_k));
     const int row0 = static_cast<int>(i % blocks) * tile.rows;
     if (row0 >= seq.seqlen_q * (p.h / p.h_k)) return;
-    if (prepare_rows(p, seq, static_cast<int>(head % p.h_k), row0, tile,
-                     reinterpret_cast<float*>(scratch.data()) + thread * buffer_size))
+    if (prepare_rows(p, seq, static_cast<int>(head % p.h_k), row0, tile))
       __atomic_store_n(&any_far, true, __ATOMIC_RELAXED);
   });
   return any_far;

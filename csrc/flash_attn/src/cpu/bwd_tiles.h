@@ -1,40 +1,44 @@
 // Backward attention in products of bf16 pairs: tile registers (AMX), or vectors (AVX-512-BF16).
 // The tasks of bwd_run.h, as bwd.h does them in FMAs.
 //
-// For a block of rows and a block of the chunk's keys, both up to 256 with one term:
+// For a block of rows and a block of the chunk's keys, both up to 256 with one term, and each 32
+// keys of it:
 //
-//   S = Q K^T, dP = dO V^T    units of 32 rows x 64 keys in L1; P and dS of one unit are made while
-//                             the tile unit computes the next
+//   S = Q K^T, dP = dO V^T    units of 32 rows in L1; P and dS of one unit are made while the tile
+//                             unit computes the next (bwd_weights.h)
 //   dV^T += dO^T P            sums over the rows: P and dS as pairs of rows
 //   dK^T += Q^T dS
+//
+// and then, for all of them:
+//
 //   dQ   += dS K              sums over the keys: dS as it lies
 //
-// dK and dV are transposed until the chunk is complete: P and dS then need no transposition.
+// dK and dV are transposed until the chunk is complete: P and dS then need no transposition. Sums
+// lie in groups of 2 x 2 tiles, each in tile registers for up to 256 rows or keys while the next
+// comes into L1.
 //
 // softmax_scale enters after the products: Q is packed as it is, since a scaled bf16 number is not
-// one. P is made of score_scale times a product (weigh_plain), or of a score that has been
-// multiplied before its modifiers (softmax_bwd_step); dK and dQ are multiplied as they are written.
-// (bwd.h scales Q.)
+// one. P is made of score_scale times a product, or of a score that has been multiplied before its
+// modifiers (softmax_bwd_step); dK and dQ are multiplied as they are written. (bwd.h scales Q.)
 #pragma once
 
-#include "cpu/bwd_context.h"
-#include "cpu/tile_units.h"
+#include "cpu/bwd_weights.h"
 
 namespace flash::cpu::FLASH_ATTN_ISA {
 
-inline constexpr int kBwdBlockKeys = 256;
-
 struct BwdTilesScratch {
-  uint32_t *q, *dout;                 // [tile.rows] x [d], [dv]: A of S and dP
-  uint32_t *q_t, *dout_t;             // their transposes: A of dK^T and dV^T
-  uint32_t *k_t, *v_t, *k;            // the chunk: B of S, dP and dQ
-  uint32_t *p_pairs, *ds_pairs, *ds;  // [tile.rows] x [kBwdBlockKeys]
-  float *dk, *dv;                     // [d], [dv] x [keys], fp32 tiles
-  float* units;                       // two of S and dP, [32][kUnitKeys] each
-  float *lse, *delta;                 // [tile.rows]: what to add to exponents, to take from dP
-  Row* rows;                          // [tile.rows]
-  ScoreScratch row;                   // of kUnitKeys
-  uint8_t* random;                    // of kUnitKeys
+  uint32_t *q, *dout;      // [tile.rows] x [d], [dv]: A of S and dP
+  uint32_t *q_t, *dout_t;  // their transposes: A of dK^T and dV^T
+  uint32_t *k_t, *v_t;     // the chunk: B of S and dP
+  uint32_t* k;             // B of dQ, block by block
+  uint32_t* pairs;         // P, then dS, [tile.rows] x [kBwdUnitKeys]: B of dV^T and dK^T
+  uint32_t* ds;            // [tile.rows] x [kBwdBlockKeys]: A of dQ
+  float *dk, *dv;          // [keys / 32][d / 16], [dv / 16][2] tiles
+  float* units;            // two of S and dP, [32][kBwdUnitKeys] each
+  float* lse;              // [tile.rows]: what to add to exponents; behind it what to take from dP
+  Row* rows;               // [tile.rows]
+  ScoreScratch row;        // of kBwdUnitKeys
+  uint8_t* random;         // of kBwdUnitKeys and 32 more
   uint8_t *spoilt_q, *spoilt_dout, *spoilt_k;
   Staging staging;
 };
@@ -45,13 +49,13 @@ class BwdTilesRunner {
   using Scratch = BwdTilesScratch;
   using Inputs = typename Terms::Inputs;
   static constexpr int kTerms = Terms::kTerms;
-  static constexpr int kRows = 256 / kTerms / kBlockRows * kBlockRows;
+  static constexpr int kRows = bwd_block_rows(kTerms);
 
   static BwdTile tile(const Flash_bwd_params& p) {
     const HeadDims dims(p);
     const int d = dims.d_pad, dv = dims.d_v_pad;
-    const int keys = (1 << 20) / (2 * kTerms * (2 * d + dv) + 4 * (d + dv)) / kUnitKeys * kUnitKeys;
-    return {kRows, keys < kUnitKeys ? kUnitKeys : keys > 512 ? 512 : keys};
+    const int keys = (1 << 20) / (2 * kTerms * (2 * d + dv) + 4 * (d + dv)) / 64 * 64;
+    return {kRows, keys < 64 ? 64 : keys > 512 ? 512 : keys};
   }
 
   static Scratch carve(Carver& c, const Flash_bwd_params& p, const BwdTile& tile) {
@@ -67,19 +71,17 @@ class BwdTilesRunner {
     x.dout_t = grid(kRows, dv);
     x.k_t = grid(tile.keys, d);
     x.v_t = grid(tile.keys, dv);
-    x.k = grid(tile.keys, d);
-    x.p_pairs = grid(kRows, kBwdBlockKeys);
-    x.ds_pairs = grid(kRows, kBwdBlockKeys);
+    x.k = grid(round_up(tile.keys, kBwdBlockKeys), d);
+    x.pairs = grid(kRows, 2 * kBwdUnitKeys);
     x.ds = grid(kRows, kBwdBlockKeys);
     x.dk = c.take<float>(tile.keys * d);
     x.dv = c.take<float>(tile.keys * dv);
-    x.units = c.take<float>(4 * kBlockRows * kUnitKeys);
-    x.lse = c.take<float>(kRows);
-    x.delta = c.take<float>(kRows);
+    x.units = c.take<float>(4 * kUnitFloats);
+    x.lse = c.take<float>(2 * kRows);
     x.staging = carve_staging(c, kTerms, dims.largest_pad());
-    x.row.cap_slope = c.take<float>(kUnitKeys);
+    x.row.cap_slope = c.take<float>(kBwdUnitKeys);
     x.rows = c.take<Row>(kRows);
-    x.random = c.take<uint8_t>(kUnitKeys + 64);
+    x.random = c.take<uint8_t>(kBwdUnitKeys + 64);
     x.row.random = x.random;
     x.spoilt_q = c.take<uint8_t>(kRows);
     x.spoilt_dout = c.take<uint8_t>(kRows);
@@ -96,11 +98,7 @@ class BwdTilesRunner {
         q_t_(packed_grid(x.q_t, ctx_.d_pad, kRows)),
         dout_t_(packed_grid(x.dout_t, ctx_.d_v_pad, kRows)),
         k_t_(packed_grid(x.k_t, tile.keys, ctx_.d_pad)),
-        v_t_(packed_grid(x.v_t, tile.keys, ctx_.d_v_pad)),
-        k_(packed_grid(x.k, ctx_.d_pad, tile.keys)),
-        p_pairs_(packed_grid(x.p_pairs, kBwdBlockKeys, kRows)),
-        ds_pairs_(packed_grid(x.ds_pairs, kBwdBlockKeys, kRows)),
-        ds_(packed_grid(x.ds, kRows, kBwdBlockKeys)) {}
+        v_t_(packed_grid(x.v_t, tile.keys, ctx_.d_v_pad)) {}
 
   void run() {
     Tile::configure();
@@ -119,26 +117,39 @@ class BwdTilesRunner {
     pack_chunk();
     for (int r = 0; r < block.rows; ++r) x_.rows[r] = ctx_.map.row(block.row0 + r);
     pack_block(ctx_.p.q, block, ctx_.d, q_, q_t_, x_.spoilt_q);
-    for (int first = 0; first < ctx_.keys; first += kBwdBlockKeys) {
-      find_columns(block, first);
-      for_units(block.rows, [&](const Unit& unit) {
-        const TileProduct s = unit_product(unit, q_, k_t_, unit.s);
-        multiply<Tile, Inputs>(s, row_tiles(unit.rows), 0, (unit.end - unit.begin) / kTileSide);
-        for (int r = unit.sub * kBlockRows; r < unit.sub * kBlockRows + unit.rows; ++r)
-          ctx_.add_row(x_.rows[r], unit.s + (r % kBlockRows) * kUnitKeys, columns(unit), states[r]);
-      });
+    for (int key = 0; key < ctx_.keys; key += kBwdUnitKeys) {
+      if (key % kBwdBlockKeys == 0) find_columns(block, key);
+      const KeyRange seeing = subs_that_see(block, key % kBwdBlockKeys);
+      for (int sub = seeing.begin; sub < seeing.end; ++sub) {
+        const Unit unit = make_unit(block, sub, key);
+        Nothing nothing;
+        multiply_scores(unit, q_, k_t_, unit.s, nothing);
+        for (int r = 0; r < unit.rows; ++r)
+          ctx_.add_row(unit.row[r], unit.s + r * kBwdUnitKeys, {0, kBwdUnitKeys, unit.first_key},
+                       states[sub * kBlockRows + r]);
+      }
     }
     Tile::release();
   }
 
  private:
-  // Rows [32 sub, 32 sub + rows) of the block over the columns [begin, end) of the block of keys.
-  struct Unit {
-    int sub, rows;
-    int begin, end;
-    float *s, *dp;  // [32][kUnitKeys]
-    bool plain;     // 32 rows, none far, all see every column, and the products are the scores
+  using Unit = BwdUnit<kTerms>;
+  using Output = WeightsOutput<kTerms>;
+  static constexpr int kDepth = kRows / kTileDepth;              // of dV^T and dK^T
+  static constexpr int kKeyDepth = kBwdBlockKeys / kTileDepth;   // of dQ
+  static constexpr int kUnitFloats = kBlockRows * kBwdUnitKeys;  // of S
+  static constexpr int kGroup = 4 * kTileWords;                  // 2 x 2 tiles of a sum
+
+  struct Nothing {
+    using StreamsA = void;
+    FLASH_INLINE void operator()() const {}
   };
+  // Calls of between() for each tile along a sum.
+  static constexpr int kCalls = requires(const TileProduct& x, Nothing& f) {
+    Tile::template multiply_block<Terms, 2>(x, 0, 0, f);
+  } ? 1 : 4;
+  static constexpr int kGroupCalls = 4 * Terms::kProducts * kDepth;
+  static constexpr int kGroupLines = kGroupCalls < 64 ? 64 / kGroupCalls : 1;
 
   void pack_chunk() {
     const Flash_bwd_params& p = ctx_.p;
@@ -153,9 +164,15 @@ class BwdTilesRunner {
       pack_key_columns<kTerms>(k_t_, i, x_.staging);
       std::memset(x_.spoilt_k + i, 0, kTileDepth);
       if (!finite) stage_rows<kTerms>(x_.staging, k_group, k_rows, x_.spoilt_k + i);
-      pack_pairs<kTerms>(k_, i / kTileDepth, ctx_.d_pad, x_.staging);
+      pack_pairs<kTerms, kHalf>(k_block(i), i % kBwdBlockKeys / kTileDepth, ctx_.d_pad, x_.staging);
       k_finite_ &= finite;
     }
+  }
+  // K of the block of keys that holds key i of the chunk, as B of dQ.
+  Packed k_block(int i) const {
+    const int64_t words = packed_words(kBwdBlockKeys, ctx_.d_pad, 1);
+    const int blocks = round_up(ctx_.tile.keys, kBwdBlockKeys) / kBwdBlockKeys;
+    return {x_.k + i / kBwdBlockKeys * words, blocks * words, kKeyDepth};
   }
 
   // A tensor of rows as A, and its transpose. True if all is finite.
@@ -171,7 +188,8 @@ class BwdTilesRunner {
       for (int r = 0; r < kTileDepth; ++r) copy_staged_row<kTerms>(natural, i + r, x_.staging, r);
       std::memset(spoilt + i, 0, kTileDepth);
       if (!finite) stage_rows<kTerms>(x_.staging, group, row, spoilt + i);
-      pack_transpose<kTerms>(transposed, i / kTileDepth, round_up(d, kTileDepth), x_.staging);
+      pack_transpose<kTerms, kHalf>(transposed, i / kTileDepth, round_up(d, kTileDepth),
+                                    x_.staging);
       all_finite &= finite;
     }
     return all_finite;
@@ -182,33 +200,52 @@ class BwdTilesRunner {
     bool waiting = true;
     for (int first = 0; first < ctx_.keys; first += kBwdBlockKeys) {
       find_columns(block, first);
-      weigh_block(block);
-      accumulate_transposed(block, first);
+      for (int column = 0; column < block_keys(first); column += kBwdUnitKeys) {
+        prefetch_rows(block.index - 1, first + column);
+        attend_column(block, first + column, subs_that_see(block, column));
+      }
       if (waiting) take_turn(block);
       waiting = false;
       add_dq_block(block, first);
     }
-    ctx_.end_turn(block);
+    ctx_.end_turn(block, [&](int row) { return dq_row(block, row - block.row0); });
   }
 
+  // The part of the rows of block `index` that comes into L2 while 32 keys of the chunk are
+  // attended to.
+  void prefetch_rows(int index, int key) const {
+    if (index < 0) return;
+    const int columns = (ctx_.keys + kBwdUnitKeys - 1) / kBwdUnitKeys;
+    const int each = (kRows + columns - 1) / columns;
+    const int first = index * kRows + key / kBwdUnitKeys * each, end = (index + 1) * kRows;
+    for (int row = first; row < first + each && row < end; ++row) {
+      prefetch_row(ctx_.map.tensor_row(ctx_.p.q, row), ctx_.p.dtype, ctx_.d);
+      prefetch_row(ctx_.map.tensor_row(ctx_.p.dout, row), ctx_.p.dtype, ctx_.d_v);
+    }
+  }
   void load_rows(const RowBlock& block) {
     any_far_ = false;
     for (int r = 0; r < block.rows; ++r) {
       x_.rows[r] = ctx_.map.row(block.row0 + r);
-      const float lse = ctx_.lse(block.row0 + r);
+      const float lse = ctx_.lse(block.row0 + r), delta = ctx_.delta(x_.rows[r]);
       any_far_ |= is_far(lse);
-      x_.lse[r] = -lse * kLog2e;
-      x_.delta[r] = ctx_.delta(x_.rows[r]);
+      x_.lse[r] = plain_nan(-lse * kLog2e);
+      x_.lse[kRows + r] = plain_nan(delta);
     }
-    pack_block(ctx_.p.q, block, ctx_.d, q_, q_t_, x_.spoilt_q);
-    pack_block(ctx_.p.dout, block, ctx_.d_v, dout_, dout_t_, x_.spoilt_dout);
+    for (int r = block.rows; r < round_up(block.rows, kBlockRows); ++r) {
+      x_.rows[r] = Row{};
+      x_.lse[r] = -kInf;
+      x_.lse[kRows + r] = 0.f;
+    }
+    finite_ = pack_block(ctx_.p.q, block, ctx_.d, q_, q_t_, x_.spoilt_q);
+    finite_ &= pack_block(ctx_.p.dout, block, ctx_.d_v, dout_, dout_t_, x_.spoilt_dout);
   }
 
   void take_turn(const RowBlock& block) {
     ctx_.wait_for_turn(block);
     if (ctx_.is_first(block))
       std::memset(ctx_.dq_row(block.row0), 0,
-                  sizeof(float) * row_tiles(block.rows) * kTileSide * ctx_.d_pad);
+                  sizeof(float) * round_up(block.rows, kBlockRows) * ctx_.d_pad);
   }
 
   static int subs(int rows) { return (rows + kBlockRows - 1) / kBlockRows; }
@@ -227,256 +264,256 @@ class BwdTilesRunner {
       columns_[sub] = ctx_.map.columns(block.row0 + sub * kBlockRows, sub_rows(block.rows, sub),
                                        ctx_.key + first, block_keys(first));
   }
-
-  // f(unit) for what the block's rows see of the keys; buffers for two units in turns.
-  template <class F>
-  void for_units(int rows, F f) const {
-    int index = 0;
-    for (int sub = 0; sub < subs(rows); ++sub) {
-      const TileColumns& t = columns_[sub];
-      for (int begin = t.begin, end; begin < t.end; begin = end) {
-        end = (begin / kUnitKeys + 1) * kUnitKeys;
-        end = end < t.end ? end : t.end;
-        float* s = x_.units + index++ % 2 * 2 * kBlockRows * kUnitKeys;
-        Unit unit{sub, sub_rows(rows, sub), begin, end, s, s + kBlockRows * kUnitKeys, false};
-        unit.plain = is_plain(unit);
-        f(unit);
-      }
-    }
-  }
-  // Of the block of keys.
-  TileColumns columns(const Unit& unit) const {
-    return {0, unit.end - unit.begin, columns_[unit.sub].first_key + unit.begin};
+  // Those [begin, end) that see any of 32 keys of it.
+  KeyRange subs_that_see(const RowBlock& block, int column) const {
+    const auto sees = [&](int sub) {
+      return columns_[sub].begin <= column && column < columns_[sub].end;
+    };
+    int begin = 0, end = subs(block.rows);
+    while (begin < end && !sees(begin)) ++begin;
+    while (end > begin && !sees(end - 1)) --end;
+    return {begin, end};
   }
 
-  // P and dS of the block.
-  void weigh_block(const RowBlock& block) {
-    Unit done{};
-    for_units(block.rows, [&](const Unit& unit) {
-      score(unit, done, block.row0);
+  Unit make_unit(const RowBlock& block, int sub, int key) const {
+    Unit unit{};
+    unit.row0 = block.row0 + sub * kBlockRows;
+    unit.rows = sub_rows(block.rows, sub);
+    unit.sub = sub;
+    unit.key = key;
+    unit.first_key = ctx_.key + key;
+    unit.s = x_.units + sub % 2 * 2 * kUnitFloats;
+    unit.lse = x_.lse + sub * kBlockRows;
+    unit.row = x_.rows + sub * kBlockRows;
+    const int column = key % kBwdBlockKeys / kTileDepth;
+    unit.out = {x_.pairs + sub * kTileWords,
+                x_.ds + 2 * sub * Output::kDsRows + column * kTileWords};
+    if (ctx_.modifiers || ctx_.dropout.enabled || any_far_)
+      unit.weighing = Weighing::kModified;
+    else if (all_see(unit.row[0], unit.row[unit.rows - 1], unit.first_key,
+                     unit.first_key + kBwdUnitKeys))
+      unit.weighing = Weighing::kPlain;
+    else
+      unit.weighing = Weighing::kMasked;
+    return unit;
+  }
+
+  // P and dS of the block for 32 keys of the chunk, and what they add to dV and dK.
+  void attend_column(const RowBlock& block, int key, const KeyRange& seeing) {
+    if (seeing.begin == seeing.end) return;
+    Unit done = make_unit(block, seeing.begin, key);
+    Nothing nothing;
+    multiply_unit(done, nothing);
+    for (int sub = seeing.begin + 1; sub < seeing.end; ++sub) {
+      const Unit unit = make_unit(block, sub, key);
+      beside_rows(done, unit_calls(),
+                  [&](auto& rows) __attribute__((always_inline)) { multiply_unit(unit, rows); });
       done = unit;
-    });
-    if (done.begin < done.end) weigh_pairs(done, block.row0, 0, kBlockRows / 2);
-  }
-
-  bool is_plain(const Unit& unit) const {
-    if (ctx_.modifiers || ctx_.dropout.enabled || any_far_ || unit.rows < kBlockRows) return false;
-    const Row* rows = x_.rows + unit.sub * kBlockRows;
-    const int first_key = columns_[unit.sub].first_key;
-    return all_see(rows[0], rows[kBlockRows - 1], first_key + unit.begin, first_key + unit.end);
+    }
+    add_dv_and_dk(done, seeing);
+    if (!finite_) add_spoilt_rows(block, key);
   }
 
   // c = a b^T of a unit.
-  TileProduct unit_product(const Unit& unit, Packed a, Packed b, float* c) const {
-    a.data = a.tile(0, unit.sub * 2, 0);
-    b.data = b.tile(0, (columns_[unit.sub].first_key - ctx_.key + unit.begin) / kTileSide, 0);
-    return row_major_product(a, b, c, kUnitKeys);
+  template <class Between>
+  FLASH_INLINE void multiply_scores(const Unit& unit, const Packed& a, const Packed& b, float* c,
+                                    Between& between) const {
+    Packed rows = a, keys = b;
+    rows.data = a.tile(0, unit.sub * 2, 0);
+    keys.data = b.tile(0, unit.key / kTileSide, 0);
+    multiply_tiles<Tile, Inputs, 2>(row_major_product(rows, keys, c, kBwdUnitKeys), 0, 0, between);
+  }
+  // S and dP.
+  template <class Between>
+  FLASH_INLINE void multiply_unit(const Unit& unit, Between& between) const {
+    multiply_scores(unit, q_, k_t_, unit.s, between);
+    multiply_scores(unit, dout_, v_t_, unit.s + kUnitFloats, between);
+  }
+  int unit_calls() const {
+    return 4 * Inputs::kProducts * (ctx_.d_pad + ctx_.d_v_pad) / kTileDepth;
   }
 
-  // S and dP of `unit`, and the rows of `done` between the tile products.
-  void score(const Unit& unit, const Unit& done, int row0) {
-    const int m_tiles = row_tiles(unit.rows), n_tiles = (unit.end - unit.begin) / kTileSide;
-    const TileProduct s = unit_product(unit, q_, k_t_, unit.s),
-                      dp = unit_product(unit, dout_, v_t_, unit.dp);
-    const int steps = multiply_steps<Inputs>(s, m_tiles, 0, n_tiles) +
-                      multiply_steps<Inputs>(dp, m_tiles, 0, n_tiles);
-    const int pairs = done.begin < done.end ? kBlockRows / 2 : 0;
-    const int each = (pairs + steps - 1) / steps;
-    int pair = 0;
-    const auto between = [&, each, pairs] {
-      if (pair == pairs) return;
-      const int end = pair + each < pairs ? pair + each : pairs;
-      weigh_pairs(done, row0, pair, end);
-      pair = end;
-    };
-    multiply<Tile, Inputs>(s, m_tiles, 0, n_tiles, between);
-    multiply<Tile, Inputs>(dp, m_tiles, 0, n_tiles, between);
+  // f(between) with P and dS of a unit spread over the first `calls` calls of between().
+  template <class F>
+  FLASH_INLINE void beside_rows(const Unit& unit, int calls, F f) {
+    const float factor = ctx_.score_scale * kLog2e;
+    if (unit.weighing == Weighing::kPlain) {
+      SpreadRows<Terms, Weighing::kPlain> rows(unit, factor, calls);
+      f(rows);
+    } else if (unit.weighing == Weighing::kMasked) {
+      SpreadRows<Terms, Weighing::kMasked> rows(unit, factor, calls);
+      f(rows);
+    } else {
+      ModifiedRows rows{this, &unit, calls};
+      f(rows);
+    }
   }
-
-  // Where two rows of P and dS go.
-  struct PairOutput {
-    uint32_t *p, *ds_pairs;
-    uint16_t* ds;  // the second row 32 elements on
+  struct ModifiedRows {
+    using StreamsA = void;
+    BwdTilesRunner* runner;
+    const Unit* unit;
+    int calls, due = 0, row = 0;
+    FLASH_INLINE void operator()() {
+      for (due += kHalf; due >= calls && row < kHalf; due -= calls)
+        runner->weigh_modified(*unit, row++);
+    }
   };
-  PairOutput pair_output(const Unit& unit, int pair) const {
-    const uint32_t row = unit.sub * kBlockRows + 2 * pair, column = unit.begin;
-    return {pairs_element(p_pairs_, 0, row, column), pairs_element(ds_pairs_, 0, row, column),
-            reinterpret_cast<uint16_t*>(ds_.tile(0, row / kTileSide, column / kTileDepth) +
-                                        row % kTileSide * 16)};
-  }
-  // 16 columns, from column j on, a multiple of 16.
-  FLASH_INLINE void store_pair(const PairOutput& out, int j, Vec p_even, Vec p_odd, Vec ds_even,
-                               Vec ds_odd) const {
-    constexpr int64_t kColumn = kRows / kTileDepth * kTileWords;
-    split<kTerms, true>(p_even, p_odd, [&](int t, VecU16 even, VecU16 odd) {
-      store_pairs(out.p + t * p_pairs_.term_words + j / kTileSide * kColumn, pairs(even, odd));
-    });
-    split<kTerms, false>(ds_even, ds_odd, [&](int t, VecU16 even, VecU16 odd) {
-      store_pairs(out.ds_pairs + t * ds_pairs_.term_words + j / kTileSide * kColumn,
-                  pairs(even, odd));
-      uint16_t* ds =
-          out.ds + 2 * (t * ds_.term_words + j / kTileDepth * kTileWords) + j % kTileDepth;
-      store_u16(ds, even);
-      store_u16(ds + kTileDepth, odd);
-    });
-  }
 
-  // P and dS of pairs of rows [pair, end) of a unit, packed; rows beyond the last are 0.
-  [[gnu::noinline]] void weigh_pairs(const Unit& unit, int row0, int pair, int end) {
-    for (; pair < end; ++pair) {
-      if (!unit.plain)
-        weigh_modified(unit, row0, pair);
-      else if (unit.end - unit.begin == kUnitKeys)
-        weigh_plain<kUnitKeys>(unit, pair);
-      else
-        weigh_plain<kTileDepth>(unit, pair);
-    }
-  }
-  template <int kColumns>
-  FLASH_INLINE void weigh_plain(const Unit& unit, int pair) const {
-    const float* s = unit.s + 2 * pair * kUnitKeys;
-    const float* dp = unit.dp + 2 * pair * kUnitKeys;
-    const int row = unit.sub * kBlockRows + 2 * pair;
-    const Vec factor = set1(ctx_.score_scale * kLog2e);
-    const Vec lse[2] = {set1(x_.lse[row]), set1(x_.lse[row + 1])};
-    const Vec delta[2] = {set1(x_.delta[row]), set1(x_.delta[row + 1])};
-    const PairOutput out = pair_output(unit, pair);
-#pragma GCC unroll 4
-    for (int j = 0; j < kColumns; j += kWidth) {
-      Vec p[2], ds[2];
-#pragma GCC unroll 2
-      for (int i = 0; i < 2; ++i) {
-        p[i] = exp2_for(Terms{}, fma(load(s + i * kUnitKeys + j), factor, lse[i]));
-        ds[i] = p[i] * (load(dp + i * kUnitKeys + j) - delta[i]);
-      }
-      store_pair(out, j, p[0], p[1], ds[0], ds[1]);
-    }
-  }
-  [[gnu::noinline]] void weigh_modified(const Unit& unit, int row0, int pair) {
-    float* s = unit.s + 2 * pair * kUnitKeys;
-    float* dp = unit.dp + 2 * pair * kUnitKeys;
-    const int columns = unit.end - unit.begin;
-    for (int i = 0; i < 2; ++i) {
-      const int r = 2 * pair + i;
+  // Rows i and i + 16 of a unit; rows beyond the last are 0.
+  [[gnu::noinline]] void weigh_modified(const Unit& unit, int i) {
+    Vec p[2][2], ds[2][2];
+    for (int half = 0; half < 2; ++half) {
+      const int r = i + half * kHalf;
+      float* s = unit.s + r * kBwdUnitKeys;
+      float* dp = s + kUnitFloats;
       if (r < unit.rows) {
-        weigh_row(unit, row0, r, s + i * kUnitKeys, dp + i * kUnitKeys);
-      } else {
-        std::memset(s + i * kUnitKeys, 0, sizeof(float) * columns);
-        std::memset(dp + i * kUnitKeys, 0, sizeof(float) * columns);
+        const TileColumns t{0, kBwdUnitKeys, unit.first_key};
+        if (ctx_.dropout.enabled) ctx_.random_bytes(unit.row[r], t, x_.random);
+        ctx_.template softmax_bwd_step<kTerms == 1>(unit.row0 + r, unit.row[r], s, dp, t, x_.row);
+        const KeyRange seen = visible(unit.row[r], t);
+        fill_invisible(s, t, seen, 0.f);
+        fill_invisible(dp, t, seen, 0.f);
+      }
+      for (int j = 0; j < 2; ++j) {
+        p[half][j] = r < unit.rows ? plain_nan(load(s + j * kHalf)) : zero();
+        ds[half][j] = r < unit.rows ? plain_nan(load(dp + j * kHalf)) : zero();
       }
     }
-    const PairOutput out = pair_output(unit, pair);
-    for (int j = 0; j < columns; j += kWidth)
-      store_pair(out, j, load(s + j), load(s + kUnitKeys + j), load(dp + j),
-                 load(dp + kUnitKeys + j));
+    unit.out.row(i).store(p, ds);
   }
 
-  void weigh_row(const Unit& unit, int row0, int r, float* s, float* dp) {
-    const int block_row = unit.sub * kBlockRows + r;
-    const Row& row = x_.rows[block_row];
-    const TileColumns t = columns(unit);
-    if (ctx_.dropout.enabled) ctx_.random_bytes(row, t, x_.random);
-    ctx_.softmax_bwd_step<kTerms == 1>(row0 + block_row, row, s, dp, t, x_.row);
-    const KeyRange seen = visible(row, t);
-    fill_invisible(s, t, seen, 0.f);
-    fill_invisible(dp, t, seen, 0.f);
+  // dV^T += dO^T P and dK^T += Q^T dS over the rows that see 32 keys, the rows of the last unit
+  // beside the first product.
+  void add_dv_and_dk(const Unit& last, const KeyRange& seeing) {
+    const int column = last.key / kBwdUnitKeys, others = seeing.end - seeing.begin - 1;
+    const Packed p{x_.pairs, Output::kPairsTerm, kDepth};
+    const Packed ds{x_.pairs + Output::ds_pairs(), Output::kPairsTerm, kDepth};
+    float* dv = x_.dv + int64_t{column} * kBwdUnitKeys * ctx_.d_v_pad;
+    float* dk = x_.dk + int64_t{column} * kBwdUnitKeys * ctx_.d_pad;
+    beside_rows(last, others > 0 ? kCalls * others : 1,
+                [&](auto& rows) __attribute__((always_inline)) {
+                  if (others == 0) rows();
+                  add_group(dout_t_, p, 0, seeing, dv, rows);
+                });
+    add_groups(dout_t_, p, 2, ctx_.d_v_pad, seeing, dv, dk);
+    add_groups(q_t_, ds, 0, ctx_.d_pad, seeing, dk, dv + kBwdUnitKeys * ctx_.d_v_pad);
   }
-
-  // The pair that holds an element of P or dS.
-  FLASH_INLINE static uint32_t* pairs_element(const Packed& b, int term, uint32_t row,
-                                              uint32_t column) {
-    uint32_t* tile = b.tile(term, column / kTileSide, row / kTileDepth);
-    return tile + row % kTileDepth / 2 * kTileSide + column % kTileSide;
-  }
-  static float sum_of_terms(const Packed& b, int row, int column) {
-    float sum = 0.f;
-    for (int t = kTerms - 1; t >= 0; --t)
-      sum += load_scalar(pairs_element(b, t, row, column), Dtype::kBFloat16, row % 2);
-    return sum;
-  }
-
-  // dV^T += dO^T P and dK^T += Q^T dS for each 32 keys, over the rows that see them.
-  void accumulate_transposed(const RowBlock& block, int first) {
-    const int n_tiles = ctx_.tile.keys / kTileSide;
-    for (int column = 0; column < block_keys(first); column += kTileDepth) {
-      int begin = 0, end = subs(block.rows);
-      const auto sees = [&](int sub) {
-        return columns_[sub].begin <= column && column < columns_[sub].end;
-      };
-      while (begin < end && !sees(begin)) ++begin;
-      while (end > begin && !sees(end - 1)) --end;
-      if (begin == end) continue;
-      const auto add = [&](const Packed& a, const Packed& b, float* c, int d_pad) {
-        TileProduct x = tiled_product(a, b, c + first / kTileSide * kTileWords, n_tiles);
-        x.k_begin = begin;
-        x.k_end = end;
-        const int n = column / kTileSide;
-        multiply<Tile, Terms>(x, d_pad / kTileSide, n, n + 2);
-      };
-      add(dout_t_, p_pairs_, x_.dv, ctx_.d_v_pad);
-      add(q_t_, ds_pairs_, x_.dk, ctx_.d_pad);
-    }
-    for (int r = 0; r < block.rows; ++r) {
-      const int row = block.row0 + r;
-      if (x_.spoilt_dout[r])
-        add_spoilt_row(r, first, ctx_.map.tensor_row(ctx_.p.dout, row), p_pairs_, x_.dv, ctx_.d_v);
-      if (x_.spoilt_q[r])
-        add_spoilt_row(r, first, ctx_.map.tensor_row(ctx_.p.q, row), ds_pairs_, x_.dk, ctx_.d);
+  // Rows of tiles [m, d / 16) of c += a b; `next` is what follows.
+  void add_groups(const Packed& a, const Packed& b, int m, int d, const KeyRange& k, float* c,
+                  const float* next) const {
+    for (; m < d / kTileSide; m += 2) {
+      float* group = c + m / 2 * kGroup;
+      PrefetchTiles<kGroupLines> prefetch{m + 2 < d / kTileSide ? group + kGroup : next};
+      add_group(a, b, m, k, group, prefetch);
     }
   }
-
-  // What the zeros in place of inf and NaN of a row left out, for keys that it sees; c begins at
-  // the chunk, the block of keys at `first`.
-  void add_spoilt_row(int r, int first, const char* row, const Packed& weights, float* c, int d) {
-    const KeyRange seen = visible(x_.rows[r], columns_[r / kBlockRows]);
-    for (int j = seen.begin; j < seen.end; ++j)
-      for (int i = 0; i < d; i += kTileSide) {
-        const int n = (first + j) / kTileSide, n_tiles = ctx_.tile.keys / kTileSide;
-        float* column = c + (int64_t{i / kTileSide} * n_tiles + n) * kTileWords + j % kTileSide;
-        add_not_finite(column, kTileSide, sum_of_terms(weights, r, j), ctx_.p.dtype,
-                       row + i * dtype_bytes(ctx_.p.dtype), d - i < kTileSide ? d - i : kTileSide);
-      }
+  // Rows of tiles m, m + 1 of a, both columns of b.
+  template <class Between>
+  FLASH_INLINE static void add_group(const Packed& a, const Packed& b, int m, const KeyRange& k,
+                                     float* c, Between& between) {
+    const Packed rows{a.tile(0, m, 0), a.term_words, b.depth_tiles};
+    const TileProduct x{rows, b, k.begin, k.end, c, 2 * kTileWords, kTileWords, kTileSide, true};
+    multiply_tiles<Tile, Terms, 2>(x, 0, 0, between);
   }
 
+  // dQ += dS K of a block of rows and a block of keys.
   void add_dq_block(const RowBlock& block, int first) {
+    const Packed k = k_block(first);
     for (int sub = 0; sub < subs(block.rows); ++sub) {
       const TileColumns& t = columns_[sub];
       if (t.begin == t.end) continue;
-      Packed a = ds_, b = k_;
-      a.data = a.tile(0, sub * 2, 0);
-      b.data = b.tile(0, 0, first / kTileDepth);
+      const Packed ds{x_.ds + 2 * sub * Output::kDsRows, Output::kDsTerm, kKeyDepth};
+      const KeyRange keys{t.begin / kTileDepth, t.end / kTileDepth};
       float* c = ctx_.dq_row(block.row0 + sub * kBlockRows);
-      TileProduct x = row_major_product(a, b, c, ctx_.d_pad);
-      x.k_begin = t.begin / kTileDepth;
-      x.k_end = t.end / kTileDepth;
-      x.add = true;
-      const int rows = sub_rows(block.rows, sub);
-      multiply<Tile, Terms>(x, row_tiles(rows), 0, ctx_.d_pad / kTileSide);
-      if (!k_finite_) add_spoilt_keys(sub, rows, first, c);
+      for (int n = 0; n < ctx_.d_pad / kTileSide; n += 2, c += kGroup) {
+        const Packed columns{k.tile(0, n, 0), k.term_words, kKeyDepth};
+        if (ctx_.d_pad <= 64) {  // K of the block stays in L1
+          PrefetchTiles<kGroupLines, true> prefetch{c + kGroup};
+          add_group(ds, columns, 0, keys, c, prefetch);
+        } else {
+          PrefetchTiles<kGroupLines, false> prefetch{c + kGroup};
+          add_group(ds, columns, 0, keys, c, prefetch);
+        }
+      }
+      if (!k_finite_) add_spoilt_keys(block, sub, first);
     }
   }
 
-  void add_spoilt_keys(int sub, int rows, int first, float* dq) {
+  // Element (i, column) of a group of rows' sums lies at the returned address, 16 columns in a row.
+  static float* group_element(float* sums, int i, int column) {
+    return sums + column / 32 * kGroup + i / kTileSide * 2 * kTileWords +
+           column % 32 / kTileSide * kTileWords + i % kTileSide * kTileSide + column % kTileSide;
+  }
+  // Row r of the block.
+  const float* dq_row(const RowBlock& block, int r) const {
+    float* sums = ctx_.dq_row(block.row0 + r / kBlockRows * kBlockRows);
+    for (int i = 0; i < ctx_.d_pad; i += kTileSide)
+      store(x_.staging.buffer + i, load(group_element(sums, r % kBlockRows, i)));
+    return x_.staging.buffer;
+  }
+
+  // The sum of the terms of a row's element in pairs of rows, or in pairs of keys.
+  static float sum_of_terms(const uint32_t* word, int half, int64_t term_words) {
+    float sum = 0.f;
+    for (int t = kTerms - 1; t >= 0; --t)
+      sum += load_scalar(word + t * term_words, Dtype::kBFloat16, half);
+    return sum;
+  }
+
+  // What the zeros in place of inf and NaN of rows left out, for 32 keys of the chunk.
+  void add_spoilt_rows(const RowBlock& block, int key) {
+    const int column = key / kBwdUnitKeys * kBwdUnitKeys;
+    for (int r = 0; r < block.rows; ++r) {
+      const int row = block.row0 + r;
+      if (x_.spoilt_dout[r])
+        add_spoilt_row(r, key, ctx_.map.tensor_row(ctx_.p.dout, row), x_.pairs,
+                       x_.dv + int64_t{column} * ctx_.d_v_pad, ctx_.d_v);
+      if (x_.spoilt_q[r])
+        add_spoilt_row(r, key, ctx_.map.tensor_row(ctx_.p.q, row), x_.pairs + Output::ds_pairs(),
+                       x_.dk + int64_t{column} * ctx_.d_pad, ctx_.d);
+    }
+  }
+  void add_spoilt_row(int r, int key, const char* row, const uint32_t* weights, float* c, int d) {
+    const KeyRange seen = visible(x_.rows[r], {0, kBwdUnitKeys, ctx_.key + key});
+    const int64_t bytes = dtype_bytes(ctx_.p.dtype);
+    for (int j = seen.begin; j < seen.end; ++j) {
+      const uint32_t* word = weights + j / kTileSide * Output::kPairsColumn +
+                             r / kBlockRows * kTileWords + r % kHalf * kTileSide + j % kTileSide;
+      const float weight = sum_of_terms(word, r % kBlockRows / kHalf, Output::kPairsTerm);
+      for (int i = 0; i < d; i += kTileSide)
+        add_not_finite(c + (i / kTileSide * 2 + j / kTileSide) * kTileWords + j % kTileSide,
+                       kTileSide, weight, ctx_.p.dtype, row + i * bytes,
+                       d - i < kTileSide ? d - i : kTileSide);
+    }
+  }
+
+  void add_spoilt_keys(const RowBlock& block, int sub, int first) {
     const auto k_rows = ctx_.key_rows(ctx_.p.k, ctx_.key);
-    for (int r = 0; r < rows; ++r) {
-      const int row = sub * kBlockRows + r;
-      const KeyRange seen = visible(x_.rows[row], columns_[sub]);
-      for (int j = seen.begin; j < seen.end; ++j)
-        if (x_.spoilt_k[first + j])
-          add_not_finite(dq + int64_t{r} * ctx_.d_pad, 1, sum_of_terms(ds_pairs_, row, j),
-                         ctx_.p.dtype, k_rows(first + j), ctx_.d);
+    const int64_t bytes = dtype_bytes(ctx_.p.dtype);
+    float* dq = ctx_.dq_row(block.row0 + sub * kBlockRows);
+    for (int r = 0; r < sub_rows(block.rows, sub); ++r) {
+      const KeyRange seen = visible(x_.rows[sub * kBlockRows + r], columns_[sub]);
+      for (int j = seen.begin; j < seen.end; ++j) {
+        if (!x_.spoilt_k[first + j]) continue;
+        const uint32_t* word = x_.ds + (2 * sub + r / kHalf) * Output::kDsRows +
+                               j / kTileDepth * kTileWords + r % kHalf * kTileSide + j % kHalf;
+        const float weight = sum_of_terms(word, j % kTileDepth / kHalf, Output::kDsTerm);
+        for (int i = 0; i < ctx_.d; i += kTileSide)
+          add_not_finite(group_element(dq, r, i), 1, weight, ctx_.p.dtype,
+                         k_rows(first + j) + i * bytes,
+                         ctx_.d - i < kTileSide ? ctx_.d - i : kTileSide);
+      }
     }
   }
 
   // A gradient of the chunk's keys, collected as tiles of its transpose.
-  void store_transposed(const float* tiles, const Operand& gradient, int d, float scale) {
-    const int n_tiles = ctx_.tile.keys / kTileSide, ld = x_.staging.ld;
+  void store_transposed(const float* sums, const Operand& gradient, int d, float scale) {
+    const int ld = x_.staging.ld, m_tiles = round_up(d, kTileN) / kTileSide;
     for (int n = 0; n * kTileSide < ctx_.keys; ++n) {
+      const float* tiles = sums + (int64_t{n} / 2 * m_tiles * 2 + n % 2) * kTileWords;
       for (int m = 0; m * kTileSide < d; ++m)
-        transpose_tile(
-            x_.staging.pairs + m * kTileSide, ld,
-            reinterpret_cast<const uint32_t*>(tiles) + (int64_t{m} * n_tiles + n) * kTileWords,
-            kTileSide);
+        transpose_tile(x_.staging.pairs + m * kTileSide, ld,
+                       reinterpret_cast<const uint32_t*>(tiles + m * 2 * kTileWords), kTileSide);
       for (int j = 0; j < kTileSide && n * kTileSide + j < ctx_.keys; ++j)
         ctx_.write_gradient(gradient, n * kTileSide + j,
                             reinterpret_cast<const float*>(x_.staging.pairs) + int64_t{j} * ld, d,
@@ -486,9 +523,10 @@ class BwdTilesRunner {
 
   const BwdContext ctx_;
   const Scratch& x_;
-  const Packed q_, dout_, q_t_, dout_t_, k_t_, v_t_, k_, p_pairs_, ds_pairs_, ds_;
+  const Packed q_, dout_, q_t_, dout_t_, k_t_, v_t_;
   TileColumns columns_[kRows / kBlockRows];  // of the block of keys, for each 32 rows
   bool any_far_ = false;                     // of the block of rows
+  bool finite_ = true;                       // its q and dout
   bool k_finite_ = true;
 };
 

@@ -209,7 +209,7 @@ class FwdTilesRunner {
   void stage_rotated(int r) {
     float* q = x_.buffer;
     read_query(ctx_.p, ctx_.seq, ctx_.map, task_.row_begin + r, q, ctx_.d_pad);
-    split_row<kTerms>(x_.staging.rows, int64_t{kTileDepth} * x_.staging.ld, q, ctx_.d_pad);
+    stage_floats<kTerms>(x_.staging, 0, q, ctx_.d_pad);
   }
 
   void pack_kv(int key, int keys) {
@@ -348,7 +348,7 @@ class FwdTilesRunner {
       o = values_product(multiplied_);
       steps += multiply_steps<Terms>(o, o_m_tiles, n_begin, n_end);
     }
-    SpreadRows<Rows> between(rows, steps);
+    RowsBetween<Rows> between(rows, steps);
     if (unit.rows > 0) multiply<Tile, Inputs>(s, m_tiles, 0, 2, between);
     if (n_begin < n_end) multiply<Tile, Terms>(o, o_m_tiles, n_begin, n_end, between);
     rows = between.rows();

@@ -128,9 +128,9 @@ class RowWeigher {
 
 // The rows of a unit, spread evenly over `steps` calls.
 template <class Rows>  // RowWeigher
-class SpreadRows {
+class RowsBetween {
  public:
-  FLASH_INLINE SpreadRows(const Rows& rows, int steps) : rows_(rows), steps_(steps) {}
+  FLASH_INLINE RowsBetween(const Rows& rows, int steps) : rows_(rows), steps_(steps) {}
   FLASH_INLINE void operator()() {
     for (due_ += rows_.rows(); due_ >= steps_; due_ -= steps_) rows_.weigh();
   }

@@ -92,6 +92,16 @@ inline void split_row(uint16_t* dst, int64_t term_stride, const float* src, int 
       store_u16(dst + t * term_stride + i + kWidth, b);
     });
 }
+// d is a multiple of 32.
+inline bool all_finite_bf16(const uint16_t* row, int d) {
+  VecU16x2 largest{};
+  for (int i = 0; i < d; i += 2 * kWidth) {
+    const VecU16x2 exponent = load_u16x2(row + i) & uint16_t{0x7f80};
+    largest = exponent > largest ? exponent : largest;
+  }
+  const VecU pairs = reinterpret_cast<VecU>(largest);
+  return all_of(((pairs & 0xffffu) != 0x7f80u) & ((pairs >> 16) != 0x7f80u));
+}
 template <int kTerms>
 inline bool read_terms(Dtype type, uint16_t* dst, int64_t term_stride, const void* src, int d,
                        int padded, float* buffer) {
@@ -101,21 +111,16 @@ inline bool read_terms(Dtype type, uint16_t* dst, int64_t term_stride, const voi
     return finite;
   }
   const auto* row = static_cast<const uint16_t*>(src);
-  VecU16x2 largest{};
-  int i = 0;
-  const auto copy = [&](const uint16_t* from) {
-    const VecU16x2 v = load_u16x2(from), exponent = v & uint16_t{0x7f80};
-    largest = exponent > largest ? exponent : largest;
-    store_u16x2(dst + i, v);
-  };
-  for (; i + 2 * kWidth <= d; i += 2 * kWidth) copy(row + i);
-  if (i < d) {
+  const int whole = d / (2 * kWidth) * (2 * kWidth);
+  bool finite = all_finite_bf16(row, whole);
+  std::memcpy(dst, row, whole * sizeof(uint16_t));
+  if (whole < d) {
     alignas(64) uint16_t tail[2 * kWidth] = {};
-    std::memcpy(tail, row + i, (d - i) * sizeof(uint16_t));
-    copy(tail);
+    std::memcpy(tail, row + whole, (d - whole) * sizeof(uint16_t));
+    store_u16x2(dst + whole, load_u16x2(tail));
+    finite &= all_finite_bf16(tail, 2 * kWidth);
   }
-  const VecU pairs = reinterpret_cast<VecU>(largest);
-  return all_of(((pairs & 0xffffu) != 0x7f80u) & ((pairs >> 16) != 0x7f80u));
+  return finite;
 }
 
 // Of each block of four lanes the low (kHigh = 0) or high two, a's and b's in turns, kGroup at a
@@ -140,12 +145,10 @@ template <int kOdd>
 FLASH_INLINE Vec every_other_block(Vec a, Vec b) {
   return every_other_block<kOdd>(a, b, std::make_integer_sequence<int, kWidth>{});
 }
-// dst[j][i] = src[i][j] of a tile's 16 x 16 words; rows lie dst_ld and src_ld words apart.
-inline void transpose_tile(uint32_t* dst, int64_t dst_ld, const uint32_t* src, int64_t src_ld) {
+// dst[j][i] = r[i][j] of a tile's 16 x 16 words; rows lie dst_ld words apart. Uses r up.
+FLASH_INLINE void store_transpose(uint32_t* dst, int64_t dst_ld, Vec (&r)[16]) {
   static_assert(kWidth == 16);
-  Vec r[16], t[16];
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) std::memcpy(&r[i], src + i * src_ld, sizeof(Vec));
+  Vec t[16];
 #pragma GCC unroll 16
   for (int i = 0; i < 16; i += 2) {
     t[i] = unpack<1, 0>(r[i], r[i + 1]);
@@ -175,6 +178,13 @@ inline void transpose_tile(uint32_t* dst, int64_t dst_ld, const uint32_t* src, i
 #pragma GCC unroll 16
   for (int i = 0; i < 16; ++i) std::memcpy(dst + i * dst_ld, &r[i], sizeof(Vec));
 }
+// The same of src, whose rows lie src_ld words apart.
+inline void transpose_tile(uint32_t* dst, int64_t dst_ld, const uint32_t* src, int64_t src_ld) {
+  Vec r[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; ++i) std::memcpy(&r[i], src + i * src_ld, sizeof(Vec));
+  store_transpose(dst, dst_ld, r);
+}
 
 FLASH_INLINE void store_pairs(uint32_t* dst, VecU pairs) {
   std::memcpy(dst, &pairs, sizeof(pairs));
@@ -185,16 +195,27 @@ struct RowGroup {
   int first, count, end, d;
 };
 
-// Where packing keeps a group of rows before it knows their neighbours.
+// Where packing finds a group of rows.
 struct Staging {
-  uint16_t* rows;   // [terms][32][ld]
-  uint32_t* pairs;  // [16][ld]
-  float* buffer;    // [ld]
-  int ld;           // the longest row, a multiple of 32
+  uint16_t* rows;        // [terms][32][ld]
+  const uint16_t** row;  // [32]: theirs, or the caller's where those need no change
+  uint32_t* pairs;       // [16][ld]
+  float* buffer;         // [ld]
+  int ld;                // the longest row, a multiple of 32
+  FLASH_INLINE const uint16_t* term(int t, int i) const {
+    return row[i] + int64_t{t} * kTileDepth * ld;
+  }
 };
 inline Staging carve_staging(Carver& c, int terms, int ld) {
-  return {c.take<uint16_t>(int64_t{terms} * kTileDepth * ld), c.take<uint32_t>(int64_t{16} * ld),
-          c.take<float>(ld), ld};
+  return {c.take<uint16_t>(int64_t{terms} * kTileDepth * ld), c.take<const uint16_t*>(kTileDepth),
+          c.take<uint32_t>(int64_t{16} * ld), c.take<float>(ld), ld};
+}
+// A row of `padded` floats as staged row i.
+template <int kTerms>
+inline void stage_floats(const Staging& s, int i, const float* src, int padded) {
+  uint16_t* dst = s.rows + int64_t{i} * s.ld;
+  split_row<kTerms>(dst, int64_t{kTileDepth} * s.ld, src, padded);
+  s.row[i] = dst;
 }
 
 // Zeros in place of inf and NaN.
@@ -209,26 +230,35 @@ inline void prefetch(const void* row, int bytes) {
   for (int i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(row) + i);
 }
 
-// Reads rows [first, first + group) of n into the staging, missing ones as zeros. Rows that a sum
+// Stages rows [first, first + count) of a group, missing ones as zeros. Rows that a sum
 // runs over may hold inf and NaN that a mask hides: with `spoilt` given, zeros take their place
 // and spoilt[i] says whether row first + i had any. True if it had none anywhere.
 template <int kTerms, class Row>  // Row(i) -> const void*
 inline bool stage_rows(const Staging& s, const RowGroup& g, Row row, uint8_t* spoilt) {
   const int padded = (g.d + kTileDepth - 1) / kTileDepth * kTileDepth;
   const int64_t term_stride = int64_t{kTileDepth} * s.ld;
+  const bool in_place = kTerms == 1 && g.type == Dtype::kBFloat16 && g.d == padded;
   bool all_finite = true;
   for (int i = 0; i < g.count; ++i) {
     if (const int ahead = g.first + i + kTileDepth; ahead < g.end)
       prefetch(row(ahead), g.d * dtype_bytes(g.type));
     uint16_t* dst = s.rows + int64_t{i} * s.ld;
     bool finite = true;
-    if (g.first + i < g.end) {
-      finite =
-          read_terms<kTerms>(g.type, dst, term_stride, row(g.first + i), g.d, padded, s.buffer);
-      if (!finite && spoilt) clear_not_finite<kTerms>(dst, term_stride, padded);
-    } else {
+    s.row[i] = dst;
+    const void* src = g.first + i < g.end ? row(g.first + i) : nullptr;
+    if (src == nullptr) {
       for (int t = 0; t < kTerms; ++t)
         std::memset(dst + t * term_stride, 0, padded * sizeof(uint16_t));
+    } else if (in_place) {
+      s.row[i] = static_cast<const uint16_t*>(src);
+      finite = all_finite_bf16(s.row[i], padded);
+    } else {
+      finite = read_terms<kTerms>(g.type, dst, term_stride, src, g.d, padded, s.buffer);
+    }
+    if (!finite && spoilt) {
+      if (s.row[i] != dst) std::memcpy(dst, s.row[i], padded * sizeof(uint16_t));
+      s.row[i] = dst;
+      clear_not_finite<kTerms>(dst, term_stride, padded);
     }
     if (spoilt) spoilt[i] = !finite;
     all_finite &= finite;
@@ -249,7 +279,7 @@ inline void add_not_finite(float* c, int64_t stride, float weight, Dtype type, c
 template <int kTerms>
 inline void copy_staged_row(const Packed& a, int row, const Staging& s, int staged_row) {
   for (int t = 0; t < kTerms; ++t) {
-    const uint16_t* src = s.rows + (int64_t{t} * kTileDepth + staged_row) * s.ld;
+    const uint16_t* src = s.term(t, staged_row);
     for (int k = 0; k < a.depth_tiles; ++k)
       std::memcpy(a.tile(t, row / kTileSide, k) + row % kTileSide * 16, src + k * kTileDepth, 64);
   }
@@ -259,49 +289,57 @@ inline void copy_staged_row(const Packed& a, int row, const Staging& s, int stag
 template <int kTerms>
 inline void pack_columns(const Packed& b, int n, const Staging& s, int staged_row) {
   for (int t = 0; t < kTerms; ++t) {
-    const uint16_t* src = s.rows + (int64_t{t} * kTileDepth + staged_row) * s.ld;
-    for (int k = 0; k < b.depth_tiles; ++k)
-      transpose_tile(b.tile(t, n, k), 16, reinterpret_cast<const uint32_t*>(src + k * kTileDepth),
-                     s.ld / 2);
-  }
-}
-
-// f(i, n, pairs) for each pair i of 32 staged rows and each 16 columns from 16 n on.
-template <class F>
-FLASH_INLINE void for_pairs(const Staging& s, int term, int d, F f) {
-  for (int i = 0; i < 16; ++i) {
-    const uint16_t* even = s.rows + (int64_t{term} * kTileDepth + 2 * i) * s.ld;
-    for (int n = 0; n < d / kTileSide; n += 2) {
-      const VecU16x2 a = load_u16x2(even + n * kTileSide),
-                     b = load_u16x2(even + s.ld + n * kTileSide);
-      f(i, n, pairs<0>(a, b));
-      f(i, n + 1, pairs<kWidth>(a, b));
+    for (int k = 0; k < b.depth_tiles; ++k) {
+      Vec r[16];
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i)
+        std::memcpy(&r[i], s.term(t, staged_row + i) + k * kTileDepth, sizeof(Vec));
+      store_transpose(b.tile(t, n, k), 16, r);
     }
   }
 }
 
+// Columns [32 j, 32 j + 32) of pair i of 32 staged rows. The rows of a pair lie kDistance apart: 1
+// (2 i, 2 i + 1) or 16 (i, i + 16).
+struct RowPair {
+  VecU16x2 a, b;
+};
+template <int kDistance>
+FLASH_INLINE RowPair row_pair(const Staging& s, int term, int i, int j) {
+  static_assert(kDistance == 1 || kDistance == 16);
+  const int first = kDistance == 1 ? 2 * i : i;
+  return {load_u16x2(s.term(term, first) + j * kTileDepth),
+          load_u16x2(s.term(term, first + kDistance) + j * kTileDepth)};
+}
+
 // 32 staged rows of `d` elements, a multiple of 32, as rows [32 k, 32 k + 32) of B: sums run over
 // the rows (V in P V).
-template <int kTerms>
+template <int kTerms, int kDistance = 1>
 inline void pack_pairs(const Packed& b, int k, int d, const Staging& s) {
-  const int64_t column = int64_t{b.depth_tiles} * kTileWords;
-  for (int t = 0; t < kTerms; ++t) {
-    uint32_t* dst = b.tile(t, 0, k);
-    for_pairs(s, t, d,
-              [&](int i, int n, VecU pairs) { store_pairs(dst + n * column + i * 16, pairs); });
-  }
+  for (int t = 0; t < kTerms; ++t)
+    for (int i = 0; i < 16; ++i)
+      for (int j = 0; j < d / kTileDepth; ++j) {
+        const RowPair p = row_pair<kDistance>(s, t, i, j);
+        store_pairs(b.tile(t, 2 * j, k) + i * 16, pairs<0>(p.a, p.b));
+        store_pairs(b.tile(t, 2 * j + 1, k) + i * 16, pairs<kWidth>(p.a, p.b));
+      }
 }
 
 // 32 staged rows of `d` elements as columns [32 k, 32 k + 32) of A: A is their transpose.
-template <int kTerms>
+template <int kTerms, int kDistance = 1>
 inline void pack_transpose(const Packed& a, int k, int d, const Staging& s) {
-  for (int t = 0; t < kTerms; ++t) {
-    for_pairs(s, t, d, [&](int i, int n, VecU pairs) {
-      store_pairs(s.pairs + int64_t{i} * s.ld + n * kTileSide, pairs);
-    });
-    for (int m = 0; m < d / kTileSide; ++m)
-      transpose_tile(a.tile(t, m, k), 16, s.pairs + m * kTileSide, s.ld);
-  }
+  for (int t = 0; t < kTerms; ++t)
+    for (int j = 0; j < d / kTileDepth; ++j) {
+      Vec low[16], high[16];
+#pragma GCC unroll 16
+      for (int i = 0; i < 16; ++i) {
+        const RowPair p = row_pair<kDistance>(s, t, i, j);
+        low[i] = from_bits(pairs<0>(p.a, p.b));
+        high[i] = from_bits(pairs<kWidth>(p.a, p.b));
+      }
+      store_transpose(a.tile(t, 2 * j, k), 16, low);
+      store_transpose(a.tile(t, 2 * j + 1, k), 16, high);
+    }
 }
 
 }  // namespace flash::cpu::FLASH_ATTN_ISA

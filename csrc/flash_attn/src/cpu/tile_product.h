@@ -117,7 +117,7 @@ FLASH_INLINE void multiply_registers(const TileProduct& x, int m, int n, Between
 // tile product: vector work that the tile unit hides. A Between with the type StreamsA says that A
 // streams through L1 rather than B; one that can be assigned gets its state back.
 template <class Tile, class Terms, int M, class Between>
-inline void multiply_tiles(const TileProduct& x, int m, int n, Between& between) {
+FLASH_INLINE void multiply_tiles(const TileProduct& x, int m, int n, Between& between) {
   if constexpr (requires { Tile::template multiply_block<Terms, M>(x, m, n, between); })
     return Tile::template multiply_block<Terms, M>(x, m, n, between);
   else
