@@ -527,7 +527,9 @@ class FwdTilesRunner {
   }
   void set_reference(int r, float largest) {
     const float exponent = largest * factor_;
-    const bool fused = -kMaxFused <= exponent && exponent <= kMaxFused;
+    // Three terms would show that the FMA rounds otherwise than the modifiers did.
+    const bool fused =
+        (fold_scale_ || kTerms < 3) && -kMaxFused <= exponent && exponent <= kMaxFused;
     x_.reference[r] = fused ? -exponent : 0.f;
     x_.shift[r] = fused ? 0.f : largest;
     x_.largest[r] = largest;
