@@ -20,18 +20,20 @@
 
 namespace flash::cpu::FLASH_ATTN_ISA {
 
-inline constexpr int kStreamRows = 16;              // of a head, at most
-inline constexpr int kStreamTaskRows = 64;          // of a task's heads, at most
-inline constexpr int kStreamBlockBytes = 24 << 10;  // of K, and of V
-inline constexpr int kStreamRunBytes = 4 << 10;     // of neighbouring heads of one key: a page
+inline constexpr int kStreamRows = 16;      // of a head, at most
+inline constexpr int kStreamTaskRows = 64;  // of a task's heads, at most
+inline constexpr int kStreamBlockBytes = kWidth == 16 ? 16 << 10 : 24 << 10;  // of K, and of V
+inline constexpr int kStreamBlockKeys = 160;                                  // at most
+inline constexpr int kStreamRunBytes = 4 << 10;  // of neighbouring heads of one key: a page
 inline constexpr int kValueKeys = 16;  // whose rows of V are read a strip at a time from L1
 
 // Keys of a block: tiles of keys, and columns of a score tile.
 inline int stream_block_keys(const Flash_fwd_params& p) {
   constexpr int kStep = kTileKeys % kTileN == 0 ? kTileKeys : 2 * kTileKeys;
-  static_assert(kStep % kTileN == 0);
+  static_assert(kStep % kTileN == 0 && kStreamBlockKeys % kStep == 0);
   const int64_t row_bytes = (p.d > p.d_v ? p.d : p.d_v) * dtype_bytes(p.dtype);
-  return kStreamBlockBytes / row_bytes >= 2 * kStep ? 2 * kStep : kStep;
+  const int keys = static_cast<int>(kStreamBlockBytes / row_bytes / kStep * kStep);
+  return keys < kStep ? kStep : keys > kStreamBlockKeys ? kStreamBlockKeys : keys;
 }
 
 inline StreamTile stream_tile(const Flash_fwd_params& p) {
