@@ -164,7 +164,8 @@ class StreamTaskRunner {
     bool all_visible = true;
     const RowMap map(p_, seq_, task_.head_k + h);
     for (int r = 0; r < rows(); ++r)
-      all_visible &= softmax_step(map, first + r, x_.s + r * block_keys_, key, keys);
+      all_visible &= finish_scores(map, first + r, x_.s + r * block_keys_, key, keys);
+    softmax_step(first, round_up(keys, kTileN));
     values(first, keys, v_rows(slot, h), v_rows(next_slot, next_h), all_visible);
   }
 
@@ -201,21 +202,29 @@ class StreamTaskRunner {
     }
   }
 
-  // s -> P of one row; its state and o follow the new maximum. True if it sees all keys.
-  bool softmax_step(const RowMap& map, int r, float* s, int key, int keys) {
+  // True if the row sees all keys.
+  bool finish_scores(const RowMap& map, int r, float* s, int key, int keys) {
     const TileColumns t{0, round_up(keys, kTileN), key};
     const Row& row = x_.rows[r];
     if (modifiers_) modify_scores(p_, map, row, s, t, 1.f, nullptr);
     KeyRange seen = visible(row, t);
     if (seen.end > keys) seen.end = keys;
     fill_invisible(s, t, seen, -kInf);
-    RowState& state = x_.state[r];
-    const float scale = flash_step(s, t.begin, t.end, state);
-    if (scale != 1.f) {
-      float* o = x_.o + int64_t{r} * dims_.d_v_pad;
-      for (int i = 0; i < dims_.d_v_pad; i += kWidth) store(o + i, load(o + i) * scale);
-    }
     return seen.begin == 0 && seen.end == keys;
+  }
+
+  // s -> P of the rows of a head; their states and o follow the new maxima.
+  void softmax_step(int first, int columns) {
+    float scale[kStreamRows];
+    for (int r = 0; r < rows(); ++r)
+      scale[r] = raise_maximum(x_.s + r * block_keys_, 0, columns, x_.state[first + r]);
+    for (int r = 0; r < rows(); ++r)
+      weigh_scores(x_.s + r * block_keys_, 0, columns, x_.state[first + r]);
+    for (int r = 0; r < rows(); ++r) {
+      if (scale[r] == 1.f) continue;
+      float* o = x_.o + int64_t{first + r} * dims_.d_v_pad;
+      for (int i = 0; i < dims_.d_v_pad; i += kWidth) store(o + i, load(o + i) * scale[r]);
+    }
   }
 
   bool values_finite(StreamRows v, int keys) const {
