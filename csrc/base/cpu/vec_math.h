@@ -8,13 +8,16 @@ namespace flash::cpu::FLASH_ATTN_ISA {
 inline constexpr float kLog2e = 1.4426950408889634f;
 inline constexpr float kLn2 = 0.6931471805599453f;
 
+// Adding it rounds to an integer, which then lies in the low mantissa bits, and with it the bias of
+// an exponent.
+inline constexpr float kRounding = 0x1.8p23f + 127.f;
+
 // 2^x for x <= 128. Results below 2^-126.5 are 0, so 2^-inf = 0 exactly; NaN stays NaN.
 // x = n + f with |f| <= 1/2; 2^f by a degree-6 minimax polynomial (relative error 2e-8), 2^n by the
 // exponent field.
 FLASH_INLINE Vec exp2(Vec x) {
   x = max(set1(-127.f), x);
-  const Vec magic =
-      set1(0x1.8p23f);  // adding it rounds to an integer, which then lies in the low mantissa bits
+  const Vec magic = set1(kRounding);
   const Vec shifted = x + magic;
   const Vec f = x - (shifted - magic);
   Vec p = set1(1.5461445e-4f);
@@ -24,8 +27,7 @@ FLASH_INLINE Vec exp2(Vec x) {
   p = fma(p, f, set1(2.4022651e-1f));
   p = fma(p, f, set1(6.9314718e-1f));
   p = fma(p, f, set1(1.0f));
-  const VecU n = bits(shifted) + 127u;
-  return p * from_bits(n << 23);
+  return p * from_bits(bits(shifted) << 23);
 }
 
 FLASH_INLINE float exp2(float x) { return exp2(set1(x))[0]; }
@@ -44,7 +46,7 @@ FLASH_INLINE Vec minus_multiple_of_ln2(Vec x, Vec n) {
 // with p(0) = 1, 2^n by the exponent field.
 FLASH_INLINE Vec exp(Vec x) {
   x = max(set1(-127.f * kLn2), x);
-  const Vec magic = set1(0x1.8p23f);
+  const Vec magic = set1(kRounding);
   const Vec shifted = fma(x, set1(kLog2e), magic);
   const Vec f = minus_multiple_of_ln2(x, shifted - magic);
   Vec p = set1(1.38436072e-3f);
@@ -54,8 +56,7 @@ FLASH_INLINE Vec exp(Vec x) {
   p = fma(p, f, set1(4.9999994e-1f));
   p = fma(p, f, set1(1.0f));
   p = fma(p, f, set1(1.0f));
-  const VecU n = bits(shifted) + 127u;
-  return p * from_bits(n << 23);
+  return p * from_bits(bits(shifted) << 23);
 }
 
 FLASH_INLINE float exp(float x) { return exp(set1(x))[0]; }
@@ -87,7 +88,7 @@ struct TanhAndSlope {
 // accurate: x = n ln 2 + f as in exp, e^f - 1 = f + f^2 q(f) by a degree-4 minimax polynomial q.
 FLASH_INLINE TanhAndSlope tanh_of_half(Vec x) {
   x = min(set1(40.f), max(set1(-40.f), x));
-  const Vec magic = set1(0x1.8p23f);
+  const Vec magic = set1(kRounding);
   const Vec shifted = fma(x, set1(kLog2e), magic);
   const Vec f = minus_multiple_of_ln2(x, shifted - magic);
   Vec q = set1(1.38825097e-3f);
@@ -96,7 +97,7 @@ FLASH_INLINE TanhAndSlope tanh_of_half(Vec x) {
   q = fma(q, f, set1(1.66665435e-1f));
   q = fma(q, f, set1(4.9999997e-1f));
   q = fma(q, f * f, f);
-  const Vec power = from_bits((bits(shifted) + 127u) << 23);
+  const Vec power = from_bits(bits(shifted) << 23);
   const Vec e_minus_1 = fma(q, power, power - 1.f);
   const Vec r = reciprocal(e_minus_1 + 2.f);
   return {e_minus_1 * r, fma(q, power, power) * r * (4.f * r)};

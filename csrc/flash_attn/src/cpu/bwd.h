@@ -24,7 +24,8 @@
 
 namespace flash::cpu::FLASH_ATTN_ISA {
 
-inline constexpr int kBwdTileRows = 96;  // a multiple of kTileM
+inline constexpr int kBwdTileRows = kWidth == 16 ? 112 : 96;  // a multiple of kTileM
+inline constexpr int kBwdTileKeys = 192;                      // of kTileMTransposed and kTileN
 
 struct BwdScratch {
   float *q, *dout;       // [tile.rows][d], [tile.rows][dv] padded to kTileN, row-major
@@ -44,7 +45,10 @@ class BwdTaskRunner {
   static BwdTile tile(const Flash_bwd_params& p) {
     const HeadDims dims(p);
     const int keys = (1 << 20) / (4 * (3 * dims.d_pad + 2 * dims.d_v_pad));
-    return {kBwdTileRows, keys >= 192 ? 192 : keys >= 96 ? 96 : keys >= 64 ? 64 : 32};
+    return {kBwdTileRows, keys >= kBwdTileKeys ? kBwdTileKeys
+                          : keys >= 96         ? 96
+                          : keys >= 64         ? 64
+                                               : 32};
   }
 
   static Scratch carve(Carver& c, const Flash_bwd_params& p, const BwdTile& tile) {

@@ -20,18 +20,20 @@
 
 namespace flash::cpu::FLASH_ATTN_ISA {
 
-inline constexpr int kStreamRows = 16;              // of a head, at most
-inline constexpr int kStreamTaskRows = 64;          // of a task's heads, at most
-inline constexpr int kStreamBlockBytes = 24 << 10;  // of K, and of V
-inline constexpr int kStreamRunBytes = 4 << 10;     // of neighbouring heads of one key: a page
+inline constexpr int kStreamRows = 16;      // of a head, at most
+inline constexpr int kStreamTaskRows = 64;  // of a task's heads, at most
+inline constexpr int kStreamBlockBytes = kWidth == 16 ? 16 << 10 : 24 << 10;  // of K, and of V
+inline constexpr int kStreamBlockKeys = 160;                                  // at most
+inline constexpr int kStreamRunBytes = 4 << 10;  // of neighbouring heads of one key: a page
 inline constexpr int kValueKeys = 16;  // whose rows of V are read a strip at a time from L1
 
 // Keys of a block: tiles of keys, and columns of a score tile.
 inline int stream_block_keys(const Flash_fwd_params& p) {
   constexpr int kStep = kTileKeys % kTileN == 0 ? kTileKeys : 2 * kTileKeys;
-  static_assert(kStep % kTileN == 0);
+  static_assert(kStep % kTileN == 0 && kStreamBlockKeys % kStep == 0);
   const int64_t row_bytes = (p.d > p.d_v ? p.d : p.d_v) * dtype_bytes(p.dtype);
-  return kStreamBlockBytes / row_bytes >= 2 * kStep ? 2 * kStep : kStep;
+  const int keys = static_cast<int>(kStreamBlockBytes / row_bytes / kStep * kStep);
+  return keys < kStep ? kStep : keys > kStreamBlockKeys ? kStreamBlockKeys : keys;
 }
 
 inline StreamTile stream_tile(const Flash_fwd_params& p) {
@@ -162,7 +164,8 @@ class StreamTaskRunner {
     bool all_visible = true;
     const RowMap map(p_, seq_, task_.head_k + h);
     for (int r = 0; r < rows(); ++r)
-      all_visible &= softmax_step(map, first + r, x_.s + r * block_keys_, key, keys);
+      all_visible &= finish_scores(map, first + r, x_.s + r * block_keys_, key, keys);
+    softmax_step(first, round_up(keys, kTileN));
     values(first, keys, v_rows(slot, h), v_rows(next_slot, next_h), all_visible);
   }
 
@@ -199,21 +202,29 @@ class StreamTaskRunner {
     }
   }
 
-  // s -> P of one row; its state and o follow the new maximum. True if it sees all keys.
-  bool softmax_step(const RowMap& map, int r, float* s, int key, int keys) {
+  // True if the row sees all keys.
+  bool finish_scores(const RowMap& map, int r, float* s, int key, int keys) {
     const TileColumns t{0, round_up(keys, kTileN), key};
     const Row& row = x_.rows[r];
     if (modifiers_) modify_scores(p_, map, row, s, t, 1.f, nullptr);
     KeyRange seen = visible(row, t);
     if (seen.end > keys) seen.end = keys;
     fill_invisible(s, t, seen, -kInf);
-    RowState& state = x_.state[r];
-    const float scale = flash_step(s, t.begin, t.end, state);
-    if (scale != 1.f) {
-      float* o = x_.o + int64_t{r} * dims_.d_v_pad;
-      for (int i = 0; i < dims_.d_v_pad; i += kWidth) store(o + i, load(o + i) * scale);
-    }
     return seen.begin == 0 && seen.end == keys;
+  }
+
+  // s -> P of the rows of a head; their states and o follow the new maxima.
+  void softmax_step(int first, int columns) {
+    float scale[kStreamRows];
+    for (int r = 0; r < rows(); ++r)
+      scale[r] = raise_maximum(x_.s + r * block_keys_, 0, columns, x_.state[first + r]);
+    for (int r = 0; r < rows(); ++r)
+      weigh_scores(x_.s + r * block_keys_, 0, columns, x_.state[first + r]);
+    for (int r = 0; r < rows(); ++r) {
+      if (scale[r] == 1.f) continue;
+      float* o = x_.o + int64_t{first + r} * dims_.d_v_pad;
+      for (int i = 0; i < dims_.d_v_pad; i += kWidth) store(o + i, load(o + i) * scale[r]);
+    }
   }
 
   bool values_finite(StreamRows v, int keys) const {

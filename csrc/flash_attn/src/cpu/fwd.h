@@ -146,17 +146,23 @@ class FwdTaskRunner {
     if (ctx_.dropout.enabled)
       ctx_.random_bytes(x_.rows + row, count, t, x_.random, random_ld(tile_));
     bool all_visible = true;
-    for (int r = 0; r < count; ++r)
-      all_visible &= softmax_step(row + r, x_.s + int64_t{r} * tile_.keys, t, r);
+    for (int r = 0; r < count; r += kTileM)
+      all_visible &= softmax_step(row, r, count - r < kTileM ? count - r : kTileM, t);
     gemm_pv(row, count, t, x_.s, x_.row_scale, !v_finite_ && !all_visible);
   }
 
-  // s -> P of one row; updates its state and the factor its O must be scaled by. True if it sees
-  // every column.
-  bool softmax_step(int r, float* s, const TileColumns& t, int scale_index) {
-    const bool all_visible = finish_scores(r, s, t);
-    x_.row_scale[scale_index] = flash_step(s, t.begin, t.end, x_.state[r]);
-    if (ctx_.dropout.enabled) drop(x_.random + scale_index * random_ld(tile_), s, t);
+  // S -> P of rows [first, first + count) of the band that begins at `row`; updates their states
+  // and the factors that their O must be scaled by. True if they see every column.
+  bool softmax_step(int row, int first, int count, const TileColumns& t) {
+    const auto s = [&](int r) { return x_.s + int64_t{first + r} * tile_.keys; };
+    RowState* const states = x_.state + row + first;
+    bool all_visible = true;
+    for (int r = 0; r < count; ++r) all_visible &= finish_scores(row + first + r, s(r), t);
+    for (int r = 0; r < count; ++r)
+      x_.row_scale[first + r] = raise_maximum(s(r), t.begin, t.end, states[r]);
+    for (int r = 0; r < count; ++r) weigh_scores(s(r), t.begin, t.end, states[r]);
+    if (ctx_.dropout.enabled)
+      for (int r = 0; r < count; ++r) drop(x_.random + (first + r) * random_ld(tile_), s(r), t);
     return all_visible;
   }
 

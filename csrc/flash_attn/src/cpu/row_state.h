@@ -25,14 +25,26 @@ inline void read_scaled_query(const Flash_fwd_params& p, const Sequence& seq, co
 // States on the CPU are of natural scores.
 inline constexpr auto natural_power = [](float x) { return exp(x); };
 
-// Scores s[begin, end), multiples of kWidth, become P; returns the factor that what was summed
-// before must be scaled by. Scores are natural, and the reference is subtracted before anything
-// multiplies them: near it the difference is exact, however large both are.
-FLASH_INLINE float flash_step(float* s, int begin, int end, RowState& state) {
-  Vec largest = set1(-kInf);
-#pragma GCC unroll 4
-  for (int j = begin; j < end; j += kWidth) largest = max(largest, load(s + j));
-  const float scale = state.raise(reduce_max(largest), natural_power);
+// Scores s[begin, end), multiples of 2 kWidth apart, raise a row's maximum; returns the factor that
+// what was summed before must be scaled by.
+FLASH_INLINE float raise_maximum(const float* s, int begin, int end, RowState& state) {
+  Vec largest[2] = {set1(-kInf), set1(-kInf)};
+#pragma GCC unroll 2
+  for (int j = begin; j < end; j += 2 * kWidth) {
+    largest[0] = max(largest[0], load(s + j));
+    largest[1] = max(largest[1], load(s + j + kWidth));
+  }
+  // As state.raise, but without a branch, which nobody could predict.
+  const float before = state.max, after = reduce_max(max(largest[0], largest[1]));
+  state.max = after > before ? after : before;
+  const float scale = exp(before - state.anchor());
+  state.sum *= scale;
+  return scale;
+}
+// The scores become P, and add to the row's sum. Scores are natural, and the reference is
+// subtracted before anything multiplies them: near it the difference is exact, however large both
+// are.
+FLASH_INLINE void weigh_scores(float* s, int begin, int end, RowState& state) {
   const Vec reference = set1(state.anchor());
   Vec sum = zero();
 #pragma GCC unroll 4
@@ -41,7 +53,12 @@ FLASH_INLINE float flash_step(float* s, int begin, int end, RowState& state) {
     sum += p;
     store(s + j, p);
   }
-  state.sum = state.sum * scale + reduce_add(sum);
+  state.sum += reduce_add(sum);
+}
+// Both. Of several rows, raise the maxima of all first: they do not wait for each other.
+FLASH_INLINE float flash_step(float* s, int begin, int end, RowState& state) {
+  const float scale = raise_maximum(s, begin, end, state);
+  weigh_scores(s, begin, end, state);
   return scale;
 }
 

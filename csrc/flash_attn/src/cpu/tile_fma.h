@@ -13,7 +13,8 @@
 namespace flash::cpu::FLASH_ATTN_ISA {
 
 inline constexpr int kTileM =
-    kWidth == 16 ? 12 : 6;  // rows x 2 vectors of accumulators: 24 of 32, 12 of 16 registers
+    kWidth == 16 ? 14 : 6;  // rows x 2 vectors of accumulators: 28 of 32, 12 of 16 registers
+inline constexpr int kTileMTransposed = kWidth == 16 ? 12 : 6;  // where A is transposed
 inline constexpr int kTileVectors = 2;
 inline constexpr int kTileN = kTileVectors * kWidth;
 
@@ -52,7 +53,15 @@ inline void multiply_tile(const Product& x) {
       if (x.init == Init::kScaleRows) acc[m][j] *= x.row_scale[m];
     }
   }
-  const float* a = x.a;
+  // Of every four rows a pointer, lest offsets of all rows fill the general registers: the compiler
+  // must not know that they are related.
+  constexpr int kPointers = kTransA ? 1 : (M + 3) / 4;
+  const float* a[kPointers];
+#pragma GCC unroll 4
+  for (int i = 0; i < kPointers; ++i) {
+    a[i] = x.a + 4 * i * x.a_ld;
+    asm("" : "+r"(a[i]));
+  }
   const float* b = x.b;
   const int64_t a_ld = x.a_ld, b_ld = x.b_ld;
 #pragma GCC unroll 4  // 97 % of the FMA peak instead of 75 % (Zen 3)
@@ -60,11 +69,12 @@ inline void multiply_tile(const Product& x) {
     const Vec b0 = load(b), b1 = load(b + kWidth);
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) {
-      const Vec av = set1(kTransA ? a[m] : a[m * a_ld]);
+      const Vec av = set1(kTransA ? a[0][m] : a[m / 4][m % 4 * a_ld]);
       acc[m][0] = fma(av, b0, acc[m][0]);
       acc[m][1] = fma(av, b1, acc[m][1]);
     }
-    a += kTransA ? a_ld : 1;
+#pragma GCC unroll 4
+    for (int i = 0; i < kPointers; ++i) a[i] += kTransA ? a_ld : 1;
     b += b_ld;
   }
 #pragma GCC unroll 16
@@ -77,7 +87,7 @@ inline void multiply_tile(const Product& x) {
   }
 }
 
-template <bool kTransA, int M = kTileM>
+template <bool kTransA, int M>
 inline void multiply_tile_rows(int rows, const Product& x) {
   if (rows == M) return multiply_tile<M, kTransA>(x);
   if constexpr (M > 1) multiply_tile_rows<kTransA, M - 1>(rows, x);
@@ -106,20 +116,21 @@ inline void multiply_tile_skipping_zeros(int rows, const Product& x) {
 template <bool kTransA>
 inline void multiply(int rows, int columns, const Product& product, const OperandB& b,
                      bool skip_zeros) {
+  constexpr int kRows = kTransA ? kTileMTransposed : kTileM;
   for (int n = 0; n < columns; n += kTileN) {
     Product x = product;
     x.b = b.data + n / kTileN * b.panel_stride;
     x.b_ld = b.row_stride;
     x.c += n;
-    for (int m = 0; m < rows; m += kTileM) {
-      const int count = rows - m < kTileM ? rows - m : kTileM;
+    for (int m = 0; m < rows; m += kRows) {
+      const int count = rows - m < kRows ? rows - m : kRows;
       if (skip_zeros)
         multiply_tile_skipping_zeros<kTransA>(count, x);
       else
-        multiply_tile_rows<kTransA>(count, x);
-      x.a += kTransA ? kTileM : kTileM * x.a_ld;
-      x.c += kTileM * x.c_ld;
-      x.row_scale += kTileM;
+        multiply_tile_rows<kTransA, kRows>(count, x);
+      x.a += kTransA ? kRows : kRows * x.a_ld;
+      x.c += kRows * x.c_ld;
+      x.row_scale += kRows;
     }
   }
 }

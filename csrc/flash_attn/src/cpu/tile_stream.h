@@ -15,11 +15,16 @@
 
 namespace flash::cpu::FLASH_ATTN_ISA {
 
-// Accumulators for the latency of two FMAs a cycle, in 16 registers (32 with AVX-512).
-inline constexpr int kScoreM = kWidth == 16 ? 4 : 2;  // rows x keys: 10 (20) accumulators; with 12
-inline constexpr int kScoreN = 5;                     // of 16 gcc 12 spills half of them
-inline constexpr int kTileKeys = kWidth == 16 ? 80 : 40;  // keys of a reduction
-static_assert(kTileKeys % kScoreN == 0 && kTileKeys % kWidth == 0);
+// Accumulators for the latency of two FMAs a cycle, in 16 registers (32 with AVX-512): rows x keys.
+// With 12 of 16 gcc 12 spills half of them.
+inline constexpr int kScoreM = kWidth == 16 ? 4 : 2;
+inline constexpr int kScoreN = kWidth == 16 ? 4 : 5;
+inline constexpr int kTileKeys = kWidth == 16 ? 32 : 40;  // keys of a call
+// Keys whose sums are reduced together: as few as there can be, since nothing is prefetched
+// meanwhile.
+inline constexpr int kReducedKeys = kWidth % kScoreN == 0 ? kWidth : kTileKeys;
+static_assert(kReducedKeys % kScoreN == 0 && kReducedKeys % kWidth == 0);
+static_assert(kTileKeys % kReducedKeys == 0);
 inline constexpr int kValueM = 4;  // rows x vectors of a strip: 8 (16) accumulators
 template <int M>
 inline constexpr int kValueVectors = (kWidth == 16 ? 16 : 8) / (M == 3 ? 4 : M);
@@ -95,6 +100,15 @@ inline constexpr int kLine = 64;  // bytes of a cache line
 // ------------------------------------------------------------------------------------------------
 // scores
 
+// Sums of the halves of blocks of kBlock lanes: a's in the lower half of each block, b's in the
+// upper. One shuffle and a blend, which runs on more ports.
+template <int kBlock, int... kLane>
+FLASH_INLINE Vec add_halves(Vec a, Vec b, std::integer_sequence<int, kLane...>) {
+  constexpr auto is_low = [](int lane) { return lane % kBlock < kBlock / 2; };
+  return __builtin_shufflevector(a, b, (is_low(kLane) ? kLane : kLane + kWidth)...) +
+         __builtin_shufflevector(
+             a, b, (is_low(kLane) ? kLane + kBlock / 2 : kLane - kBlock / 2 + kWidth)...);
+}
 // Sums of neighbouring groups of kGroup lanes, within blocks of 4 groups where there are as many:
 // a's in the lower half of each block, b's in the upper.
 template <int kGroup, int... kLane>
@@ -109,18 +123,25 @@ FLASH_INLINE Vec add_neighbours(Vec a, Vec b, std::integer_sequence<int, kLane..
          __builtin_shufflevector(a, b, (source(kLane) + kGroup)...);
 }
 
-// Lane i: the sum of the lanes of x[i], i < kWidth. Each level adds neighbours and halves the
-// number of vectors: first within 4 lanes, then across blocks of 4, as shuffles are cheap.
+// Lane i: the sum of the lanes of x[i], i < kWidth. Each level halves the number of vectors: first
+// within 4 lanes, then across blocks of 4, as shuffles are cheap.
 template <int kVectors = kWidth>
 FLASH_INLINE Vec sums_of(const Vec* x) {
   if constexpr (kVectors == 1) {
     return x[0];
   } else {
+    constexpr int kAdded = kWidth / kVectors;  // 1, 2: within 4 lanes; 4, 8: across them
+    constexpr auto kLanes = std::make_integer_sequence<int, kWidth>{};
     Vec y[kVectors / 2];
 #pragma GCC unroll 8
-    for (int i = 0; i < kVectors / 2; ++i)
-      y[i] = add_neighbours<(kWidth / kVectors < 4 ? 1 : 4)>(
-          x[2 * i], x[2 * i + 1], std::make_integer_sequence<int, kWidth>{});
+    for (int i = 0; i < kVectors / 2; ++i) {
+      if constexpr (kAdded == 1)
+        y[i] = add_halves<4>(x[2 * i], x[2 * i + 1], kLanes);
+      else if constexpr (kAdded == 4)
+        y[i] = add_halves<kWidth>(x[2 * i], x[2 * i + 1], kLanes);
+      else
+        y[i] = add_neighbours<(kAdded < 4 ? 1 : 4)>(x[2 * i], x[2 * i + 1], kLanes);
+    }
     return sums_of<kVectors / 2>(y);
   }
 }
@@ -176,16 +197,18 @@ FLASH_INLINE void multiply_keys(const ScoreProduct& x, int first, Vec* sums) {
 #pragma GCC unroll 4
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
-    for (int n = 0; n < kScoreN; ++n) sums[m * kTileKeys + n] = acc[m][n];
+    for (int n = 0; n < kScoreN; ++n) sums[m * kReducedKeys + n] = acc[m][n];
 }
 
 template <Dtype T, int M>
 inline void dot_keys(const ScoreProduct& x) {
-  Vec sums[M * kTileKeys];
-  for (int n = 0; n < kTileKeys; n += kScoreN) multiply_keys<T, M>(x, n, sums + n);
-  for (int m = 0; m < M; ++m)
-    for (int j = 0; j < kTileKeys; j += kWidth)
-      store(x.s + m * x.s_ld + j, sums_of(sums + m * kTileKeys + j));
+  for (int first = 0; first < kTileKeys; first += kReducedKeys) {
+    Vec sums[M * kReducedKeys];
+    for (int n = 0; n < kReducedKeys; n += kScoreN) multiply_keys<T, M>(x, first + n, sums + n);
+    for (int m = 0; m < M; ++m)
+      for (int j = 0; j < kReducedKeys; j += kWidth)
+        store(x.s + m * x.s_ld + first + j, sums_of(sums + m * kReducedKeys + j));
+  }
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -249,15 +272,15 @@ template <Dtype T, int M>
 inline void accumulate_values(const ValueProduct& x, bool prefetch) {
   constexpr int kParts = Unit<T>::kParts, kMost = kValueVectors<M>;
   const int vectors = x.d / Unit<T>::kElements * kParts;
-  for (int done = 0; done < vectors;) {
-    const int left = vectors - done;
-    if (left >= kMost)
-      accumulate_vectors<T, M, kMost>(x, done, prefetch);
-    else if (left >= 2)
-      accumulate_vectors<T, M, 2>(x, done, false);
-    else if constexpr (kParts == 1)
-      accumulate_vectors<T, M, 1>(x, done, false);
-  }
+  int done = 0;
+  while (vectors - done >= kMost) accumulate_vectors<T, M, kMost>(x, done, prefetch);
+  static_for<3>([&](auto halvings) __attribute__((always_inline)) {  // 8, 4, 2
+    constexpr int kVectors = 8 >> halvings;
+    if constexpr (kVectors < kMost)
+      if (vectors - done >= kVectors) accumulate_vectors<T, M, kVectors>(x, done, prefetch);
+  });
+  if constexpr (kParts == 1)
+    if (done < vectors) accumulate_vectors<T, M, 1>(x, done, prefetch);
   const int i = vectors * kWidth;
   if (i == x.d) return;
   TailUnit<T> tail;
