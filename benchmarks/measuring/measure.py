@@ -14,6 +14,7 @@ from peers.unsupported import Unsupported
 
 from measuring.refcheck import RefCheck
 from measuring.table import CASE_COLUMNS
+from measuring.tile_peak import PeakBeside
 from measuring.timing import median, seconds, take_turns
 
 # Largest difference from this package's result, relative to the largest value: enough for what
@@ -88,6 +89,7 @@ class _Contender:
     first_call: float = 0.0
     error_ratio: float | None = None
     difference: float | None = None
+    share_of_tile_peak: float | None = None
 
 
 @functools.cache
@@ -174,6 +176,7 @@ def _row(case: Case, name: str, contender: _Contender, samples: list[float], sdp
         "gflops": round(work.flops * rate, 2),
         "gexps": round(work.exps * rate, 3),
         "gbytes": round(work.bytes * rate, 3),
+        "share_of_tile_peak": _text(contender.share_of_tile_peak),
         "ratio_to_sdpa": round(sdpa / middle, 3) if sdpa and name not in LIMITS else "",
         "error_ratio": _text(contender.error_ratio),
         "difference": _text(contender.difference),
@@ -203,7 +206,10 @@ def measure(case: Case, names, budget: Budget, refcheck: bool) -> Measurement:
             del contenders[name]
     runs = {name: contender.run for name, contender in contenders.items()}
     estimates = {name: contender.first_call for name, contender in contenders.items()}
-    samples = take_turns(runs, estimates, budget.case)
+    beside = PeakBeside()
+    samples = take_turns(runs, estimates, budget.case, timed=beside.seconds)
+    for contender in contenders.values():
+        contender.share_of_tile_peak = beside.share(contender.run, contender.work.flops)
     for name, values in samples.items():
         budget.learn(case, name, median(values))
     sdpa = median(samples["sdpa"]) if "sdpa" in samples else None
@@ -217,7 +223,9 @@ def format_rows(case: Case, rows: list[dict]) -> str:
     for row in rows:
         ratio = f" ({row['ratio_to_sdpa']:.2f}x)" if row["ratio_to_sdpa"] else ""
         error = f" err {row['error_ratio']}" if row["error_ratio"] else ""
-        cells.append(f"{row['peer']} {_value(row)}{ratio}{error}")
+        share = row["share_of_tile_peak"]
+        share = f" {float(share):.0%} of AMX" if share and row["peer"] not in LIMITS else ""
+        cells.append(f"{row['peer']} {_value(row)}{share}{ratio}{error}")
     return f"{case!s:52} | " + " | ".join(cells)
 
 

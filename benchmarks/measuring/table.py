@@ -31,6 +31,7 @@ RESULT_COLUMNS = (
     "gflops",
     "gexps",
     "gbytes",
+    "share_of_tile_peak",
     "ratio_to_sdpa",
     "error_ratio",
     "difference",

@@ -24,6 +24,7 @@ def take_turns(
     estimates: dict[str, float],
     budget: float,
     max_samples: int = 50,
+    timed: Callable[[Callable[[], object], int], float] = seconds,
 ) -> dict[str, list[float]]:
     """Seconds a call of each function, measured A B C A B C ...
 
@@ -36,6 +37,7 @@ def take_turns(
         budget: seconds for all of them; every one is measured at least once, and three times if
             that costs no more than twice the budget.
         max_samples: samples of each at most.
+        timed: takes a sample, as ``seconds`` does.
     """
     started = time.perf_counter()
     slow = {name: [t] for name, t in estimates.items() if t > budget}
@@ -48,7 +50,7 @@ def take_turns(
             break
         for name, run in runs.items():
             time.sleep(_PAUSE_SECONDS)
-            samples[name].append(seconds(run, repeats[name]))
+            samples[name].append(timed(run, repeats[name]))
     return {name: slow.get(name) or samples[name] for name in estimates}
 
 

@@ -9,7 +9,10 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <array>
+#include <atomic>
+#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -117,7 +120,10 @@ bool amx_permitted() {
   return permitted;
 }
 
-void amx_loop(int64_t iterations, int seed) {
+using Tiles = flash::cpu::limits::TileAmx;
+
+// Random operands in registers.
+void load_amx_operands(int seed) {
   alignas(64) std::array<std::array<uint16_t, 512>, 4> operands;
   std::minstd_rand bits(seed + 1);
   std::normal_distribution<float> normal;
@@ -127,7 +133,6 @@ void amx_loop(int64_t iterations, int seed) {
       std::memcpy(&element, reinterpret_cast<const char*>(&value) + 2, 2);  // bf16 by truncation
     }
   }
-  using Tiles = flash::cpu::limits::TileAmx;
   Tiles::configure();
   Tiles::zero<0>();
   Tiles::zero<1>();
@@ -137,13 +142,41 @@ void amx_loop(int64_t iterations, int seed) {
   Tiles::load<5>(operands[1].data(), 64);
   Tiles::load<6>(operands[2].data(), 64);
   Tiles::load<7>(operands[3].data(), 64);
+}
+
+constexpr int64_t kAmxWork = int64_t{4} * 2 * 16 * 16 * 32;  // operations of one iteration
+
+void multiply_amx_operands(int64_t iterations) {
   for (int64_t n = 0; n < iterations; ++n) {
     Tiles::multiply<0, 4, 6>();
     Tiles::multiply<1, 4, 7>();
     Tiles::multiply<2, 5, 6>();
     Tiles::multiply<3, 5, 7>();
   }
+}
+
+void amx_loop(int64_t iterations, int seed) {
+  load_amx_operands(seed);
+  multiply_amx_operands(iterations);
   Tiles::release();
+}
+
+// Operations a second at this moment, the best of three times 20 microseconds.
+double amx_rate(double wake_seconds, int seed) {
+  using Clock = std::chrono::steady_clock;
+  using Seconds = std::chrono::duration<double>;
+  constexpr int64_t kIterations = 600;
+  load_amx_operands(seed);
+  for (const auto start = Clock::now(); Seconds(Clock::now() - start).count() < wake_seconds;)
+    multiply_amx_operands(kIterations / 4);
+  double least = 1.;
+  for (int i = 0; i < 3; ++i) {
+    const auto start = Clock::now();
+    multiply_amx_operands(kIterations);
+    least = std::min(least, Seconds(Clock::now() - start).count());
+  }
+  Tiles::release();
+  return kAmxWork * kIterations / least;
 }
 #endif
 
@@ -213,9 +246,22 @@ void limits_amx([[maybe_unused]] int threads, [[maybe_unused]] int64_t iteration
 // Floating-point operations of one iteration of one thread; 0 where AMX cannot be used.
 int64_t limits_amx_work() {
 #if defined(__AMX_BF16__) && defined(__AMX_TILE__)
-  return amx_permitted() ? int64_t{4} * 2 * 16 * 16 * 32 : 0;
+  return amx_permitted() ? kAmxWork : 0;
 #else
   return 0;
+#endif
+}
+
+// Floating-point operations a second that tile products of all threads do at this moment, after
+// wake_seconds of them: the tile unit wakes up slowly. 0 where AMX cannot be used.
+double limits_amx_rate([[maybe_unused]] int threads, [[maybe_unused]] double wake_seconds) {
+#if defined(__AMX_BF16__) && defined(__AMX_TILE__)
+  if (!amx_permitted()) return 0.;
+  std::atomic<double> sum = 0.;
+  on_threads(threads, [&](int thread) { sum += amx_rate(wake_seconds, thread); });
+  return sum;
+#else
+  return 0.;
 #endif
 }
 

@@ -34,6 +34,8 @@ def _library() -> ctypes.CDLL:
     for name in _ITERATIONS:
         getattr(library, f"limits_{name}").argtypes = (ctypes.c_int, ctypes.c_int64)
         getattr(library, f"limits_{name}_work").restype = ctypes.c_int64
+    library.limits_amx_rate.argtypes = (ctypes.c_int, ctypes.c_double)
+    library.limits_amx_rate.restype = ctypes.c_double
     library.limits_read.argtypes = (ctypes.c_int, ctypes.c_void_p, ctypes.c_int64)
     return library
 
@@ -52,6 +54,12 @@ def _loop(name: str) -> tuple[Callable[[], tuple], float]:
         return ()
 
     return run, float(work)
+
+
+def amx_rate(wake_seconds: float = 4e-4) -> float:
+    """Operations a second of bf16 tile products at this moment, after ``wake_seconds`` of them; 0
+    without AMX."""
+    return _library().limits_amx_rate(torch.get_num_threads(), wake_seconds)
 
 
 def fma_peak(case: Case, inputs: Inputs):

@@ -16,8 +16,8 @@ from measuring.table import by_case, machine_of
 from reports.figures import finish, pyplot
 
 # AMX multiplies bf16 alone: an fp16 number is two of them, an fp32 number three, and this many
-# products of parts make one product of full accuracy.
-_AMX_PRODUCTS = {"bfloat16": 1, "float16": 3, "float32": 6}
+# products of parts make one product: for fp16 four of Q K^T, three of P V.
+_AMX_PRODUCTS = {"bfloat16": 1, "float16": 3.5, "float32": 6}
 _LONGEST = 8192  # of the dense kernels on the page: longer ones are not measured everywhere
 _INTRODUCTION = """\
 # Roofline: what bounds each kernel
@@ -30,7 +30,7 @@ turns with the kernel and on as many threads ([limits.cpp](../benchmarks/native/
 - **products**: operations of the matrix products at the peak of the unit that multiplies. A score
   takes 2 (d + dv) forward, 2 (3 d + 2 dv) backward; a causal mask leaves half of the scores, a
   window those inside. The unit is FMA; for bf16 also AVX-512-BF16 dot products; and AMX where the
-  CPU has it, for fp16 at a third and for fp32 at a sixth of its peak, since so many bf16 products
+  CPU has it, for fp16 at 1/3.5 and for fp32 at a sixth of its peak, since so many bf16 products
   make one.
 - **exp**: one exponential a score, at the rate of a vectorized fp32 2^x in L1. It runs on the FMA
   units: where these do the products, too, the two times add up; beside AMX they overlap.

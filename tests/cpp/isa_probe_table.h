@@ -31,7 +31,8 @@ struct IsaProbe {
   void (*exp2)(float* y, const float* x, int n);
   void (*exp)(float* y, const float* x, int n);
   void (*tanh)(float* y, const float* x, int n);
-  void (*partners)(float* y, const float* x, int step);  // one vector
+  void (*tanh_of_half)(float* y, const float* x, int n);  // n values, n slopes
+  void (*partners)(float* y, const float* x, int step);   // one vector
   float (*reduce_add)(const float* x);
   float (*reduce_max)(const float* x);
   void (*load)(flash::Dtype t, float* y, const void* x, int n);

@@ -17,9 +17,9 @@
 #include "common/softmax.h"
 #include "common/tile_scheduler.h"
 #if defined(FLASH_ATTN_HAVE_CUDA)
-#include "sm80/decode_smem.h"
 #include "sm80/kernel_list.h"
 #endif
+#include "sm80/decode_smem.h"
 #include "sm80/pipeline.h"
 #include "sm80/smem.h"
 #include "sm80/tile_table.h"

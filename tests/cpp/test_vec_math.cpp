@@ -96,6 +96,43 @@ TEST_P(PerIsa, TanhOfTheExtremes) {
   EXPECT_TRUE(std::isnan(y[7]));
 }
 
+// A multiple of the vector's width.
+std::vector<float> tanh_of_half(const IsaProbe& isa, const std::vector<float>& x) {
+  std::vector<float> y(2 * x.size());
+  isa.tanh_of_half(y.data(), x.data(), static_cast<int>(x.size()));
+  return y;
+}
+
+TEST_P(PerIsa, TanhOfHalfAndItsSlopeAreAccurate) {
+  std::vector<float> x = sweep(-38.f, 38.f, 0x1p-10f, 100000);
+  for (float v : {1e-37f, -1e-30f, 1e-10f, -1e-5f, 1e-3f, 0.f}) x.push_back(v);
+  x.resize(x.size() / isa().width * isa().width);
+  const std::vector<float> y = tanh_of_half(isa(), x);
+  double value_error = 0, slope_error = 0;
+  for (size_t i = 0; i < x.size(); ++i) {
+    const double value = std::tanh(x[i] / 2.), cosine = std::cosh(x[i] / 2.);
+    if (x[i] != 0) value_error = std::max(value_error, std::abs(y[i] / value - 1));
+    const double slope = y[x.size() + i] * cosine * cosine;
+    slope_error = std::max(slope_error, std::abs(slope - 1));
+  }
+  EXPECT_LE(value_error, 2.5e-7);
+  EXPECT_LE(slope_error, 6e-7);
+}
+
+TEST_P(PerIsa, TanhOfHalfOfTheExtremes) {
+  const std::vector<float> x = {0.f, 60.f, -60.f, 1e38f, -1e38f, kInf, -kInf, kNan,
+                                0.f, 60.f, -60.f, 1e38f, -1e38f, kInf, -kInf, -kNan};
+  const std::vector<float> y = tanh_of_half(isa(), x);
+  EXPECT_EQ(y[0], 0.f);
+  EXPECT_EQ(y[16], 1.f);
+  for (size_t i = 1; i < 7; ++i) {
+    EXPECT_EQ(y[i], x[i] > 0 ? 1.f : -1.f) << x[i];
+    EXPECT_TRUE(y[16 + i] >= 0.f && y[16 + i] < 2e-17f) << x[i];
+  }
+  EXPECT_TRUE(std::isnan(y[7]));
+  EXPECT_TRUE(std::isnan(y[15]));
+}
+
 TEST_P(PerIsa, PartnersLieOneStepAway) {
   const int width = isa().width;
   std::vector<float> x(width), y(width);

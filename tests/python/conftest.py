@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 
-import known_failures
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -44,8 +43,7 @@ def demo_modules(monkeypatch):
 
 
 def pytest_collection_modifyitems(items):
-    """Runs the instruction sets of one test one after another, so that they share its reference;
-    marks what is known to fail on some of them."""
+    """Runs the instruction sets of one test one after another, so that they share its reference."""
 
     def without_isa(item):
         params = item.callspec.params if hasattr(item, "callspec") else {}
@@ -55,8 +53,6 @@ def pytest_collection_modifyitems(items):
     for item in items:
         groups.setdefault(without_isa(item), []).append(item)
     items[:] = [item for group in groups.values() for item in group]
-    for item in items:
-        known_failures.mark(item)
 
 
 @pytest.fixture

@@ -126,7 +126,7 @@ def gradient_slack(tensors, options, dout, out):
     - ds_aux is a sum of P D, so the rounding of out to its dtype adds up in it.
     - Where no query sees more than two keys, nothing averages the rounding of out, which D has in
       all its products: with one key D is the one dP, from which PyTorch subtracts itself and makes
-      no error at all.
+      no error at all. In dk such errors of all rows add up, as independent ones do.
 
     Args:
         tensors, options, dout: as in ``attention_and_gradients``.
@@ -142,12 +142,14 @@ def gradient_slack(tensors, options, dout, out):
         return slack
     scale = options.get("softmax_scale")
     scale = q.shape[-1] ** -0.5 if scale is None else abs(scale)
-    largest_dp = dout.double().norm(dim=-1).max() * v.norm(dim=-1).max()
-    error = torch.finfo(torch.float32).eps * largest_dp.item()
-    error += torch.finfo(dout.dtype).eps / 2 * (dout.double() * out).norm(dim=-1).max().item()
     groups = q.shape[2] // k.shape[2]
+    of_dp = torch.finfo(torch.float32).eps * dout.double().norm(dim=-1) * v.norm(dim=-1).max()
+    of_out = torch.finfo(dout.dtype).eps / 2 * (dout.double() * out).norm(dim=-1)
+    errors = of_dp + of_out  # of dP - D, (b, sq, h)
+    error = errors.max().item()
     slack["dq"] = error * scale * k.abs().max().item()
-    slack["dk"] = error * scale * q.abs().max().item() * groups
+    rows = (errors[..., None] * q).unflatten(2, (k.shape[2], groups))
+    slack["dk"] = scale * rows.square().sum((1, 3)).sqrt().max().item()
     slack["dattn_bias"] = error * q.shape[0] * groups
     return slack
 

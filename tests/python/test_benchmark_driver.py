@@ -75,6 +75,7 @@ def test_driver_measures_every_operation_and_checks_it(tmp_path):
         assert float(row["error_ratio"]) <= 1 or row["peer"] != "flash_attn"
         assert row["peer"] != "sdpa" or float(row["ratio_to_sdpa"]) == 1
         assert row["torch"] == torch.__version__
+        assert row["share_of_tile_peak"] == "" or 0 < float(row["share_of_tile_peak"]) < 1
 
 
 def test_plain_attention_stops_where_its_scores_would_not_fit(tmp_path):
@@ -180,6 +181,26 @@ def test_others_compute_the_same(other_process, name, dtype, causal):
     same_mask, other_mask = result
     assert same_mask <= 1
     assert other_mask > 1
+
+
+def test_samples_stand_beside_the_peak_of_the_tile_unit(benchmark_modules, monkeypatch):
+    from measuring import tile_peak, timing
+
+    rates = iter([1e9, *([2e9, 4e9] * 3)])  # the first says that there is such a unit
+    monkeypatch.setattr(tile_peak, "amx_rate", lambda: next(rates))
+    monkeypatch.setattr(tile_peak, "seconds", lambda run, repeats: 2.0)
+    beside = tile_peak.PeakBeside()
+    runs = {"one": lambda: None}
+    samples = timing.take_turns(runs, {"one": 1.0}, 60.0, max_samples=3, timed=beside.seconds)
+    assert samples == {"one": [2.0, 2.0, 2.0]}
+    assert beside.share(runs["one"], 1.5e9) == pytest.approx(0.25)
+    assert beside.share(runs["one"], 0.0) is None
+    assert beside.share(print, 1.5e9) is None
+
+    monkeypatch.setattr(tile_peak, "amx_rate", lambda: 0.0)
+    without = tile_peak.PeakBeside()
+    assert without.seconds(runs["one"], 1) == 2.0
+    assert without.share(runs["one"], 1.5e9) is None
 
 
 def test_limits_are_work_over_time(benchmark_modules):

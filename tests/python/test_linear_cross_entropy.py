@@ -101,6 +101,17 @@ def test_chunks():
                 assert size <= (0.05 if in_fp32 else 0.1) * rows
 
 
+def peak_without_scratch(changes):
+    """The most bytes allocated at once. What is freed before anything else is allocated is not
+    counted: with AMX, oneDNN's products of bf16 take such scratch, up to 150 KB here."""
+    peak = allocated = 0
+    for size, after in zip(changes, [*changes[1:], 0]):
+        allocated += size
+        if size + after != 0:
+            peak = max(peak, allocated)
+    return peak
+
+
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 @pytest.mark.parametrize("rows", [1024, 4096])
 def test_memory(dtype, rows):
@@ -110,11 +121,8 @@ def test_memory(dtype, rows):
     leaves = [x.requires_grad_() for x in tensors[:2]]
     with torch.profiler.profile(profile_memory=True) as profile:
         linear_cross_entropy_loss(*leaves, labels).backward()
-    peak = allocated = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            allocated += event.nbytes()
-            peak = max(peak, allocated)
+    events = profile.profiler.kineto_results.events()
+    peak = peak_without_scratch([e.nbytes() for e in events if e.name() == "[memory]"])
     gradients = sum(x.numel() for x in leaves) * dtype.itemsize
     of_rows = 4 * rows * 20  # losses, their weights, states and the like
     assert peak <= gradients + of_rows + 0.1 * rows * classes * dtype.itemsize

@@ -65,19 +65,9 @@ def cases(draw, dtypes=(FP32, FP16, BF16), seqlens=UP_TO_70, largest_dim=80, dls
     )
 
 
-def largest_score_error(case):
-    """2^-16 of each product in a score: what two bf16 terms of an fp16 number leave out."""
-    tensors, options, _, _ = make_tensors(case)
-    q, k = (tensors[n].double().abs().amax(dim=(0, 2)) for n in "qk")  # [seqlen, d]
-    scale = options["softmax_scale"]
-    scale = q.shape[-1] ** -0.5 if scale is None else abs(scale)
-    return 2**-16 * scale * (q @ k.T).max().item() if k.numel() else 0.0
-
-
 @given(case=cases())
-def test_any_shape_with_any_features(case, isa):
-    terms = isa == "amx" and case.dtype == FP16
-    attention_cases.check(case, lse_slack=largest_score_error(case) if terms else 0.0)
+def test_any_shape_with_any_features(case):
+    attention_cases.check(case)
 
 
 @given(case=cases(), split=st.integers(1, 69))
@@ -204,8 +194,16 @@ def flush_denormal():
     torch.set_flush_denormal(False)
 
 
+def flushes_subnormals(isa, dtype):
+    """Tile products of AMX and products of bf16 pairs take subnormal numbers as 0, always. Terms of
+    fp16 numbers are never subnormal."""
+    return dtype in {"amx": (FP32, BF16), "avx512bf16": (BF16,)}.get(isa, ())
+
+
 @pytest.mark.parametrize("dtype", [FP32, FP16, BF16])
-def test_results_do_not_depend_on_what_threads_do_with_subnormals(dtype, restore_threads, request):
+def test_results_do_not_depend_on_what_threads_do_with_subnormals(
+    isa, dtype, restore_threads, request
+):
     case = Case(batch=2, seqlens=(130, 200), heads=(4, 2), dims=(40, 40), dtype=dtype)
     tensors, options, dout, _ = make_tensors(case)
     tiny = 1e-6 if dtype == FP16 else 1e-39
@@ -215,7 +213,10 @@ def test_results_do_not_depend_on_what_threads_do_with_subnormals(dtype, restore
     smallest = torch.finfo(dtype).smallest_normal
     for name in ("out", "dv"):
         kept = (expected[name] != 0) & (expected[name].abs() < smallest)
-        assert kept.sum() > kept.numel() // 2, name
+        if flushes_subnormals(isa, dtype):
+            assert (expected[name] == 0).all(), name
+        else:
+            assert kept.sum() > kept.numel() // 2, name
     request.getfixturevalue("flush_denormal")
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)

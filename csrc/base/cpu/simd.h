@@ -70,6 +70,29 @@ FLASH_INLINE Vec max(Vec a, Vec b) {
 #endif
 }
 
+FLASH_INLINE VecI max(VecI a, VecI b) { return a > b ? a : b; }
+
+// The smaller; the second operand if either is NaN.
+FLASH_INLINE Vec min(Vec a, Vec b) {
+#if defined(FLASH_ATTN_SIMD_AVX512)
+  return _mm512_min_ps(a, b);
+#elif defined(FLASH_ATTN_SIMD_AVX2)
+  return _mm256_min_ps(a, b);
+#else
+  return a < b ? a : b;
+#endif
+}
+
+// Relative error 2^-23.
+FLASH_INLINE Vec reciprocal(Vec v) {
+#if defined(FLASH_ATTN_SIMD_AVX512)
+  const Vec r = _mm512_rcp14_ps(v);
+  return fma(r, fma(-v, r, set1(1.f)), r);
+#else
+  return 1.f / v;
+#endif
+}
+
 FLASH_INLINE Vec abs(Vec v) { return from_bits(bits(v) & 0x7fffffffu); }
 FLASH_INLINE Vec select(VecI mask, Vec yes, Vec no) { return mask ? yes : no; }
 FLASH_INLINE Vec to_float(VecI v) { return __builtin_convertvector(v, Vec); }

@@ -32,7 +32,9 @@ struct BwdScratch {
   float *dk, *dv;        // [keys][d], [keys][dv]
   float *s, *dp;         // [tile.rows][tile.keys]: P and dS
   Row* rows;             // [tile.rows]
-  ScoreScratch row;      // its buffer is also a packing panel
+  float* buffer;         // a packing panel
+  float* cap_slope;      // [tile.keys], of a row
+  uint8_t* random;       // [tile.rows][tile.keys + 32], with dropout
 };
 
 class BwdTaskRunner {
@@ -58,10 +60,10 @@ class BwdTaskRunner {
     x.dv = c.take<float>((tile.keys + kTileM) * dv);
     x.s = c.take<float>(static_cast<int64_t>(tile.rows) * tile.keys + kWidth);
     x.dp = c.take<float>(static_cast<int64_t>(tile.rows) * tile.keys + kWidth);
-    x.row.buffer = c.take<float>(dims.largest_pad() * kTileN + tile.keys + kWidth);
-    x.row.cap_slope = c.take<float>(tile.keys);
+    x.buffer = c.take<float>(dims.largest_pad() * kTileN);
+    x.cap_slope = c.take<float>(tile.keys);
     x.rows = c.take<Row>(tile.rows);
-    x.row.random = c.take<uint8_t>(tile.keys + 64);
+    x.random = c.take<uint8_t>(p.p_dropout > 0.f ? tile.rows * (tile.keys + 32) : 0);
     return x;
   }
 
@@ -88,10 +90,10 @@ class BwdTaskRunner {
     load_rows(block);
     for_bands(block, [&](int row, int count, const TileColumns& own) {
       const int g = row - block.row0;
-      product(x_.q + int64_t{g} * ctx_.d_pad, ctx_.d, ctx_.d_pad, x_.k_t, count, own, x_.s);
+      product(x_.q + int64_t{g} * ctx_.d_pad, ctx_.d, ctx_.d_pad, x_.k_t, count, own, x_.s,
+              x_.rows + g);
       for (int r = 0; r < count && own.begin < own.end; ++r)
-        ctx_.add_row(x_.rows[g + r], x_.s + int64_t{r} * ctx_.tile.keys, own, x_.row.buffer,
-                     states[g + r]);
+        ctx_.add_row(x_.rows[g + r], x_.s + int64_t{r} * ctx_.tile.keys, own, states[g + r]);
     });
   }
 
@@ -104,9 +106,9 @@ class BwdTaskRunner {
   void pack_chunk() {
     const Flash_bwd_params& p = ctx_.p;
     const auto k_rows = ctx_.key_rows(p.k, ctx_.key), v_rows = ctx_.key_rows(p.v, ctx_.key);
-    pack_transposed(x_.k_t, p.dtype, ctx_.keys, ctx_.d, k_rows, x_.row.buffer);
-    pack_transposed(x_.v_t, p.dtype, ctx_.keys, ctx_.d_v, v_rows, x_.row.buffer);
-    k_finite_ = pack_natural(x_.k, p.dtype, ctx_.keys, keys_pad_, ctx_.d, k_rows, x_.row.buffer);
+    pack_transposed(x_.k_t, p.dtype, ctx_.keys, ctx_.d, k_rows, x_.buffer);
+    pack_transposed(x_.v_t, p.dtype, ctx_.keys, ctx_.d_v, v_rows, x_.buffer);
+    k_finite_ = pack_natural(x_.k, p.dtype, ctx_.keys, keys_pad_, ctx_.d, k_rows, x_.buffer);
   }
 
   void attend(const RowBlock& block) {
@@ -143,15 +145,20 @@ class BwdTaskRunner {
   bool scores(int row0, int g, int count, const TileColumns& own, const TileColumns& t) {
     float* s = x_.s + int64_t{g} * ctx_.tile.keys;
     float* dp = x_.dp + int64_t{g} * ctx_.tile.keys;
-    product(x_.q + int64_t{g} * ctx_.d_pad, ctx_.d, ctx_.d_pad, x_.k_t, count, own, s);
-    product(x_.dout + int64_t{g} * ctx_.d_v_pad, ctx_.d_v, ctx_.d_v_pad, x_.v_t, count, own, dp);
+    product(x_.q + int64_t{g} * ctx_.d_pad, ctx_.d, ctx_.d_pad, x_.k_t, count, own, s, x_.rows + g);
+    product(x_.dout + int64_t{g} * ctx_.d_v_pad, ctx_.d_v, ctx_.d_v_pad, x_.v_t, count, own, dp,
+            nullptr);
+    const int random_ld = ctx_.tile.keys + 32;
+    if (ctx_.dropout.enabled) ctx_.random_bytes(x_.rows + g, count, own, x_.random, random_ld);
     bool all_visible = true;
     for (int r = 0; r < count; ++r) {
       const Row& row = x_.rows[g + r];
       float* s_row = s + int64_t{r} * ctx_.tile.keys;
       float* dp_row = dp + int64_t{r} * ctx_.tile.keys;
       const KeyRange seen = visible(row, own);
-      if (own.begin < own.end) ctx_.softmax_bwd_step(row0 + r, row, s_row, dp_row, own, x_.row);
+      if (own.begin < own.end)
+        ctx_.softmax_bwd_step(row0 + r, row, s_row, dp_row, own,
+                              {x_.cap_slope, x_.random + r * random_ld});
       fill_invisible(s_row, t, seen, 0.f);
       fill_invisible(dp_row, t, seen, 0.f);
       all_visible &= seen.begin == t.begin && seen.end == t.end;
@@ -159,9 +166,10 @@ class BwdTaskRunner {
     return all_visible;
   }
 
-  // c = a b^T over the columns of t; b packed by pack_transposed.
+  // c = a b^T over the columns of t; b packed by pack_transposed. Meanwhile the bias of `rows` is
+  // prefetched, if given.
   void product(const float* a, int d, int d_pad, const float* b, int count, const TileColumns& t,
-               float* c) const {
+               float* c, const Row* rows) const {
     Product x{};
     x.k = d;
     x.a = a;
@@ -169,7 +177,12 @@ class BwdTaskRunner {
     x.c = c + t.begin;
     x.c_ld = ctx_.tile.keys;
     multiply_in_pieces(count, t.end - t.begin, x,
-                       transposed_operand(b + int64_t{t.begin} * d_pad, d));
+                       transposed_operand(b + int64_t{t.begin} * d_pad, d),
+                       [&](int r, int block_rows, int n) {
+                         if (rows)
+                           ctx_.prefetch_bias(rows + r, block_rows,
+                                              {t.begin + n, t.begin + n + kTileN, t.first_key});
+                       });
   }
 
   // c[keys of t][d] += a[rows][keys]^T b[rows][d]

@@ -29,9 +29,8 @@ struct DqSlot {
 
 // Of one row of scores.
 struct ScoreScratch {
-  float* buffer;     // of bias
-  float* cap_slope;  // derivative of the softcap
-  uint8_t* random;   // dropout's bytes
+  float* cap_slope;       // derivative of the softcap
+  const uint8_t* random;  // dropout's bytes
 };
 
 // Rows [row0, row0 + rows) of a head, its block number `index`.
@@ -113,16 +112,9 @@ struct BwdContext : TaskContext<Flash_bwd_params> {
     return p.dsoftmax_sum[dsoftmax_offset(p, seq, row.head) + row.query];
   }
 
-  void scale_products(float* s, const TileColumns& t) const {
-    if (score_scale == 1.f) return;
-    for (int j = t.begin; j < t.end; j += kWidth) store(s + j, load(s + j) * score_scale);
-  }
-
   // Adds a row of products to a softmax state; uses them up.
-  void add_row(const Row& row, float* s, const TileColumns& t, float* buffer,
-               RowState& state) const {
-    scale_products(s, t);
-    finish_scores(row, s, t, buffer);
+  void add_row(const Row& row, float* s, const TileColumns& t, RowState& state) const {
+    finish_scores(row, s, t, score_scale);
     flash_step(s, t.begin, t.end, state);
   }
 
@@ -141,9 +133,7 @@ struct BwdContext : TaskContext<Flash_bwd_params> {
   void softmax_bwd_step(int row_index, const Row& row, float* s, float* dp, const TileColumns& t,
                         const ScoreScratch& x) const {
     float* cap_slope = p.softcap > 0.f ? x.cap_slope : nullptr;
-    scale_products(s, t);
-    modify(row, s, t, x.buffer, cap_slope);
-    if (dropout.enabled) random_bytes(row, t, x.random);
+    modify(row, s, t, score_scale, cap_slope);
     const Vec reference = set1(subtract_reference(row_index, row, s, t));
     const Vec row_delta = set1(delta(row));
     for (int j = t.begin; j < t.end; j += kWidth) {
@@ -151,7 +141,7 @@ struct BwdContext : TaskContext<Flash_bwd_params> {
       const Vec weight = kForBf16 ? exp2_bf16(exponent * kLog2e) : exp(exponent);
       Vec dropped = weight, dp_j = load(dp + j);
       if (dropout.enabled) {
-        const VecI keep = kept(dropout, x.random, j);
+        const auto keep = kept(dropout, x.random, j);
         dropped = select(keep, weight * dropout.rescale, zero());
         dp_j = select(keep, dp_j * dropout.rescale, zero());
       }
@@ -169,7 +159,10 @@ struct BwdContext : TaskContext<Flash_bwd_params> {
     const KeyRange seen = visible(row, t);
     float* dst =
         static_cast<float*>(bias.ptr) + map.bias_offset(bias, row) + t.first_key * bias.col_stride;
-    for (int j = seen.begin; j < seen.end; ++j) dst[j * bias.col_stride] += ds[j];
+    int j = seen.begin;
+    if (bias.col_stride == 1)
+      for (; j + kWidth <= seen.end; j += kWidth) store(dst + j, load(dst + j) + load(ds + j));
+    for (; j < seen.end; ++j) dst[j * bias.col_stride] += ds[j];
   }
 
   const BwdTile& tile;

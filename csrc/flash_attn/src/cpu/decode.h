@@ -48,7 +48,7 @@ inline StreamTile stream_tile(const Flash_fwd_params& p) {
 struct StreamScratch {
   float *q, *o;       // [kStreamTaskRows][d], [..][dv], padded to kTileN, in part order
   float* s;           // [kStreamRows][block keys]
-  float* buffer;      // a row of bias, or of V
+  float* buffer;      // a row of V
   RowState* state;    // [kStreamTaskRows]
   Row* rows;          // [kStreamTaskRows]
   const char** k[2];  // rows of a block, of the task's first head; this block's and the next's
@@ -62,7 +62,7 @@ inline StreamScratch carve_stream(Carver& c, const Flash_fwd_params& p) {
   x.q = c.take<float>(int64_t{kStreamTaskRows} * dims.d_pad);
   x.o = c.take<float>(int64_t{kStreamTaskRows} * dims.d_v_pad);
   x.s = c.take<float>(int64_t{kStreamRows} * keys);
-  x.buffer = c.take<float>(keys + kWidth + dims.d_v_pad);
+  x.buffer = c.take<float>(dims.d_v_pad);
   x.state = c.take<RowState>(kStreamTaskRows);
   x.rows = c.take<Row>(kStreamTaskRows);
   for (int i = 0; i < 2; ++i) {
@@ -203,7 +203,7 @@ class StreamTaskRunner {
   bool softmax_step(const RowMap& map, int r, float* s, int key, int keys) {
     const TileColumns t{0, round_up(keys, kTileN), key};
     const Row& row = x_.rows[r];
-    if (modifiers_) modify_scores(p_, map, row, s, t, x_.buffer, nullptr);
+    if (modifiers_) modify_scores(p_, map, row, s, t, 1.f, nullptr);
     KeyRange seen = visible(row, t);
     if (seen.end > keys) seen.end = keys;
     fill_invisible(s, t, seen, -kInf);

@@ -10,7 +10,7 @@ namespace flash::cpu::FLASH_ATTN_ISA {
 
 // scores [sk] of one row -> out
 inline void store_dmask_row(const TaskContext<Flash_fwd_params>& ctx, const Row& row, float* s,
-                            uint8_t* random, void* out) {
+                            void* out) {
   const int seqlen_k = ctx.seq.seqlen_k, block = dmask_block_keys(ctx.p.d);
   RowState running;
   for (int begin = (seqlen_k - 1) / block * block; begin >= 0; begin -= block) {
@@ -20,6 +20,7 @@ inline void store_dmask_row(const TaskContext<Flash_fwd_params>& ctx, const Row&
     for (int j = begin; j < end; ++j) s[j] = exp(s[j] - reference);
   }
   for (int begin = 0; begin < seqlen_k; begin += 32) {
+    uint8_t random[32];
     ctx.dropout.row_bytes(ctx.map.batch_head(row), row.query, begin / 32, random);
     for (int j = begin; j < seqlen_k && j < begin + 32; ++j)
       if (random[j - begin] > ctx.dropout.keep_threshold) s[j] = -s[j];
@@ -62,7 +63,7 @@ inline void store_dmask(const Flash_fwd_params& p) {
     for (int r = 0; r < run.rows(); ++r) {
       const Row& row = x.rows[r];
       const int64_t index = (task.batch * p.h + row.head) * p.seqlen_q_rounded + row.query;
-      store_dmask_row(run.context(), row, s + r * ld, x.random,
+      store_dmask_row(run.context(), row, s + r * ld,
                       static_cast<char*>(p.s_dmask) + index * bytes_a_row);
     }
   };

@@ -40,12 +40,14 @@ struct FwdScratch {
   float *q, *o;      // [task_rows][d], [task_rows][dv], padded to kTileN
   float *k, *v;      // packed key block
   float* s;          // [tile.rows][tile.keys]
-  float* buffer;     // a packing panel, or a row of bias
+  float* buffer;     // a packing panel
   float* row_scale;  // [tile.rows]
   RowState* state;   // [task_rows]
   Row* rows;         // [task_rows]
-  uint8_t* random;   // [tile.keys]
+  uint8_t* random;   // [tile.rows][random_ld(tile)], with dropout
 };
+
+inline int64_t random_ld(const FwdTile& tile) { return tile.keys + 32; }
 
 inline FwdScratch carve_fwd(Carver& c, const Flash_fwd_params& p, const FwdTile& tile) {
   const HeadDims dims(p);
@@ -56,11 +58,11 @@ inline FwdScratch carve_fwd(Carver& c, const Flash_fwd_params& p, const FwdTile&
   x.k = c.take<float>(tile.keys * d);
   x.v = c.take<float>(tile.keys * dv);
   x.s = c.take<float>(static_cast<int64_t>(tile.rows) * tile.keys);
-  x.buffer = c.take<float>(dims.largest_pad() * kTileN + tile.keys + kWidth);
+  x.buffer = c.take<float>(dims.largest_pad() * kTileN);
   x.row_scale = c.take<float>(tile.rows);
   x.state = c.take<RowState>(tile.task_rows);
   x.rows = c.take<Row>(tile.task_rows);
-  x.random = c.take<uint8_t>(tile.keys + 64);
+  x.random = c.take<uint8_t>(p.p_dropout > 0.f ? tile.rows * random_ld(tile) : 0);
   return x;
 }
 
@@ -112,19 +114,21 @@ class FwdTaskRunner {
   }
 
   void gemm_qk(int row, int count, const TileColumns& t, float* s, int64_t s_ld) const {
-    const OperandB k = transposed_operand(x_.k + int64_t{t.begin} * ctx_.d_pad, ctx_.d);
     Product x{};
     x.k = ctx_.d;
     x.a = x_.q + int64_t{row} * ctx_.d_pad;
     x.a_ld = ctx_.d_pad;
     x.c = s + t.begin;
     x.c_ld = s_ld;
-    multiply_in_pieces(count, t.end - t.begin, x, k);
+    const OperandB k = transposed_operand(x_.k + int64_t{t.begin} * ctx_.d_pad, ctx_.d);
+    multiply_in_pieces(count, t.end - t.begin, x, k, [&](int r, int rows, int n) {
+      ctx_.prefetch_bias(x_.rows + row + r, rows, {t.begin + n, t.begin + n + kTileN, t.first_key});
+    });
   }
 
   // Softcap, ALiBi, bias and mask of one row. True if it sees every column.
   bool finish_scores(int r, float* s, const TileColumns& t) const {
-    return ctx_.finish_scores(x_.rows[r], s, t, x_.buffer);
+    return ctx_.finish_scores(x_.rows[r], s, t);
   }
 
  private:
@@ -139,6 +143,8 @@ class FwdTaskRunner {
 
   void attend_band(int row, int count, const TileColumns& t) {
     gemm_qk(row, count, t, x_.s, tile_.keys);
+    if (ctx_.dropout.enabled)
+      ctx_.random_bytes(x_.rows + row, count, t, x_.random, random_ld(tile_));
     bool all_visible = true;
     for (int r = 0; r < count; ++r)
       all_visible &= softmax_step(row + r, x_.s + int64_t{r} * tile_.keys, t, r);
@@ -150,14 +156,13 @@ class FwdTaskRunner {
   bool softmax_step(int r, float* s, const TileColumns& t, int scale_index) {
     const bool all_visible = finish_scores(r, s, t);
     x_.row_scale[scale_index] = flash_step(s, t.begin, t.end, x_.state[r]);
-    if (ctx_.dropout.enabled) drop(x_.rows[r], s, t);
+    if (ctx_.dropout.enabled) drop(x_.random + scale_index * random_ld(tile_), s, t);
     return all_visible;
   }
 
-  void drop(const Row& row, float* p, const TileColumns& t) const {
-    ctx_.random_bytes(row, t, x_.random);
+  void drop(const uint8_t* random, float* p, const TileColumns& t) const {
     for (int j = t.begin; j < t.end; j += kWidth)
-      store(p + j, select(kept(ctx_.dropout, x_.random, j), load(p + j), zero()));
+      store(p + j, select(kept(ctx_.dropout, random, j), load(p + j), zero()));
   }
 
   void gemm_pv(int row, int count, const TileColumns& t, const float* p, const float* scale,

@@ -3,20 +3,25 @@
 // (decode.h).
 //
 // A task packs a chunk of keys, as much of K and V as leaves room in L2, and walks over it with
-// blocks of 32 rows:
+// blocks of 32 rows, in units of 32 keys; a few units are a piece. One step of a pipeline that runs
+// on from block to block:
 //
-//   units of 64 keys      S = Q K^T in L1, twice: while the tile unit computes one, or a product
-//                         with V, vector units make P of the other
-//   pieces of 128 keys    O += P V with P as bf16; P of two pieces, so that one is made while the
-//                         other is multiplied
+//   tile unit      S = Q K^T of a unit, and a part (some columns) of O += P V of the last piece
+//                  whose weights P are complete
+//   vector units   P of the unit before, a few rows after each tile product (fwd_weights.h)
 //
-// The reference of a row's exponents is raised only when a score exceeds it by 2^8: O is almost
-// never rescaled, and P needs no maximum before it. One FMA scales a score and subtracts the
-// reference, which costs the weights a relative error of 2^-24 of it; where it is large, or scores
-// are modified, it is subtracted first. Row sums stay one vector a row until the end.
+// S of two units lies in L1, and P of two pieces.
+//
+// The reference of a row's exponents is set by the first unit that it sees and raised only when a
+// score exceeds it by 2^7 to 2^8: O is almost never rescaled, and P needs no maximum before it.
+// That a weight was too large is seen when it is made; the piece is then made again (weigh_again),
+// with higher references, from sums as they were before it. By then the pieces before it are in O.
+// One FMA scales a score and subtracts the reference, which costs the weights a relative error of
+// 2^-24 of it; where it is large, it is subtracted first. Row sums stay one vector a row until the
+// end.
 //
 // softmax_scale enters with that FMA: Q is packed as it is, and S holds products. Modifiers want
-// scores: products are then multiplied by it before them (weigh_modified), and so where it is not
+// scores: products are then multiplied by it before them (finish_products), and so where it is not
 // positive, since the largest product would not be the largest score. (fwd.h scales Q.)
 //
 // All grids of keys start at multiples of their size, so that a row's arithmetic does not depend on
@@ -24,37 +29,52 @@
 #pragma once
 
 #include "cpu/decode.h"
-#include "cpu/tile_units.h"
+#include "cpu/fwd_weights.h"
 
 namespace flash::cpu::FLASH_ATTN_ISA {
 
-inline constexpr int kPieceKeys = 128;
-inline constexpr float kNoReference = 0x1.fffffep127f;  // any score exceeds it
-inline constexpr float kMaxExponent = 8.f;              // scores beyond raise the reference
 inline constexpr float kMaxFused = 1024.f;  // of references subtracted by the FMA that scales
+
+// Head dims in tiles of 32, known to the compiler; AnyDims: not.
+template <int D, int Dv>
+struct FixedDims {
+  static constexpr int kD = D, kDv = Dv;
+};
+using AnyDims = FixedDims<0, 0>;
 
 struct FwdTilesScratch {
   float* o;  // [task_rows][dv], padded to kTileN
   uint32_t *packed_q, *packed_k, *packed_v;
-  uint32_t* packed_p;  // [32] x [2 kPieceKeys]
+  uint32_t* packed_p;  // [32] x [2 pieces]
   float* units;        // two of [32][kUnitKeys] scores
-  float* lane_sum;     // [task_rows][kWidth]
-  float* reference;    // [task_rows]: what to add to a scaled score; kNoReference before the first,
-                       // and where `largest` must be subtracted before scaling
-  float* largest;      // [task_rows]: the score that is the reference, not scaled
-  float* buffer;       // a row of Q, or of bias
+  float* again;        // [32][kUnitKeys] of each unit of a piece
+  float* sums;         // two of [task_rows][kWidth]; BlockState::sums says which counts
+  float* reference;    // [task_rows]: what to add to a scaled score; kNoReference before the first
+  float* largest;      // [task_rows]: the score that is the reference, not scaled; -inf before
+  float* shift;        // [task_rows]: what to subtract from scores: 0, or `largest` where it is far
+  float* buffer;       // a row of Q
   RowState* state;     // [task_rows]
   Row* rows;           // [task_rows]
-  uint8_t* random;     // [kUnitKeys]
-  uint8_t* spoilt;     // [tile.keys]: V's rows with inf or NaN
+  struct BlockState {
+    bool unset;     // a row has no reference
+    bool far;       // a row has a shift
+    int sums;       // which
+  }* blocks;        // [task_rows / 32]
+  uint8_t* random;  // [32][kUnitKeys]
+  uint8_t* spoilt;  // [tile.keys]: V's rows with inf or NaN
   Staging staging;
 };
 
-template <class Tile, class Terms>
+template <class Tile, class Terms, class Dims>
 class FwdTilesRunner {
  public:
   using Scratch = FwdTilesScratch;
+  using Inputs = typename Terms::Inputs;
   static constexpr int kTerms = Terms::kTerms;
+  static constexpr int kPieceUnits = Dims::kDv == 2 ? 2 : 4;
+  static constexpr int kPieceKeys = kPieceUnits * kUnitKeys;
+  static constexpr int kPairs =  // of tile columns of O multiplied beside a unit
+      Dims::kDv > kPieceUnits ? Dims::kDv / kPieceUnits : 1;
   static constexpr int64_t kWeightsTerm =  // words from one term of P to the next
       packed_words(kBlockRows, 2 * kPieceKeys, 1);
 
@@ -64,7 +84,7 @@ class FwdTilesRunner {
     int keys = (512 << 10) / (2 * kTerms * (d + dv)) / kPieceKeys * kPieceKeys;
     keys = keys < kPieceKeys ? kPieceKeys : keys > 1024 ? 1024 : keys;
     int task_rows = (768 << 10) / (2 * kTerms * d + 4 * dv) / kBlockRows * kBlockRows;
-    task_rows = task_rows < kBlockRows ? kBlockRows : task_rows > 1024 ? 1024 : task_rows;
+    task_rows = task_rows < kBlockRows ? kBlockRows : task_rows > 2048 ? 2048 : task_rows;
     return {.rows = kBlockRows, .keys = keys, .task_rows = task_rows, .stream = stream_tile(p)};
   }
 
@@ -77,15 +97,18 @@ class FwdTilesRunner {
     x.packed_k = c.take<uint32_t>(packed_words(tile.keys, d, kTerms));
     x.packed_v = c.take<uint32_t>(packed_words(tile.keys, dv, kTerms));
     x.packed_p = c.take<uint32_t>(packed_words(kBlockRows, 2 * kPieceKeys, kTerms));
-    x.units = c.take<float>(2 * kBlockRows * kUnitKeys);
-    x.lane_sum = c.take<float>(int64_t{tile.task_rows} * kWidth);
+    x.units = c.take<float>(2 * kUnitScores);
+    x.again = c.take<float>(kPieceUnits * kUnitScores);
+    x.sums = c.take<float>(2 * int64_t{tile.task_rows} * kWidth);
     x.reference = c.take<float>(tile.task_rows);
     x.largest = c.take<float>(tile.task_rows);
+    x.shift = c.take<float>(tile.task_rows);
     x.staging = carve_staging(c, kTerms, dims.largest_pad());
-    x.buffer = c.take<float>(d + tile.keys + kWidth);
+    x.buffer = c.take<float>(d);
     x.state = c.take<RowState>(tile.task_rows);
     x.rows = c.take<Row>(tile.task_rows);
-    x.random = c.take<uint8_t>(kUnitKeys + 64);
+    x.blocks = c.take<FwdTilesScratch::BlockState>(tile.task_rows / kBlockRows);
+    x.random = c.take<uint8_t>(kUnitScores + 64);
     x.spoilt = c.take<uint8_t>(tile.keys);
     return x;
   }
@@ -110,7 +133,7 @@ class FwdTilesRunner {
     load_q();
     const int padded_rows = round_up(rows(), kBlockRows);
     std::memset(x_.o, 0, sizeof(float) * padded_rows * ctx_.d_v_pad);
-    std::memset(x_.lane_sum, 0, sizeof(float) * padded_rows * kWidth);
+    std::memset(x_.sums, 0, sizeof(float) * padded_rows * kWidth);
     std::memset(x_.packed_p, 0, 4 * packed_words(kBlockRows, 2 * kPieceKeys, kTerms));
     const int first = task_.key_begin / kPieceKeys * kPieceKeys;
     const int end = task_.key_begin < task_.key_end ? task_.key_end : first;
@@ -119,26 +142,43 @@ class FwdTilesRunner {
       next = next < end ? next : end;
       pack_kv(key, next - key);
       for (int row = 0; row < rows(); row += kBlockRows) attend(row, key, next - key);
+      while (weighed_.rows > 0 || multiplied_.rows > 0) advance(Unit{});
     }
-    for (int r = 0; r < rows(); ++r)
-      x_.state[r].sum = reduce_add(load(x_.lane_sum + int64_t{r} * kWidth));
+    for (int r = 0; r < rows(); ++r) x_.state[r].sum = reduce_add(load(sums(r, block(r).sums)));
     Tile::release();
   }
 
  private:
-  int rows() const { return task_.row_end - task_.row_begin; }
+  using BlockState = FwdTilesScratch::BlockState;
 
-  // A block of rows over the columns [begin, end) of a chunk of keys.
+  // A block of rows over 32 keys.
   struct Unit {
-    int row, rows;   // of the task
-    int begin, end;  // columns of the chunk, at most kUnitKeys, multiples of 32
-    int seen_begin;  // first column that any of the rows sees
-    int first_key;   // of the chunk
-    float* scores;   // [rows][kUnitKeys]
-    bool plain;      // products are scores, and every row sees every column
-    int next;        // the first row without weights
-    uint32_t late;   // a bit for each row before it that waits for a higher reference
+    int row = 0, rows = 0;  // of the task; no rows: no unit
+    int begin = 0;          // its first column of the chunk
+    int piece_begin = 0;    // the first column of its piece that any of the rows sees
+    int first_key = 0;      // of the chunk
+    bool ends_piece = false;
+    bool plain = false;  // products are scores, and every row sees every column
+    float* scores = nullptr;
+    uint16_t* weights = nullptr;  // of its piece, the first term
+
+    int end() const { return begin + kUnitKeys; }
+    int key() const { return first_key + begin; }
   };
+  // Weights on their way into O.
+  struct Piece {
+    int row = 0, rows = 0;   // no rows: none
+    int begin = 0, end = 0;  // columns of the chunk
+    int first_key = 0;
+    int steps = 0, pairs = 0;  // steps that have multiplied parts; pairs of tile columns done
+    uint16_t* weights = nullptr;
+  };
+
+  int rows() const { return task_.row_end - task_.row_begin; }
+  BlockState& block(int row) const { return x_.blocks[row / kBlockRows]; }
+  float* sums(int row, int which) const {
+    return x_.sums + (int64_t{which} * tile_.task_rows + row) * kWidth;
+  }
 
   // Queries as A, rotated, not scaled, and fresh softmax states.
   void load_q() {
@@ -147,6 +187,8 @@ class FwdTilesRunner {
       x_.state[r] = RowState{};
       x_.reference[r] = kNoReference;
       x_.largest[r] = -kInf;
+      x_.shift[r] = 0.f;
+      block(r) = {true, false, 0};
     }
     const auto q_row = [&](int r) -> const void* {
       return ctx_.map.tensor_row(ctx_.p.q, task_.row_begin + r);
@@ -179,247 +221,299 @@ class FwdTilesRunner {
     }
   }
 
-  // Scores of a unit on the tile unit, P of the unit before on the vector units, in turns; products
-  // with V follow where a piece of keys ends.
+  // The units of a block of rows over a chunk of keys.
   void attend(int row, int key, int keys) {
     const int count = rows() - row < kBlockRows ? rows() - row : kBlockRows;
     const TileColumns t = ctx_.map.columns(task_.row_begin + row, count, key, keys);
-    Unit unit{row, 0, 0, 0, t.begin, key, x_.units, false, 0, 0};
-    for (int begin = t.begin; begin < t.end;) {
-      Unit done = unit;
-      const int end = (begin / kUnitKeys + 1) * kUnitKeys;
-      unit.rows = count;
-      unit.begin = begin;
-      unit.end = end < t.end ? end : t.end;
-      unit.scores = done.scores == x_.units ? x_.units + kBlockRows * kUnitKeys : x_.units;
+    Unit unit;
+    unit.row = row;
+    unit.rows = count;
+    unit.first_key = key;
+    for (unit.begin = t.begin; unit.begin < t.end; unit.begin += kUnitKeys) {
+      const int piece = unit.begin / kPieceKeys * kPieceKeys;
+      unit.piece_begin = piece > t.begin ? piece : t.begin;
+      unit.ends_piece = unit.end() == t.end || unit.end() % kPieceKeys == 0;
       unit.plain = is_plain(unit);
-      unit.next = 0;
-      score(unit, done);
-      if (done.end % kPieceKeys == 0) finish_piece(done, unit);
-      begin = unit.end;
+      if (unit.begin == unit.piece_begin) slot_ ^= 1;
+      unit.weights = reinterpret_cast<uint16_t*>(weights_.tile(0, 0, slot_ * kPieceUnits));
+      unit.scores = weighed_.scores == x_.units ? x_.units + kUnitScores : x_.units;
+      advance(unit);
     }
-    weigh_rows(unit, unit.rows);
-    raise_late(unit);
-    finish_piece(unit, unit);
   }
 
   bool is_plain(const Unit& unit) const {
-    return fold_scale_ && !ctx_.dropout.enabled &&
-           all_see(x_.rows[unit.row], x_.rows[unit.row + unit.rows - 1],
-                   unit.first_key + unit.begin, unit.first_key + unit.end);
+    return fold_scale_ && all_see(x_.rows[unit.row], x_.rows[unit.row + unit.rows - 1], unit.key(),
+                                  unit.key() + kUnitKeys);
   }
 
-  // S of `unit`, and P of the rows of `done` between the tile products.
-  void score(const Unit& unit, Unit& done) {
-    const int m = unit.row / kTileSide, m_tiles = row_tiles(unit.rows), n = unit.begin / kTileSide;
-    Packed q = q_, k = k_;
-    q.data = q_.tile(0, m, 0);
-    k.data = k_.tile(0, n, 0);
-    const TileProduct x = row_major_product(q, k, unit.scores, kUnitKeys);
-    const int n_tiles = (unit.end - unit.begin) / kTileSide;
-    const int steps = multiply_steps<Terms>(x, m_tiles, 0, n_tiles);
-    const int each = (done.rows - done.next + steps - 1) / steps;
-    multiply<Tile, Terms>(x, m_tiles, 0, n_tiles, [this, &done, each] {
-      if (done.next == done.rows) return;
-      weigh_rows(done, each);
-      raise_late(done);
-    });
-  }
-
-  // O += P V of the piece that ends with the unit `done`, and P of the unit after it (or `done`
-  // again) between the tile products; rows that rescale O come last.
-  void finish_piece(const Unit& done, Unit& next) {
-    if (done.begin == done.end) return;
-    const int piece = done.begin / kPieceKeys * kPieceKeys;
-    const int begin = done.seen_begin > piece ? done.seen_begin : piece;
-    TileProduct x =
-        row_major_product(weights_, v_, x_.o + int64_t{done.row} * ctx_.d_v_pad, ctx_.d_v_pad);
-    x.a.data = weights_.tile(0, 0, piece % (2 * kPieceKeys) / kTileDepth);
-    x.b.data = v_.tile(0, 0, piece / kTileDepth);
-    x.k_begin = (begin - piece) / kTileDepth;
-    x.k_end = (done.end - piece) / kTileDepth;
-    x.add = true;
-    const int m_tiles = row_tiles(done.rows), n_tiles = ctx_.d_v_pad / kTileSide;
-    if (next.plain && next.next < next.rows) {
-      const int steps = multiply_steps<Terms>(x, m_tiles, 0, n_tiles);
-      const int each = (next.rows + steps - 1) / steps;
-      multiply<Tile, Terms>(x, m_tiles, 0, n_tiles, [this, &next, each] {
-        if (next.next < next.rows) weigh_rows(next, each);
-      });
-    } else {
-      multiply<Tile, Terms>(x, m_tiles, 0, n_tiles);
-    }
-    if (!v_finite_) add_spoilt_values(done, begin);
-    raise_late(next);
-  }
-
-  uint16_t* weight(int term, uint32_t r, uint32_t column) const {
-    constexpr uint32_t kColumns = 2 * kPieceKeys, kTiles = kColumns / kTileDepth;
-    const uint32_t j = column % kColumns;
-    const uint32_t tile = r / kTileSide * kTiles + j / kTileDepth;
-    return reinterpret_cast<uint16_t*>(x_.packed_p) + 2 * term * kWeightsTerm +
-           2 * (tile * kTileWords + r % kTileSide * 16) + j % kTileDepth;
-  }
-
-  // P of the unit's next `count` rows.
-  [[gnu::noinline]] void weigh_rows(Unit& unit, int count) {
-    const int end = unit.next + count < unit.rows ? unit.next + count : unit.rows;
-    if (!unit.plain)
-      for (int r = unit.next; r < end; ++r) weigh_modified(unit, r);
-    else if (unit.end - unit.begin == kUnitKeys)
-      unit.late |= weigh_plain<kUnitKeys>(unit, unit.next, end);
+  void advance(const Unit& unit) {
+    const Unit done = weighed_;
+    if (done.rows > 0) prepare(done);
+    const Piece piece = multiplied_;
+    const int pairs = next_pairs(done);
+    RowWeigher<Terms> rows = row_weigher(done, done.scores);
+    if (fits_fixed(unit, done, pairs))
+      step_fixed(unit, pairs, rows);
     else
-      unit.late |= weigh_plain<kTileDepth>(unit, unit.next, end);
-    unit.next = end;
+      step(unit, pairs, rows);
+    if (pairs > 0 && piece.pairs == 0 && !v_finite_) add_spoilt_values(piece);
+    multiplied_.pairs = pairs;
+    if (pairs * kTileDepth == ctx_.d_v_pad) multiplied_.rows = 0;
+    if (done.rows > 0) finish_unit(done, rows.exceeds());
+    weighed_ = unit;
   }
-  // P of rows [r, end) of a plain unit of kColumns. Returns a bit for each row left out because its
-  // reference must be raised first.
-  template <int kColumns>
-  FLASH_INLINE uint32_t weigh_plain(const Unit& unit, int r, int end) {
-    uint32_t late = 0;
-    for (; r < end; ++r)
-      if (!weigh_columns<kColumns, false>(unit, r, x_.reference[unit.row + r], kMaxExponent))
-        late |= 1u << r;
-    return late;
+
+  // The pairs of tile columns of O that are complete after the next step: all when another piece
+  // is.
+  int next_pairs(const Unit& done) {
+    Piece& piece = multiplied_;
+    if (piece.rows == 0) return 0;
+    const int all = ctx_.d_v_pad / kTileDepth;
+    ++piece.steps;
+    return done.rows == 0 || done.ends_piece ? all : all * piece.steps / kPieceUnits;
   }
-  FLASH_INLINE void raise_late(Unit& unit) {
-    if (unit.late) raise_rows(unit);
+  // Whether a step is of whole blocks and pieces, in an even flow.
+  bool fits_fixed(const Unit& unit, const Unit& done, int pairs) const {
+    if (Dims::kD == 0 || unit.rows < kBlockRows || done.rows < kBlockRows) return false;
+    const Piece& piece = multiplied_;
+    if (pairs == piece.pairs) return true;
+    return pairs - piece.pairs == kPairs && piece.rows == kBlockRows &&
+           piece.end - piece.begin == kPieceKeys;
   }
-  [[gnu::noinline]] void raise_rows(Unit& unit) {
-    for (; unit.late; unit.late &= unit.late - 1) {
-      const int r = __builtin_ctz(unit.late);
-      raise_reference(unit, r);
-      weigh_raised<false>(unit, r);
+
+  RowWeigher<Terms> row_weigher(const Unit& unit, const float* scores) const {
+    if (unit.rows == 0) return {};
+    const int which = block(unit.row).sums;
+    float* after = sums(unit.row, which ^ 1);
+    return {unit.rows,
+            scores,
+            x_.reference + unit.row,
+            unit.begin == unit.piece_begin ? sums(unit.row, which) : after,
+            after,
+            weight(unit.weights, 0, unit.begin),
+            factor_,
+            2 * kTileWords * (2 * kPieceUnits - 1) + 2 * kTileSide,
+            2 * kWeightsTerm};
+  }
+
+  // A step of any shape.
+  void step(const Unit& unit, int pairs, RowWeigher<Terms>& rows) {
+    TileProduct s{}, o{};
+    const int m_tiles = row_tiles(unit.rows), o_m_tiles = row_tiles(multiplied_.rows);
+    const int n_begin = 2 * multiplied_.pairs, n_end = 2 * pairs;
+    int steps = 0;
+    if (unit.rows > 0) {
+      s = scores_product(unit, unit.scores);
+      steps += multiply_steps<Inputs>(s, m_tiles, 0, 2);
+    }
+    if (n_begin < n_end) {
+      o = values_product(multiplied_);
+      steps += multiply_steps<Terms>(o, o_m_tiles, n_begin, n_end);
+    }
+    SpreadRows<Terms> between(rows, steps);
+    if (unit.rows > 0) multiply<Tile, Inputs>(s, m_tiles, 0, 2, between);
+    if (n_begin < n_end) multiply<Tile, Terms>(o, o_m_tiles, n_begin, n_end, between);
+    rows = between.rows();
+    rows.finish();
+  }
+
+  // The same of whole blocks and pieces; the compiler knows all but the addresses.
+  FLASH_INLINE void step_fixed(const Unit& unit, int pairs, RowWeigher<Terms>& result) {
+    if constexpr (Dims::kD > 0) {
+      RowWeigher<Terms> rows = result;
+      constexpr int kBesideScores = kBlockRows * Dims::kD / (Dims::kD + kPairs * kPieceUnits);
+      constexpr int kBesideValues = (kBlockRows - kBesideScores) / kPairs;
+      const uint32_t *q = q_.tile(0, unit.row / kTileSide, 0),
+                     *k = k_.tile(0, unit.begin / kTileSide, 0);
+      using Scores = FixedProduct<Tile, Dims::kD>;
+      Scores::zero();
+      if (multiplied_.pairs == pairs) {
+        Scores::template run<kBlockRows>(q, Dims::kD, k, Dims::kD, unit.scores, kUnitKeys, rows);
+      } else {
+        Scores::template run<kBesideScores>(q, Dims::kD, k, Dims::kD, unit.scores, kUnitKeys, rows);
+        using Values = FixedProduct<Tile, kPieceUnits>;
+        constexpr int kLd = Dims::kDv * kTileDepth;
+        const auto* p = reinterpret_cast<const uint32_t*>(multiplied_.weights);
+        const uint32_t* v = v_.tile(0, 0, multiplied_.begin / kTileDepth);
+        float* o = x_.o + int64_t{multiplied_.row} * kLd;
+        for (int pair = multiplied_.pairs; pair < pairs; ++pair) {
+          Values::load(o + pair * kTileDepth, kLd);
+          Values::template run<kBesideValues>(p, 2 * kPieceUnits,
+                                              v + int64_t{2 * pair} * v_.depth_tiles * kTileWords,
+                                              v_.depth_tiles, o + pair * kTileDepth, kLd, rows);
+        }
+      }
+      rows.finish();
+      result = rows;
     }
   }
 
-  // P of row r of a unit whose products are not yet its scores.
-  [[gnu::noinline]] void weigh_modified(const Unit& unit, int r) {
-    const Row& row = x_.rows[unit.row + r];
-    float* s = unit.scores + r * kUnitKeys;
-    const TileColumns t{0, unit.end - unit.begin, unit.first_key + unit.begin};
-    if (!fold_scale_)
-      for (int j = 0; j < t.end; j += kWidth) store(s + j, load(s + j) * ctx_.p.scale_softmax);
-    ctx_.finish_scores(row, s, t, x_.buffer);
-    if (ctx_.dropout.enabled) ctx_.random_bytes(row, t, x_.random);
-    const float reference = x_.reference[unit.row + r];
-    const bool done = ctx_.dropout.enabled ? weigh_row<true>(unit, r, reference, kMaxExponent)
-                                           : weigh_row<false>(unit, r, reference, kMaxExponent);
-    if (done) return;
-    raise_reference(unit, r);
-    ctx_.dropout.enabled ? weigh_raised<true>(unit, r) : weigh_raised<false>(unit, r);
+  TileProduct scores_product(const Unit& unit, float* scores) const {
+    Packed q = q_, k = k_;
+    q.data = q_.tile(0, unit.row / kTileSide, 0);
+    k.data = k_.tile(0, unit.begin / kTileSide, 0);
+    return row_major_product(q, k, scores, kUnitKeys);
+  }
+  TileProduct values_product(const Piece& piece) const {
+    TileProduct x =
+        row_major_product(weights_, v_, x_.o + int64_t{piece.row} * ctx_.d_v_pad, ctx_.d_v_pad);
+    const int first = piece.begin / kPieceKeys * kPieceKeys;
+    x.a.data = reinterpret_cast<uint32_t*>(piece.weights);
+    x.b.data = v_.tile(0, 0, first / kTileDepth);
+    x.k_begin = (piece.begin - first) / kTileDepth;
+    x.k_end = (piece.end - first) / kTileDepth;
+    x.add = true;
+    return x;
   }
 
-  // P of row r, whose reference none of its scores exceeds by far.
-  template <bool kDropout>
-  void weigh_raised(const Unit& unit, int r) {
-    float reference = x_.reference[unit.row + r];
-    if (reference == kNoReference) {
-      float* s = unit.scores + r * kUnitKeys;
-      const Vec largest = set1(x_.largest[unit.row + r]);
-      for (int j = 0; j < unit.end - unit.begin; j += kWidth) store(s + j, load(s + j) - largest);
-      reference = 0.f;
-    }
-    weigh_row<kDropout>(unit, r, reference, kInf);
+  // Weight of row r, column j of a piece, a multiple of 32.
+  static uint16_t* weight(uint16_t* piece, int r, int j) {
+    const int tile = r / kTileSide * 2 * kPieceUnits + j % kPieceKeys / kTileDepth;
+    return piece + 2 * (tile * kTileWords + r % kTileSide * kTileSide);
   }
 
-  template <bool kDropout>
-  bool weigh_row(const Unit& unit, int r, float reference, float limit) {
-    return unit.end - unit.begin == kUnitKeys
-               ? weigh_columns<kUnitKeys, kDropout>(unit, r, reference, limit)
-               : weigh_columns<kTileDepth, kDropout>(unit, r, reference, limit);
+  // After S: what the weights are made of.
+  FLASH_INLINE void prepare(const Unit& unit) {
+    const BlockState& state = block(unit.row);
+    if (unit.plain && !state.unset && !state.far) return;
+    prepare_rows(unit);
   }
-  // P of row r of a unit of kColumns; false, and nothing done, if any exponent exceeds the limit.
-  // Beside the tile unit the number of instructions is what counts.
-  template <int kColumns, bool kDropout>
-  FLASH_INLINE bool weigh_columns(const Unit& unit, int r, float reference, float limit) {
-    constexpr int kVectors = kColumns / kWidth;
-    const float* s = unit.scores + r * kUnitKeys;
-    Vec x[kVectors];
-#pragma GCC unroll 4
-    for (int j = 0; j < kVectors; ++j)
-      x[j] = fma(load(s + j * kWidth), set1(factor_), set1(reference));
-    Vec largest = x[0];
-#pragma GCC unroll 4
-    for (int j = 1; j < kVectors; ++j) largest = max(largest, x[j]);
-    if (any_greater(largest, limit)) return false;
-    float* lane_sum = x_.lane_sum + int64_t{unit.row + r} * kWidth;
-    Vec sum = load(lane_sum);
-    uint16_t* weights = weight(0, r, unit.begin);
-#pragma GCC unroll 4
-    for (int j = 0; j < kVectors; ++j) {
-      x[j] = exp2_for(Terms{}, x[j]);
-      sum += x[j];
-      if constexpr (kDropout)
-        x[j] = select(kept(ctx_.dropout, x_.random, j * kWidth), x[j], zero());
+  [[gnu::noinline]] void prepare_rows(const Unit& unit) {
+    BlockState& state = block(unit.row);
+    if (!unit.plain) finish_products(unit, unit.scores);
+    if (state.unset) {
+      state.unset = false;
+      for (int r = 0; r < unit.rows; ++r)
+        if (x_.largest[unit.row + r] == -kInf) set_first_reference(unit, r);
     }
-    store(lane_sum, sum);
-#pragma GCC unroll 4
-    for (int j = 0; j < kVectors; j += 2) store_weights(weights + j * kTileWords, x[j], x[j + 1]);
-    return true;
+    if (state.far) shift_scores(unit, unit.scores);
+  }
+  void set_first_reference(const Unit& unit, int r) {
+    const float largest = largest_score(unit.scores + r * kUnitKeys);
+    if (largest > -kInf)
+      set_reference(unit.row + r, largest);
+    else
+      block(unit.row).unset = true;
+  }
+  static float largest_score(const float* s) { return reduce_max(max(load(s), load(s + kWidth))); }
+
+  // Products become scores.
+  void finish_products(const Unit& unit, float* scores) {
+    const TileColumns t{0, kUnitKeys, unit.key()};
+    const float scale = fold_scale_ ? 1.f : ctx_.p.scale_softmax;
+    for (int r = 0; r < unit.rows; ++r)
+      ctx_.finish_scores(x_.rows[unit.row + r], scores + r * kUnitKeys, t, scale);
+  }
+  void shift_scores(const Unit& unit, float* scores) const {
+    for (int r = 0; r < unit.rows; ++r) {
+      const float shift = x_.shift[unit.row + r];
+      float* s = scores + r * kUnitKeys;
+      if (shift == 0.f) continue;
+      for (int j = 0; j < kUnitKeys; j += kWidth) store(s + j, load(s + j) - set1(shift));
+    }
+  }
+
+  // After P.
+  FLASH_INLINE void finish_unit(const Unit& unit, bool exceeds) {
+    exceeds_ |= exceeds;
+    if (ctx_.dropout.enabled) drop(unit);
+    if (!unit.ends_piece) return;
+    if (exceeds_) weigh_again(unit);
+    exceeds_ = false;
+    block(unit.row).sums ^= 1;
+    multiplied_ = {.row = unit.row,
+                   .rows = unit.rows,
+                   .begin = unit.piece_begin,
+                   .end = unit.end(),
+                   .first_key = unit.first_key,
+                   .weights = unit.weights};
+  }
+
+  void drop(const Unit& unit) {
+    ctx_.random_bytes(x_.rows + unit.row, unit.rows, {0, kUnitKeys, unit.key()}, x_.random,
+                      kUnitKeys);
+    for (int r = 0; r < unit.rows; ++r) {
+      uint16_t* weights = weight(unit.weights, r, unit.begin);
+      const VecU16x2 keep = kept_u16(ctx_.dropout, x_.random + r * kUnitKeys);
+      for (int i = 0; i < kTerms; ++i) {
+        uint16_t* p = weights + i * 2 * kWeightsTerm;
+        store_u16x2(p, load_u16x2(p) & keep);
+      }
+    }
+  }
+
+  // The weights of the piece that ends with `last`, some of which were too large.
+  [[gnu::noinline]] void weigh_again(const Unit& last) {
+    Unit unit = last;
+    const auto for_units = [&](auto f) {
+      float* scores = x_.again;
+      for (unit.begin = last.piece_begin; unit.begin < last.end(); unit.begin += kUnitKeys) {
+        f(scores);
+        scores += kUnitScores;
+      }
+    };
+    for_units([&](float* scores) {
+      multiply<Tile, Inputs>(scores_product(unit, scores), row_tiles(unit.rows), 0, 2);
+      if (!is_plain(unit)) finish_products(unit, scores);
+    });
+    for (int r = 0; r < last.rows; ++r) {
+      float largest = -kInf;
+      for_units([&](float* scores) {
+        const float s = largest_score(scores + r * kUnitKeys);
+        largest = s > largest ? s : largest;
+      });
+      raise_reference(last.row + r, largest);
+    }
+    for_units([&](float* scores) {
+      if (block(unit.row).far) shift_scores(unit, scores);
+      row_weigher(unit, scores).finish();
+      if (ctx_.dropout.enabled) drop(unit);
+    });
   }
 
   // The reference of row r in units of log2, exact.
   double exponent_of_reference(int r) const {
-    if (x_.reference[r] == kNoReference) return static_cast<double>(x_.largest[r]) * factor_;
-    return -x_.reference[r];
+    return x_.shift[r] != 0.f ? static_cast<double>(x_.shift[r]) * factor_
+                              : -static_cast<double>(x_.reference[r]);
   }
   void set_reference(int r, float largest) {
     const float exponent = largest * factor_;
-    const bool fused = fold_scale_ && -kMaxFused <= exponent && exponent <= kMaxFused;
-    x_.reference[r] = fused ? -exponent : kNoReference;
+    const bool fused = -kMaxFused <= exponent && exponent <= kMaxFused;
+    x_.reference[r] = fused ? -exponent : 0.f;
+    x_.shift[r] = fused ? 0.f : largest;
     x_.largest[r] = largest;
     x_.state[r].max = fused ? static_cast<float>(exponent * natural_) : largest * scale_;
+    if (!fused) block(r).far = true;
   }
-
-  // If a score of row r exceeds the reference of its exponents by far, the largest becomes the
-  // reference; O, the sum and the weights that wait for their product with V are scaled
-  // accordingly.
-  [[gnu::noinline]] void raise_reference(const Unit& unit, int r) {
-    const float* s = unit.scores + r * kUnitKeys;
-    Vec largest = set1(-kInf);
-    for (int j = 0; j < unit.end - unit.begin; j += kWidth) largest = max(largest, load(s + j));
-    const float candidate = reduce_max(largest);
-    if (!((candidate - x_.largest[unit.row + r]) * factor_ > kMaxExponent)) return;
-    const double before = exponent_of_reference(unit.row + r);
-    set_reference(unit.row + r, candidate);
-    const float scale = exp2(static_cast<float>(before - exponent_of_reference(unit.row + r)));
-    float* lane_sum = x_.lane_sum + int64_t{unit.row + r} * kWidth;
-    store(lane_sum, load(lane_sum) * scale);
-    float* o = x_.o + int64_t{unit.row + r} * ctx_.d_v_pad;
+  // If a score of row r exceeds the reference of its exponents by far, it becomes the reference; O
+  // and the sum are scaled accordingly.
+  void raise_reference(int r, float largest) {
+    if (!((largest - x_.largest[r]) * factor_ > kMaxExponent - 1)) return;
+    const bool is_first = x_.largest[r] == -kInf;
+    const double before = exponent_of_reference(r);
+    set_reference(r, largest);
+    if (is_first) return;
+    const float scale = exp2(static_cast<float>(before - exponent_of_reference(r)));
+    float* sum = sums(r, block(r).sums);
+    store(sum, load(sum) * scale);
+    float* o = x_.o + int64_t{r} * ctx_.d_v_pad;
     for (int i = 0; i < ctx_.d_v_pad; i += kWidth) store(o + i, load(o + i) * scale);
-    const int piece = unit.begin / kPieceKeys * kPieceKeys;
-    for (int j = unit.seen_begin > piece ? unit.seen_begin : piece; j < unit.begin;
-         j += kTileDepth) {
-      uint16_t* weights = weight(0, r, j);
-      store_weights(weights, load_weights(weights) * scale, load_weights(weights + kWidth) * scale);
-    }
-  }
-
-  FLASH_INLINE static void store_weights(uint16_t* dst, Vec low, Vec high) {
-    split<kTerms, true>(low, high, [&](int i, VecU16 a, VecU16 b) {
-      store_u16(dst + i * 2 * kWeightsTerm, a);
-      store_u16(dst + i * 2 * kWeightsTerm + kWidth, b);
-    });
-  }
-  static Vec load_weights(const uint16_t* src) {
-    Vec p = zero();
-    for (int i = kTerms - 1; i >= 0; --i) p += bf16_to_float(load_u16(src + i * 2 * kWeightsTerm));
-    return p;
   }
 
   // What the zeros in place of inf and NaN left out, in rows that see them.
-  void add_spoilt_values(const Unit& unit, int begin) {
-    const auto v_rows = ctx_.key_rows(ctx_.p.v, unit.first_key);
-    for (int j = begin; j < unit.end; ++j) {
-      const int key = unit.first_key + j;
+  void add_spoilt_values(const Piece& piece) {
+    const auto v_rows = ctx_.key_rows(ctx_.p.v, piece.first_key);
+    for (int j = piece.begin; j < piece.end; ++j) {
+      const int key = piece.first_key + j;
       if (key >= task_.key_end || !x_.spoilt[j]) continue;
-      for (int r = 0; r < unit.rows; ++r) {
-        const KeyRange seen = x_.rows[unit.row + r].keys;
+      for (int r = 0; r < piece.rows; ++r) {
+        const KeyRange seen = x_.rows[piece.row + r].keys;
         if (key < seen.begin || key >= seen.end) continue;
+        const uint16_t* weights = weight(piece.weights, r, j / kTileDepth * kTileDepth);
         float p = 0.f;
-        for (int i = 0; i < kTerms; ++i) p += load_scalar(weight(i, r, j), Dtype::kBFloat16, 0);
-        add_not_finite(x_.o + int64_t{unit.row + r} * ctx_.d_v_pad, 1, p, ctx_.p.dtype, v_rows(j),
+        for (int i = 0; i < kTerms; ++i)
+          p += load_scalar(weights + i * 2 * kWeightsTerm, Dtype::kBFloat16, j % kTileDepth);
+        add_not_finite(x_.o + int64_t{piece.row + r} * ctx_.d_v_pad, 1, p, ctx_.p.dtype, v_rows(j),
                        ctx_.d_v);
       }
     }
@@ -435,6 +529,10 @@ class FwdTilesRunner {
   const double natural_;   // from those to scores
   const Packed q_, k_, v_, weights_;
   bool v_finite_ = true;
+  Unit weighed_;          // whose P comes next
+  Piece multiplied_;      // whose product with V is not complete
+  bool exceeds_ = false;  // the piece that is being made holds too large weights
+  int slot_ = 0;          // of packed_p, of that piece
 };
 
 }  // namespace flash::cpu::FLASH_ATTN_ISA

@@ -2,6 +2,7 @@
 // backward.
 #pragma once
 
+#include "base/cpu/philox.h"
 #include "common/dropout.h"
 #include "common/seqlen.h"
 #include "cpu/tile_fma.h"
@@ -38,6 +39,8 @@ class RowMap {
         group_(static_cast<int>(p_.h / p_.h_k)) {}
 
   int rows() const { return seq_.seqlen_q * group_; }
+  int group() const { return group_; }
+  int seqlen_k() const { return seq_.seqlen_k; }
   int query(int row) const { return row / group_; }
   int head(int row) const { return head_k_ * group_ + row % group_; }
   KeyRange keys(int first_row, int last_row) const {
@@ -124,62 +127,200 @@ FLASH_INLINE bool all_see(const Row& first, const Row& last, int begin, int end)
 
 // Overwrites the invisible columns of a row.
 FLASH_INLINE void fill_invisible(float* s, const TileColumns& t, KeyRange seen, float value) {
-  for (int j = t.begin; j < seen.begin; ++j) s[j] = value;
-  for (int j = seen.end; j < t.end; ++j) s[j] = value;
+  const Vec fill = set1(value);
+  int j = t.begin;
+  for (; j + kWidth <= seen.begin; j += kWidth) store(s + j, fill);
+  if (j < seen.begin) store(s + j, select(iota() < seen.begin - j, fill, load(s + j)));
+  j = seen.end / kWidth * kWidth;
+  if (j < seen.end) {
+    store(s + j, select(iota() < seen.end - j, load(s + j), fill));
+    j += kWidth;
+  }
+  for (; j < t.end; j += kWidth) store(s + j, fill);
 }
 
-inline void read_bias(float* dst, const ScoreParams& p, const Row& row, int first_key,
-                      KeyRange seen) {
-  const Bias& bias = p.bias;
-  if (bias.col_stride == 1) {
-    const void* src =
-        row.bias + static_cast<int64_t>(first_key + seen.begin) * dtype_bytes(bias.dtype);
-    read_row(bias.dtype, dst + seen.begin, src, seen.end - seen.begin, 0);
+// What modify_scores does to a row besides bias.
+struct RowModifiers {
+  float scale;  // from products to scores; with softcap, to what tanh_of_half takes
+  float softcap;
+  float slope;     // ALiBi's, negative
+  float distance;  // of column 0 from the diagonal
+  float* cap_slope;
+};
+
+// Modifies columns [begin, end) of a row; bias(j) is added to those from j on.
+template <bool kSoftcap, bool kAlibi, class BiasAt>
+FLASH_INLINE void modify_columns(const RowModifiers& x, float* s, int begin, int end, BiasAt bias) {
+  const Vec scale = set1(x.scale), softcap = set1(x.softcap), slope = set1(x.slope);
+  Vec distance = to_float(iota()) + (x.distance + static_cast<float>(begin));
+  float* const cap_slope = x.cap_slope;
+  for (int j = begin; j < end; j += kWidth) {
+    Vec v = load(s + j) * scale;
+    if constexpr (kSoftcap) {
+      const TanhAndSlope th = tanh_of_half(v);
+      v = th.value * softcap;
+      if (cap_slope) store(cap_slope + j, th.slope);
+    }
+    if constexpr (kAlibi) {
+      v = fma(slope, abs(distance), v);
+      distance += static_cast<float>(kWidth);
+    }
+    store(s + j, v + bias(j));
+  }
+}
+
+// The same with the bias of a row.
+template <bool kSoftcap, bool kAlibi>
+inline void modify_row(const Bias& b, const RowMap& map, const Row& row, const RowModifiers& x,
+                       float* s, const TileColumns& t) {
+  if (!row.bias || b.col_stride != 1) {
+    const bool constant = row.bias && b.col_stride == 0;
+    const Vec value = set1(constant ? load_scalar(row.bias, b.dtype, 0) : 0.f);
+    modify_columns<kSoftcap, kAlibi>(x, s, t.begin, t.end, [=](int) { return value; });
+    if (!row.bias || constant) return;
+    const KeyRange seen = visible(row, t);
+    for (int j = seen.begin; j < seen.end; ++j)
+      s[j] += load_scalar(row.bias, b.dtype, (t.first_key + j) * b.col_stride);
     return;
   }
-  for (int j = seen.begin; j < seen.end; ++j)
-    dst[j] = load_scalar(row.bias, bias.dtype, (first_key + j) * bias.col_stride);
+  // Elements of invisible keys are read as well, but none beyond the row's last.
+  const int left = map.seqlen_k() - t.first_key, keys = left < t.end ? left : t.end;
+  const int whole = keys / kWidth * kWidth;
+  with_dtype(b.dtype, [&]<Dtype T>() __attribute__((always_inline)) {
+    const char* first = row.bias + int64_t{t.first_key} * dtype_bytes(T);
+    modify_columns<kSoftcap, kAlibi>(x, s, t.begin, whole,
+                                     [=](int j) { return load_as_float<T>(first, j); });
+  });
+  if (whole == t.end) return;
+  alignas(64) float rest[kTileN];  // columns end less than kTileN after the last key
+  read_row(b.dtype, rest, row.bias + int64_t{t.first_key + whole} * dtype_bytes(b.dtype),
+           keys - whole, t.end - whole);
+  modify_columns<kSoftcap, kAlibi>(x, s, whole, t.end,
+                                   [&](int j) { return load(rest + j - whole); });
 }
 
-// Softcap, ALiBi and bias of one row, in place; buffer holds a tile's columns. With softcap,
-// cap_slope (if given) receives the softcap's derivative.
+// Softcap, ALiBi and bias of one row of products, in place, invisible columns among them; `scale`
+// makes scores of products. With softcap, cap_slope (if given) receives the softcap's derivative.
 inline void modify_scores(const Attention_params& p, const RowMap& map, const Row& row, float* s,
-                          const TileColumns& t, float* buffer, float* cap_slope) {
-  if (p.softcap > 0.f) {
-    const float inverse = 1.f / p.softcap;
-    for (int j = t.begin; j < t.end; j += kWidth) {
-      const Vec th = tanh(load(s + j) * inverse);
-      store(s + j, th * p.softcap);
-      if (cap_slope) store(cap_slope + j, 1.f - th * th);
-    }
-  }
-  if (p.alibi_slopes) {
-    const Vec slope = set1(-row.alibi_slope);
-    VecI distance = iota() + (t.first_key + t.begin - map.diagonal(row));
-    for (int j = t.begin; j < t.end; j += kWidth, distance += kWidth)
-      store(s + j, fma(slope, abs(to_float(distance)), load(s + j)));
-  }
-  if (row.bias) {
-    const KeyRange seen = visible(row, t);
-    if (seen.begin == seen.end) return;
-    read_bias(buffer, p, row, t.first_key, seen);
-    for (int j = seen.begin; j < seen.end; ++j) s[j] += buffer[j];
-  }
+                          const TileColumns& t, float scale, float* cap_slope) {
+  const RowModifiers x{.scale = p.softcap > 0.f ? 2.f * scale / p.softcap : scale,
+                       .softcap = p.softcap,
+                       .slope = -row.alibi_slope,
+                       .distance = static_cast<float>(t.first_key - map.diagonal(row)),
+                       .cap_slope = cap_slope};
+  if (p.softcap > 0.f)
+    p.alibi_slopes ? modify_row<true, true>(p.bias, map, row, x, s, t)
+                   : modify_row<true, false>(p.bias, map, row, x, s, t);
+  else
+    p.alibi_slopes ? modify_row<false, true>(p.bias, map, row, x, s, t)
+                   : modify_row<false, false>(p.bias, map, row, x, s, t);
+}
+
+// Brings the bias of rows [row, row + rows) and the columns of t to L2: rows lie far apart, where
+// hardware prefetching does not follow.
+inline void prefetch_bias(const Bias& b, const Row* rows, int count, const TileColumns& t) {
+  if (b.col_stride != 1) return;
+  const int64_t bytes = dtype_bytes(b.dtype);
+  for (int r = 0; r < count; ++r)
+    for (int64_t i = t.begin * bytes; i < t.end * bytes; i += 64)
+      __builtin_prefetch(rows[r].bias + t.first_key * bytes + i, 0, 2);
 }
 
 inline bool has_score_modifiers(const ScoreParams& p) {
   return p.softcap > 0.f || p.alibi_slopes || p.bias.ptr;
 }
 
-// One random byte for each column of a row of a tile; first_key is a multiple of 32, bytes holds
-// the tile's columns.
-inline void random_row_bytes(const Dropout& dropout, uint32_t batch_head, int query,
-                             const TileColumns& t, uint8_t* bytes) {
-  for (int j = t.begin / 32 * 32; j < t.end; j += 32)
-    dropout.row_bytes(batch_head, query, (t.first_key + j) / 32, bytes + j);
+// Dropout's random numbers, several counters at a time.
+struct DropoutLanes : Dropout {
+  explicit DropoutLanes(const Dropout& dropout)
+      : Dropout(dropout), keys(seed ^ (offset >> 32 << 32)) {}
+
+  PhiloxLanes random_lanes(uint32_t batch_head, int query, int first_key) const {
+    const auto row = static_cast<uint32_t>(query);
+    return philox_lanes(keys, static_cast<uint32_t>(first_key / 8), row / 16 * 8 + row % 8,
+                        batch_head, static_cast<uint32_t>(offset));
+  }
+
+  PhiloxKeys keys;
+};
+
+// The 16 bits of each counter's four words that are of a query with query / 8 % 2 = kHalf.
+template <int kHalf>
+FLASH_INLINE VecU16x2 bytes_of_half(const PhiloxLanes& r) {
+  constexpr uint64_t kLow = 0xffff, kHigh = 0xffff0000;
+  const VecU64 x =
+      kHalf == 0 ? (r.x[0] & kLow) | (r.x[1] & kLow) << 16 | (r.x[2] & kLow) << 32 | r.x[3] << 48
+                 : (r.x[0] >> 16 & kLow) | (r.x[1] & kHigh) | (r.x[2] & kHigh) << 16 |
+                       (r.x[3] & kHigh) << 32;
+  return reinterpret_cast<VecU16x2>(x);
 }
+// Four counters' bytes in the order of their 32 keys.
+template <int... kLane>
+FLASH_INLINE VecU16x2 in_key_order(VecU16x2 x, std::integer_sequence<int, kLane...>) {
+  return __builtin_shufflevector(x, x, (kLane / 16 * 16 + kLane % 4 * 4 + kLane % 16 / 4)...);
+}
+
+// One random byte for each column of a query's row of a tile, and of the row 8 queries after it if
+// that is given; first_key is a multiple of 32. Rows of bytes hold the tile's columns and 32 more.
+inline void random_row_bytes(const DropoutLanes& dropout, uint32_t batch_head, int query,
+                             const TileColumns& t, uint8_t* bytes, uint8_t* partner = nullptr) {
+  constexpr int kKeys = 8 * kCounters;
+  for (int j = t.begin / 32 * 32; j < t.end; j += kKeys < 32 ? 32 : kKeys) {
+    if constexpr (kKeys < 32) {
+      dropout.row_bytes(batch_head, query, (t.first_key + j) / 32, bytes + j);
+      if (partner) dropout.row_bytes(batch_head, query + 8, (t.first_key + j) / 32, partner + j);
+    } else {
+      const PhiloxLanes r = dropout.random_lanes(batch_head, query, t.first_key + j);
+      const auto write = [j](uint8_t* to, VecU16x2 x) __attribute__((always_inline)) {
+        store_u16x2(reinterpret_cast<uint16_t*>(to + j),
+                    in_key_order(x, std::make_integer_sequence<int, 2 * kWidth>{}));
+      };
+      write(bytes, query / 8 % 2 == 0 ? bytes_of_half<0>(r) : bytes_of_half<1>(r));
+      if (partner) write(partner, bytes_of_half<1>(r));
+    }
+  }
+}
+
+// The same for successive rows; those 8 queries apart, the first one's query % 16 < 8, share their
+// random numbers.
+inline void random_rows_bytes(const DropoutLanes& dropout, const RowMap& map, const Row* rows,
+                              int count, const TileColumns& t, uint8_t* bytes, int64_t ld) {
+  const int apart = 8 * map.group();
+  for (int r = 0; r < count; ++r) {
+    const Row& row = rows[r];
+    const bool first = row.query % 16 < 8;
+    if (!first && r >= apart) continue;
+    uint8_t* const partner = first && r + apart < count ? bytes + (r + apart) * ld : nullptr;
+    random_row_bytes(dropout, map.batch_head(row), row.query, t, bytes + r * ld, partner);
+  }
+}
+
+// Which of kWidth scores dropout keeps: for select.
+#if defined(FLASH_ATTN_SIMD_AVX512)
+struct KeptLanes {
+  __mmask16 mask;
+};
+FLASH_INLINE Vec select(KeptLanes kept, Vec yes, Vec no) {
+  return _mm512_mask_blend_ps(kept.mask, no, yes);
+}
+FLASH_INLINE KeptLanes kept(const Dropout& dropout, const uint8_t* bytes, int j) {
+  return {_mm_cmple_epu8_mask(_mm_loadu_si128(reinterpret_cast<const __m128i*>(bytes + j)),
+                              _mm_set1_epi8(static_cast<char>(dropout.keep_threshold)))};
+}
+#else
 FLASH_INLINE VecI kept(const Dropout& dropout, const uint8_t* bytes, int j) {
   return load_bytes(bytes + j) <= static_cast<int32_t>(dropout.keep_threshold);
+}
+#endif
+
+// All bits of those of 2 kWidth 16-bit numbers that dropout keeps.
+FLASH_INLINE VecU16x2 kept_u16(const Dropout& dropout, const uint8_t* bytes) {
+  typedef uint8_t Bytes __attribute__((vector_size(2 * kWidth)));
+  typedef int16_t Masks __attribute__((vector_size(4 * kWidth)));
+  Bytes b;
+  std::memcpy(&b, bytes, sizeof(b));
+  const auto keep = b <= static_cast<uint8_t>(dropout.keep_threshold);
+  return reinterpret_cast<VecU16x2>(__builtin_convertvector(keep, Masks));
 }
 
 FLASH_INLINE float sink_logit(const ScoreParams& p, int head) {

@@ -39,15 +39,23 @@ struct TaskContext : HeadDims {
     };
   }
 
-  // Softcap, ALiBi and bias of a row of scores, in place; see modify_scores.
-  void modify(const Row& row, float* s, const TileColumns& t, float* buffer,
+  // Softcap, ALiBi and bias of a row of products, in place; see modify_scores.
+  void modify(const Row& row, float* s, const TileColumns& t, float scale = 1.f,
               float* cap_slope = nullptr) const {
-    if (modifiers) modify_scores(p, map, row, s, t, buffer, cap_slope);
+    if (modifiers) {
+      modify_scores(p, map, row, s, t, scale, cap_slope);
+    } else if (scale != 1.f) {
+      for (int j = t.begin; j < t.end; j += kWidth) store(s + j, load(s + j) * scale);
+    }
+  }
+
+  void prefetch_bias(const Row* rows, int count, const TileColumns& t) const {
+    if (p.bias.ptr) FLASH_ATTN_ISA::prefetch_bias(p.bias, rows, count, t);
   }
 
   // The same, and -inf where the row sees nothing. True if it sees every column.
-  bool finish_scores(const Row& row, float* s, const TileColumns& t, float* buffer) const {
-    modify(row, s, t, buffer);
+  bool finish_scores(const Row& row, float* s, const TileColumns& t, float scale = 1.f) const {
+    modify(row, s, t, scale);
     const KeyRange seen = visible(row, t);
     if (seen.begin == t.begin && seen.end == t.end) return true;
     fill_invisible(s, t, seen, -kInf);
@@ -58,13 +66,18 @@ struct TaskContext : HeadDims {
   void random_bytes(const Row& row, const TileColumns& t, uint8_t* bytes) const {
     random_row_bytes(dropout, map.batch_head(row), row.query, t, bytes);
   }
+  // The same for successive rows, cheaper than one by one.
+  void random_bytes(const Row* rows, int count, const TileColumns& t, uint8_t* bytes,
+                    int64_t ld) const {
+    random_rows_bytes(dropout, map, rows, count, t, bytes, ld);
+  }
 
   const Params& p;
   const Sequence seq;
   const RowMap map;
   const int head_k;
   const bool modifiers;
-  const Dropout dropout;
+  const DropoutLanes dropout;
 };
 
 // Rows of a packed batch that belong to no sequence.

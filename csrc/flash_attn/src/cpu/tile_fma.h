@@ -137,6 +137,23 @@ inline void multiply_in_pieces(int rows, int columns, Product x, OperandB b) {
   }
 }
 
+// The same; before(row, rows, column) is called before each block of up to kTileM rows and kTileN
+// columns, which it precedes by too little to prefetch more than they take time for.
+template <class Before>
+FLASH_INLINE void multiply_in_pieces(int rows, int columns, const Product& product, OperandB b,
+                                     Before before) {
+  for (int n = 0; n < columns; n += kTileN, b.data += b.panel_stride) {
+    for (int m = 0; m < rows; m += kTileM) {
+      const int count = rows - m < kTileM ? rows - m : kTileM;
+      before(m, count, n);
+      Product x = product;
+      x.a += m * x.a_ld;
+      x.c += m * x.c_ld + n;
+      multiply_in_pieces(count, kTileN, x, b);
+    }
+  }
+}
+
 // ------------------------------------------------------------------------------------------------
 // packing
 typedef float Vec4 __attribute__((vector_size(16)));

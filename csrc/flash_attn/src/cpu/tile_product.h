@@ -7,16 +7,28 @@
 
 namespace flash::cpu::FLASH_ATTN_ISA {
 
-// Products of terms that make up one product of numbers, the smallest first.
+// Products of terms that make up one product of numbers, the smallest first. Inputs are what
+// products of inputs (S = Q K^T, dP = dO V^T) are made of; the others have P or dS, which are
+// rounded to the terms.
 struct OneTerm {  // bf16
+  using Inputs = OneTerm;
   static constexpr int kTerms = 1, kProducts = 1;
   static constexpr int kA[] = {0}, kB[] = {0};
 };
-struct TwoTerms {  // fp16: relative error 2^-16
+struct TwoTerms {  // fp32 if its user wants: relative error 2^-16
+  using Inputs = TwoTerms;
   static constexpr int kTerms = 2, kProducts = 3;
   static constexpr int kA[] = {1, 0, 0}, kB[] = {0, 1, 0};
 };
+struct FourProducts {  // of numbers that two terms hold: exact
+  static constexpr int kTerms = 2, kProducts = 4;
+  static constexpr int kA[] = {1, 1, 0, 0}, kB[] = {1, 0, 1, 0};
+};
+struct Fp16Terms : TwoTerms {  // an error of S or dP is one of LSE or dS, in fp32
+  using Inputs = FourProducts;
+};
 struct ThreeTerms {  // fp32: relative error 2^-24
+  using Inputs = ThreeTerms;
   static constexpr int kTerms = 3, kProducts = 6;
   static constexpr int kA[] = {2, 1, 0, 1, 0, 0}, kB[] = {0, 1, 2, 0, 1, 0};
 };

@@ -12,20 +12,20 @@ class TileSoft {
   FLASH_INLINE static void release() {}
 
   template <int kTile>
-  FLASH_INLINE static void zero() {
+  [[gnu::noinline]] static void zero() {
     std::memset(tile(kTile), 0, kBytes);
   }
   template <int kTile>
-  FLASH_INLINE static void load(const void* src, int64_t stride) {
+  [[gnu::noinline]] static void load(const void* src, int64_t stride) {
     for (int row = 0; row < 16; ++row)
       std::memcpy(tile(kTile) + row * 16, static_cast<const char*>(src) + row * stride, 64);
   }
   template <int kTile>
-  FLASH_INLINE static void load_once(const void* src, int64_t stride) {
+  [[gnu::noinline]] static void load_once(const void* src, int64_t stride) {
     load<kTile>(src, stride);
   }
   template <int kTile>
-  FLASH_INLINE static void store(void* dst, int64_t stride) {
+  [[gnu::noinline]] static void store(void* dst, int64_t stride) {
     for (int row = 0; row < 16; ++row)
       std::memcpy(static_cast<char*>(dst) + row * stride, tile(kTile) + row * 16, 64);
   }
@@ -33,7 +33,7 @@ class TileSoft {
   // TDPBF16PS (Intel SDM volume 2): C[m][n] += sum over pairs k of A[m][k] . B[k][n], even and odd
   // elements summed apart.
   template <int kC, int kA, int kB>
-  FLASH_INLINE static void multiply() {
+  [[gnu::noinline]] static void multiply() {
     for (int m = 0; m < 16; ++m)
       for (int n = 0; n < 16; n += kWidth) {
         Vec even = FLASH_ATTN_ISA::zero(), odd = even;

@@ -8,17 +8,17 @@
 namespace flash::cpu::FLASH_ATTN_ISA {
 
 inline constexpr int kBlockRows = 32;
-inline constexpr int kUnitKeys = 64;
+inline constexpr int kUnitKeys = 32;
+inline constexpr int kUnitScores = kBlockRows * kUnitKeys;
 static_assert(kTileN == kTileDepth);  // columns of a tile of scores are whole tiles of a sum
 
 // Tiles that hold so many rows.
 inline int row_tiles(int rows) { return (rows + kTileSide - 1) / kTileSide; }
 
 // 2^x to the accuracy that weights of these terms keep.
-FLASH_INLINE Vec exp2_for(OneTerm, Vec x) { return exp2_bf16(x); }
 template <class Terms>
 FLASH_INLINE Vec exp2_for(Terms, Vec x) {
-  return exp2(x);
+  return Terms::kTerms < 3 ? exp2_bf16(x) : exp2(x);
 }
 
 // 32 staged rows as columns [first, first + 32) of B.
