@@ -22,6 +22,7 @@
 // modifiers (softmax_bwd_step); dK and dQ are multiplied as they are written. (bwd.h scales Q.)
 #pragma once
 
+#include "base/cpu/parallel.h"
 #include "cpu/bwd_weights.h"
 
 namespace flash::cpu::FLASH_ATTN_ISA {
@@ -50,12 +51,21 @@ class BwdTilesRunner {
   using Inputs = typename Terms::Inputs;
   static constexpr int kTerms = Terms::kTerms;
   static constexpr int kRows = bwd_block_rows(kTerms);
+  static constexpr int kLargestChunk = 1024;
 
   static BwdTile tile(const Flash_bwd_params& p) {
     const HeadDims dims(p);
     const int d = dims.d_pad, dv = dims.d_v_pad;
     const int keys = (1 << 20) / (2 * kTerms * (2 * d + dv) + 4 * (d + dv)) / 64 * 64;
+    // Rows are packed for each chunk. Sums do not depend on the size of chunks of whole blocks.
+    if (keys >= kLargestChunk && large_chunks_suffice(p)) return {kRows, kLargestChunk};
     return {kRows, keys < 64 ? 64 : keys > 512 ? 512 : keys};
+  }
+
+  // For all threads.
+  static bool large_chunks_suffice(const Flash_bwd_params& p) {
+    const int64_t chunks = (p.seqlen_k + kLargestChunk - 1) / kLargestChunk;
+    return p.b * p.h_k * chunks >= 4 * num_threads();
   }
 
   static Scratch carve(Carver& c, const Flash_bwd_params& p, const BwdTile& tile) {
