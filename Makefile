@@ -18,7 +18,8 @@ SOURCES := $(shell find csrc cmake emulator examples/cpp tests/cpp flash_attn -n
 CPP_FILES = $(shell find csrc benchmarks emulator examples tests -regex '.*\.\(h\|cpp\|cu\|inc\)')
 # Of CUTLASS only the headers are used, by tests of the emulated GPU.
 CUTLASS := 4.2.0.0
-CMAKE_FLAGS := -G Ninja -DPython_EXECUTABLE=$(CURDIR)/.venv/bin/python -DFLASH_ATTN_CUDA=$(FLASH_ATTN_CUDA)
+CMAKE_FLAGS := -G Ninja -DPython_EXECUTABLE=$(CURDIR)/.venv/bin/python -DFLASH_ATTN_CUDA=$(FLASH_ATTN_CUDA) \
+  -DFLASH_ATTN_SOFTWARE_ISAS=ON
 
 VENV := .venv/.complete
 LIBRARIES := build/.libraries

@@ -12,9 +12,19 @@ set(FLASH_ATTN_AVX512BF16_FLAGS ${FLASH_ATTN_AVX512_FLAGS} -mavx512bf16)
 # Tile instructions are written in assembly: the assembler needs to know them (binutils 2.34, LLVM 12), not the compiler.
 set(FLASH_ATTN_AMX_FLAGS ${FLASH_ATTN_AVX512BF16_FLAGS})
 
+# Software of AVX2 that stands for them in tests. Vectors wider than the instruction set's cross no call: all functions that
+# take one are inlined.
+set(FLASH_ATTN_WIDE16_FLAGS ${FLASH_ATTN_AVX2_FLAGS} -Wno-psabi)
+set(FLASH_ATTN_SOFT_DOT_FLAGS ${FLASH_ATTN_WIDE16_FLAGS})
+set(FLASH_ATTN_SOFT_TILES_FLAGS ${FLASH_ATTN_WIDE16_FLAGS})
+
 set(FLASH_ATTN_ISAS baseline)
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
-  list(APPEND FLASH_ATTN_ISAS avx2 avx512 avx512bf16)
+  list(APPEND FLASH_ATTN_ISAS avx2)
+  if(FLASH_ATTN_SOFTWARE_ISAS)
+    list(APPEND FLASH_ATTN_ISAS wide16 soft_dot soft_tiles)
+  endif()
+  list(APPEND FLASH_ATTN_ISAS avx512 avx512bf16)
   include(CheckCXXSourceCompiles)
   check_cxx_source_compiles("int main() { asm volatile(\"tdpbf16ps %tmm0, %tmm1, %tmm2\"); }"
                             FLASH_ATTN_ASSEMBLER_HAS_AMX)

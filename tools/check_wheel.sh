@@ -36,7 +36,10 @@ import sys
 import tvm_ffi
 
 library = tvm_ffi.load_module(f"{sys.argv[1]}/flash_attn/libflash_attn_ffi.so")
-print("wheel loads without torch: version", library["version"](), "with", library["cpu_isas"]())
+isas = library["cpu_isas"]()
+print("wheel loads without torch: version", library["version"](), "with", isas)
+software = {"wide16", "soft_dot", "soft_tiles"} & set(isas.split())
+assert not software, f"instruction sets of tests are in the wheel: {software}"
 PYTHON
 
 if ! grep -q 'zstd, which this build of the emulator lacks' "$site/flash_attn/libgpu_emulator.so"; then

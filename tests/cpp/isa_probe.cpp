@@ -22,7 +22,10 @@ bool runs(const char* isa) {
 std::vector<const IsaProbe*> find_probes() {
   std::vector<const IsaProbe*> probes = {&probe_baseline};
 #if defined(FLASH_ATTN_HAVE_AVX2)
-  if (runs("avx2")) probes.insert(probes.end(), {&probe_avx2, &probe_wide16});
+  if (runs("avx2")) probes.push_back(&probe_avx2);
+#endif
+#if defined(FLASH_ATTN_HAVE_WIDE16)
+  if (runs("wide16")) probes.push_back(&probe_wide16);
 #endif
 #if defined(FLASH_ATTN_HAVE_AVX512)
   if (runs("avx512")) probes.push_back(&probe_avx512);
@@ -32,8 +35,11 @@ std::vector<const IsaProbe*> find_probes() {
 
 std::vector<const TileProbe*> find_tile_probes() {
   std::vector<const TileProbe*> probes;
-#if defined(FLASH_ATTN_HAVE_AVX2)
-  if (runs("avx2")) probes.insert(probes.end(), {&tile_probe_soft_dot, &tile_probe_soft_tiles});
+#if defined(FLASH_ATTN_HAVE_SOFT_DOT)
+  if (runs("soft_dot")) probes.push_back(&tile_probe_soft_dot);
+#endif
+#if defined(FLASH_ATTN_HAVE_SOFT_TILES)
+  if (runs("soft_tiles")) probes.push_back(&tile_probe_soft_tiles);
 #endif
 #if defined(FLASH_ATTN_HAVE_AVX512BF16)
   if (runs("avx512bf16")) probes.push_back(&tile_probe_avx512bf16);
@@ -48,12 +54,7 @@ std::vector<const TileProbe*> find_tile_probes() {
 std::vector<const flash::cpu::Kernels*> find_kernels() {
   if (std::getenv("FLASH_ATTENTION_CPU_ISA"))
     return {&flash::cpu::kernels_of(flash::cpu::current_isa())};
-  std::vector<const flash::cpu::Kernels*> kernels = library_kernels();
-#if defined(FLASH_ATTN_HAVE_AVX2)
-  if (runs("avx2"))
-    kernels.insert(kernels.end(), {&kernels_wide16, &kernels_soft_dot, &kernels_soft_tiles});
-#endif
-  return kernels;
+  return library_kernels();
 }
 
 }  // namespace

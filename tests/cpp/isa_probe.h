@@ -1,7 +1,5 @@
 // What every instruction set's unit inlines (simd.h, vec_math.h, rows.h, tile_fma.h), behind
-// function pointers. Instances: those of the library, and some compiled for AVX2 that run the code
-// of other machines: wide16, vectors of 16 floats; soft_dot and soft_tiles, the loops over bf16
-// products with AVX-512-BF16's or AMX's instructions in software.
+// function pointers. One instance for each instruction set, software included.
 #pragma once
 
 #include <gtest/gtest.h>

@@ -71,6 +71,5 @@ struct TileProbe {
 extern const IsaProbe probe_baseline, probe_avx2, probe_avx512, probe_wide16;
 extern const TileProbe tile_probe_soft_dot, tile_probe_soft_tiles, tile_probe_avx512bf16,
     tile_probe_amx;
-extern const flash::cpu::Kernels kernels_wide16, kernels_soft_dot, kernels_soft_tiles;
 
 }  // namespace flash_test

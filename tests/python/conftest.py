@@ -7,6 +7,7 @@ import os
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from instruction_sets import ISAS, OPERATOR_ISAS
 from scripts import ROOT, forget_modules
 
 from flash_attn import _library
@@ -24,11 +25,21 @@ settings.register_profile("thorough", settings.get_profile("default"), max_examp
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
-@pytest.fixture(params=_library.cpu_isas())
+@pytest.fixture(params=ISAS)
 def isa(request):
-    """Runs a test once on every instruction set that this machine has."""
-    _library.set_cpu_isa(request.param)
-    yield request.param
+    """Runs a test once on every instruction set."""
+    yield from set_isa(request.param)
+
+
+@pytest.fixture(params=OPERATOR_ISAS)
+def operator_isa(request):
+    """Runs a test of a fused operator once on every instruction set that it has loops for."""
+    yield from set_isa(request.param)
+
+
+def set_isa(name):
+    _library.set_cpu_isa(name)
+    yield name
     _library.set_cpu_isa(None)
 
 
@@ -47,7 +58,8 @@ def pytest_collection_modifyitems(items):
 
     def without_isa(item):
         params = item.callspec.params if hasattr(item, "callspec") else {}
-        return item.nodeid.split("[")[0], *(str(v) for n, v in params.items() if n != "isa")
+        others = (str(v) for n, v in params.items() if not n.endswith("isa"))
+        return item.nodeid.split("[")[0], *others
 
     groups = {}
     for item in items:

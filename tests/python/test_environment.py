@@ -8,12 +8,12 @@ import sys
 
 import pytest
 from backends import HAVE_KERNELS, needs_emulator
+from instruction_sets import ALL_ISAS, ISAS, OF_CPUS, OPERATOR_ISAS, SOFTWARE, isas_to_test
 
 from flash_attn import _library
 
 ISA, PRODUCTS = "FLASH_ATTENTION_CPU_ISA", "FLASH_ATTENTION_CPU_FP32_PRODUCTS"
 EMULATOR = "FLASH_ATTENTION_EMULATOR"
-ALL_ISAS = ["baseline", "avx2", "avx512", "avx512bf16", "amx"]
 LACKING = [isa for isa in ALL_ISAS if isa not in _library.cpu_isas()]
 
 C_INTERFACE = f"""
@@ -48,7 +48,7 @@ def run(code, **environment):
 
 
 def bad_values():
-    here = " ".join(isa for isa in ALL_ISAS if isa not in LACKING)
+    here = " ".join(_library.cpu_isas())
     for value in ("avx3", "AVX2", "avx2 "):
         yield ISA, value, f'{ISA} is "{value}": it must be one of {" ".join(ALL_ISAS)}'
     for value in LACKING:
@@ -85,6 +85,42 @@ def test_good_value(variable, value):
     expected = value if variable == ISA and value else _library.cpu_isas()[-1]
     code = "print(cpu_isa().decode(), last_error().decode())"
     assert run(C_INTERFACE + code, **{variable: value}) == [f"{expected} "]
+
+
+@pytest.mark.parametrize("name", [isa for isa in SOFTWARE if isa in ALL_ISAS])
+def test_software_is_chosen_by_its_name_alone(name):
+    code = "print(cpu_isa().decode(), last_error().decode())"
+    assert run(C_INTERFACE + code, **{ISA: name}) == [f"{name} "]
+    assert _library.cpu_isas()[-1] in OF_CPUS
+
+
+AVX2_MACHINE = ["baseline", "wide16", "soft_dot", "soft_tiles", "avx2"]
+
+
+@pytest.mark.parametrize(
+    ("more", "software"),
+    [
+        ([], ["wide16", "soft_dot", "soft_tiles"]),
+        (["avx512"], ["soft_dot", "soft_tiles"]),
+        (["avx512bf16", "avx512"], ["soft_tiles"]),
+        (["avx512bf16", "avx512", "amx"], []),
+    ],
+)
+def test_every_loop_is_tested_once(more, software):
+    """Software where the machine lacks what it stands for, and all of it if it is to be taken for
+    one with AVX2 alone."""
+    available = [*AVX2_MACHINE, *more]
+    assert isas_to_test(available) == ["baseline", *software, "avx2", *more]
+    assert isas_to_test(available, "avx2") == AVX2_MACHINE
+    assert isas_to_test(["baseline", "avx2", *more]) == ["baseline", "avx2", *more]
+
+
+def test_instruction_sets_of_this_run():
+    assert set(OPERATOR_ISAS) <= set(ISAS) <= set(_library.cpu_isas())
+    loops = {SOFTWARE.get(isa, isa) for isa in ISAS}
+    assert len(loops) == len(ISAS)
+    if "wide16" in _library.cpu_isas():
+        assert loops == set(OF_CPUS)
 
 
 def test_an_explicit_choice_does_not_ask_the_variable():

@@ -73,7 +73,7 @@ def check(tensors, labels, reduction="mean", factor=2, sum_in_fp32=None, **optio
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_values_and_gradients(isa, dtype, reduction, with_bias):
+def test_values_and_gradients(operator_isa, dtype, reduction, with_bias):
     tensors, labels = layer(dtype=dtype)
     options = {} if with_bias else ALL_OPTIONS
     check(tensors[: 2 + with_bias], labels, reduction, sum_in_fp32=True, **options)

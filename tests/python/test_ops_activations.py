@@ -19,7 +19,7 @@ ops = torch.ops.flash_attn
 
 
 @pytest.mark.parametrize("case", activation_cases.cases(), ids=str)
-def test_values(case, isa):
+def test_values(case, operator_isa):
     activation_cases.check(case, contextlib.nullcontext)
 
 
@@ -34,7 +34,7 @@ def test_sizes(shape):
 
 @pytest.mark.parametrize("rows", [1, 31, 32, 33, 1000])
 @pytest.mark.parametrize("cols", [1, 7, 2049])
-def test_sums_over_rows(rows, cols, isa):
+def test_sums_over_rows(rows, cols, operator_isa):
     case = ActivationCase("gelu_approx", FP32, bias=True, shape=(rows, cols))
     activation_cases.check(case, contextlib.nullcontext)
 
@@ -53,7 +53,7 @@ def test_threads_do_not_change_results(gate, restore_threads):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", FUNCTIONS)
-def test_extreme_inputs(name, dtype, isa):
+def test_extreme_inputs(name, dtype, operator_isa):
     """Finite, and close, wherever torch's own values and derivatives in fp64 are, unless the dtype
     cannot hold them; NaN stays NaN."""
     info = torch.finfo(dtype)

@@ -30,13 +30,13 @@ ONES = Options(0.0, 1.0, 0.0, -100, 0, 0)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("classes", [1, 7, 8, 1000, 4097])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_values_and_gradient(isa, dtype, classes, options):
+def test_values_and_gradient(operator_isa, dtype, classes, options):
     logits, labels = logits_and_labels(13, classes, dtype)
     check(cross_entropy_loss, logits, labels, **options)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_rows_at_a_distance_between_what_must_not_be_read(isa, dtype):
+def test_rows_at_a_distance_between_what_must_not_be_read(operator_isa, dtype):
     logits, labels = logits_and_labels(6, 37, dtype)
     buffer = torch.full((6, 64), math.nan, dtype=dtype)
     view = buffer[:, 5:42]
@@ -68,7 +68,7 @@ def test_columns_at_a_distance(dtype):
 
 @pytest.mark.parametrize("options", [{}, ALL_OPTIONS], ids=str)
 @pytest.mark.parametrize("offset", [-1e4, 1e4])
-def test_logits_far_from_0(isa, offset, options):
+def test_logits_far_from_0(operator_isa, offset, options):
     """As accurate as PyTorch's, which subtracts the maximum first."""
     logits, labels = logits_and_labels(20, 3000)
     options = {**options, "lse_square_scale": 0.0}
@@ -85,13 +85,13 @@ def test_logits_far_from_0(isa, offset, options):
 
 
 @pytest.mark.parametrize("step", [1.0, 200.0])
-def test_maximum_that_rises_along_the_row(isa, step):
+def test_maximum_that_rises_along_the_row(operator_isa, step):
     """By more than exp has a number for."""
     logits, labels = logits_and_labels(6, 9000)
     check(cross_entropy_loss, logits + step * torch.arange(9000).div(1000).floor(), labels)
 
 
-def test_infinite_logits_and_nan(isa):
+def test_infinite_logits_and_nan(operator_isa):
     """As PyTorch has them; classes without a chance have the probability 0."""
     logits, labels = logits_and_labels(8, 3000)
     labels = torch.randint(0, 3000, (8,))
@@ -110,7 +110,7 @@ def test_infinite_logits_and_nan(isa):
         torch.testing.assert_close(mine.grad, theirs.grad, equal_nan=True)
 
 
-def test_ignored_rows_are_not_read(isa):
+def test_ignored_rows_are_not_read(operator_isa):
     logits, labels = logits_and_labels(9, 100, ignore_index=3)
     logits[labels == 3] = math.nan
     logits.requires_grad_()
@@ -141,7 +141,7 @@ def test_labels_of_32_bits_and_at_a_distance():
     assert cross_entropy_loss(logits, labels.repeat_interleave(2)[::2])[0].equal(expected)
 
 
-def test_results_do_not_depend_on_the_number_of_threads(isa, restore_threads):
+def test_results_do_not_depend_on_the_number_of_threads(operator_isa, restore_threads):
     logits, labels = logits_and_labels(50, 5000, BF16)
     results = []
     for threads in (1, 2, 3):
@@ -156,7 +156,7 @@ def test_results_do_not_depend_on_the_number_of_threads(isa, restore_threads):
 
 
 @pytest.mark.parametrize("cuts", [(0, 100), (0, 1, 100), (0, 30, 31, 77, 100)])
-def test_classes_in_chunks(isa, cuts):
+def test_classes_in_chunks(operator_isa, cuts):
     """A state that has seen some classes goes on with the next ones."""
     logits, labels = logits_and_labels(12, 100)
     logits[3] = logits[3].sort().values  # a larger maximum in every chunk
@@ -181,7 +181,7 @@ def test_classes_in_chunks(isa, cuts):
     torch.testing.assert_close(torch.cat(dlogits, 1), expected)
 
 
-def test_precomputed_lse(isa):
+def test_precomputed_lse(operator_isa):
     logits, labels = logits_and_labels(9, 300)
     mine, expected = (logits.clone().requires_grad_() for _ in range(2))
     lse = logits.logsumexp(1)
@@ -201,7 +201,7 @@ def test_precomputed_lse(isa):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_gradient_over_the_logits(isa, dtype):
+def test_gradient_over_the_logits(operator_isa, dtype):
     def in_place(logits, labels, **options):
         return cross_entropy_loss(logits * 1, labels, inplace_backward=True, **options)
 

@@ -23,18 +23,18 @@ close = torch.testing.assert_close
 
 
 @pytest.mark.parametrize("case", norm_cases.cases(), ids=str)
-def test_values(case, isa):
+def test_values(case, operator_isa):
     norm_cases.check(case, contextlib.nullcontext)
 
 
 @pytest.mark.parametrize("n", norm_cases.SIZES)
 @pytest.mark.parametrize("dtype", [FP32, BF16])
-def test_sizes(n, dtype, isa):
+def test_sizes(n, dtype, operator_isa):
     features = {"residual": FP32, "dropout_p": 0.1, "colscale": True}
     norm_cases.check(NormCase(dtype, (5, n), **features), contextlib.nullcontext)
 
 
-def test_sum_is_normed_as_it_is_kept(isa):
+def test_sum_is_normed_as_it_is_kept(operator_isa):
     """Of one column that is 0, whatever the sum: so is the gradient of the weight."""
     norm_cases.check(NormCase(BF16, (50, 1), residual=BF16), contextlib.nullcontext)
 
@@ -56,7 +56,7 @@ def test_empty(norm, shape):
 
 
 @pytest.mark.parametrize("mean", [1e2, 1e4, -1e6])
-def test_large_means(mean, isa):
+def test_large_means(mean, operator_isa):
     """The variance is that of what the numbers are, not of what sums of their squares leave."""
     norm_cases.check(NormCase(FP32, (4, 1000), mean=mean), contextlib.nullcontext)
 
@@ -100,7 +100,7 @@ def test_strided(order):
 # Dropout
 
 
-def test_mask_is_the_documented_function(isa):
+def test_mask_is_the_documented_function(operator_isa):
     torch.manual_seed(3)
     normed = add_norm(
         torch.randn(5, 77),
@@ -198,7 +198,7 @@ def subset_definition(t, x0_subset, out_subset, mask, p, scale):
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
-def test_subsets(dtype, isa):
+def test_subsets(dtype, operator_isa):
     tensors, x0_subset, out_subset = subset_case(dtype)
     masks = []
 
@@ -613,7 +613,7 @@ def forward_in_c(**given):
 
 @pytest.mark.parametrize("n", [8, 13])
 @pytest.mark.parametrize("dtype", [FP32, BF16])
-def test_nothing_beside_the_tensors_is_touched(n, dtype, isa):
+def test_nothing_beside_the_tensors_is_touched(n, dtype, operator_isa):
     """Inputs and outputs are columns in the middle of NaN."""
     wide = torch.full((5, 6, n + 9), torch.nan).to(dtype)
     x0, residual, out, x = wide[:4, :, 3 : 3 + n]

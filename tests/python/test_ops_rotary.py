@@ -21,7 +21,7 @@ ops = torch.ops.flash_attn
 
 
 @pytest.mark.parametrize("case", rotary_cases.cases(DIMS), ids=str)
-def test_values(case, isa):
+def test_values(case, operator_isa):
     rotary_cases.check(case, contextlib.nullcontext)
 
 
@@ -100,7 +100,7 @@ def turned_parts(qkv, num_heads_q, tables_q, tables_k, interleaved):
 @pytest.mark.parametrize("num_heads_q", [None, 6, 2])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("fp32_tables", [False, True])
-def test_packed(num_heads_q, dtype, fp32_tables, isa):
+def test_packed(num_heads_q, dtype, fp32_tables, operator_isa):
     """One call turns queries and keys, by tables of their own."""
     qkv = packed(num_heads_q, dtype)
     own = tables(6, 12, FP32 if fp32_tables else dtype)

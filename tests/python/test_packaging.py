@@ -67,6 +67,13 @@ def test_make_builds_the_tests_only_for_targets_that_run_them(target, builds_all
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_what_make_tests_has_software_of_all_instruction_sets(pyproject):
+    assert "-DFLASH_ATTN_SOFTWARE_ISAS=ON" in commands_of_make("test")
+    assert "FLASH_ATTN_SOFTWARE_ISAS" not in pyproject["tool"]["scikit-build"]["cmake"]["define"]
+    assert "FLASH_ATTN_SOFTWARE_ISAS" not in commands_of_make("wheel")
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 @pytest.mark.parametrize("target", ["demo", "test"])
 def test_pip_installs_what_make_has_built(target):
     commands = commands_of_make(target)

@@ -13,14 +13,10 @@ import torch
 from attention_cases import BF16, FP16, FP32, Case, flash_forward_backward, make_tensors
 from hypothesis import given
 from hypothesis import strategies as st
+from instruction_sets import ISAS
 from reference import INF, visible
 
-from flash_attn import (
-    _library,
-    flash_attn_func,
-    flash_attn_varlen_func,
-    flash_attn_with_kvcache,
-)
+from flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
 from flash_attn._library import bind
 
 pytestmark = pytest.mark.usefixtures("isa")
@@ -545,7 +541,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 def test_memory_is_linear_in_the_sequence_length(isa, p):
     """The scores of 8192 x 8192 would take 256 MiB in fp32, a bit for each of them still 8 MiB; all
     tensors together take 8 MiB. ru_maxrss counts KiB."""
-    if isa != _library.cpu_isas()[-1]:
+    if isa != ISAS[-1]:
         pytest.skip("the memory does not depend on the instruction set")
     script = MEASURE.format(isa=isa, p=p)
     result = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)

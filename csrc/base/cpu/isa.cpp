@@ -18,6 +18,12 @@
 namespace flash::cpu {
 namespace {
 
+#if defined(FLASH_ATTN_HAVE_SOFT_TILES)
+constexpr int kBuiltIsas = kIsas;
+#else
+constexpr int kBuiltIsas = kCpuIsas;
+#endif
+
 #if defined(FLASH_ATTN_HAVE_AMX)
 // The CPU has AMX-BF16, the operating system saves the tiles, and lets this process use them.
 bool has_amx() {
@@ -40,8 +46,10 @@ IsaList find_isas() {
 #if defined(FLASH_ATTN_HAVE_AVX2)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-      __builtin_cpu_supports("f16c"))
+      __builtin_cpu_supports("f16c")) {
+    for (int i = kCpuIsas; i < kBuiltIsas; ++i) list.isas[list.count++] = static_cast<Isa>(i);
     list.isas[list.count++] = Isa::kAvx2;
+  }
 #endif
 #if defined(FLASH_ATTN_HAVE_AVX512)
   if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
@@ -61,7 +69,8 @@ IsaList find_isas() {
   return list;
 }
 
-constexpr const char* kNames[kIsas] = {"baseline", "avx2", "avx512", "avx512bf16", "amx"};
+constexpr const char* kNames[kIsas] = {"baseline", "avx2",   "avx512",   "avx512bf16",
+                                       "amx",      "wide16", "soft_dot", "soft_tiles"};
 
 // The value of an environment variable; nullptr if it is not set, or empty.
 const char* environment(const char* name) {
@@ -74,9 +83,9 @@ constexpr const char* kIsaVariable = "FLASH_ATTENTION_CPU_ISA";
 [[noreturn]] void fail_isa(const char* wanted) {
   std::string all, here;
   bool known = false;
-  for (const char* name : kNames) {
-    known = known || std::strcmp(name, wanted) == 0;
-    all = all + " " + name;
+  for (int i = 0; i < kBuiltIsas; ++i) {
+    known = known || std::strcmp(kNames[i], wanted) == 0;
+    all = all + " " + kNames[i];
   }
   for (const Isa isa : available_isas()) here = here + " " + isa_name(isa);
   require(known, kIsaVariable, " is \"", wanted, "\": it must be one of", all);

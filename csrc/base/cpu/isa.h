@@ -3,10 +3,22 @@
 
 namespace flash::cpu {
 
-enum class Isa { kBaseline, kAvx2, kAvx512, kAvx512Bf16, kAmx };
-inline constexpr int kIsas = 5;
+// Those of CPUs, then software of AVX2 that stands for three of them in tests (built with
+// FLASH_ATTN_SOFTWARE_ISAS): the loops of AVX-512's units over vectors of 16 floats, and those of
+// AVX-512-BF16's and AMX's with their products in software.
+enum class Isa {
+  kBaseline,
+  kAvx2,
+  kAvx512,
+  kAvx512Bf16,
+  kAmx,
+  kWide16,
+  kSoftDot,
+  kSoftTiles,
+};
+inline constexpr int kCpuIsas = 5, kIsas = 8;
 
-// "baseline", "avx2", "avx512", "avx512bf16", "amx".
+// "baseline", "avx2", "avx512", "avx512bf16", "amx", "wide16", "soft_dot", "soft_tiles".
 const char* isa_name(Isa isa);
 
 struct IsaList {
@@ -17,7 +29,8 @@ struct IsaList {
   const Isa* end() const { return isas + count; }
 };
 
-// Those of this build that this CPU runs, best last; baseline is always one.
+// Those of this build that this CPU runs, best last; baseline is always one. Software is no better
+// than what it runs on.
 const IsaList& available_isas();
 
 // The one in use: set_current_isa's, else FLASH_ATTENTION_CPU_ISA's, else the best. Both throw

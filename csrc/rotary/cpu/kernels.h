@@ -14,5 +14,6 @@ struct Kernels {
 extern const Kernels kernels_baseline;
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
+extern const Kernels kernels_wide16;
 
 }  // namespace flash::rotary::cpu

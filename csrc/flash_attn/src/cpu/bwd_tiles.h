@@ -39,7 +39,7 @@ struct BwdTilesScratch {
   float* lse;              // [tile.rows]: what to add to exponents; behind it what to take from dP
   Row* rows;               // [tile.rows]
   float* cap_slope;        // [kUnitKeys]
-  uint8_t* random;         // [tile.rows][kRandomKeys], with dropout
+  uint8_t* random;         // [tile.rows][kBwdRandomKeys], with dropout
   uint8_t *spoilt_q, *spoilt_dout, *spoilt_k;
   Staging staging;
 };
@@ -91,7 +91,7 @@ class BwdTilesRunner {
     x.staging = carve_staging(c, kTerms, dims.largest_pad());
     x.cap_slope = c.take<float>(kUnitKeys);
     x.rows = c.take<Row>(kRows);
-    x.random = c.take<uint8_t>(p.p_dropout > 0.f ? kRows * kRandomKeys : 0);
+    x.random = c.take<uint8_t>(p.p_dropout > 0.f ? kRows * kBwdRandomKeys : 0);
     x.spoilt_q = c.take<uint8_t>(kRows);
     x.spoilt_dout = c.take<uint8_t>(kRows);
     x.spoilt_k = c.take<uint8_t>(tile.keys);
@@ -370,11 +370,11 @@ class BwdTilesRunner {
 
   // Dropout's bytes of a unit's rows, for its keys and their neighbours.
   void draw_random(const Unit& unit) {
-    const int key = unit.key / kRandomKeys * kRandomKeys;
+    const int key = unit.key / kBwdRandomKeys * kBwdRandomKeys;
     if (random_key_[unit.sub] == key) return;
     random_key_[unit.sub] = key;
-    ctx_.random_bytes(unit.row, unit.rows, {0, kRandomKeys, ctx_.key + key},
-                      x_.random + unit.sub * kBlockRows * kRandomKeys, kRandomKeys);
+    ctx_.random_bytes(unit.row, unit.rows, {0, kBwdRandomKeys, ctx_.key + key},
+                      x_.random + unit.sub * kBlockRows * kBwdRandomKeys, kBwdRandomKeys);
   }
 
   // Rows i and i + 16 of a unit; rows beyond the last are 0.
@@ -387,9 +387,10 @@ class BwdTilesRunner {
       float* dp = s + kUnitScores;
       if (r < unit.rows) {
         const TileColumns t{0, kUnitKeys, unit.first_key};
-        const uint8_t* random = x_.random + (unit.sub * kBlockRows + r) * kRandomKeys;
+        const uint8_t* random = x_.random + (unit.sub * kBlockRows + r) * kBwdRandomKeys;
         ctx_.template softmax_bwd_step<kTerms == 1>(
-            unit.row0 + r, unit.row[r], s, dp, t, {x_.cap_slope, random + unit.key % kRandomKeys});
+            unit.row0 + r, unit.row[r], s, dp, t,
+            {x_.cap_slope, random + unit.key % kBwdRandomKeys});
         const KeyRange seen = visible(unit.row[r], t);
         fill_invisible(s, t, seen, 0.f);
         fill_invisible(dp, t, seen, 0.f);

@@ -14,7 +14,7 @@
 namespace flash::cpu::FLASH_ATTN_ISA {
 
 inline constexpr int kBwdBlockKeys = 256;
-inline constexpr int kRandomKeys = 64;  // bytes of dropout are made for so many
+inline constexpr int kBwdRandomKeys = 64;  // bytes of dropout are made for so many
 static_assert(kUnitKeys == kTileDepth && kBlockRows == kTileDepth);
 inline constexpr int kHalf = 16;  // from a row or key to its partner
 

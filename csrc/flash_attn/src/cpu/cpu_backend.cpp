@@ -20,6 +20,18 @@ const Kernels& kernels_of(Isa isa) {
     case Isa::kAmx:
       return kernels_amx;
 #endif
+#if defined(FLASH_ATTN_HAVE_WIDE16)
+    case Isa::kWide16:
+      return kernels_wide16;
+#endif
+#if defined(FLASH_ATTN_HAVE_SOFT_DOT)
+    case Isa::kSoftDot:
+      return kernels_soft_dot;
+#endif
+#if defined(FLASH_ATTN_HAVE_SOFT_TILES)
+    case Isa::kSoftTiles:
+      return kernels_soft_tiles;
+#endif
     default:
       return kernels_baseline;
   }

@@ -26,5 +26,8 @@ extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512;
 extern const Kernels kernels_avx512bf16;
 extern const Kernels kernels_amx;
+extern const Kernels kernels_wide16;
+extern const Kernels kernels_soft_dot;
+extern const Kernels kernels_soft_tiles;
 
 }  // namespace flash::cpu

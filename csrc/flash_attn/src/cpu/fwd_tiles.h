@@ -28,11 +28,15 @@
 // the task it falls into.
 #pragma once
 
+#include <type_traits>
+
 #include "cpu/decode.h"
 #include "cpu/fwd_weights.h"
 
 namespace flash::cpu::FLASH_ATTN_ISA {
 
+inline constexpr int kRandomKeys = 2 * kUnitKeys;    // whose random bytes are made at once
+inline constexpr int kRandomRow = kRandomKeys + 32;  // random_row_bytes may write more
 inline constexpr float kMaxFused = 1024.f;  // of references subtracted by the FMA that scales
 
 // Head dims in tiles of 32, known to the compiler; AnyDims: not.
@@ -60,7 +64,7 @@ struct FwdTilesScratch {
     bool far;       // a row has a shift
     int sums;       // which
   }* blocks;        // [task_rows / 32]
-  uint8_t* random;  // [32][kUnitKeys]
+  uint8_t* random;  // [32][kRandomRow]
   uint8_t* spoilt;  // [tile.keys]: V's rows with inf or NaN
   Staging staging;
 };
@@ -108,7 +112,7 @@ class FwdTilesRunner {
     x.state = c.take<RowState>(tile.task_rows);
     x.rows = c.take<Row>(tile.task_rows);
     x.blocks = c.take<FwdTilesScratch::BlockState>(tile.task_rows / kBlockRows);
-    x.random = c.take<uint8_t>(kUnitScores + 64);
+    x.random = c.take<uint8_t>(kBlockRows * kRandomRow);
     x.spoilt = c.take<uint8_t>(tile.keys);
     return x;
   }
@@ -241,26 +245,59 @@ class FwdTilesRunner {
     }
   }
 
-  bool is_plain(const Unit& unit) const {
-    return fold_scale_ && all_see(x_.rows[unit.row], x_.rows[unit.row + unit.rows - 1], unit.key(),
-                                  unit.key() + kUnitKeys);
+  bool sees_all(const Unit& unit) const {
+    return all_see(x_.rows[unit.row], x_.rows[unit.row + unit.rows - 1], unit.key(),
+                   unit.key() + kUnitKeys);
   }
+  bool is_plain(const Unit& unit) const { return fold_scale_ && sees_all(unit); }
 
   void advance(const Unit& unit) {
     const Unit done = weighed_;
-    if (done.rows > 0) prepare(done);
     const Piece piece = multiplied_;
     const int pairs = next_pairs(done);
-    RowWeigher<Terms> rows = row_weigher(done, done.scores);
-    if (fits_fixed(unit, done, pairs))
-      step_fixed(unit, pairs, rows);
-    else
-      step(unit, pairs, rows);
+    bool exceeds = false;
+    const auto go = [&](auto modifier, float factor) {
+      RowWeigher<Terms, decltype(modifier)> rows(weight_rows(done, done.scores, factor), modifier);
+      // Of the modifiers' loops only those of the usual head dims are worth their code.
+      constexpr bool kFixed = std::is_same_v<decltype(modifier), NoModifier> || Dims::kD <= 4;
+      if (kFixed && fits_fixed(unit, done, pairs))
+        exceeds = step_fixed(unit, pairs, rows);
+      else
+        exceeds = step(unit, pairs, rows);
+    };
+    if (ctx_.modifiers && done.rows > 0 && modifies_exponents(done)) {
+      with_modifier(done, go);
+    } else {
+      if (done.rows > 0) prepare(done);
+      go(NoModifier{}, factor_);
+    }
     if (pairs > 0 && piece.pairs == 0 && !v_finite_) add_spoilt_values(piece);
     multiplied_.pairs = pairs;
     if (pairs * kTileDepth == ctx_.d_v_pad) multiplied_.rows = 0;
-    if (done.rows > 0) finish_unit(done, rows.exceeds());
+    if (done.rows > 0) finish_unit(done, exceeds);
     weighed_ = unit;
+  }
+
+  // Whether the weights of a unit's rows can be made of products: there is a modifier for them.
+  bool modifies_exponents(const Unit& unit) const {
+    const BlockState& state = block(unit.row);
+    const Flash_fwd_params& p = ctx_.p;
+    const int modifiers = (p.softcap > 0.f) + (p.alibi_slopes != nullptr) + (p.bias.ptr != nullptr);
+    return modifiers == 1 && !state.unset && !state.far && p.scale_softmax > 0.f &&
+           (!p.bias.ptr || p.bias.col_stride == 1) && sees_all(unit);
+  }
+  template <class F>
+  FLASH_INLINE void with_modifier(const Unit& unit, F f) const {
+    const Flash_fwd_params& p = ctx_.p;
+    const Row* rows = x_.rows + unit.row;
+    const float factor = p.scale_softmax * kLog2e;
+    if (p.softcap > 0.f)
+      return f(SoftcapModifier{2.f * p.scale_softmax / p.softcap, p.softcap * kLog2e}, factor);
+    if (p.alibi_slopes)
+      return f(AlibiModifier{rows, unit.key() + ctx_.seq.seqlen_q - ctx_.seq.seqlen_k}, factor);
+    with_dtype(p.bias.dtype, [&]<Dtype T>() {
+      f(BiasModifier<T>{rows, int64_t{unit.key()} * dtype_bytes(T)}, factor);
+    });
   }
 
   // The pairs of tile columns of O that are complete after the next step: all when another piece
@@ -281,23 +318,24 @@ class FwdTilesRunner {
            piece.end - piece.begin == kPieceKeys;
   }
 
-  RowWeigher<Terms> row_weigher(const Unit& unit, const float* scores) const {
+  WeightRows weight_rows(const Unit& unit, const float* scores, float factor) const {
     if (unit.rows == 0) return {};
     const int which = block(unit.row).sums;
     float* after = sums(unit.row, which ^ 1);
-    return {unit.rows,
-            scores,
-            x_.reference + unit.row,
-            unit.begin == unit.piece_begin ? sums(unit.row, which) : after,
-            after,
-            weight(unit.weights, 0, unit.begin),
-            factor_,
-            2 * kTileWords * (2 * kPieceUnits - 1) + 2 * kTileSide,
-            2 * kWeightsTerm};
+    return {.rows = unit.rows,
+            .scores = scores,
+            .reference = x_.reference + unit.row,
+            .before = unit.begin == unit.piece_begin ? sums(unit.row, which) : after,
+            .after = after,
+            .weights = weight(unit.weights, 0, unit.begin),
+            .next_tile = 2 * kTileWords * (2 * kPieceUnits - 1) + 2 * kTileSide,
+            .next_term = 2 * kWeightsTerm,
+            .factor = factor};
   }
 
-  // A step of any shape.
-  void step(const Unit& unit, int pairs, RowWeigher<Terms>& rows) {
+  // A step of any shape. True if weights exceed.
+  template <class Rows>
+  bool step(const Unit& unit, int pairs, Rows& rows) {
     TileProduct s{}, o{};
     const int m_tiles = row_tiles(unit.rows), o_m_tiles = row_tiles(multiplied_.rows);
     const int n_begin = 2 * multiplied_.pairs, n_end = 2 * pairs;
@@ -310,17 +348,18 @@ class FwdTilesRunner {
       o = values_product(multiplied_);
       steps += multiply_steps<Terms>(o, o_m_tiles, n_begin, n_end);
     }
-    SpreadRows<Terms> between(rows, steps);
+    RowsBetween<Rows> between(rows, steps);
     if (unit.rows > 0) multiply<Tile, Inputs>(s, m_tiles, 0, 2, between);
     if (n_begin < n_end) multiply<Tile, Terms>(o, o_m_tiles, n_begin, n_end, between);
     rows = between.rows();
     rows.finish();
+    return rows.exceeds();
   }
 
   // The same of whole blocks and pieces; the compiler knows all but the addresses.
-  FLASH_INLINE void step_fixed(const Unit& unit, int pairs, RowWeigher<Terms>& result) {
+  template <class Rows>
+  FLASH_INLINE bool step_fixed(const Unit& unit, int pairs, Rows& rows) {
     if constexpr (Dims::kD > 0) {
-      RowWeigher<Terms> rows = result;
       constexpr int kBesideScores = kBlockRows * Dims::kD / (Dims::kD + kPairs * kPieceUnits);
       constexpr int kBesideValues = (kBlockRows - kBesideScores) / kPairs;
       const uint32_t *q = q_.tile(0, unit.row / kTileSide, 0),
@@ -344,8 +383,8 @@ class FwdTilesRunner {
         }
       }
       rows.finish();
-      result = rows;
     }
+    return rows.exceeds();
   }
 
   TileProduct scores_product(const Unit& unit, float* scores) const {
@@ -391,7 +430,7 @@ class FwdTilesRunner {
   void set_first_reference(const Unit& unit, int r) {
     const float largest = largest_score(unit.scores + r * kUnitKeys);
     if (largest > -kInf)
-      set_reference(unit.row + r, largest);
+      set_reference(unit.row + r, largest + growth(unit.row + r, unit.key()));
     else
       block(unit.row).unset = true;
   }
@@ -399,10 +438,14 @@ class FwdTilesRunner {
 
   // Products become scores.
   void finish_products(const Unit& unit, float* scores) {
+    const Row* rows = x_.rows + unit.row;
+    if (!fold_scale_)
+      modify_rows<kUnitKeys>(ctx_.p, ctx_.map, rows, unit.rows, scores, kUnitKeys, unit.key(),
+                             ctx_.p.scale_softmax);
+    if (sees_all(unit)) return;
     const TileColumns t{0, kUnitKeys, unit.key()};
-    const float scale = fold_scale_ ? 1.f : ctx_.p.scale_softmax;
     for (int r = 0; r < unit.rows; ++r)
-      ctx_.finish_scores(x_.rows[unit.row + r], scores + r * kUnitKeys, t, scale);
+      fill_invisible(scores + r * kUnitKeys, t, visible(rows[r], t), -kInf);
   }
   void shift_scores(const Unit& unit, float* scores) const {
     for (int r = 0; r < unit.rows; ++r) {
@@ -430,11 +473,16 @@ class FwdTilesRunner {
   }
 
   void drop(const Unit& unit) {
-    ctx_.random_bytes(x_.rows + unit.row, unit.rows, {0, kUnitKeys, unit.key()}, x_.random,
-                      kUnitKeys);
+    const int first_key = unit.key() / kRandomKeys * kRandomKeys;
+    if (random_row_ != unit.row || random_key_ != first_key)
+      ctx_.random_bytes(x_.rows + unit.row, unit.rows, {0, kRandomKeys, first_key}, x_.random,
+                        kRandomRow);
+    random_row_ = unit.row;
+    random_key_ = first_key;
     for (int r = 0; r < unit.rows; ++r) {
       uint16_t* weights = weight(unit.weights, r, unit.begin);
-      const VecU16x2 keep = kept_u16(ctx_.dropout, x_.random + r * kUnitKeys);
+      const VecU16x2 keep =
+          kept_u16(ctx_.dropout, x_.random + r * kRandomRow + unit.key() % kRandomKeys);
       for (int i = 0; i < kTerms; ++i) {
         uint16_t* p = weights + i * 2 * kWeightsTerm;
         store_u16x2(p, load_u16x2(p) & keep);
@@ -462,11 +510,12 @@ class FwdTilesRunner {
         const float s = largest_score(scores + r * kUnitKeys);
         largest = s > largest ? s : largest;
       });
-      raise_reference(last.row + r, largest);
+      raise_reference(last.row + r, largest,
+                      growth(last.row + r, last.first_key + last.piece_begin));
     }
     for_units([&](float* scores) {
       if (block(unit.row).far) shift_scores(unit, scores);
-      row_weigher(unit, scores).finish();
+      RowWeigher<Terms>(weight_rows(unit, scores, factor_)).finish();
       if (ctx_.dropout.enabled) drop(unit);
     });
   }
@@ -478,20 +527,33 @@ class FwdTilesRunner {
   }
   void set_reference(int r, float largest) {
     const float exponent = largest * factor_;
-    const bool fused = -kMaxFused <= exponent && exponent <= kMaxFused;
+    // Three terms would show that the FMA rounds otherwise than the modifiers did.
+    const bool fused =
+        (fold_scale_ || kTerms < 3) && -kMaxFused <= exponent && exponent <= kMaxFused;
     x_.reference[r] = fused ? -exponent : 0.f;
     x_.shift[r] = fused ? 0.f : largest;
     x_.largest[r] = largest;
     x_.state[r].max = fused ? static_cast<float>(exponent * natural_) : largest * scale_;
     if (!fused) block(r).far = true;
   }
-  // If a score of row r exceeds the reference of its exponents by far, it becomes the reference; O
-  // and the sum are scaled accordingly.
-  void raise_reference(int r, float largest) {
+  // How much ALiBi lets the scores of row r grow from `key` on: references are that much higher, or
+  // every piece would raise them again. A sum stays above 2^-kMostGrowth of the reference.
+  float growth(int r, int key) const {
+    constexpr float kMostGrowth = 64.f;
+    const Row& row = x_.rows[r];
+    if (!(row.alibi_slope > 0.f)) return 0.f;
+    const int diagonal = ctx_.map.diagonal(row), last = row.keys.end - 1;
+    const float growth =
+        row.alibi_slope * static_cast<float>((diagonal < last ? diagonal : last) - key);
+    return growth < 0.f ? 0.f : growth < kMostGrowth ? growth : kMostGrowth;
+  }
+  // If a score of row r exceeds the reference of its exponents by far, it and what it may grow by
+  // become the reference; O and the sum are scaled accordingly.
+  void raise_reference(int r, float largest, float growth) {
     if (!((largest - x_.largest[r]) * factor_ > kMaxExponent - 1)) return;
     const bool is_first = x_.largest[r] == -kInf;
     const double before = exponent_of_reference(r);
-    set_reference(r, largest);
+    set_reference(r, largest + growth);
     if (is_first) return;
     const float scale = exp2(static_cast<float>(before - exponent_of_reference(r)));
     float* sum = sums(r, block(r).sums);
@@ -529,10 +591,11 @@ class FwdTilesRunner {
   const double natural_;   // from those to scores
   const Packed q_, k_, v_, weights_;
   bool v_finite_ = true;
-  Unit weighed_;          // whose P comes next
-  Piece multiplied_;      // whose product with V is not complete
-  bool exceeds_ = false;  // the piece that is being made holds too large weights
-  int slot_ = 0;          // of packed_p, of that piece
+  Unit weighed_;                           // whose P comes next
+  Piece multiplied_;                       // whose product with V is not complete
+  bool exceeds_ = false;                   // the piece that is being made holds too large weights
+  int slot_ = 0;                           // of packed_p, of that piece
+  int random_row_ = -1, random_key_ = -1;  // of the block and keys whose random bytes there are
 };
 
 }  // namespace flash::cpu::FLASH_ATTN_ISA

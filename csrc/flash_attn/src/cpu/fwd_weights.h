@@ -13,45 +13,94 @@ namespace flash::cpu::FLASH_ATTN_ISA {
 inline constexpr float kNoReference = 0x1.fffffep127f;  // any score exceeds it
 inline constexpr float kMaxExponent = 8.f;              // weights beyond 2^8 raise the reference
 
-// Goes through the rows of a unit. A weight is exp2(factor * score + reference of its row).
-template <class Terms>
+// What is added to exponents, in units of log2, besides products and references: for rows that see
+// all keys of a unit. begin_row() once a row, then at(x, j) for its columns.
+struct NoModifier {
+  FLASH_INLINE void begin_row() {}
+  FLASH_INLINE Vec scaled(Vec product, Vec factor, Vec reference, int) const {
+    return fma(product, factor, reference);
+  }
+};
+struct AlibiModifier {
+  const Row* row;
+  int offset;  // of the unit's first key from the diagonal of query 0
+  Vec slope{}, distance{};
+  FLASH_INLINE void begin_row() {
+    slope = set1(row->alibi_slope * -kLog2e);
+    distance = to_float(iota() + (offset - row->query));
+    ++row;
+  }
+  FLASH_INLINE Vec scaled(Vec product, Vec factor, Vec reference, int j) const {
+    const Vec x = fma(product, factor, reference);
+    return fma(slope, abs(distance + static_cast<float>(j)), x);
+  }
+};
+template <Dtype T>
+struct BiasModifier {
+  const Row* row;
+  int64_t offset;  // of the unit's first key from the first, bytes
+  const char* bias = nullptr;
+  FLASH_INLINE void begin_row() {
+    constexpr int kAhead = 4 * kUnitKeys * dtype_bytes(T);  // rows lie far apart
+    bias = row->bias + offset;
+    __builtin_prefetch(bias + kAhead);
+    if constexpr (T == Dtype::kFloat32) __builtin_prefetch(bias + kAhead + 64);
+    ++row;
+  }
+  FLASH_INLINE Vec scaled(Vec product, Vec factor, Vec reference, int j) const {
+    return fma(load_as_float<T>(bias, j), set1(kLog2e), fma(product, factor, reference));
+  }
+};
+struct SoftcapModifier {
+  float twice_inverse;  // products times it are what tanh_of_half takes
+  float softcap;        // in units of log2
+  FLASH_INLINE void begin_row() {}
+  FLASH_INLINE Vec scaled(Vec product, Vec, Vec reference, int) const {
+    return fma(tanh_of_half(product * twice_inverse).value, set1(softcap), reference);
+  }
+};
+
+// Where the rows of a unit lie. A weight is exp2(factor * score + reference of its row).
+struct WeightRows {
+  int rows = 0;
+  const float* scores = nullptr;     // [rows][kUnitKeys]
+  const float* reference = nullptr;  // [rows]
+  const float* before = nullptr;     // [rows][kWidth]: sums
+  float* after = nullptr;
+  uint16_t* weights = nullptr;  // of row 0, in a tile of A
+  int64_t next_tile = 0;        // elements from row 15 to row 16
+  int64_t next_term = 0;        // from one term to the next
+  float factor = 0.f;
+};
+
+// Goes through them.
+template <class Terms, class Modifier = NoModifier>
 class RowWeigher {
  public:
   RowWeigher() = default;
-  // scores [rows][kUnitKeys]; sums before and after, a vector a row; weights of row 0 in a tile of
-  // A, those of row 16 `next_tile` elements behind those of row 15, the next term's `next_term`.
-  FLASH_INLINE RowWeigher(int rows, const float* scores, const float* reference,
-                          const float* before, float* after, uint16_t* weights, float factor,
-                          int64_t next_tile, int64_t next_term)
-      : scores_(scores),
-        reference_(reference),
-        before_(before),
-        after_(after),
-        weights_(weights),
-        factor_(factor),
-        next_tile_(next_tile),
-        next_term_(next_term),
-        rows_(rows) {}
+  FLASH_INLINE explicit RowWeigher(const WeightRows& at, Modifier modifier = {})
+      : at_(at), modifier_(modifier) {}
 
   FLASH_INLINE void weigh() {
-    const Vec factor = set1(factor_), reference = set1(*reference_);
-    const Vec x = fma(load(scores_), factor, reference);
-    const Vec y = fma(load(scores_ + kWidth), factor, reference);
+    const Vec factor = set1(at_.factor), reference = set1(*at_.reference);
+    modifier_.begin_row();
+    const Vec x = modifier_.scaled(load(at_.scores), factor, reference, 0);
+    const Vec y = modifier_.scaled(load(at_.scores + kWidth), factor, reference, kWidth);
     // As integers, floats keep their order as long as one of the two is positive.
     largest_ = max(largest_, max(reinterpret_cast<VecI>(x), reinterpret_cast<VecI>(y)));
     const Vec low = exp2_for(Terms{}, x), high = exp2_for(Terms{}, y);
-    store(after_, load(before_) + (low + high));
+    store(at_.after, load(at_.before) + (low + high));
     store_weights(low, high);
     ++row_;
-    ++reference_;
-    scores_ += kUnitKeys;
-    before_ += kWidth;
-    after_ += kWidth;
-    weights_ += row_ == kTileSide ? next_tile_ : 2 * kTileSide;
+    ++at_.reference;
+    at_.scores += kUnitKeys;
+    at_.before += kWidth;
+    at_.after += kWidth;
+    at_.weights += row_ == kTileSide ? at_.next_tile : 2 * kTileSide;
   }
-  FLASH_INLINE int rows() const { return rows_; }
+  FLASH_INLINE int rows() const { return at_.rows; }
   FLASH_INLINE void finish() {
-    while (row_ < rows_) weigh();
+    while (row_ < at_.rows) weigh();
   }
   // Some exponents are larger than kMaxExponent: their weights are not right.
   FLASH_INLINE bool exceeds() const {
@@ -63,35 +112,32 @@ class RowWeigher {
  private:
   FLASH_INLINE void store_weights(Vec low, Vec high) const {
     if constexpr (Terms::kTerms == 1)
-      store_u16x2(weights_, round_to_bf16(low, high));
+      store_u16x2(at_.weights, round_to_bf16(low, high));
     else
       split<Terms::kTerms, true>(low, high, [&](int i, VecU16 a, VecU16 b) {
-        store_u16(weights_ + i * next_term_, a);
-        store_u16(weights_ + i * next_term_ + kWidth, b);
+        store_u16(at_.weights + i * at_.next_term, a);
+        store_u16(at_.weights + i * at_.next_term + kWidth, b);
       });
   }
 
-  const float *scores_ = nullptr, *reference_ = nullptr, *before_ = nullptr;
-  float* after_ = nullptr;
-  uint16_t* weights_ = nullptr;
-  float factor_ = 0.f;
-  int64_t next_tile_ = 0, next_term_ = 0;
-  int row_ = 0, rows_ = 0;
+  WeightRows at_;
+  Modifier modifier_;
+  int row_ = 0;
   VecI largest_{};
 };
 
 // The rows of a unit, spread evenly over `steps` calls.
-template <class Terms>
-class SpreadRows {
+template <class Rows>  // RowWeigher
+class RowsBetween {
  public:
-  FLASH_INLINE SpreadRows(const RowWeigher<Terms>& rows, int steps) : rows_(rows), steps_(steps) {}
+  FLASH_INLINE RowsBetween(const Rows& rows, int steps) : rows_(rows), steps_(steps) {}
   FLASH_INLINE void operator()() {
     for (due_ += rows_.rows(); due_ >= steps_; due_ -= steps_) rows_.weigh();
   }
-  const RowWeigher<Terms>& rows() const { return rows_; }
+  const Rows& rows() const { return rows_; }
 
  private:
-  RowWeigher<Terms> rows_;
+  Rows rows_;
   int steps_, due_ = 0;
 };
 

@@ -143,9 +143,9 @@ FLASH_INLINE void fill_invisible(float* s, const TileColumns& t, KeyRange seen, 
 struct RowModifiers {
   float scale;  // from products to scores; with softcap, to what tanh_of_half takes
   float softcap;
-  float slope;     // ALiBi's, negative
-  float distance;  // of column 0 from the diagonal
-  float* cap_slope;
+  float slope = 0.f;     // ALiBi's, negative
+  float distance = 0.f;  // of column 0 from the diagonal
+  float* cap_slope = nullptr;
 };
 
 // Modifies columns [begin, end) of a row; bias(j) is added to those from j on.
@@ -214,6 +214,42 @@ inline void modify_scores(const Attention_params& p, const RowMap& map, const Ro
   else
     p.alibi_slopes ? modify_row<false, true>(p.bias, map, row, x, s, t)
                    : modify_row<false, false>(p.bias, map, row, x, s, t);
+}
+
+// The same for `count` rows of kColumns, `ld` apart, that have all these keys: what does not depend
+// on a row is done once.
+template <int kColumns>
+inline void modify_rows(const Attention_params& p, const RowMap& map, const Row* rows, int count,
+                        float* s, int64_t ld, int first_key, float scale) {
+  const Bias& b = p.bias;
+  if (first_key + kColumns > map.seqlen_k() || (b.ptr && b.col_stride != 1)) {
+    for (int r = 0; r < count; ++r)
+      modify_scores(p, map, rows[r], s + r * ld, {0, kColumns, first_key}, scale, nullptr);
+    return;
+  }
+  const auto run = [&]<bool kSoftcap, bool kAlibi>(auto bias_of) __attribute__((always_inline)) {
+    RowModifiers x{.scale = kSoftcap ? 2.f * scale / p.softcap : scale, .softcap = p.softcap};
+    for (int r = 0; r < count; ++r) {
+      x.slope = -rows[r].alibi_slope;
+      x.distance = static_cast<float>(first_key - map.diagonal(rows[r]));
+      modify_columns<kSoftcap, kAlibi>(x, s + r * ld, 0, kColumns, bias_of(rows[r]));
+    }
+  };
+  const auto with_bias = [&](auto bias_of) __attribute__((always_inline)) {
+    if (p.softcap > 0.f)
+      p.alibi_slopes ? run.template operator()<true, true>(bias_of)
+                     : run.template operator()<true, false>(bias_of);
+    else
+      p.alibi_slopes ? run.template operator()<false, true>(bias_of)
+                     : run.template operator()<false, false>(bias_of);
+  };
+  if (!b.ptr) return with_bias([](const Row&) { return [](int) { return zero(); }; });
+  with_dtype(b.dtype, [&]<Dtype T>() __attribute__((always_inline)) {
+    with_bias([=](const Row& row) {
+      const char* first = row.bias + int64_t{first_key} * dtype_bytes(T);
+      return [=](int j) { return load_as_float<T>(first, j); };
+    });
+  });
 }
 
 // Brings the bias of rows [row, row + rows) and the columns of t to L2: rows lie far apart, where
