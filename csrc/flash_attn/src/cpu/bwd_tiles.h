@@ -22,6 +22,7 @@
 // modifiers (softmax_bwd_step); dK and dQ are multiplied as they are written. (bwd.h scales Q.)
 #pragma once
 
+#include "base/cpu/parallel.h"
 #include "cpu/bwd_weights.h"
 
 namespace flash::cpu::FLASH_ATTN_ISA {
@@ -31,14 +32,14 @@ struct BwdTilesScratch {
   uint32_t *q_t, *dout_t;  // their transposes: A of dK^T and dV^T
   uint32_t *k_t, *v_t;     // the chunk: B of S and dP
   uint32_t* k;             // B of dQ, block by block
-  uint32_t* pairs;         // P, then dS, [tile.rows] x [kBwdUnitKeys]: B of dV^T and dK^T
+  uint32_t* pairs;         // P, then dS, [tile.rows] x [kUnitKeys]: B of dV^T and dK^T
   uint32_t* ds;            // [tile.rows] x [kBwdBlockKeys]: A of dQ
   float *dk, *dv;          // [keys / 32][d / 16], [dv / 16][2] tiles
-  float* units;            // two of S and dP, [32][kBwdUnitKeys] each
+  float* units;            // two of S and dP, [32][kUnitKeys] each
   float* lse;              // [tile.rows]: what to add to exponents; behind it what to take from dP
   Row* rows;               // [tile.rows]
-  ScoreScratch row;        // of kBwdUnitKeys
-  uint8_t* random;         // of kBwdUnitKeys and 32 more
+  float* cap_slope;        // [kUnitKeys]
+  uint8_t* random;         // [tile.rows][kBwdRandomKeys], with dropout
   uint8_t *spoilt_q, *spoilt_dout, *spoilt_k;
   Staging staging;
 };
@@ -50,12 +51,21 @@ class BwdTilesRunner {
   using Inputs = typename Terms::Inputs;
   static constexpr int kTerms = Terms::kTerms;
   static constexpr int kRows = bwd_block_rows(kTerms);
+  static constexpr int kLargestChunk = 1024;
 
   static BwdTile tile(const Flash_bwd_params& p) {
     const HeadDims dims(p);
     const int d = dims.d_pad, dv = dims.d_v_pad;
     const int keys = (1 << 20) / (2 * kTerms * (2 * d + dv) + 4 * (d + dv)) / 64 * 64;
+    // Rows are packed for each chunk. Sums do not depend on the size of chunks of whole blocks.
+    if (keys >= kLargestChunk && large_chunks_suffice(p)) return {kRows, kLargestChunk};
     return {kRows, keys < 64 ? 64 : keys > 512 ? 512 : keys};
+  }
+
+  // For all threads.
+  static bool large_chunks_suffice(const Flash_bwd_params& p) {
+    const int64_t chunks = (p.seqlen_k + kLargestChunk - 1) / kLargestChunk;
+    return p.b * p.h_k * chunks >= 4 * num_threads();
   }
 
   static Scratch carve(Carver& c, const Flash_bwd_params& p, const BwdTile& tile) {
@@ -72,17 +82,16 @@ class BwdTilesRunner {
     x.k_t = grid(tile.keys, d);
     x.v_t = grid(tile.keys, dv);
     x.k = grid(round_up(tile.keys, kBwdBlockKeys), d);
-    x.pairs = grid(kRows, 2 * kBwdUnitKeys);
+    x.pairs = grid(kRows, 2 * kUnitKeys);
     x.ds = grid(kRows, kBwdBlockKeys);
     x.dk = c.take<float>(tile.keys * d);
     x.dv = c.take<float>(tile.keys * dv);
-    x.units = c.take<float>(4 * kUnitFloats);
+    x.units = c.take<float>(4 * kUnitScores);
     x.lse = c.take<float>(2 * kRows);
     x.staging = carve_staging(c, kTerms, dims.largest_pad());
-    x.row.cap_slope = c.take<float>(kBwdUnitKeys);
+    x.cap_slope = c.take<float>(kUnitKeys);
     x.rows = c.take<Row>(kRows);
-    x.random = c.take<uint8_t>(kBwdUnitKeys + 64);
-    x.row.random = x.random;
+    x.random = c.take<uint8_t>(p.p_dropout > 0.f ? kRows * kBwdRandomKeys : 0);
     x.spoilt_q = c.take<uint8_t>(kRows);
     x.spoilt_dout = c.take<uint8_t>(kRows);
     x.spoilt_k = c.take<uint8_t>(tile.keys);
@@ -117,7 +126,7 @@ class BwdTilesRunner {
     pack_chunk();
     for (int r = 0; r < block.rows; ++r) x_.rows[r] = ctx_.map.row(block.row0 + r);
     pack_block(ctx_.p.q, block, ctx_.d, q_, q_t_, x_.spoilt_q);
-    for (int key = 0; key < ctx_.keys; key += kBwdUnitKeys) {
+    for (int key = 0; key < ctx_.keys; key += kUnitKeys) {
       if (key % kBwdBlockKeys == 0) find_columns(block, key);
       const KeyRange seeing = subs_that_see(block, key % kBwdBlockKeys);
       for (int sub = seeing.begin; sub < seeing.end; ++sub) {
@@ -125,7 +134,7 @@ class BwdTilesRunner {
         Nothing nothing;
         multiply_scores(unit, q_, k_t_, unit.s, nothing);
         for (int r = 0; r < unit.rows; ++r)
-          ctx_.add_row(unit.row[r], unit.s + r * kBwdUnitKeys, {0, kBwdUnitKeys, unit.first_key},
+          ctx_.add_row(unit.row[r], unit.s + r * kUnitKeys, {0, kUnitKeys, unit.first_key},
                        states[sub * kBlockRows + r]);
       }
     }
@@ -135,10 +144,9 @@ class BwdTilesRunner {
  private:
   using Unit = BwdUnit<kTerms>;
   using Output = WeightsOutput<kTerms>;
-  static constexpr int kDepth = kRows / kTileDepth;              // of dV^T and dK^T
-  static constexpr int kKeyDepth = kBwdBlockKeys / kTileDepth;   // of dQ
-  static constexpr int kUnitFloats = kBlockRows * kBwdUnitKeys;  // of S
-  static constexpr int kGroup = 4 * kTileWords;                  // 2 x 2 tiles of a sum
+  static constexpr int kDepth = kRows / kTileDepth;             // of dV^T and dK^T
+  static constexpr int kKeyDepth = kBwdBlockKeys / kTileDepth;  // of dQ
+  static constexpr int kGroup = 4 * kTileWords;                 // 2 x 2 tiles of a sum
 
   struct Nothing {
     using StreamsA = void;
@@ -200,7 +208,7 @@ class BwdTilesRunner {
     bool waiting = true;
     for (int first = 0; first < ctx_.keys; first += kBwdBlockKeys) {
       find_columns(block, first);
-      for (int column = 0; column < block_keys(first); column += kBwdUnitKeys) {
+      for (int column = 0; column < block_keys(first); column += kUnitKeys) {
         prefetch_rows(block.index - 1, first + column);
         attend_column(block, first + column, subs_that_see(block, column));
       }
@@ -215,9 +223,9 @@ class BwdTilesRunner {
   // attended to.
   void prefetch_rows(int index, int key) const {
     if (index < 0) return;
-    const int columns = (ctx_.keys + kBwdUnitKeys - 1) / kBwdUnitKeys;
+    const int columns = (ctx_.keys + kUnitKeys - 1) / kUnitKeys;
     const int each = (kRows + columns - 1) / columns;
-    const int first = index * kRows + key / kBwdUnitKeys * each, end = (index + 1) * kRows;
+    const int first = index * kRows + key / kUnitKeys * each, end = (index + 1) * kRows;
     for (int row = first; row < first + each && row < end; ++row) {
       prefetch_row(ctx_.map.tensor_row(ctx_.p.q, row), ctx_.p.dtype, ctx_.d);
       prefetch_row(ctx_.map.tensor_row(ctx_.p.dout, row), ctx_.p.dtype, ctx_.d_v);
@@ -225,6 +233,7 @@ class BwdTilesRunner {
   }
   void load_rows(const RowBlock& block) {
     any_far_ = false;
+    for (int& key : random_key_) key = -1;
     for (int r = 0; r < block.rows; ++r) {
       x_.rows[r] = ctx_.map.row(block.row0 + r);
       const float lse = ctx_.lse(block.row0 + r), delta = ctx_.delta(x_.rows[r]);
@@ -282,7 +291,7 @@ class BwdTilesRunner {
     unit.sub = sub;
     unit.key = key;
     unit.first_key = ctx_.key + key;
-    unit.s = x_.units + sub % 2 * 2 * kUnitFloats;
+    unit.s = x_.units + sub % 2 * 2 * kUnitScores;
     unit.lse = x_.lse + sub * kBlockRows;
     unit.row = x_.rows + sub * kBlockRows;
     const int column = key % kBwdBlockKeys / kTileDepth;
@@ -291,7 +300,7 @@ class BwdTilesRunner {
     if (ctx_.modifiers || ctx_.dropout.enabled || any_far_)
       unit.weighing = Weighing::kModified;
     else if (all_see(unit.row[0], unit.row[unit.rows - 1], unit.first_key,
-                     unit.first_key + kBwdUnitKeys))
+                     unit.first_key + kUnitKeys))
       unit.weighing = Weighing::kPlain;
     else
       unit.weighing = Weighing::kMasked;
@@ -321,13 +330,13 @@ class BwdTilesRunner {
     Packed rows = a, keys = b;
     rows.data = a.tile(0, unit.sub * 2, 0);
     keys.data = b.tile(0, unit.key / kTileSide, 0);
-    multiply_tiles<Tile, Inputs, 2>(row_major_product(rows, keys, c, kBwdUnitKeys), 0, 0, between);
+    multiply_tiles<Tile, Inputs, 2>(row_major_product(rows, keys, c, kUnitKeys), 0, 0, between);
   }
   // S and dP.
   template <class Between>
   FLASH_INLINE void multiply_unit(const Unit& unit, Between& between) const {
     multiply_scores(unit, q_, k_t_, unit.s, between);
-    multiply_scores(unit, dout_, v_t_, unit.s + kUnitFloats, between);
+    multiply_scores(unit, dout_, v_t_, unit.s + kUnitScores, between);
   }
   int unit_calls() const {
     return 4 * Inputs::kProducts * (ctx_.d_pad + ctx_.d_v_pad) / kTileDepth;
@@ -338,10 +347,10 @@ class BwdTilesRunner {
   FLASH_INLINE void beside_rows(const Unit& unit, int calls, F f) {
     const float factor = ctx_.score_scale * kLog2e;
     if (unit.weighing == Weighing::kPlain) {
-      SpreadRows<Terms, Weighing::kPlain> rows(unit, factor, calls);
+      SpreadPairs<Terms, Weighing::kPlain> rows(unit, factor, calls);
       f(rows);
     } else if (unit.weighing == Weighing::kMasked) {
-      SpreadRows<Terms, Weighing::kMasked> rows(unit, factor, calls);
+      SpreadPairs<Terms, Weighing::kMasked> rows(unit, factor, calls);
       f(rows);
     } else {
       ModifiedRows rows{this, &unit, calls};
@@ -359,17 +368,29 @@ class BwdTilesRunner {
     }
   };
 
+  // Dropout's bytes of a unit's rows, for its keys and their neighbours.
+  void draw_random(const Unit& unit) {
+    const int key = unit.key / kBwdRandomKeys * kBwdRandomKeys;
+    if (random_key_[unit.sub] == key) return;
+    random_key_[unit.sub] = key;
+    ctx_.random_bytes(unit.row, unit.rows, {0, kBwdRandomKeys, ctx_.key + key},
+                      x_.random + unit.sub * kBlockRows * kBwdRandomKeys, kBwdRandomKeys);
+  }
+
   // Rows i and i + 16 of a unit; rows beyond the last are 0.
   [[gnu::noinline]] void weigh_modified(const Unit& unit, int i) {
+    if (ctx_.dropout.enabled && i == 0) draw_random(unit);
     Vec p[2][2], ds[2][2];
     for (int half = 0; half < 2; ++half) {
       const int r = i + half * kHalf;
-      float* s = unit.s + r * kBwdUnitKeys;
-      float* dp = s + kUnitFloats;
+      float* s = unit.s + r * kUnitKeys;
+      float* dp = s + kUnitScores;
       if (r < unit.rows) {
-        const TileColumns t{0, kBwdUnitKeys, unit.first_key};
-        if (ctx_.dropout.enabled) ctx_.random_bytes(unit.row[r], t, x_.random);
-        ctx_.template softmax_bwd_step<kTerms == 1>(unit.row0 + r, unit.row[r], s, dp, t, x_.row);
+        const TileColumns t{0, kUnitKeys, unit.first_key};
+        const uint8_t* random = x_.random + (unit.sub * kBlockRows + r) * kBwdRandomKeys;
+        ctx_.template softmax_bwd_step<kTerms == 1>(
+            unit.row0 + r, unit.row[r], s, dp, t,
+            {x_.cap_slope, random + unit.key % kBwdRandomKeys});
         const KeyRange seen = visible(unit.row[r], t);
         fill_invisible(s, t, seen, 0.f);
         fill_invisible(dp, t, seen, 0.f);
@@ -385,18 +406,18 @@ class BwdTilesRunner {
   // dV^T += dO^T P and dK^T += Q^T dS over the rows that see 32 keys, the rows of the last unit
   // beside the first product.
   void add_dv_and_dk(const Unit& last, const KeyRange& seeing) {
-    const int column = last.key / kBwdUnitKeys, others = seeing.end - seeing.begin - 1;
+    const int column = last.key / kUnitKeys, others = seeing.end - seeing.begin - 1;
     const Packed p{x_.pairs, Output::kPairsTerm, kDepth};
     const Packed ds{x_.pairs + Output::ds_pairs(), Output::kPairsTerm, kDepth};
-    float* dv = x_.dv + int64_t{column} * kBwdUnitKeys * ctx_.d_v_pad;
-    float* dk = x_.dk + int64_t{column} * kBwdUnitKeys * ctx_.d_pad;
+    float* dv = x_.dv + int64_t{column} * kUnitKeys * ctx_.d_v_pad;
+    float* dk = x_.dk + int64_t{column} * kUnitKeys * ctx_.d_pad;
     beside_rows(last, others > 0 ? kCalls * others : 1,
                 [&](auto& rows) __attribute__((always_inline)) {
                   if (others == 0) rows();
                   add_group(dout_t_, p, 0, seeing, dv, rows);
                 });
     add_groups(dout_t_, p, 2, ctx_.d_v_pad, seeing, dv, dk);
-    add_groups(q_t_, ds, 0, ctx_.d_pad, seeing, dk, dv + kBwdUnitKeys * ctx_.d_v_pad);
+    add_groups(q_t_, ds, 0, ctx_.d_pad, seeing, dk, dv + kUnitKeys * ctx_.d_v_pad);
   }
   // Rows of tiles [m, d / 16) of c += a b; `next` is what follows.
   void add_groups(const Packed& a, const Packed& b, int m, int d, const KeyRange& k, float* c,
@@ -462,7 +483,7 @@ class BwdTilesRunner {
 
   // What the zeros in place of inf and NaN of rows left out, for 32 keys of the chunk.
   void add_spoilt_rows(const RowBlock& block, int key) {
-    const int column = key / kBwdUnitKeys * kBwdUnitKeys;
+    const int column = key / kUnitKeys * kUnitKeys;
     for (int r = 0; r < block.rows; ++r) {
       const int row = block.row0 + r;
       if (x_.spoilt_dout[r])
@@ -474,7 +495,7 @@ class BwdTilesRunner {
     }
   }
   void add_spoilt_row(int r, int key, const char* row, const uint32_t* weights, float* c, int d) {
-    const KeyRange seen = visible(x_.rows[r], {0, kBwdUnitKeys, ctx_.key + key});
+    const KeyRange seen = visible(x_.rows[r], {0, kUnitKeys, ctx_.key + key});
     const int64_t bytes = dtype_bytes(ctx_.p.dtype);
     for (int j = seen.begin; j < seen.end; ++j) {
       const uint32_t* word = weights + j / kTileSide * Output::kPairsColumn +
@@ -525,6 +546,7 @@ class BwdTilesRunner {
   const Scratch& x_;
   const Packed q_, dout_, q_t_, dout_t_, k_t_, v_t_;
   TileColumns columns_[kRows / kBlockRows];  // of the block of keys, for each 32 rows
+  int random_key_[kRows / kBlockRows];       // of the chunk, whose random bytes are there
   bool any_far_ = false;                     // of the block of rows
   bool finite_ = true;                       // its q and dout
   bool k_finite_ = true;

@@ -14,8 +14,8 @@
 namespace flash::cpu::FLASH_ATTN_ISA {
 
 inline constexpr int kBwdBlockKeys = 256;
-inline constexpr int kBwdUnitKeys = 32;
-static_assert(kBwdUnitKeys == kTileDepth && kBlockRows == kTileDepth);
+inline constexpr int kBwdRandomKeys = 64;  // bytes of dropout are made for so many
+static_assert(kUnitKeys == kTileDepth && kBlockRows == kTileDepth);
 inline constexpr int kHalf = 16;  // from a row or key to its partner
 
 // The largest block of rows with so many terms.
@@ -64,7 +64,7 @@ template <int kTerms>
 struct WeightsOutput {
   static constexpr int kRows = bwd_block_rows(kTerms);
   static constexpr int64_t kPairsColumn = int64_t{kRows} / kTileDepth * kTileWords;  // 16 keys
-  static constexpr int64_t kPairsTerm = packed_words(kRows, kBwdUnitKeys, 1);
+  static constexpr int64_t kPairsTerm = packed_words(kRows, kUnitKeys, 1);
   static constexpr int64_t kDsRows = int64_t{kBwdBlockKeys} / kTileDepth * kTileWords;  // 16 rows
   static constexpr int64_t kDsTerm = packed_words(kRows, kBwdBlockKeys, 1);
 
@@ -115,7 +115,7 @@ template <int kTerms>
 struct BwdUnit {
   int sub, row0, rows;
   int key, first_key;  // key: of the chunk
-  float* s;            // [32][kBwdUnitKeys], and behind it dP
+  float* s;            // [32][kUnitKeys], and behind it dP
   const float* lse;    // of the first row, as below
   const Row* row;
   WeightsOutput<kTerms> out;  // of the first row
@@ -141,13 +141,13 @@ struct PrefetchTiles : std::conditional_t<kStreamsA, StreamsAOnly, StreamsBOnly>
 // P and dS of a unit's rows, spread over the first `steps` calls. What the loop needs lies in
 // registers.
 template <class Terms, Weighing kWeighing>
-class SpreadRows {
+class SpreadPairs {
  public:
   using StreamsA = void;
   static constexpr int kTerms = Terms::kTerms;
 
   // factor: from products to exponents.
-  FLASH_INLINE SpreadRows(const BwdUnit<kTerms>& unit, float factor, int steps)
+  FLASH_INLINE SpreadPairs(const BwdUnit<kTerms>& unit, float factor, int steps)
       : out_(unit.out),
         s_(unit.s),
         lse_(unit.lse),
@@ -165,8 +165,8 @@ class SpreadRows {
     Vec p[2][2], ds[2][2];
 #pragma GCC unroll 2
     for (int i = 0; i < 2; ++i) {
-      const float* s = s_ + i * kHalf * kBwdUnitKeys;
-      const float* dp = s + kBlockRows * kBwdUnitKeys;
+      const float* s = s_ + i * kHalf * kUnitKeys;
+      const float* dp = s + kBlockRows * kUnitKeys;
       const Vec lse = set1(lse_[i * kHalf]),
                 delta = set1(lse_[i * kHalf + WeightsOutput<kTerms>::kRows]);
 #pragma GCC unroll 2
@@ -184,7 +184,7 @@ class SpreadRows {
     }
     out_.store(p, ds);
     out_ = out_.row(1);
-    s_ += kBwdUnitKeys;
+    s_ += kUnitKeys;
     ++lse_;
     ++row_;
     --left_;
