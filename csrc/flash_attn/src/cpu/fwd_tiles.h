@@ -259,7 +259,8 @@ class FwdTilesRunner {
     const auto go = [&](auto modifier, float factor) {
       RowWeigher<Terms, decltype(modifier)> rows(weight_rows(done, done.scores, factor), modifier);
       // Of the modifiers' loops only those of the usual head dims are worth their code.
-      constexpr bool kFixed = std::is_same_v<decltype(modifier), NoModifier> || Dims::kD <= 4;
+      constexpr bool kFixed =
+          std::is_same_v<decltype(modifier), NoModifier> || (Dims::kD <= 4 && !Tile::kIsSoftware);
       if (kFixed && fits_fixed(unit, done, pairs))
         exceeds = step_fixed(unit, pairs, rows);
       else

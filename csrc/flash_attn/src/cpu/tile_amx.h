@@ -13,6 +13,8 @@ namespace flash::cpu::FLASH_ATTN_ISA {
 
 class TileAmx {
  public:
+  static constexpr bool kIsSoftware = false;
+
   // Once before a thread's first tile and again after code that may have used AMX for itself.
   static void configure() {
     alignas(64) uint8_t config[64] = {1};  // palette 1, then bytes a row and rows of each tile

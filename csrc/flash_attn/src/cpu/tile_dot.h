@@ -18,6 +18,8 @@ FLASH_INLINE Vec dot_pairs(Vec c, VecU a, VecU b) {
 
 class TileDot {
  public:
+  static constexpr bool kIsSoftware = false;
+
   static void configure() {}
   static void release() {}
 

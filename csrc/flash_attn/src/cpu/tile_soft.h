@@ -8,6 +8,8 @@ namespace flash::cpu::FLASH_ATTN_ISA {
 
 class TileSoft {
  public:
+  static constexpr bool kIsSoftware = true;
+
   FLASH_INLINE static void configure() {}
   FLASH_INLINE static void release() {}
 
