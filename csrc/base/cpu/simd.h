@@ -70,7 +70,7 @@ FLASH_INLINE Vec max(Vec a, Vec b) {
 #endif
 }
 
-FLASH_INLINE VecI max(VecI a, VecI b) { return a > b ? a : b; }
+FLASH_INLINE VecU max(VecU a, VecU b) { return a > b ? a : b; }
 
 // The smaller; the second operand if either is NaN.
 FLASH_INLINE Vec min(Vec a, Vec b) {
