@@ -113,6 +113,26 @@ def test_one_visible_key_has_the_weight_1(dtype):
     assert (dv == 512).all()
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
+def test_alibi_that_grows_by_more_than_any_headroom(dtype, causal):
+    """Up to 2800 from the first key to the diagonal: references rise again and again."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 700, 4, 64).to(dtype) for _ in range(3))
+    slopes = torch.tensor([4.0, 1.0, 0.1, 0.01])
+    dout = torch.ones_like(q)
+    out, lse, *_ = forward_backward(q, k, v, dout, alibi_slopes=slopes, causal=causal)
+    distance = (torch.arange(700)[:, None] - torch.arange(700)).abs()
+    scores = torch.einsum("bihd,bjhd->bhij", q.double(), k.double()) / 8
+    scores -= slopes.double()[:, None, None] * distance
+    if causal:
+        scores.masked_fill_(torch.ones(700, 700).triu(1).bool(), -torch.inf)
+    expected = torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), v.double())
+    tolerance = TOLERANCE[dtype]
+    torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(lse.double(), scores.logsumexp(-1), rtol=0, atol=2e-5)
+
+
 def assert_winners_take_all(dtype, seqlen_q):
     """Of scores that forward and backward may round differently, by more than exp can bear."""
     torch.manual_seed(0)
