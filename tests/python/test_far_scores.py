@@ -113,6 +113,25 @@ def test_one_visible_key_has_the_weight_1(dtype):
     assert (dv == 512).all()
 
 
+@pytest.mark.parametrize("jump", [20, 100, 300, 1000, 3000])
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
+def test_scores_that_jump(dtype, jump):
+    """From near 0 to ``jump``: e^jump has no exponent, or one that wraps around to a small one."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, n, 2, 64) for n in (200, 300, 300))
+    k *= 0.1
+    q[..., 0] = 8.0
+    k[..., 0] = 0.0
+    k[:, 150:, :, 0] = jump
+    q, k, v = (x.to(dtype) for x in (q, k, v))
+    out, lse, *_ = forward_backward(q, k, v, torch.ones_like(q))
+    scores = torch.einsum("bihd,bjhd->bhij", q.double(), k.double()) / 8
+    expected = torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), v.double())
+    tolerance = max(TOLERANCE[dtype], 2**-22 * jump)
+    torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(lse.double(), scores.logsumexp(-1), rtol=1e-6, atol=1e-5)
+
+
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
 def test_alibi_that_grows_by_more_than_any_headroom(dtype, causal):

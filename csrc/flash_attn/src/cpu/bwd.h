@@ -94,8 +94,7 @@ class BwdTaskRunner {
     load_rows(block);
     for_bands(block, [&](int row, int count, const TileColumns& own) {
       const int g = row - block.row0;
-      product(x_.q + int64_t{g} * ctx_.d_pad, ctx_.d, ctx_.d_pad, x_.k_t, count, own, x_.s,
-              x_.rows + g);
+      product(x_.q + int64_t{g} * ctx_.d_pad, ctx_.d, ctx_.d_pad, x_.k_t, count, own, x_.s);
       for (int r = 0; r < count && own.begin < own.end; ++r)
         ctx_.add_row(x_.rows[g + r], x_.s + int64_t{r} * ctx_.tile.keys, own, states[g + r]);
     });
@@ -149,9 +148,8 @@ class BwdTaskRunner {
   bool scores(int row0, int g, int count, const TileColumns& own, const TileColumns& t) {
     float* s = x_.s + int64_t{g} * ctx_.tile.keys;
     float* dp = x_.dp + int64_t{g} * ctx_.tile.keys;
-    product(x_.q + int64_t{g} * ctx_.d_pad, ctx_.d, ctx_.d_pad, x_.k_t, count, own, s, x_.rows + g);
-    product(x_.dout + int64_t{g} * ctx_.d_v_pad, ctx_.d_v, ctx_.d_v_pad, x_.v_t, count, own, dp,
-            nullptr);
+    product(x_.q + int64_t{g} * ctx_.d_pad, ctx_.d, ctx_.d_pad, x_.k_t, count, own, s);
+    product(x_.dout + int64_t{g} * ctx_.d_v_pad, ctx_.d_v, ctx_.d_v_pad, x_.v_t, count, own, dp);
     const int random_ld = ctx_.tile.keys + 32;
     if (ctx_.dropout.enabled) ctx_.random_bytes(x_.rows + g, count, own, x_.random, random_ld);
     bool all_visible = true;
@@ -170,10 +168,9 @@ class BwdTaskRunner {
     return all_visible;
   }
 
-  // c = a b^T over the columns of t; b packed by pack_transposed. Meanwhile the bias of `rows` is
-  // prefetched, if given.
+  // c = a b^T over the columns of t; b packed by pack_transposed.
   void product(const float* a, int d, int d_pad, const float* b, int count, const TileColumns& t,
-               float* c, const Row* rows) const {
+               float* c) const {
     Product x{};
     x.k = d;
     x.a = a;
@@ -181,12 +178,7 @@ class BwdTaskRunner {
     x.c = c + t.begin;
     x.c_ld = ctx_.tile.keys;
     multiply_in_pieces(count, t.end - t.begin, x,
-                       transposed_operand(b + int64_t{t.begin} * d_pad, d),
-                       [&](int r, int block_rows, int n) {
-                         if (rows)
-                           ctx_.prefetch_bias(rows + r, block_rows,
-                                              {t.begin + n, t.begin + n + kTileN, t.first_key});
-                       });
+                       transposed_operand(b + int64_t{t.begin} * d_pad, d));
   }
 
   // c[keys of t][d] += a[rows][keys]^T b[rows][d]

@@ -53,11 +53,6 @@ inline int64_t dsoftmax_offset(const Flash_bwd_params& p, const Sequence& seq, i
   return seq.batch * p.dsoftmax_batch_stride + head * p.dsoftmax_head_stride + first;
 }
 
-// Into L2.
-inline void prefetch_row(const char* row, Dtype t, int64_t d) {
-  for (int64_t i = 0; i < d * dtype_bytes(t); i += 64) __builtin_prefetch(row + i, 0, 2);
-}
-
 struct BwdContext : TaskContext<Flash_bwd_params> {
   // score_scale: scores / products.
   BwdContext(const Flash_bwd_params& params, const BwdHead& head, int chunk, const BwdTile& tile,

@@ -47,8 +47,8 @@ inline bool prepare_rows(const Flash_bwd_params& p, const Sequence& seq, int hea
     far |= is_far(p.softmax_lse[map.lse_index(row)]);
     float delta = 0.f;
     if (row + kPrefetchedRows < end) {
-      prefetch_row(map.tensor_row(p.o, row + kPrefetchedRows), p.dtype, p.d_v);
-      prefetch_row(map.tensor_row(p.dout, row + kPrefetchedRows), p.dtype, p.d_v);
+      prefetch_row<2>(p.dtype, map.tensor_row(p.o, row + kPrefetchedRows), p.d_v);
+      prefetch_row<2>(p.dtype, map.tensor_row(p.dout, row + kPrefetchedRows), p.d_v);
     }
     with_dtype(p.dtype, [&]<Dtype T>() {
       delta =

@@ -227,8 +227,8 @@ class BwdTilesRunner {
     const int each = (kRows + columns - 1) / columns;
     const int first = index * kRows + key / kUnitKeys * each, end = (index + 1) * kRows;
     for (int row = first; row < first + each && row < end; ++row) {
-      prefetch_row(ctx_.map.tensor_row(ctx_.p.q, row), ctx_.p.dtype, ctx_.d);
-      prefetch_row(ctx_.map.tensor_row(ctx_.p.dout, row), ctx_.p.dtype, ctx_.d_v);
+      prefetch_row<2>(ctx_.p.dtype, ctx_.map.tensor_row(ctx_.p.q, row), ctx_.d);
+      prefetch_row<2>(ctx_.p.dtype, ctx_.map.tensor_row(ctx_.p.dout, row), ctx_.d_v);
     }
   }
   void load_rows(const RowBlock& block) {

@@ -16,7 +16,7 @@ alignas(64) inline constexpr float kPowersOf2[kPowers] = {  // 2^(i / 32)
     0x1.ea4afap+0f, 0x1.f50766p+0f};
 #endif
 
-// 2^x for x <= 127, relative error 2e-7, exact for integers. Results below 2^-126 are 0 or
+// 2^x, relative error 2e-7, exact for integers; inf from 128 on. Results below 2^-126 are 0 or
 // subnormal, 2^-inf = 0; NaN stays NaN. With AVX-512 x = n + i / 32 + f with 0 <= f < 1 / 32; 2^f
 // by a degree-2 minimax polynomial with p(0) = 1 (relative error 7e-8): beside a tile unit, and
 // alone, looking 2^(i / 32) up takes less time than two more degrees would, and four would be as
@@ -32,7 +32,7 @@ FLASH_INLINE Vec exp2_bf16(Vec x) {
   const Vec p = fma(fma(set1(0.2426557f), f, set1(0.69312364f)), f * power, power);
   return _mm512_scalef_ps(p, x);  // p 2^floor(x)
 #else
-  return exp2(x);
+  return exp2(min(set1(128.f), x));
 #endif
 }
 

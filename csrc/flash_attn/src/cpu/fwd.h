@@ -121,9 +121,7 @@ class FwdTaskRunner {
     x.c = s + t.begin;
     x.c_ld = s_ld;
     const OperandB k = transposed_operand(x_.k + int64_t{t.begin} * ctx_.d_pad, ctx_.d);
-    multiply_in_pieces(count, t.end - t.begin, x, k, [&](int r, int rows, int n) {
-      ctx_.prefetch_bias(x_.rows + row + r, rows, {t.begin + n, t.begin + n + kTileN, t.first_key});
-    });
+    multiply_in_pieces(count, t.end - t.begin, x, k);
   }
 
   // Softcap, ALiBi, bias and mask of one row. True if it sees every column.

@@ -538,7 +538,7 @@ class FwdTilesRunner {
     if (!fused) block(r).far = true;
   }
   // How much ALiBi lets the scores of row r grow from `key` on: references are that much higher, or
-  // every piece would raise them again. A sum stays above 2^-kMostGrowth of the reference.
+  // every piece would raise them again. A sum stays above e^-kMostGrowth.
   float growth(int r, int key) const {
     constexpr float kMostGrowth = 64.f;
     const Row& row = x_.rows[r];

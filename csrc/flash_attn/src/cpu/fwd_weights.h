@@ -15,7 +15,7 @@ inline constexpr float kNoReference = 0x1.fffffep127f;  // any score exceeds it
 inline constexpr float kMaxExponent = 8.f;              // weights beyond 2^8 raise the reference
 
 // What is added to exponents, in units of log2, besides products and references: for rows that see
-// all keys of a unit. begin_row() once a row, then at(x, j) for its columns.
+// all keys of a unit. begin_row() once a row, then scaled() for its columns from j on.
 struct NoModifier {
   FLASH_INLINE void begin_row() {}
   FLASH_INLINE Vec scaled(Vec product, Vec factor, Vec reference, int) const {
@@ -78,7 +78,6 @@ struct WeightRows {
 template <class Terms, class Modifier = NoModifier>
 class RowWeigher {
  public:
-  RowWeigher() = default;
   FLASH_INLINE explicit RowWeigher(const WeightRows& at, Modifier modifier = {})
       : at_(at), modifier_(modifier) {}
 

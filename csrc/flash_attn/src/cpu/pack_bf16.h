@@ -226,10 +226,6 @@ inline void clear_not_finite(uint16_t* row, int64_t term_stride, int padded) {
       if ((row[t * term_stride + i] & 0x7f80u) == 0x7f80u) row[t * term_stride + i] = 0;
 }
 
-inline void prefetch(const void* row, int bytes) {
-  for (int i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(row) + i);
-}
-
 // Stages rows [first, first + count) of a group, missing ones as zeros. Rows that a sum
 // runs over may hold inf and NaN that a mask hides: with `spoilt` given, zeros take their place
 // and spoilt[i] says whether row first + i had any. True if it had none anywhere.
@@ -241,7 +237,7 @@ inline bool stage_rows(const Staging& s, const RowGroup& g, Row row, uint8_t* sp
   bool all_finite = true;
   for (int i = 0; i < g.count; ++i) {
     if (const int ahead = g.first + i + kTileDepth; ahead < g.end)
-      prefetch(row(ahead), g.d * dtype_bytes(g.type));
+      prefetch_row(g.type, row(ahead), g.d);
     uint16_t* dst = s.rows + int64_t{i} * s.ld;
     bool finite = true;
     s.row[i] = dst;

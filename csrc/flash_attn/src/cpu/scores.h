@@ -252,16 +252,6 @@ inline void modify_rows(const Attention_params& p, const RowMap& map, const Row*
   });
 }
 
-// Brings the bias of rows [row, row + rows) and the columns of t to L2: rows lie far apart, where
-// hardware prefetching does not follow.
-inline void prefetch_bias(const Bias& b, const Row* rows, int count, const TileColumns& t) {
-  if (b.col_stride != 1) return;
-  const int64_t bytes = dtype_bytes(b.dtype);
-  for (int r = 0; r < count; ++r)
-    for (int64_t i = t.begin * bytes; i < t.end * bytes; i += 64)
-      __builtin_prefetch(rows[r].bias + t.first_key * bytes + i, 0, 2);
-}
-
 inline bool has_score_modifiers(const ScoreParams& p) {
   return p.softcap > 0.f || p.alibi_slopes || p.bias.ptr;
 }

@@ -49,10 +49,6 @@ struct TaskContext : HeadDims {
     }
   }
 
-  void prefetch_bias(const Row* rows, int count, const TileColumns& t) const {
-    if (p.bias.ptr) FLASH_ATTN_ISA::prefetch_bias(p.bias, rows, count, t);
-  }
-
   // The same, and -inf where the row sees nothing. True if it sees every column.
   bool finish_scores(const Row& row, float* s, const TileColumns& t, float scale = 1.f) const {
     modify(row, s, t, scale);

@@ -148,23 +148,6 @@ inline void multiply_in_pieces(int rows, int columns, Product x, OperandB b) {
   }
 }
 
-// The same; before(row, rows, column) is called before each block of up to kTileM rows and kTileN
-// columns, which it precedes by too little to prefetch more than they take time for.
-template <class Before>
-FLASH_INLINE void multiply_in_pieces(int rows, int columns, const Product& product, OperandB b,
-                                     Before before) {
-  for (int n = 0; n < columns; n += kTileN, b.data += b.panel_stride) {
-    for (int m = 0; m < rows; m += kTileM) {
-      const int count = rows - m < kTileM ? rows - m : kTileM;
-      before(m, count, n);
-      Product x = product;
-      x.a += m * x.a_ld;
-      x.c += m * x.c_ld + n;
-      multiply_in_pieces(count, kTileN, x, b);
-    }
-  }
-}
-
 // ------------------------------------------------------------------------------------------------
 // packing
 typedef float Vec4 __attribute__((vector_size(16)));
@@ -183,12 +166,7 @@ FLASH_INLINE void transpose4(float* dst, int64_t dst_ld, const float* src, int64
   for (int i = 0; i < 4; ++i) std::memcpy(dst + i * dst_ld, &t[i], 16);
 }
 
-// Rows of one head lie far apart, where hardware prefetching does not follow.
-inline constexpr int kRowsAhead = 8;
-FLASH_INLINE void prefetch_row(Dtype t, const void* row, int d) {
-  for (int byte = 0; byte < d * dtype_bytes(t); byte += 64)
-    __builtin_prefetch(static_cast<const char*>(row) + byte);
-}
+inline constexpr int kRowsAhead = 8;  // prefetched
 
 // Rows [n][d] become B of a product that sums over d: panels of kTileN rows, element (d, row). Rows
 // beyond n are 0. buffer holds kTileN * round_up(d, kTileN) floats.

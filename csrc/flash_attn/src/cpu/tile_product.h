@@ -44,10 +44,6 @@ struct TileProduct {
 inline TileProduct row_major_product(const Packed& a, const Packed& b, float* c, int64_t ld) {
   return {a, b, 0, a.depth_tiles, c, kTileSide * ld, kTileSide, ld, false};
 }
-// C a grid of tiles of 1 KiB with n_tiles columns of tiles.
-inline TileProduct tiled_product(const Packed& a, const Packed& b, float* c, int64_t n_tiles) {
-  return {a, b, 0, a.depth_tiles, c, n_tiles * kTileWords, kTileWords, kTileSide, true};
-}
 
 // Streams: read once here, while the other operand stays in L1.
 template <class Tile, int kTile, bool kStreams>

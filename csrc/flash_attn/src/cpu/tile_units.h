@@ -15,10 +15,10 @@ static_assert(kTileN == kTileDepth);  // columns of a tile of scores are whole t
 // Tiles that hold so many rows.
 inline int row_tiles(int rows) { return (rows + kTileSide - 1) / kTileSide; }
 
-// 2^x to the accuracy that weights of these terms keep.
+// 2^x to the accuracy that weights of these terms keep; inf where it is too large for a float.
 template <class Terms>
 FLASH_INLINE Vec exp2_for(Terms, Vec x) {
-  return Terms::kTerms < 3 ? exp2_bf16(x) : exp2(x);
+  return Terms::kTerms < 3 ? exp2_bf16(x) : exp2(min(set1(128.f), x));
 }
 
 // 32 staged rows as columns [first, first + 32) of B.
