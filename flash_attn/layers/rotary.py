@@ -353,6 +353,8 @@ class RotaryEmbedding(torch.nn.Module):
     seqlen // 2) / scale_base)``.
     """
 
+    depends_on_length = False  # whether the frequencies depend on the sequence's length
+
     def __init__(
         self,
         dim: int,
@@ -393,6 +395,10 @@ class RotaryEmbedding(torch.nn.Module):
         exponents = torch.arange(0, self.dim, 2, device=device, dtype=torch.float32) / self.dim
         return 1.0 / self.base**exponents
 
+    def _cos_sin(self, angles: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the fp32 tables of fp32 angles ``(seqlen, dim / 2)``."""
+        return angles.cos(), angles.sin()
+
     def _is_cached(self, seqlen: int, device, dtype) -> bool:
         cos = self._cos_cached
         return (
@@ -415,7 +421,7 @@ class RotaryEmbedding(torch.nn.Module):
         if inv_freq.dtype != torch.float32:
             inv_freq = self._compute_inv_freq(device)
         angles = torch.outer(positions, inv_freq.to(positions.device))
-        cos, sin = angles.cos(), angles.sin()
+        cos, sin = self._cos_sin(angles)
         if self.scale is None:
             self._cos_cached, self._sin_cached = cos.to(dtype), sin.to(dtype)
             return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional
+from typing import Callable, NamedTuple, Optional
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,29 @@ class Heads(NamedTuple):
         return (self.num_heads + 2 * self.num_heads_kv) * self.head_dim
 
 
-def checked_heads(embed_dim, num_heads, num_heads_kv, use_alibi: bool) -> Heads:
+class HeadOptions(NamedTuple):
+    """What today's models ask of attention beyond MHA's own arguments.
+
+    head_dim: of queries, keys and values; None: ``embed_dim // num_heads``.
+    softcap: > 0 replaces a score x by ``softcap * tanh(x / softcap)``.
+    sinks: whether each head has a logit without value, the parameter ``sinks`` ``(nheads,)``.
+    qk_norm: makes a norm from ``head_dim``: ``q_norm`` and ``k_norm``, of each head's query and key
+        before they are turned. Not with ``cross_attn``.
+    rotary_emb: in place of the one that MHA makes from its ``rotary_emb_`` arguments. Not with
+        ``cross_attn``.
+    """
+
+    head_dim: Optional[int] = None
+    softcap: float = 0.0
+    sinks: bool = False
+    qk_norm: Optional[Callable[[int], nn.Module]] = None
+    rotary_emb: Optional[RotaryEmbedding] = None
+
+
+PLAIN_HEADS = HeadOptions()
+
+
+def checked_heads(embed_dim, num_heads, num_heads_kv, use_alibi: bool, head_dim=None) -> Heads:
     """Return all heads of the layer.
 
     Raises:
@@ -44,7 +66,11 @@ def checked_heads(embed_dim, num_heads, num_heads_kv, use_alibi: bool) -> Heads:
     """
     embed_dim, num_heads = as_int("embed_dim", embed_dim), as_int("num_heads", num_heads)
     num_heads_kv = num_heads if num_heads_kv is None else as_int("num_heads_kv", num_heads_kv)
-    if num_heads < 1 or embed_dim < 1 or embed_dim % num_heads:
+    if head_dim is not None:
+        head_dim = as_int("head_options.head_dim", head_dim)
+        if head_dim < 1:
+            raise ValueError(f"head_options.head_dim must be positive, got {head_dim}")
+    if num_heads < 1 or embed_dim < 1 or (head_dim is None and embed_dim % num_heads):
         raise ValueError(
             f"embed_dim must be a positive multiple of num_heads, got {embed_dim} and {num_heads}"
         )
@@ -54,7 +80,7 @@ def checked_heads(embed_dim, num_heads, num_heads_kv, use_alibi: bool) -> Heads:
             f"{num_heads_kv}"
         )
     slopes = get_alibi_slopes(num_heads) if use_alibi else []
-    return Heads(num_heads, num_heads_kv, embed_dim // num_heads, slopes)
+    return Heads(num_heads, num_heads_kv, head_dim or embed_dim // num_heads, slopes)
 
 
 def local_heads(heads: Heads, process_group) -> Heads:
@@ -93,7 +119,9 @@ class HeadAttention(nn.Module):
         window_size: tuple[int, int],
         use_flash_attn: bool,
         checkpointing: bool,
+        head_options: HeadOptions,
         device,
+        dtype,
     ):
         super().__init__()
         self._heads = heads
@@ -103,7 +131,11 @@ class HeadAttention(nn.Module):
         self.rotary_emb_dim = rotary_emb_dim
         self.use_flash_attn = use_flash_attn
         self.checkpointing = checkpointing
-        if rotary_emb_dim > 0:
+        if head_options.rotary_emb is not None:
+            self.rotary_emb = head_options.rotary_emb
+            self.rotary_emb_dim = rotary_emb_dim = self.rotary_emb.dim
+            self._check_rotary_dim(rotary_emb_dim)
+        elif rotary_emb_dim > 0:
             self._check_rotary_dim(rotary_emb_dim)
             self.rotary_emb = RotaryEmbedding(
                 rotary_emb_dim,
@@ -113,12 +145,22 @@ class HeadAttention(nn.Module):
                 device=device,
             )
         score = {"causal": causal, "softmax_scale": softmax_scale, "attention_dropout": dropout}
-        score["window_size"] = window_size
+        score.update(window_size=window_size, softcap=head_options.softcap)
         if heads.alibi_slopes:
             slopes = torch.tensor(heads.alibi_slopes, dtype=torch.float32, device=device)
             score["alibi_slopes"] = slopes
         self.inner_attn = (FlashSelfAttention if use_flash_attn else SelfAttention)(**score)
         self.inner_cross_attn = (FlashCrossAttention if use_flash_attn else CrossAttention)(**score)
+        self._make_extras(head_options, {"device": device, "dtype": dtype})
+
+    def _make_extras(self, head_options: HeadOptions, factory: dict) -> None:
+        """Make the parameters of ``head_options``."""
+        self.register_parameter("sinks", None)
+        if head_options.sinks:
+            self.sinks = nn.Parameter(torch.zeros(self._heads.num_heads, **factory))
+        norm = head_options.qk_norm
+        self.q_norm = None if norm is None else norm(self.head_dim)
+        self.k_norm = None if norm is None else norm(self.head_dim)
 
     def _check_rotary_dim(self, rotary_emb_dim: int) -> None:
         if rotary_emb_dim % 2 or rotary_emb_dim > self.head_dim:
@@ -182,7 +224,7 @@ class HeadAttention(nn.Module):
         Returns:
             ``(..., nheads * headdim)``.
         """
-        qkv = qkv.unflatten(-1, (-1, self.head_dim))
+        qkv = self._normed(qkv.unflatten(-1, (-1, self.head_dim)))
         if inference_params is not None:
             q, kv = self._split(qkv)
             attended = self._apply_rotary_update_kvcache_attention(q, kv, inference_params)
@@ -190,6 +232,14 @@ class HeadAttention(nn.Module):
         if self.rotary_emb_dim > 0:
             qkv = self._rotated(qkv, options)
         return self._attend_self(qkv, options).flatten(-2)
+
+    def _normed(self, qkv: Tensor) -> Tensor:
+        """Norm queries and keys of ``(..., nheads + 2 * nheads_k, headdim)``, if they are to be."""
+        if self.q_norm is None:
+            return qkv
+        count, count_kv = self._heads.num_heads, self._heads.num_heads_kv
+        q, k, v = qkv.split([count, count_kv, count_kv], -2)
+        return torch.cat((self.q_norm(q), self.k_norm(k), v), -2)
 
     def _attend_self(self, qkv: Tensor, options: dict) -> Tensor:
         """Attend without a cache; qkv is ``(..., nheads + 2 * nheads_k, headdim)``."""
@@ -206,6 +256,8 @@ class HeadAttention(nn.Module):
         return self._run(self.inner_cross_attn, q, kv, **options)
 
     def _run(self, attention: nn.Module, *tensors: Tensor, **options) -> Tensor:
+        if self.sinks is not None:
+            options["s_aux"] = self.sinks
         if self.checkpointing:
             return checkpoint(attention, *tensors, use_reentrant=False, **options)
         return attention(*tensors, **options)
@@ -257,7 +309,8 @@ class HeadAttention(nn.Module):
                 rotary_interleaved=rotary.interleaved,
             )
         length = cached_lengths(q.shape[0], inference_params)
-        q, kv = rotary(q, kv, seqlen_offset=length, max_seqlen=capacity)
+        rows = None if rotary.depends_on_length else capacity
+        q, kv = rotary(q, kv, seqlen_offset=length, max_seqlen=rows)
         return self._update_kvcache_attention(q, kv, inference_params)
 
     def _kernel_rotates(self, seqlen: int) -> bool:
@@ -265,7 +318,8 @@ class HeadAttention(nn.Module):
 
         Without any mask it takes all queries to be at one position.
         """
-        if not self.use_flash_attn or self.rotary_emb.scale_base is not None:
+        rotary = self.rotary_emb
+        if not self.use_flash_attn or rotary.scale_base is not None or rotary.depends_on_length:
             return False
         left, right = self.inner_cross_attn.window_size
         return seqlen == 1 or self.causal or left >= 0 or right >= 0
@@ -277,10 +331,10 @@ class HeadAttention(nn.Module):
         length = cached_lengths(q.shape[0], inference_params)
         whole = self._update_kv_cache(kv, inference_params)
         if not isinstance(length, Tensor):
-            return self.inner_cross_attn(q, whole)
+            return self._run(self.inner_cross_attn, q, whole)
         place = torch.arange(whole.shape[1], device=q.device)
         is_token = place < (length + kv.shape[1])[:, None]
-        return self.inner_cross_attn(q, whole, key_padding_mask=is_token)
+        return self._run(self.inner_cross_attn, q, whole, key_padding_mask=is_token)
 
     def _attend_cache(self, q: Tensor, kv: Tensor, inference_params, **rotary) -> Tensor:
         cache = cache_rows(kv, inference_params, self.layer_idx)
@@ -295,6 +349,8 @@ class HeadAttention(nn.Module):
             softmax_scale=inner.softmax_scale,
             causal=inner.causal,
             window_size=inner.window_size,
+            softcap=inner.softcap,
             alibi_slopes=inner.alibi_slopes,
+            s_aux=None if self.sinks is None else self.sinks.detach(),
             **rotary,
         )

@@ -52,9 +52,12 @@ def get_alibi_slopes(nheads: int) -> list[float]:
 class _Attention(nn.Module):
     """What the four modules have in common: how scores become weights."""
 
-    def __init__(self, causal, softmax_scale, attention_dropout, window_size, alibi_slopes):
+    def __init__(
+        self, causal, softmax_scale, attention_dropout, window_size, alibi_slopes, softcap
+    ):
         super().__init__()
         check_optional(alibi_slopes=alibi_slopes)
+        self.softcap = softcap
         self.causal = causal
         self.softmax_scale = softmax_scale
         self.drop = nn.Dropout(attention_dropout)
@@ -78,15 +81,18 @@ class _FlashAttention(_Attention):
         super().__init__(*score)
         self.deterministic = deterministic
 
-    def _score(self, causal: Optional[bool]) -> dict:
-        """Arguments of the functions from dropout_p to deterministic."""
+    def _score(self, causal: Optional[bool], s_aux: Optional[Tensor]) -> dict:
+        """Arguments of the functions from dropout_p to deterministic, and s_aux."""
+        check_optional(s_aux=s_aux)
         return {
             "dropout_p": self.drop.p if self.training else 0.0,
             "softmax_scale": self.softmax_scale,
             "causal": self._is_causal(causal),
             "window_size": self.window_size,
+            "softcap": self.softcap,
             "alibi_slopes": self.alibi_slopes,
             "deterministic": self.deterministic,
+            "s_aux": s_aux,
         }
 
 
@@ -108,6 +114,8 @@ class FlashSelfAttention(_FlashAttention):
         window_size: tuple[int, int] = (-1, -1),
         alibi_slopes: Optional[Tensor] = None,
         deterministic: bool = False,
+        *,
+        softcap: float = 0.0,
     ):
         """Make the module.
 
@@ -118,8 +126,9 @@ class FlashSelfAttention(_FlashAttention):
             window_size: (left, right), -1: no limit.
             alibi_slopes: fp32 ``(nheads,)`` or ``(batch, nheads)``.
             deterministic: accepted for compatibility; the backward is always deterministic.
+            softcap: > 0 replaces a score x by ``softcap * tanh(x / softcap)``.
         """
-        score = (causal, softmax_scale, attention_dropout, window_size, alibi_slopes)
+        score = (causal, softmax_scale, attention_dropout, window_size, alibi_slopes, softcap)
         super().__init__(*score, deterministic=deterministic)
 
     def forward(
@@ -128,6 +137,8 @@ class FlashSelfAttention(_FlashAttention):
         causal: Optional[bool] = None,
         cu_seqlens: Optional[Tensor] = None,
         max_seqlen: Optional[int] = None,
+        *,
+        s_aux: Optional[Tensor] = None,
     ) -> Tensor:
         """Attend.
 
@@ -137,6 +148,7 @@ class FlashSelfAttention(_FlashAttention):
             causal: in place of the module's; None: the module's.
             cu_seqlens: int32 ``(batch + 1,)``, where packed sequences start and end.
             max_seqlen: the longest sequence or more; needed with ``cu_seqlens``.
+            s_aux: ``(nheads,)``, logits without value that join each row's softmax (sinks).
 
         Returns:
             ``(batch, seqlen, nheads, headdim)`` or ``(total, nheads, headdim)``, dtype of qkv.
@@ -147,7 +159,7 @@ class FlashSelfAttention(_FlashAttention):
         """
         check_tensors(qkv=qkv)
         check_optional(cu_seqlens=cu_seqlens)
-        score = self._score(causal)
+        score = self._score(causal, s_aux)
         if cu_seqlens is None:
             return flash_attn_qkvpacked_func(qkv, **score)
         _check_given("cu_seqlens", max_seqlen=max_seqlen)
@@ -165,9 +177,11 @@ class FlashCrossAttention(_FlashAttention):
         alibi_slopes: Optional[Tensor] = None,
         window_size: tuple[int, int] = (-1, -1),
         deterministic: bool = False,
+        *,
+        softcap: float = 0.0,
     ):
         """Make the module; the arguments are those of ``FlashSelfAttention``, in another order."""
-        score = (causal, softmax_scale, attention_dropout, window_size, alibi_slopes)
+        score = (causal, softmax_scale, attention_dropout, window_size, alibi_slopes, softcap)
         super().__init__(*score, deterministic=deterministic)
 
     def forward(
@@ -179,6 +193,8 @@ class FlashCrossAttention(_FlashAttention):
         max_seqlen: Optional[int] = None,
         cu_seqlens_k: Optional[Tensor] = None,
         max_seqlen_k: Optional[int] = None,
+        *,
+        s_aux: Optional[Tensor] = None,
     ) -> Tensor:
         """Attend.
 
@@ -191,6 +207,7 @@ class FlashCrossAttention(_FlashAttention):
             cu_seqlens: int32 ``(batch + 1,)``, where packed sequences of queries start and end.
             max_seqlen: the longest of them or more.
             cu_seqlens_k, max_seqlen_k: the same for keys.
+            s_aux: as for ``FlashSelfAttention``.
 
         Returns:
             Of q's shape and dtype.
@@ -201,7 +218,7 @@ class FlashCrossAttention(_FlashAttention):
         """
         check_tensors(q=q, kv=kv)
         check_optional(cu_seqlens=cu_seqlens, cu_seqlens_k=cu_seqlens_k)
-        score = self._score(causal)
+        score = self._score(causal, s_aux)
         if cu_seqlens is None:
             if cu_seqlens_k is not None:
                 raise ValueError("cu_seqlens_k needs cu_seqlens")
@@ -219,6 +236,14 @@ def _distance(seqlen_q: int, seqlen_k, num_keys: int, device) -> Tensor:
     """
     row = torch.arange(seqlen_q, device=device)[:, None] + (seqlen_k - seqlen_q)
     return row - torch.arange(num_keys, device=device)
+
+
+def _softmax(scores: Tensor, s_aux: Optional[Tensor]) -> Tensor:
+    """Return the weights of scores ``(batch, nheads, seqlen_q, seqlen_k)``."""
+    if s_aux is None:
+        return scores.softmax(-1)
+    sinks = s_aux.to(scores.dtype)[:, None, None].expand(*scores.shape[:-1], 1)
+    return torch.cat((scores, sinks), -1).softmax(-1)[..., :-1]
 
 
 class _ComposedAttention(_Attention):
@@ -243,19 +268,22 @@ class _ComposedAttention(_Attention):
         scale = q.shape[-1] ** -0.5 if self.softmax_scale is None else self.softmax_scale
         scores = torch.einsum("bqhd,bkhd->bhqk", q * scale, k)
         scores = scores.to(torch.promote_types(q.dtype, torch.float32))
+        if self.softcap > 0.0:
+            scores = self.softcap * (scores / self.softcap).tanh()
         if self.alibi_slopes is None:
             return scores
         slopes = self.alibi_slopes.to(scores.dtype)
         return scores - slopes[..., None, None] * distance.abs()
 
-    def _attend(self, q, k, v, distance, hidden) -> Tensor:
+    def _attend(self, q, k, v, distance, hidden, s_aux) -> Tensor:
+        check_optional(s_aux=s_aux)
         scores = self._scores(q, k, distance)
-        if hidden is None:
-            weights = scores.softmax(-1)
-        else:
+        if hidden is not None:
             # Finite, and then 0: a row that sees nothing has no NaN, not in the gradient either.
             scores = scores.masked_fill(hidden, torch.finfo(scores.dtype).min)
-            weights = scores.softmax(-1).masked_fill(hidden, 0.0)
+        weights = _softmax(scores, s_aux)
+        if hidden is not None:
+            weights = weights.masked_fill(hidden, 0.0)
         return torch.einsum("bhqk,bkhd->bqhd", self.drop(weights.to(v.dtype)), v)
 
 
@@ -298,15 +326,19 @@ class SelfAttention(_ComposedAttention):
         *,
         window_size: tuple[int, int] = (-1, -1),
         alibi_slopes: Optional[Tensor] = None,
+        softcap: float = 0.0,
     ):
         """Make the module; the arguments are those of ``FlashSelfAttention``."""
-        super().__init__(causal, softmax_scale, attention_dropout, window_size, alibi_slopes)
+        score = (causal, softmax_scale, attention_dropout, window_size, alibi_slopes, softcap)
+        super().__init__(*score)
 
     def forward(
         self,
         qkv: Tensor,
         causal: Optional[bool] = None,
         key_padding_mask: Optional[Tensor] = None,
+        *,
+        s_aux: Optional[Tensor] = None,
     ) -> Tensor:
         """Attend.
 
@@ -315,6 +347,7 @@ class SelfAttention(_ComposedAttention):
             causal: in place of the module's; None: the module's.
             key_padding_mask: ``(batch, seqlen)``, True: the key is a token, False: no query sees
                 it. It hides keys and moves none: token i of a sequence is at position i.
+            s_aux: as for ``FlashSelfAttention``.
 
         Returns:
             ``(batch, seqlen, nheads, headdim)``, dtype of qkv.
@@ -328,7 +361,7 @@ class SelfAttention(_ComposedAttention):
         distance = _distance(seqlen, seqlen, seqlen, qkv.device)
         q = qkv[:, :, 0]
         k, v = _without_padding(qkv[:, :, 1:], padding).unbind(2)
-        return self._attend(q, k, v, distance, self._hidden(distance, causal, padding))
+        return self._attend(q, k, v, distance, self._hidden(distance, causal, padding), s_aux)
 
 
 class CrossAttention(_ComposedAttention):
@@ -342,9 +375,11 @@ class CrossAttention(_ComposedAttention):
         *,
         window_size: tuple[int, int] = (-1, -1),
         alibi_slopes: Optional[Tensor] = None,
+        softcap: float = 0.0,
     ):
         """Make the module; the arguments are those of ``FlashSelfAttention``."""
-        super().__init__(causal, softmax_scale, attention_dropout, window_size, alibi_slopes)
+        score = (causal, softmax_scale, attention_dropout, window_size, alibi_slopes, softcap)
+        super().__init__(*score)
 
     def forward(
         self,
@@ -352,6 +387,8 @@ class CrossAttention(_ComposedAttention):
         kv: Tensor,
         causal: Optional[bool] = None,
         key_padding_mask: Optional[Tensor] = None,
+        *,
+        s_aux: Optional[Tensor] = None,
     ) -> Tensor:
         """Attend.
 
@@ -361,6 +398,7 @@ class CrossAttention(_ComposedAttention):
             causal: in place of the module's; None: the module's.
             key_padding_mask: ``(batch, seqlen_k)``, True: the key is a token, False: padding, which
                 no query sees. A sequence's queries end with its tokens, which come first.
+            s_aux: as for ``FlashSelfAttention``.
 
         Returns:
             Of q's shape and dtype.
@@ -380,4 +418,5 @@ class CrossAttention(_ComposedAttention):
         end = seqlen_k if padding is None else padding.sum(1)[:, None, None, None]
         distance = _distance(q.shape[1], end, seqlen_k, q.device)
         kv = _without_padding(kv, padding).repeat_interleave(q.shape[2] // nheads_k, -2)
-        return self._attend(q, *kv.unbind(2), distance, self._hidden(distance, causal, padding))
+        hidden = self._hidden(distance, causal, padding)
+        return self._attend(q, *kv.unbind(2), distance, hidden, s_aux)

@@ -89,6 +89,10 @@ def _normed(norm: nn.Module, x: Tensor) -> Tensor:
     return norm(x if weight is None else x.to(weight.dtype))
 
 
+def _normed_if(norm: Optional[nn.Module], x: Tensor) -> Tensor:
+    return x if norm is None else _normed(norm, x)
+
+
 class _Block(nn.Module):
     def _mark(self, norms, sequence_parallel: bool, mark_shared_params: bool) -> None:
         """Mark the norms' parameters for ``flash_attn.utils.distributed``."""
@@ -131,6 +135,8 @@ class Block(_Block):
         residual_in_fp32: bool = False,
         sequence_parallel: bool = False,
         mark_shared_params: bool = False,
+        *,
+        post_norm_cls: Optional[Callable[[int], nn.Module]] = None,
     ):
         """Make the block.
 
@@ -149,14 +155,20 @@ class Block(_Block):
             residual_in_fp32: whether the residual stream is fp32; with ``prenorm`` alone.
             sequence_parallel: whether to mark the norms' parameters ``_sequence_parallel``.
             mark_shared_params: whether to mark them ``_shared_params``.
+            post_norm_cls: makes a norm from ``dim`` for each branch before it is added, too:
+                ``post_norm1`` behind the mixer, ``post_norm2`` behind the MLP; with ``prenorm``
+                alone. None: no such norms.
 
         Raises:
-            ValueError: ``residual_in_fp32`` without ``prenorm``, or a probability is none.
+            ValueError: ``residual_in_fp32`` or ``post_norm_cls`` without ``prenorm``, or a
+                probability is none.
             TypeError: ``fused_dropout_add_ln`` with a norm or dropout of another kind.
         """
         super().__init__()
         if residual_in_fp32 and not prenorm:
             raise ValueError("residual_in_fp32 needs prenorm=True")
+        if post_norm_cls is not None and not prenorm:
+            raise ValueError("post_norm_cls needs prenorm=True")
         self.prenorm = prenorm
         self.fused_dropout_add_ln = fused_dropout_add_ln
         self.return_residual = return_residual
@@ -174,6 +186,9 @@ class Block(_Block):
         if fused_dropout_add_ln:
             for norm, dropout in zip(norms, self._dropouts()):
                 _check_fusable(norm, dropout)
+        self.post_norm1 = None if post_norm_cls is None else post_norm_cls(dim)
+        self.post_norm2 = post_norm_cls(dim) if post_norm_cls and self._has_mlp else None
+        norms += [norm for norm in (self.post_norm1, self.post_norm2) if norm is not None]
         self._mark(norms, sequence_parallel, mark_shared_params)
 
     @property
@@ -240,10 +255,10 @@ class Block(_Block):
         if mixer_subset is not None:
             kwargs["mixer_subset"] = mixer_subset
             residual = residual[..., mixer_subset, :]
-        x = self.mixer(x, **kwargs)
+        x = _normed_if(self.post_norm1, self.mixer(x, **kwargs))
         if self._has_mlp:
             x, residual = self._add_norm(2, x, residual, True)
-            x = self.mlp(x)
+            x = _normed_if(self.post_norm2, self.mlp(x))
         return x, residual
 
     def _forward_postnorm(self, x: Tensor, mixer_kwargs: dict) -> Tensor:

@@ -16,7 +16,13 @@ from flash_attn.flash_attn_interface import (  # noqa: F401  (other packages imp
     flash_attn_varlen_qkvpacked_func,
     flash_attn_with_kvcache,
 )
-from flash_attn.modules._heads import HeadAttention, checked_heads, local_heads
+from flash_attn.modules._heads import (
+    PLAIN_HEADS,
+    HeadAttention,
+    HeadOptions,
+    checked_heads,
+    local_heads,
+)
 from flash_attn.modules._inner_attention import (
     CrossAttention,
     FlashCrossAttention,
@@ -32,6 +38,7 @@ __all__ = [
     "CrossAttention",
     "FlashCrossAttention",
     "FlashSelfAttention",
+    "HeadOptions",
     "LinearResidual",
     "ParallelMHA",
     "SelfAttention",
@@ -98,6 +105,8 @@ class MHA(HeadAttention):
         checkpointing: bool = False,
         device=None,
         dtype=None,
+        *,
+        head_options: HeadOptions = PLAIN_HEADS,
     ):
         """Make the module.
 
@@ -106,7 +115,7 @@ class MHA(HeadAttention):
         ``dwconv_q`` and ``dwconv_kv`` where queries are apart or have more heads.
 
         Args:
-            embed_dim: size of a token, a multiple of ``num_heads``.
+            embed_dim: size of a token, a multiple of ``num_heads`` without a head dim of its own.
             num_heads: of queries.
             num_heads_kv: of keys and values, divides ``num_heads``; default ``num_heads``.
             cross_attn: whether queries and keys may come from different tokens.
@@ -128,13 +137,18 @@ class MHA(HeadAttention):
             return_residual: whether forward returns its input, too.
             checkpointing: whether the backward computes attention again.
             device, dtype: of the parameters.
+            head_options: head dim, softcap, sinks, norms of queries and keys, rotary embedding.
 
         Raises:
             ValueError: an argument does not fit another; the message names it.
         """
-        heads = checked_heads(embed_dim, num_heads, num_heads_kv, use_alibi)
+        head_dim = head_options.head_dim
+        heads = checked_heads(embed_dim, num_heads, num_heads_kv, use_alibi, head_dim)
         if cross_attn and rotary_emb_dim > 0:
             raise ValueError("rotary_emb_dim must be 0 with cross_attn")
+        for name in ("qk_norm", "rotary_emb") if cross_attn else ():
+            if getattr(head_options, name) is not None:
+                raise ValueError(f"head_options.{name} must be None with cross_attn")
         super().__init__(
             heads,
             dropout=dropout,
@@ -148,7 +162,9 @@ class MHA(HeadAttention):
             window_size=window_size,
             use_flash_attn=use_flash_attn,
             checkpointing=checkpointing,
+            head_options=head_options,
             device=device,
+            dtype=dtype,
         )
         self.embed_dim = embed_dim
         self.num_heads, self.num_heads_kv = heads.num_heads, heads.num_heads_kv
@@ -157,7 +173,11 @@ class MHA(HeadAttention):
         self._make_projections(bias=qkv_proj_bias, **factory)
         if dwconv:
             self._make_convolutions(**factory)
-        self.out_proj = nn.Linear(embed_dim, embed_dim, bias=out_proj_bias, **factory)
+        self.out_proj = nn.Linear(self._q_features, embed_dim, bias=out_proj_bias, **factory)
+
+    @property
+    def _q_features(self) -> int:
+        return self.num_heads * self.head_dim
 
     @property
     def _kv_features(self) -> int:
@@ -166,7 +186,7 @@ class MHA(HeadAttention):
     def _make_projections(self, **options) -> None:
         linear = LinearResidual if self.return_residual else nn.Linear
         if self.cross_attn:
-            self.Wq = nn.Linear(self.embed_dim, self.embed_dim, **options)
+            self.Wq = nn.Linear(self.embed_dim, self._q_features, **options)
             self.Wkv = linear(self.embed_dim, self._kv_features, **options)
         else:
             self.Wqkv = linear(self.embed_dim, self._heads.features, **options)
@@ -175,7 +195,7 @@ class MHA(HeadAttention):
         if not self.cross_attn and self.num_heads == self.num_heads_kv:
             self.dwconv_qkv = _depthwise(self._heads.features, **factory)
         else:
-            self.dwconv_q = _depthwise(self.embed_dim, **factory)
+            self.dwconv_q = _depthwise(self._q_features, **factory)
             self.dwconv_kv = _depthwise(self._kv_features, **factory)
 
     def _projected(self, projection: nn.Linear, x: Tensor) -> Tensor:
@@ -190,7 +210,7 @@ class MHA(HeadAttention):
             return qkv
         if self.num_heads == self.num_heads_kv:
             return _convolved(self.dwconv_qkv, qkv)
-        q, kv = qkv.split([self.embed_dim, self._kv_features], -1)
+        q, kv = qkv.split([self._q_features, self._kv_features], -1)
         return torch.cat((_convolved(self.dwconv_q, q), _convolved(self.dwconv_kv, kv)), -1)
 
     def _project_apart(self, x: Tensor, x_kv: Optional[Tensor], subset) -> tuple[Tensor, Tensor]:
@@ -308,6 +328,8 @@ class ParallelMHA(HeadAttention):
         sequence_parallel: bool = True,
         device=None,
         dtype=None,
+        *,
+        head_options: HeadOptions = PLAIN_HEADS,
     ):
         """Make the module.
 
@@ -325,7 +347,8 @@ class ParallelMHA(HeadAttention):
         Raises:
             ValueError: an argument does not fit another; the message names it.
         """
-        heads = checked_heads(embed_dim, num_heads, num_heads_kv, use_alibi)
+        head_dim = head_options.head_dim
+        heads = checked_heads(embed_dim, num_heads, num_heads_kv, use_alibi, head_dim)
         local = local_heads(heads, process_group)
         super().__init__(
             local,
@@ -340,7 +363,9 @@ class ParallelMHA(HeadAttention):
             window_size=window_size,
             use_flash_attn=use_flash_attn,
             checkpointing=checkpointing,
+            head_options=head_options,
             device=device,
+            dtype=dtype,
         )
         self.embed_dim, self.process_group = embed_dim, process_group
         self.num_heads, self.num_heads_kv = heads.num_heads, heads.num_heads_kv
@@ -356,7 +381,7 @@ class ParallelMHA(HeadAttention):
             **options,
         )
         self.out_proj = RowParallelLinear(
-            embed_dim,
+            heads.num_heads * heads.head_dim,
             embed_dim,
             process_group,
             bias=out_proj_bias,

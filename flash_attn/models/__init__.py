@@ -1,0 +1,1 @@
+"""Models of the attention and modules of this package, and conversion of their weights."""

@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import GPT2Config
+
+from flash_attn.models.gpt import GPTLMHeadModel
+
+SMALL = {
+    "vocab_size": 97,
+    "n_embd": 32,
+    "n_head": 4,
+    "n_layer": 2,
+    "n_positions": 64,
+    "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "attn_pdrop": 0.0,
+}
+LLAMA = {
+    "n_positions": 0,
+    "rotary_emb_fraction": 1.0,
+    "rms_norm": True,
+    "n_head_kv": 2,
+    "activation_function": "swiglu",
+    "mlp_multiple_of": 8,
+    "qkv_proj_bias": False,
+    "out_proj_bias": False,
+    "mlp_fc1_bias": False,
+    "mlp_fc2_bias": False,
+    "tie_word_embeddings": False,
+}
+
+
+def config(**o):
+    return GPT2Config(**{**SMALL, **o})
+
+
+CASES = {
+    "gpt2": {},
+    "llama": LLAMA,
+    "parallel": {**LLAMA, "parallel_block": True},
+    "fused": {**LLAMA, "fused_dropout_add_ln": True},
+    "fusedpar": {
+        **LLAMA,
+        "parallel_block": True,
+        "fused_dropout_add_ln": True,
+        "residual_in_fp32": True,
+    },
+    "sand": {
+        **LLAMA,
+        "sandwich_norm": True,
+        "rms_norm_zero_centered": True,
+        "qk_norm": True,
+        "attn_sinks": True,
+        "attn_softcap": 5.0,
+        "final_logit_softcap": 3.0,
+        "head_dim": 16,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "sliding_window": 5,
+        "rotary_emb_local_base": 100.0,
+        "rotary_emb_scaling": {"rope_type": "linear", "factor": 2.0},
+    },
+    "post": {"prenorm": False, "word_embed_proj_dim": 16, "position_embeddings_offset": 2},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_cache(case):
+    torch.manual_seed(0)
+    model = GPTLMHeadModel(config(**CASES[case])).eval()
+    for p in model.parameters():
+        p.data.normal_(std=0.2)
+    ids = torch.randint(0, 97, (2, 12))
+    whole = model(ids).logits
+    whole.square().mean().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    params = SimpleNamespace(
+        max_seqlen=12,
+        max_batch_size=2,
+        seqlen_offset=0,
+        batch_size_offset=0,
+        key_value_memory_dict={},
+        lengths_per_sample=None,
+    )
+    outs = []
+    with torch.inference_mode():
+        for a, b in ((0, 5), *((i, i + 1) for i in range(5, 12))):
+            outs.append(model(ids[:, a:b], inference_params=params).logits)
+            params.seqlen_offset = b
+    torch.testing.assert_close(torch.cat(outs, 1), whole, atol=1e-5, rtol=1e-4)
