@@ -1,0 +1,351 @@
+"""Generation with a model that keeps a cache of keys and values.
+
+A model is called as ``model(input_ids, position_ids=None, inference_params=None,
+num_last_tokens=0)`` and returns an object with ``logits`` ``(batch, seqlen, vocab)``, of the last
+``num_last_tokens`` tokens where that is not 0; ``inference_params`` is an ``InferenceParams``.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Callable, Optional, Union
+
+import torch
+from torch import Tensor, nn
+
+from flash_attn.utils._cuda_graphs import DecodingCGCache, capture_graph, update_graph_cache
+from flash_attn.utils._decoding import Cached, Decoding, assembled
+from flash_attn.utils._inference_params import InferenceParams, Packing
+from flash_attn.utils._prompts import Prompts, Request, make_request
+from flash_attn.utils._sampling import (
+    Sampling,
+    modify_logits_for_min_p_filtering,
+    modify_logits_for_top_k_filtering,
+    modify_logits_for_top_p_filtering,
+    sample,
+)
+from flash_attn.utils.distributed import group_size
+
+__all__ = [
+    "DecodingCGCache",
+    "GenerationMixin",
+    "InferenceParams",
+    "Packing",
+    "allocate_inference_cache",
+    "capture_graph",
+    "decode",
+    "modify_logits_for_min_p_filtering",
+    "modify_logits_for_top_k_filtering",
+    "modify_logits_for_top_p_filtering",
+    "sample",
+    "update_graph_cache",
+]
+
+
+@dataclass
+class DecoderOnlyOutput:
+    """What ``decode`` returns without transformers.
+
+    Attributes:
+        sequences: prompts and new tokens.
+        scores: logits of each new token, ``(batch, vocab)``.
+    """
+
+    sequences: Union[Tensor, list[Tensor]]
+    scores: Optional[tuple[Tensor, ...]] = None
+
+
+def _output(sequences, scores):
+    """Return transformers' output, which is a mapping too, or one like it without transformers."""
+    try:
+        from transformers.generation import GenerateDecoderOnlyOutput
+    except ImportError:
+        return DecoderOnlyOutput(sequences, scores)
+    return GenerateDecoderOnlyOutput(sequences=sequences, scores=scores)
+
+
+@contextmanager
+def _timing(is_enabled: bool, device: torch.device):
+    """Print how long the block took, with what it left to the device."""
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    start = now() if is_enabled else 0.0
+    yield
+    if is_enabled:
+        print(f"Prompt processing + decoding time: {(now() - start) * 1000:.1f} ms")
+
+
+def _stream_to(streamer, tokens: Tensor) -> None:
+    """Give tokens to an object with ``put``, such as a streamer of transformers, or call it."""
+    if streamer is not None:
+        getattr(streamer, "put", streamer)(tokens.cpu())
+
+
+def _check_group(model: nn.Module, tensor_parallel: int) -> None:
+    size = group_size(getattr(model, "process_group", None))
+    if tensor_parallel not in (1, size):
+        raise ValueError(
+            f"tensor_parallel ({tensor_parallel}) must be the size of the model's process_group "
+            f"({size})"
+        )
+
+
+def _wants_graphs(cg: bool, device: torch.device) -> bool:
+    if cg and device.type != "cuda":
+        warnings.warn(
+            f"cg=True has no effect on {device.type}: CUDA graphs need a GPU", stacklevel=4
+        )
+        return False
+    return cg
+
+
+def _cached(model, prompts: Prompts, request: Request, cg: bool, cache, tensor_parallel: int):
+    """Return the model with a cache for a request."""
+    if cache is not None:
+        if cg:
+            raise ValueError("cg does not go together with cache")
+        from flash_attn.utils.paged_cache import PagedBatch
+
+        return PagedBatch(model, cache, prompts, request.limits)
+    graphs = None
+    if _wants_graphs(cg, prompts.device):
+        graphs = update_graph_cache(
+            model,
+            getattr(model, "_decoding_cache", None),
+            len(prompts),
+            prompts.longest,
+            request.max_length,
+            tensor_parallel=tensor_parallel,
+        )
+        model._decoding_cache = graphs
+    return Cached(model, prompts, request.max_length, graphs)
+
+
+def _decoding(
+    input_ids,
+    model: nn.Module,
+    max_length: Optional[int],
+    sampling: Sampling,
+    *,
+    lengths=None,
+    tensor_parallel: int = 1,
+    cg: bool = False,
+    cache=None,
+    **options,
+) -> tuple[Prompts, Decoding]:
+    """Check a call of ``decode`` and prepare its steps."""
+    prompts = Prompts(input_ids, lengths)
+    request = make_request(model, prompts, max_length, sampling, **options)
+    _check_group(model, tensor_parallel)
+    cached = _cached(model, prompts, request, cg, cache, tensor_parallel)
+    return prompts, Decoding(model, prompts, request, cached)
+
+
+def _decode(*call, enable_timing: bool = False, streamer=None, keep_scores: bool = True, **options):
+    """``decode`` without its output's class: ``(sequences, scores)``."""
+    prompts, decoding = _decoding(*call, **options)
+    if hasattr(streamer, "put"):  # a streamer of transformers awaits the prompt first
+        streamer.put(prompts.padded(decoding.pad).cpu())
+    steps = []
+    with _timing(enable_timing, prompts.device):
+        for step in decoding:
+            steps.append(step if keep_scores else step._replace(logits=None))
+            _stream_to(streamer, step.tokens)
+    if hasattr(streamer, "end"):
+        streamer.end()
+    return assembled(prompts, steps, decoding.counts), tuple(step.logits for step in steps)
+
+
+def decode(
+    input_ids: Union[Tensor, Sequence[Tensor]],
+    model: nn.Module,
+    max_length: Optional[int],
+    top_k: int = 1,
+    top_p: float = 0.0,
+    temperature: float = 1.0,
+    eos_token_id: Union[int, Sequence[int], None] = None,
+    teacher_outputs: Optional[Tensor] = None,
+    vocab_size: Optional[int] = None,
+    tensor_parallel: int = 1,
+    cg: bool = False,
+    enable_timing: bool = False,
+    *,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    generator: Optional[torch.Generator] = None,
+    lengths: Optional[Union[Tensor, Sequence[int]]] = None,
+    max_new_tokens: Optional[int] = None,
+    pad_token_id: Optional[int] = None,
+    streamer: Optional[Callable[[Tensor], object]] = None,
+    cache=None,
+):
+    """Generate tokens after prompts, with a cache.
+
+    Args:
+        input_ids: int64 or int32 ``(batch, seqlen)``, or, for prompts of different lengths, a list
+            of ``(seqlen,)``.
+        model: described at the head of this module.
+        max_length: tokens of each sequence, prompt and result together; None: ``max_new_tokens``.
+        top_k: 1: take the most likely token; 0: draw from all; else from the ``top_k`` likeliest.
+        top_p: draw from the likeliest tokens that have this probability together; 0: from all.
+        temperature: logits are divided by it; 0: take the most likely token.
+        eos_token_id: a token, or several, that ends a sequence. The others go on.
+        teacher_outputs: int64 ``(batch, seqlen)``, sequences to follow where they have a token.
+        vocab_size: how many logits are tokens, where the model has more; None: all.
+        tensor_parallel: processes of the model's group. All return the tokens of the first.
+        cg: whether to decode through CUDA graphs. On a CPU it has no effect but a warning.
+        enable_timing: whether to print how long it took.
+        min_p: draw from tokens that have this share of the likeliest one's probability.
+        repetition_penalty: divides positive logits of tokens that a sequence has, multiplies
+            negative ones; 1: none.
+        generator: draws the random numbers; None: torch's default one.
+        lengths: tokens of each row of ``(batch, seqlen)``; what is behind them is padding.
+        max_new_tokens: tokens after each prompt, rather than ``max_length``.
+        pad_token_id: what stands behind the end of a sequence while others go on; None: the first
+            of ``eos_token_id``, else 0.
+        streamer: called with the tokens of each step, int64 ``(batch,)`` on the CPU. One with
+            ``put`` and ``end`` is a streamer of transformers, and gets the prompts first.
+        cache: a ``flash_attn.utils.paged_cache.PagedKVCache`` to keep keys and values in, and to
+            find those of prefixes that it has seen; None: memory of this call's own.
+
+    Returns:
+        transformers' ``GenerateDecoderOnlyOutput``, or without transformers an object like it:
+        ``sequences``, int64 ``(batch, seqlen)``, for prompts of a list or with ``lengths`` a list
+        of ``(seqlen,)`` without padding; ``scores``, for each new token the logits ``(batch,
+        vocab)`` as the model gave them.
+
+    Raises:
+        ValueError: an argument is out of range, or the sequences get longer than the model or the
+            cache has room for.
+    """
+    sampling = Sampling(top_k, top_p, temperature, min_p, repetition_penalty, generator)
+    return _output(
+        *_decode(
+            input_ids,
+            model,
+            max_length,
+            sampling,
+            lengths=lengths,
+            tensor_parallel=tensor_parallel,
+            cg=cg,
+            cache=cache,
+            enable_timing=enable_timing,
+            streamer=streamer,
+            eos_token_id=eos_token_id,
+            pad_token_id=pad_token_id,
+            teacher_outputs=teacher_outputs,
+            vocab_size=vocab_size,
+            max_new_tokens=max_new_tokens,
+        )
+    )
+
+
+def allocate_inference_cache(
+    max_batch_size: int,
+    max_seqlen: int,
+    nheads: int,
+    headdim: int,
+    layers: Union[int, Sequence[int]],
+    device,
+    dtype: torch.dtype = torch.float16,
+) -> dict[int, Tensor]:
+    """Return a cache for ``InferenceParams.key_value_memory_dict``, not initialised.
+
+    Args:
+        max_batch_size, max_seqlen: sequences, and tokens of the longest.
+        nheads: of keys and values.
+        layers: their number, or their indices.
+
+    Returns:
+        For each layer ``(max_batch_size, max_seqlen, 2, nheads, headdim)``.
+    """
+    shape = (max_batch_size, max_seqlen, 2, nheads, headdim)
+    indices = range(layers) if isinstance(layers, int) else layers
+    return {i: torch.empty(shape, device=device, dtype=dtype) for i in indices}
+
+
+def _sampling_of(top_k, top_p, temperature, options: dict) -> Sampling:
+    names = ("min_p", "repetition_penalty", "generator")
+    given = {name: options.pop(name) for name in names if name in options}
+    return Sampling(top_k, top_p, temperature, **given)
+
+
+class GenerationMixin:
+    """``generate`` and ``stream`` of a model that is called as this module's head says."""
+
+    def allocate_inference_cache(
+        self, batch_size: int, max_seqlen: int, dtype: Optional[torch.dtype] = None, **kwargs
+    ) -> dict[int, Tensor]:
+        """Return a cache for ``InferenceParams.key_value_memory_dict``."""
+        raise NotImplementedError
+
+    def _with_vocab_size(self, options: dict) -> dict:
+        """Leave logits out that only fill up the vocabulary."""
+        config = getattr(self, "config", None)
+        if options.get("vocab_size") is None and getattr(config, "pad_vocab_size_multiple", 1) > 1:
+            options["vocab_size"] = config.vocab_size
+        return options
+
+    def generate(
+        self,
+        input_ids: Union[Tensor, Sequence[Tensor]],
+        max_length: Optional[int],
+        top_k: int = 1,
+        top_p: float = 0.0,
+        temperature: float = 1.0,
+        return_dict_in_generate: bool = False,
+        output_scores: bool = False,
+        **kwargs,
+    ):
+        """Generate tokens after prompts; the arguments are those of ``decode``.
+
+        Args:
+            return_dict_in_generate: whether to return what ``decode`` does.
+            output_scores: whether that has ``scores``.
+
+        Returns:
+            ``sequences`` of ``decode``, or its output.
+        """
+        sampling = _sampling_of(top_k, top_p, temperature, kwargs)
+        keeps = {"keep_scores": return_dict_in_generate and output_scores}
+        call = (input_ids, self, max_length, sampling)
+        sequences, scores = _decode(*call, **keeps, **self._with_vocab_size(kwargs))
+        if not return_dict_in_generate:
+            return sequences
+        return _output(sequences, scores if output_scores else None)
+
+    def stream(
+        self,
+        input_ids: Union[Tensor, Sequence[Tensor]],
+        max_length: Optional[int],
+        top_k: int = 1,
+        top_p: float = 0.0,
+        temperature: float = 1.0,
+        **kwargs,
+    ) -> Iterator[Tensor]:
+        """Generate tokens and yield those of each step, int64 ``(batch,)``, as they come.
+
+        The arguments are those of ``decode``, without ``enable_timing`` and ``streamer``, and are
+        checked at once. The cache goes when the iterator does.
+        """
+        sampling = _sampling_of(top_k, top_p, temperature, kwargs)
+        _, decoding = _decoding(
+            input_ids, self, max_length, sampling, **self._with_vocab_size(kwargs)
+        )
+        return _tokens_of(decoding)
+
+
+def _tokens_of(decoding: Decoding) -> Iterator[Tensor]:
+    try:
+        for step in decoding:
+            yield step.tokens
+    finally:
+        decoding.close()
