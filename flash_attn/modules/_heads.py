@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from flash_attn._arguments import as_int, check_optional
-from flash_attn.flash_attn_interface import flash_attn_with_kvcache
+from flash_attn.flash_attn_interface import flash_attn_varlen_func, flash_attn_with_kvcache
 from flash_attn.layers.rotary import RotaryEmbedding, apply_rotary_emb
 from flash_attn.modules._inner_attention import (
     CrossAttention,
@@ -18,7 +18,17 @@ from flash_attn.modules._inner_attention import (
     SelfAttention,
     get_alibi_slopes,
 )
-from flash_attn.modules._kv_cache import cache_rows, cached_lengths, check_room, update_kv_cache
+from flash_attn.modules._kv_cache import (
+    block_table_of,
+    cache_capacity,
+    cache_rows,
+    cached_lengths,
+    check_room,
+    packing_of,
+    update_kv_cache,
+    whole_cache,
+)
+from flash_attn.modules._packed_cache import append_packed, rotate_packed
 from flash_attn.utils.distributed import get_dim_for_local_rank, group_rank, group_size
 
 
@@ -207,6 +217,17 @@ class HeadAttention(nn.Module):
         given = [name for name, x in options.items() if x is not None]
         if given:
             raise ValueError(f"inference_params does not go together with {', '.join(given)}")
+        self._check_cache(inference_params)
+
+    def _check_cache(self, inference_params) -> None:
+        """Raise ValueError for a cache that this layer cannot read."""
+        is_paged = block_table_of(inference_params) is not None
+        given = {"block_table": is_paged, "packing": packing_of(inference_params) is not None}
+        for name in (name for name, is_given in given.items() if is_given):
+            if not self.use_flash_attn:
+                raise ValueError(f"inference_params.{name} needs use_flash_attn=True")
+        if is_paged and self.rotary_emb_dim > 0 and self.rotary_emb.scale_base is not None:
+            raise ValueError("inference_params.block_table needs rotary_emb_scale_base=None")
 
     def _split(self, qkv: Tensor) -> tuple[Tensor, Tensor]:
         """Return views q ``(..., nheads, headdim)`` and kv ``(..., 2, nheads_k, headdim)``."""
@@ -293,11 +314,14 @@ class HeadAttention(nn.Module):
         Returns:
             Of q's shape.
         """
+        if packing_of(inference_params) is not None:
+            return self._attend_packed(q, kv, inference_params)
         if self.rotary_emb_dim == 0:
             return self._update_kvcache_attention(q, kv, inference_params)
         rotary = self.rotary_emb
         # The tables of one length throughout: those of xPos are not the same for another one.
-        capacity = cache_rows(kv, inference_params, self.layer_idx).shape[1]
+        cache = cache_rows(kv, inference_params, self.layer_idx)
+        capacity = cache_capacity(cache, inference_params)
         if self._kernel_rotates(q.shape[1]):
             rotary._update_cos_sin_cache(capacity, device=q.device, dtype=q.dtype)
             return self._attend_cache(
@@ -336,21 +360,57 @@ class HeadAttention(nn.Module):
         is_token = place < (length + kv.shape[1])[:, None]
         return self._run(self.inner_cross_attn, q, whole, key_padding_mask=is_token)
 
+    def _score_options(self) -> dict:
+        """How scores become weights, for attention over a cache."""
+        inner = self.inner_cross_attn
+        return {
+            "softmax_scale": inner.softmax_scale,
+            "causal": inner.causal,
+            "window_size": inner.window_size,
+            "softcap": inner.softcap,
+            "alibi_slopes": inner.alibi_slopes,
+            "s_aux": None if self.sinks is None else self.sinks.detach(),
+        }
+
     def _attend_cache(self, q: Tensor, kv: Tensor, inference_params, **rotary) -> Tensor:
         cache = cache_rows(kv, inference_params, self.layer_idx)
         length = cached_lengths(q.shape[0], inference_params)
         check_room(length, kv.shape[1], cache)
-        inner = self.inner_cross_attn
         return flash_attn_with_kvcache(
             q,
             *cache.unbind(2),
             *kv.unbind(2),
             cache_seqlens=length,
-            softmax_scale=inner.softmax_scale,
-            causal=inner.causal,
-            window_size=inner.window_size,
-            softcap=inner.softcap,
-            alibi_slopes=inner.alibi_slopes,
-            s_aux=None if self.sinks is None else self.sinks.detach(),
+            block_table=block_table_of(inference_params),
+            **self._score_options(),
             **rotary,
         )
+
+    def _attend_packed(self, q: Tensor, kv: Tensor, inference_params) -> Tensor:
+        """Turn packed q and kv, append kv to the cache, and attend over it.
+
+        Args:
+            q: ``(1, total, nheads, headdim)``, possibly overwritten.
+            kv: ``(1, total, 2, nheads_k, headdim)``, likewise.
+
+        Returns:
+            Of q's shape.
+        """
+        if len(q) != 1:
+            raise ValueError(f"inference_params.packing needs tokens (1, total), got {len(q)} rows")
+        packing, q, kv = packing_of(inference_params), q[0], kv[0]
+        if self.rotary_emb_dim > 0:
+            capacity = whole_cache(kv, inference_params, self.layer_idx).shape[1]
+            rotate_packed(self.rotary_emb, q, kv, packing, capacity)
+        pages, table = append_packed(kv, inference_params, self.layer_idx)
+        out = flash_attn_varlen_func(
+            q,
+            *pages.unbind(2),
+            packing.cu_seqlens_q,
+            packing.cu_seqlens_k,
+            packing.max_seqlen_q,
+            packing.max_seqlen_k,
+            block_table=table,
+            **self._score_options(),
+        )
+        return out[None]

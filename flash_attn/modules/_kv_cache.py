@@ -5,11 +5,16 @@ from a layer's index to its cache ``(max_batch_size, max_seqlen, 2, nheads_k, he
 ``batch_size_offset``, the cache's row of the first sequence; ``seqlen_offset``, how many tokens the
 cache has of every sequence, or, for sequences of different lengths, ``lengths_per_sample``, int32
 ``(max_batch_size,)``, which goes before it where it is not None.
+
+It may have ``block_table``, int32 ``(batch, max_blocks)``: a layer's cache is then blocks
+``(num_blocks, block_size, 2, nheads_k, headdim)``, and each sequence has those of its row. It may
+have ``packing``, a ``flash_attn.utils.generation.Packing``: the layer's input is then one row of
+``(1, total)`` tokens, those of sequences of different lengths one after the other.
 """
 
 from __future__ import annotations
 
-from typing import Union
+from typing import Optional, Union
 
 import torch
 from torch import Tensor
@@ -17,38 +22,83 @@ from torch import Tensor
 from flash_attn._arguments import as_int
 
 
+def block_table_of(inference_params) -> Optional[Tensor]:
+    """Return the blocks of each sequence; None: the cache has rows."""
+    return getattr(inference_params, "block_table", None)
+
+
+def packing_of(inference_params):
+    """Return how tokens of different sequences lie in one row; None: a row has one sequence."""
+    return getattr(inference_params, "packing", None)
+
+
+def whole_cache(kv: Tensor, inference_params, layer_idx: int) -> Tensor:
+    """Return a layer's cache; make it if there is none and it has rows.
+
+    Args:
+        kv: ``(..., 2, nheads_k, headdim)``.
+
+    Returns:
+        ``(max_batch_size, max_seqlen, 2, nheads_k, headdim)`` or ``(num_blocks, block_size, 2,
+        nheads_k, headdim)``.
+
+    Raises:
+        ValueError: the cache has another shape, dtype or device, or there are no blocks.
+    """
+    caches = inference_params.key_value_memory_dict
+    if layer_idx not in caches:
+        if block_table_of(inference_params) is not None:
+            raise ValueError(
+                "inference_params.block_table needs blocks in key_value_memory_dict, which has "
+                f"none for layer {layer_idx}"
+            )
+        sizes = (inference_params.max_batch_size, inference_params.max_seqlen)
+        caches[layer_idx] = kv.new_empty(*sizes, *kv.shape[-3:])
+    cache = caches[layer_idx]
+    if cache.shape[2:] != kv.shape[-3:] or cache.dtype != kv.dtype or cache.device != kv.device:
+        raise ValueError(
+            f"inference_params.key_value_memory_dict[{layer_idx}] is {tuple(cache.shape)}, "
+            f"{cache.dtype} on {cache.device}, but the layer's keys and values are (..., "
+            f"{', '.join(map(str, kv.shape[-3:]))}), {kv.dtype} on {kv.device}"
+        )
+    return cache
+
+
 def cache_rows(kv: Tensor, inference_params, layer_idx: int) -> Tensor:
-    """Return the rows of a layer's cache that belong to the sequences of ``kv``; make the cache if
+    """Return the part of a layer's cache that belongs to the sequences of ``kv``; make the cache if
     there is none.
 
     Args:
         kv: ``(batch, seqlen, 2, nheads_k, headdim)``.
 
     Returns:
-        ``(batch, max_seqlen, 2, nheads_k, headdim)``, a view.
+        ``(batch, max_seqlen, 2, nheads_k, headdim)``, a view; with ``block_table`` all blocks.
 
     Raises:
         ValueError: the cache has no such rows, another shape, dtype or device.
     """
-    caches = inference_params.key_value_memory_dict
-    if layer_idx not in caches:
-        sizes = (inference_params.max_batch_size, inference_params.max_seqlen)
-        caches[layer_idx] = kv.new_empty(*sizes, *kv.shape[2:])
-    cache, first = caches[layer_idx], inference_params.batch_size_offset
-    name = f"inference_params.key_value_memory_dict[{layer_idx}]"
-    if cache.shape[2:] != kv.shape[2:] or cache.dtype != kv.dtype or cache.device != kv.device:
-        raise ValueError(
-            f"{name} is {tuple(cache.shape)}, {cache.dtype} on {cache.device}, but the layer's "
-            f"keys and values are (..., {', '.join(map(str, kv.shape[2:]))}), {kv.dtype} on "
-            f"{kv.device}"
-        )
+    cache = whole_cache(kv, inference_params, layer_idx)
+    table, first = block_table_of(inference_params), inference_params.batch_size_offset
+    if table is not None:
+        if table.dim() != 2 or len(table) != kv.shape[0]:
+            raise ValueError(
+                f"inference_params.block_table must have a row for each of {kv.shape[0]} "
+                f"sequences, got {tuple(table.shape)}"
+            )
+        return cache
     rows = cache[first : first + kv.shape[0]]
     if rows.shape[0] != kv.shape[0]:
         raise ValueError(
-            f"{name} has {cache.shape[0]} rows: {kv.shape[0]} sequences from batch_size_offset "
-            f"{first} on do not fit"
+            f"inference_params.key_value_memory_dict[{layer_idx}] has {cache.shape[0]} rows: "
+            f"{kv.shape[0]} sequences from batch_size_offset {first} on do not fit"
         )
     return rows
+
+
+def cache_capacity(cache: Tensor, inference_params) -> int:
+    """Return how many tokens of a sequence there is room for in what ``cache_rows`` returned."""
+    table = block_table_of(inference_params)
+    return cache.shape[1] if table is None else cache.shape[1] * table.shape[1]
 
 
 def cached_lengths(batch: int, inference_params) -> Union[int, Tensor]:

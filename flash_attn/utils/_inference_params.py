@@ -53,6 +53,7 @@ class Packing:
         self.cu_seqlens_q = torch.tensor([0, *accumulate(seqlens)], **as_int32)
         self.cu_seqlens_k = torch.tensor([0, *accumulate(ends)], **as_int32)
         self.starts = torch.tensor(starts, **as_int32)
+        self._parts = list(zip((0, *accumulate(seqlens)), seqlens, starts))
         count = torch.tensor(seqlens, device=device)
         total = sum(seqlens)
         self.sequences = torch.arange(len(seqlens), device=device).repeat_interleave(
@@ -61,6 +62,18 @@ class Packing:
         first = (self.starts - self.cu_seqlens_q[:-1]).long()
         self.positions = torch.arange(total, device=device) + first[self.sequences]
         self._slots: dict = {}
+        self._rows: dict[int, Tensor] = {}
+
+    def parts(self) -> list[tuple[int, int, int]]:
+        """Return of each sequence its first new token, their number, and those in the cache."""
+        return self._parts
+
+    def rows(self, first: int) -> Tensor:
+        """Return int32 ``(batch, 1)``: the sequences' rows of a cache from ``first`` on."""
+        if first not in self._rows:
+            rows = torch.arange(len(self.starts), dtype=torch.int32, device=self.starts.device)
+            self._rows[first] = rows[:, None] + first
+        return self._rows[first]
 
     def slots(self, page_size: int, block_table: Tensor) -> Tensor:
         """Return int64 ``(total,)``, each token's place in a cache of ``page_size`` tokens a page
