@@ -22,7 +22,7 @@ def takes_packing(model: nn.Module) -> bool:
     return can and bool(mixers) and all(m.use_flash_attn for m in mixers)
 
 
-def _tokens_from_first(model: nn.Module, tokens: Tensor) -> Tensor:
+def tokens_from_first(model: nn.Module, tokens: Tensor) -> Tensor:
     """Give every process of a tensor-parallel group the tokens that its first one drew."""
     group = getattr(model, "process_group", None)
     if group_size(group) > 1:
@@ -207,7 +207,7 @@ class Decoding:
         else:
             tokens = self._request.sampling(logits, self._seen(logits))
             if not self._request.sampling.is_greedy:
-                tokens = _tokens_from_first(self._model, tokens)
+                tokens = tokens_from_first(self._model, tokens)
             if teacher is not None and self._steps + min(self._prompts.lengths) < teacher.shape[1]:
                 is_taught = self._starts + self._steps < teacher.shape[1]
                 tokens = torch.where(is_taught, self._taught(teacher), tokens)

@@ -7,11 +7,8 @@ num_last_tokens=0)`` and returns an object with ``logits`` ``(batch, seqlen, voc
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Callable, Optional, Union
 
 import torch
@@ -19,6 +16,7 @@ from torch import Tensor, nn
 
 from flash_attn.utils._cuda_graphs import DecodingCGCache, capture_graph, update_graph_cache
 from flash_attn.utils._decoding import Cached, Decoding, assembled
+from flash_attn.utils._generated import DecoderOnlyOutput, as_output, stream_to, timing
 from flash_attn.utils._inference_params import InferenceParams, Packing
 from flash_attn.utils._prompts import Prompts, Request, make_request
 from flash_attn.utils._sampling import (
@@ -28,9 +26,11 @@ from flash_attn.utils._sampling import (
     modify_logits_for_top_p_filtering,
     sample,
 )
+from flash_attn.utils._speculative import checked_lookahead, sample_speculative, speculate
 from flash_attn.utils.distributed import group_size
 
 __all__ = [
+    "DecoderOnlyOutput",
     "DecodingCGCache",
     "GenerationMixin",
     "InferenceParams",
@@ -38,55 +38,14 @@ __all__ = [
     "allocate_inference_cache",
     "capture_graph",
     "decode",
+    "decode_speculative",
     "modify_logits_for_min_p_filtering",
     "modify_logits_for_top_k_filtering",
     "modify_logits_for_top_p_filtering",
     "sample",
+    "sample_speculative",
     "update_graph_cache",
 ]
-
-
-@dataclass
-class DecoderOnlyOutput:
-    """What ``decode`` returns without transformers.
-
-    Attributes:
-        sequences: prompts and new tokens.
-        scores: logits of each new token, ``(batch, vocab)``.
-    """
-
-    sequences: Union[Tensor, list[Tensor]]
-    scores: Optional[tuple[Tensor, ...]] = None
-
-
-def _output(sequences, scores):
-    """Return transformers' output, which is a mapping too, or one like it without transformers."""
-    try:
-        from transformers.generation import GenerateDecoderOnlyOutput
-    except ImportError:
-        return DecoderOnlyOutput(sequences, scores)
-    return GenerateDecoderOnlyOutput(sequences=sequences, scores=scores)
-
-
-@contextmanager
-def _timing(is_enabled: bool, device: torch.device):
-    """Print how long the block took, with what it left to the device."""
-
-    def now() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter()
-
-    start = now() if is_enabled else 0.0
-    yield
-    if is_enabled:
-        print(f"Prompt processing + decoding time: {(now() - start) * 1000:.1f} ms")
-
-
-def _stream_to(streamer, tokens: Tensor) -> None:
-    """Give tokens to an object with ``put``, such as a streamer of transformers, or call it."""
-    if streamer is not None:
-        getattr(streamer, "put", streamer)(tokens.cpu())
 
 
 def _check_group(model: nn.Module, tensor_parallel: int) -> None:
@@ -101,7 +60,7 @@ def _check_group(model: nn.Module, tensor_parallel: int) -> None:
 def _wants_graphs(cg: bool, device: torch.device) -> bool:
     if cg and device.type != "cuda":
         warnings.warn(
-            f"cg=True has no effect on {device.type}: CUDA graphs need a GPU", stacklevel=4
+            f"cg=True has no effect on {device.type}: CUDA graphs need a GPU", stacklevel=2
         )
         return False
     return cg
@@ -117,16 +76,24 @@ def _cached(model, prompts: Prompts, request: Request, cg: bool, cache, tensor_p
         return PagedBatch(model, cache, prompts, request.limits)
     graphs = None
     if _wants_graphs(cg, prompts.device):
-        graphs = update_graph_cache(
-            model,
-            getattr(model, "_decoding_cache", None),
-            len(prompts),
-            prompts.longest,
-            request.max_length,
-            tensor_parallel=tensor_parallel,
-        )
-        model._decoding_cache = graphs
+        graphs = _graphs(model, prompts, request, (1,), tensor_parallel)
     return Cached(model, prompts, request.max_length, graphs)
+
+
+def _graphs(
+    model, prompts: Prompts, request: Request, seqlens: Sequence[int], tensor_parallel: int
+) -> DecodingCGCache:
+    """Return the graphs that a model keeps, made to fit a request."""
+    model._decoding_cache = update_graph_cache(
+        model,
+        getattr(model, "_decoding_cache", None),
+        len(prompts),
+        prompts.longest,
+        request.max_length,
+        seqlens,
+        tensor_parallel=tensor_parallel,
+    )
+    return model._decoding_cache
 
 
 def _decoding(
@@ -155,10 +122,10 @@ def _decode(*call, enable_timing: bool = False, streamer=None, keep_scores: bool
     if hasattr(streamer, "put"):  # a streamer of transformers awaits the prompt first
         streamer.put(prompts.padded(decoding.pad).cpu())
     steps = []
-    with _timing(enable_timing, prompts.device):
+    with timing(enable_timing, prompts.device):
         for step in decoding:
             steps.append(step if keep_scores else step._replace(logits=None))
-            _stream_to(streamer, step.tokens)
+            stream_to(streamer, step.tokens)
     if hasattr(streamer, "end"):
         streamer.end()
     return assembled(prompts, steps, decoding.counts), tuple(step.logits for step in steps)
@@ -227,7 +194,7 @@ def decode(
             cache has room for.
     """
     sampling = Sampling(top_k, top_p, temperature, min_p, repetition_penalty, generator)
-    return _output(
+    return as_output(
         *_decode(
             input_ids,
             model,
@@ -246,6 +213,70 @@ def decode(
             max_new_tokens=max_new_tokens,
         )
     )
+
+
+def decode_speculative(
+    input_ids: Union[Tensor, Sequence[Tensor]],
+    model: nn.Module,
+    model_draft: nn.Module,
+    max_length: Optional[int],
+    speculative_lookahead: int = 3,
+    top_k: int = 1,
+    top_p: float = 0.0,
+    temperature: float = 1.0,
+    eos_token_id: Union[int, Sequence[int], None] = None,
+    vocab_size: Optional[int] = None,
+    tensor_parallel: int = 1,
+    cg: bool = False,
+    enable_timing: bool = False,
+    debug: bool = False,
+    *,
+    min_p: float = 0.0,
+    repetition_penalty: float = 1.0,
+    generator: Optional[torch.Generator] = None,
+    lengths: Optional[Union[Tensor, Sequence[int]]] = None,
+    max_new_tokens: Optional[int] = None,
+    pad_token_id: Optional[int] = None,
+    output_scores: bool = True,
+):
+    """Generate tokens as ``decode`` does, with fewer calls of the model: a small one drafts tokens,
+    and the model looks at them in one call.
+
+    Tokens have the distribution that they have without a draft; greedy ones are the same.
+
+    Args:
+        model_draft: like ``model``, with the same vocabulary.
+        speculative_lookahead: tokens of a draft.
+        debug: whether to print how many drafted tokens were kept.
+        output_scores: whether to return ``scores``.
+
+    The other arguments, the result and what is raised are those of ``decode``. The logits of a
+    sequence that is over are 0.
+    """
+    lookahead = checked_lookahead(speculative_lookahead)
+    prompts = Prompts(input_ids, lengths)
+    sampling = Sampling(top_k, top_p, temperature, min_p, repetition_penalty, generator)
+    options = {"eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
+    options.update(vocab_size=vocab_size, max_new_tokens=max_new_tokens)
+    request = make_request(model, prompts, max_length, sampling, **options)
+    make_request(model_draft, prompts, max_length, sampling, **options)
+    _check_group(model, tensor_parallel)
+    graphs = (None, None)
+    if _wants_graphs(cg, prompts.device):
+        calls = ((model, (1, lookahead + 1)), (model_draft, (1, 2)))
+        graphs = tuple(_graphs(m, prompts, request, n, tensor_parallel) for m, n in calls)
+    with timing(enable_timing, prompts.device):
+        result = speculate(
+            *(model, model_draft, prompts, request, lookahead),
+            graphs=graphs,
+            keep_scores=output_scores,
+        )
+    if debug:
+        print(
+            f"{result.num_calls} calls of the model after the prompt's, {result.num_kept} of "
+            f"{result.num_drafted} drafted tokens kept"
+        )
+    return as_output(result.sequences(prompts.are_one_tensor), result.scores())
 
 
 def allocate_inference_cache(
@@ -320,7 +351,7 @@ class GenerationMixin:
         sequences, scores = _decode(*call, **keeps, **self._with_vocab_size(kwargs))
         if not return_dict_in_generate:
             return sequences
-        return _output(sequences, scores if output_scores else None)
+        return as_output(sequences, scores if output_scores else None)
 
     def stream(
         self,
