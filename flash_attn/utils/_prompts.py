@@ -137,8 +137,12 @@ class Request:
 
 def position_limit(model: nn.Module) -> Optional[int]:
     """Return how many positions a model embeds; None: any."""
-    tables = (getattr(module, "max_position_embeddings", None) for module in model.modules())
-    return min((n for n in tables if isinstance(n, int) and n > 0), default=None)
+    for name in ("max_positions", "max_position_embeddings"):  # a table may have others, too
+        counts = (getattr(module, name, None) for module in model.modules())
+        counts = [n for n in counts if isinstance(n, int) and n > 0]
+        if counts:
+            return min(counts)
+    return None
 
 
 def _limits(prompts: Prompts, max_length, max_new_tokens) -> list[int]:
