@@ -40,6 +40,7 @@ _OPTIONAL = {
     "yarn": ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
     "longrope": ("attention_factor", "factor"),
 }
+LENGTH_DEPENDENT = ("dynamic", "longrope")  # whose frequencies depend on a sequence's length
 _PER_PAIR = ("short_factor", "long_factor")
 _ELSEWHERE = ("rope_type", "type", "rope_theta", "partial_rotary_factor", _ORIGINAL)
 
@@ -166,7 +167,7 @@ class ScaledRotaryEmbedding(RotaryEmbedding):
         """
         check_scaling(scaling, dim)
         self.scaling, self.kind = dict(scaling), _kind(scaling)
-        self.depends_on_length = self.kind in ("dynamic", "longrope")
+        self.depends_on_length = self.kind in LENGTH_DEPENDENT
         self.attention_factor = 1.0
         if self.kind == "yarn":
             self.attention_factor = _yarn_attention_factor(scaling)

@@ -9,6 +9,7 @@ out_proj}``, ``transformer.layers.{i}.mlp.{fc1,fc2}``, ``transformer.layers.{i}.
 from __future__ import annotations
 
 import logging
+import re
 from collections import namedtuple
 from functools import partial
 from typing import Optional
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from flash_attn._arguments import as_int, check_optional, check_tensors
+from flash_attn.models import _gpt2_names
 from flash_attn.models._config import GPTOptions, options_of
 from flash_attn.models._layers import (
     create_block,
@@ -27,6 +29,7 @@ from flash_attn.models._layers import (
     norm_cls,
 )
 from flash_attn.models._layers import init_weights as _init_weights
+from flash_attn.models._tensor_parallel import combine_state_dicts_tp, shard_state_dict_tp
 from flash_attn.modules._kv_cache import cached_lengths
 from flash_attn.modules.block import _fused_norm, _normed
 from flash_attn.modules.embedding import GPT2Embeddings, ParallelGPT2Embeddings
@@ -45,14 +48,60 @@ __all__ = [
     "GPTLMHeadModel",
     "GPTModel",
     "GPTPreTrainedModel",
+    "combine_state_dicts_tp",
     "create_block",
     "create_mixer_cls",
     "create_mlp_cls",
+    "inv_remap_state_dict_hf_gpt2",
+    "inv_remap_state_dict_megatron",
+    "remap_state_dict_hf_gpt2",
+    "remap_state_dict_megatron",
+    "shard_state_dict_tp",
 ]
 
 logger = logging.getLogger(__name__)
 
 CausalLMOutput = namedtuple("CausalLMOutput", ["logits"])
+
+
+def remap_state_dict_hf_gpt2(state_dict, config) -> dict[str, Tensor]:
+    """Convert the state dict of Hugging Face's ``GPT2LMHeadModel`` or ``GPT2Model``.
+
+    Args:
+        state_dict: by their names; it stays as it is.
+        config: of the model.
+
+    Raises:
+        RuntimeError: a name is missing or unknown, or a shape is wrong; the message has it.
+    """
+    return _gpt2_names.gpt2(options_of(config)).to_ours(state_dict)
+
+
+def inv_remap_state_dict_hf_gpt2(state_dict, config) -> dict[str, Tensor]:
+    """Convert a state dict to that of Hugging Face's ``GPT2LMHeadModel``."""
+    return _gpt2_names.gpt2(options_of(config)).to_theirs(state_dict)
+
+
+_MEGATRON = "language_model."
+
+
+def remap_state_dict_megatron(state_dict, config) -> dict[str, Tensor]:
+    """Convert the state dict of Megatron-LM's GPT, whose names may start with ``language_model.``.
+
+    Raises:
+        RuntimeError: a name is missing or unknown, or a shape is wrong; the message has it.
+    """
+    named = {}
+    for name, x in state_dict.items():
+        name = name[len(_MEGATRON) :] if name.startswith(_MEGATRON) else name
+        named[re.sub(r"^transformer\.", "encoder.", name)] = x
+    return _gpt2_names.megatron(options_of(config)).to_ours(named)
+
+
+def inv_remap_state_dict_megatron(state_dict, config) -> dict[str, Tensor]:
+    """Convert a state dict to that of Megatron-LM's GPT, with names from ``language_model.`` on."""
+    theirs = _gpt2_names.megatron(options_of(config)).to_theirs(state_dict)
+    return {_MEGATRON + name: x for name, x in theirs.items()}
 
 
 class GPTPreTrainedModel(nn.Module):
