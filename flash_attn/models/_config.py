@@ -338,5 +338,3 @@ def _check_parallel(options: GPTOptions) -> None:
     for name in ("attn_dwconv", "word_embed_proj_dim", "norm_head", "fused_dense_sqrelu_dense"):
         if getattr(options, name):
             raise _contradiction(options, name, "no process_group")
-    if options.position_embeddings_offset:
-        raise _contradiction(options, "position_embeddings_offset", "no process_group")

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from flash_attn._arguments import as_int, check_optional, check_tensors
 from flash_attn.models import _gpt2_names
+from flash_attn.models._base import GPTPreTrainedModel
 from flash_attn.models._config import GPTOptions, options_of
 from flash_attn.models._layers import (
     create_block,
@@ -34,7 +35,11 @@ from flash_attn.modules._kv_cache import cached_lengths
 from flash_attn.modules.block import _fused_norm, _normed
 from flash_attn.modules.embedding import GPT2Embeddings, ParallelGPT2Embeddings
 from flash_attn.ops.fused_dense import ColumnParallelLinear
-from flash_attn.utils.distributed import all_gather_raw, group_size, sync_shared_params
+from flash_attn.utils.distributed import (
+    all_gather_raw,
+    group_size,
+    sync_shared_params,
+)
 
 try:
     from flash_attn.utils.generation import GenerationMixin
@@ -104,59 +109,6 @@ def inv_remap_state_dict_megatron(state_dict, config) -> dict[str, Tensor]:
     return {_MEGATRON + name: x for name, x in theirs.items()}
 
 
-class GPTPreTrainedModel(nn.Module):
-    """What both models have in common: a configuration, and weights from files."""
-
-    def __init__(self, config, *inputs, **kwargs):
-        """Keep the configuration.
-
-        Args:
-            config: ``transformers.GPT2Config``, or an object with its attributes.
-
-        Raises:
-            ValueError: an attribute is wrong; the message names it and its value.
-        """
-        super().__init__()
-        options_of(config, kwargs.get("process_group"))
-        self.config = config
-
-
-_HEAD, _EMBEDDING = "lm_head.weight", "transformer.embeddings.word_embeddings.weight"
-
-
-def _tie(state_dict: dict) -> None:
-    """Give the head's weight and the embedding, of a model where they are one, each other's."""
-    for name, other in ((_HEAD, _EMBEDDING), (_EMBEDDING, _HEAD)):
-        if name not in state_dict and other in state_dict:
-            state_dict[name] = state_dict[other]
-    head, embedding = state_dict.get(_HEAD), state_dict.get(_EMBEDDING)
-    if head is None or head is embedding or head.shape != embedding.shape:
-        return
-    is_one = head.data_ptr() == embedding.data_ptr() and head.stride() == embedding.stride()
-    if not is_one and not head.is_meta and not torch.equal(head, embedding.to(head)):
-        raise RuntimeError(
-            f"{_HEAD} and {_EMBEDDING} differ in the state dict, but the model has one weight for "
-            "both (config.tie_word_embeddings)"
-        )
-
-
-def check_state_dict(model: nn.Module, state_dict: dict, strict: bool) -> None:
-    """Raise RuntimeError for a state dict that does not fit a model, before anything is loaded."""
-    expected = model.state_dict(keep_vars=True)
-    problems = [
-        f"{name} has shape {tuple(tensor.shape)}, the model's has {tuple(expected[name].shape)}"
-        for name, tensor in state_dict.items()
-        if name in expected and tensor.shape != expected[name].shape
-    ]
-    if strict:
-        problems += [f"{name} is missing" for name in expected if name not in state_dict]
-        problems += [f"{name} is unknown" for name in state_dict if name not in expected]
-    if problems:
-        more = f" and {len(problems) - 8} more" if len(problems) > 8 else ""
-        listed = "; ".join(problems[:8])
-        raise RuntimeError(f"the state dict does not fit {type(model).__name__}: {listed}{more}")
-
-
 def _packed_positions(cu_seqlens: Tensor, total: int) -> Tensor:
     """Return int64 ``(1, total)``, each packed token's place in its sequence."""
     first = cu_seqlens[:-1].long()
@@ -167,6 +119,8 @@ def _packed_positions(cu_seqlens: Tensor, total: int) -> Tensor:
 
 class GPTModel(GPTPreTrainedModel):
     """The model without its head."""
+
+    base_prefix = "transformer."
 
     def __init__(self, config, process_group=None, device=None, dtype=None):
         """Make the model with random weights.
@@ -456,27 +410,6 @@ class GPTLMHeadModel(GPTPreTrainedModel, GenerationMixin):
         """Return the logits of all processes' tokens of the vocabulary."""
         shards, _ = all_gather_raw(logits, self.process_group)
         return torch.cat(shards.chunk(group_size(self.process_group)), -1)
-
-    def load_state_dict(self, state_dict, strict: bool = True, assign: bool = False):
-        """Load parameters; a state dict that does not fit leaves the model as it was.
-
-        Args:
-            state_dict: by the names at the head of this module. Where the head's weight is that of
-                the embedding, one of them is enough.
-            strict: whether names that are missing, or unknown, are an error.
-            assign: whether the model is to have the tensors themselves.
-
-        Returns:
-            ``missing_keys`` and ``unexpected_keys``.
-
-        Raises:
-            RuntimeError: a name is missing or unknown, or a shape is another; the message has it.
-        """
-        state_dict = dict(state_dict)
-        if self.tie_word_embeddings:
-            _tie(state_dict)
-        check_state_dict(self, state_dict, strict)
-        return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
     def forward(
         self,
