@@ -396,9 +396,13 @@ class HeadAttention(nn.Module):
         Returns:
             Of q's shape.
         """
-        if len(q) != 1:
-            raise ValueError(f"inference_params.packing needs tokens (1, total), got {len(q)} rows")
-        packing, q, kv = packing_of(inference_params), q[0], kv[0]
+        packing = packing_of(inference_params)
+        if q.shape[:2] != (1, packing.total):
+            raise ValueError(
+                f"inference_params.packing needs tokens (1, {packing.total}), got "
+                f"{tuple(q.shape[:2])}"
+            )
+        q, kv = q[0], kv[0]
         if self.rotary_emb_dim > 0:
             capacity = whole_cache(kv, inference_params, self.layer_idx).shape[1]
             rotate_packed(self.rotary_emb, q, kv, packing, capacity)

@@ -52,10 +52,6 @@ def append_packed(kv: Tensor, inference_params, layer_idx: int) -> tuple[Tensor,
         ValueError: the tokens do not fit into the cache, or it does not fit ``kv``.
     """
     packing = packing_of(inference_params)
-    if len(kv) != len(packing.positions):
-        raise ValueError(
-            f"inference_params.packing has {len(packing.positions)} tokens, the layer {len(kv)}"
-        )
     cache = whole_cache(kv, inference_params, layer_idx)
     table = block_table_of(inference_params)
     if table is None:

@@ -18,6 +18,7 @@ class Packing:
 
     Attributes:
         cu_seqlens_q: int32 ``(batch + 1,)``, where the new tokens of each sequence start and end.
+        total: number of new tokens.
         max_seqlen_q: the most new tokens of a sequence.
         cu_seqlens_k, max_seqlen_k: the same for the tokens in the cache and the new ones together.
         starts: int32 ``(batch,)``, how many tokens the cache has of each sequence.
@@ -55,7 +56,7 @@ class Packing:
         self.starts = torch.tensor(starts, **as_int32)
         self._parts = list(zip((0, *accumulate(seqlens)), seqlens, starts))
         count = torch.tensor(seqlens, device=device)
-        total = sum(seqlens)
+        self.total = total = sum(seqlens)
         self.sequences = torch.arange(len(seqlens), device=device).repeat_interleave(
             count, output_size=total
         )
