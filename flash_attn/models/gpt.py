@@ -40,13 +40,7 @@ from flash_attn.utils.distributed import (
     group_size,
     sync_shared_params,
 )
-
-try:
-    from flash_attn.utils.generation import GenerationMixin
-except ImportError:  # TODO
-
-    class GenerationMixin: ...
-
+from flash_attn.utils.generation import GenerationMixin
 
 __all__ = [
     "CausalLMOutput",

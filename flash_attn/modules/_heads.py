@@ -333,8 +333,13 @@ class HeadAttention(nn.Module):
                 rotary_interleaved=rotary.interleaved,
             )
         length = cached_lengths(q.shape[0], inference_params)
-        rows = None if rotary.depends_on_length else capacity
-        q, kv = rotary(q, kv, seqlen_offset=length, max_seqlen=rows)
+        if not rotary.depends_on_length:
+            q, kv = rotary(q, kv, seqlen_offset=length, max_seqlen=capacity)
+        elif isinstance(length, Tensor):  # sequences of different lengths: each has its own angles
+            for i, start in enumerate(length.tolist()):
+                rotary(q[i : i + 1], kv[i : i + 1], seqlen_offset=start)
+        else:
+            q, kv = rotary(q, kv, seqlen_offset=length)
         return self._update_kvcache_attention(q, kv, inference_params)
 
     def _kernel_rotates(self, seqlen: int) -> bool:
