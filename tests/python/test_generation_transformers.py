@@ -141,9 +141,7 @@ def test_scores(pair):
     b = theirs.generate(ids, do_sample=False, max_new_tokens=NEW, pad_token_id=0, **options)
     assert torch.equal(a.sequences, b.sequences) and len(a.scores) == len(b.scores)
     # fp32's sums in another order, of logits of about 10.
-    torch.testing.assert_close(
-        torch.stack(a.scores), torch.stack(b.scores), rtol=1e-4, atol=2e-4
-    )
+    torch.testing.assert_close(torch.stack(a.scores), torch.stack(b.scores), rtol=1e-4, atol=2e-4)
 
 
 def test_speculative(pair):
