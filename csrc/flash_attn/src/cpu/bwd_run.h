@@ -87,14 +87,16 @@ inline void store_ds_aux(const Flash_bwd_params& p, int head, const FarRows& far
   p.ds_aux[head] = sum;
 }
 
-inline void zero_dbias(const Bias& x) {
-  for (int64_t b = 0; b < x.b; ++b)
-    for (int64_t h = 0; h < x.h; ++h)
-      for (int64_t i = 0; i < x.rows; ++i) {
-        float* row =
-            static_cast<float*>(x.ptr) + b * x.batch_stride + h * x.head_stride + i * x.row_stride;
-        for (int64_t j = 0; j < x.cols; ++j) row[j * x.col_stride] = 0.f;
-      }
+inline void zero_dbias(const Bias& x, int threads) {
+  parallel_for(x.b * x.h, threads, [&](int64_t i, int) {
+    float* head = static_cast<float*>(x.ptr) + i / x.h * x.batch_stride + i % x.h * x.head_stride;
+    for (int64_t row = 0; row < x.rows; ++row, head += x.row_stride) {
+      if (x.col_stride == 1)
+        std::memset(head, 0, x.cols * sizeof(float));
+      else
+        for (int64_t j = 0; j < x.cols; ++j) head[j * x.col_stride] = 0.f;
+    }
+  });
 }
 
 inline void zero_softmax_d(const Flash_bwd_params& p) {
@@ -110,7 +112,7 @@ inline void zero_softmax_d(const Flash_bwd_params& p) {
 inline bool prepare_bwd(const Flash_bwd_params& p, const BwdPlan& plan, const BwdTile& tile,
                         int threads) {
   zero_softmax_d(p);
-  if (p.dbias.ptr) zero_dbias(p.dbias);
+  if (p.dbias.ptr) zero_dbias(p.dbias, threads);
   const int64_t blocks = (plan.max_rows + tile.rows - 1) / tile.rows;
   bool any_far = false;
   parallel_for(p.b * p.h_k * blocks, threads, [&](int64_t i, int) {

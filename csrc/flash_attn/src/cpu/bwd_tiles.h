@@ -23,7 +23,7 @@
 #pragma once
 
 #include "base/cpu/parallel.h"
-#include "cpu/bwd_weights.h"
+#include "cpu/bwd_modified.h"
 
 namespace flash::cpu::FLASH_ATTN_ISA {
 
@@ -297,13 +297,13 @@ class BwdTilesRunner {
     const int column = key % kBwdBlockKeys / kTileDepth;
     unit.out = {x_.pairs + sub * kTileWords,
                 x_.ds + 2 * sub * Output::kDsRows + column * kTileWords};
+    unit.all_see = unit.rows == kBlockRows && all_see(unit.row[0], unit.row[unit.rows - 1],
+                                                      unit.first_key, unit.first_key + kUnitKeys);
     if (ctx_.modifiers || ctx_.dropout.enabled || any_far_)
-      unit.weighing = Weighing::kModified;
-    else if (all_see(unit.row[0], unit.row[unit.rows - 1], unit.first_key,
-                     unit.first_key + kUnitKeys))
-      unit.weighing = Weighing::kPlain;
+      unit.weighing =
+          any_far_ || !takes_keys(ctx_, unit.first_key) ? Weighing::kRowByRow : Weighing::kModified;
     else
-      unit.weighing = Weighing::kMasked;
+      unit.weighing = unit.all_see ? Weighing::kPlain : Weighing::kMasked;
     return unit;
   }
 
@@ -352,34 +352,69 @@ class BwdTilesRunner {
     } else if (unit.weighing == Weighing::kMasked) {
       SpreadPairs<Terms, Weighing::kMasked> rows(unit, factor, calls);
       f(rows);
+    } else if (unit.weighing == Weighing::kModified) {
+      // Of the loops of one modification only those of the hardware are worth their code.
+      constexpr auto kAny = Tile::kIsSoftware;
+      switch (kAny ? 0 : modifications(ctx_.p)) {
+        case 1:
+          return beside_modified<1>(unit, calls, f);
+        case 2:
+          return beside_modified<2>(unit, calls, f);
+        case 4:
+          return beside_modified<4>(unit, calls, f);
+        case 8:
+          return beside_modified<8>(unit, calls, f);
+        default:
+          return beside_modified<0>(unit, calls, f);
+      }
     } else {
-      ModifiedRows rows{this, &unit, calls};
+      const auto weigh = [&](int i) { weigh_row_by_row(unit, i); };
+      SpreadRows rows{&weigh, calls};
       f(rows);
     }
   }
-  struct ModifiedRows {
+  template <unsigned kKnown, class F>
+  FLASH_INLINE void beside_modified(const Unit& unit, int calls, F f) {
+    const uint8_t* random = x_.random + unit.sub * kBlockRows * kBwdRandomKeys;
+    ModifiedPairs<Terms, kKnown> pairs(ctx_, unit, random + unit.key % kBwdRandomKeys,
+                                       kBwdRandomKeys);
+    const auto weigh = [&](int i) {
+      if ((kKnown == 0 || kKnown == 8) && lacks_random(unit)) draw_random(unit, i);
+      pairs.weigh();
+    };
+    SpreadRows rows{&weigh, calls};
+    f(rows);
+  }
+  // weigh(i) for rows i and i + 16 of a unit, spread over the first `calls` calls.
+  template <class F>
+  struct SpreadRows {
     using StreamsA = void;
-    BwdTilesRunner* runner;
-    const Unit* unit;
+    F* weigh;  // so that it can be assigned
     int calls, due = 0, row = 0;
     FLASH_INLINE void operator()() {
-      for (due += kHalf; due >= calls && row < kHalf; due -= calls)
-        runner->weigh_modified(*unit, row++);
+      for (due += kHalf; due >= calls && row < kHalf; due -= calls) (*weigh)(row++);
     }
   };
 
-  // Dropout's bytes of a unit's rows, for its keys and their neighbours.
-  void draw_random(const Unit& unit) {
-    const int key = unit.key / kBwdRandomKeys * kBwdRandomKeys;
-    if (random_key_[unit.sub] == key) return;
-    random_key_[unit.sub] = key;
-    ctx_.random_bytes(unit.row, unit.rows, {0, kBwdRandomKeys, ctx_.key + key},
-                      x_.random + unit.sub * kBlockRows * kBwdRandomKeys, kBwdRandomKeys);
+  static int random_key(const Unit& unit) { return unit.key / kBwdRandomKeys * kBwdRandomKeys; }
+  FLASH_INLINE bool lacks_random(const Unit& unit) const {
+    return ctx_.dropout.enabled && random_key_[unit.sub] != random_key(unit);
+  }
+  // Dropout's bytes of rows i and i + 16 of a unit, for its keys and their neighbours. The first
+  // unit of these keys draws them.
+  [[gnu::noinline]] void draw_random(const Unit& unit, int i) {
+    const int key = random_key(unit);
+    for (int r = i; r < unit.rows; r += kHalf)
+      ctx_.random_bytes_of(r, unit.row, unit.rows, {0, kBwdRandomKeys, ctx_.key + key},
+                           x_.random + unit.sub * kBlockRows * kBwdRandomKeys, kBwdRandomKeys);
+    if (i == kHalf - 1) random_key_[unit.sub] = key;
   }
 
   // Rows i and i + 16 of a unit; rows beyond the last are 0.
-  [[gnu::noinline]] void weigh_modified(const Unit& unit, int i) {
-    if (ctx_.dropout.enabled && i == 0) draw_random(unit);
+  [[gnu::noinline]] void weigh_row_by_row(const Unit& unit, int i) {
+    if (lacks_random(unit)) draw_random(unit, i);
+    const uint8_t* random =
+        x_.random + (unit.sub * kBlockRows + i) * kBwdRandomKeys + unit.key % kBwdRandomKeys;
     Vec p[2][2], ds[2][2];
     for (int half = 0; half < 2; ++half) {
       const int r = i + half * kHalf;
@@ -387,10 +422,9 @@ class BwdTilesRunner {
       float* dp = s + kUnitScores;
       if (r < unit.rows) {
         const TileColumns t{0, kUnitKeys, unit.first_key};
-        const uint8_t* random = x_.random + (unit.sub * kBlockRows + r) * kBwdRandomKeys;
         ctx_.template softmax_bwd_step<kTerms == 1>(
             unit.row0 + r, unit.row[r], s, dp, t,
-            {x_.cap_slope, random + unit.key % kBwdRandomKeys});
+            {x_.cap_slope, random + half * kHalf * kBwdRandomKeys});
         const KeyRange seen = visible(unit.row[r], t);
         fill_invisible(s, t, seen, 0.f);
         fill_invisible(dp, t, seen, 0.f);

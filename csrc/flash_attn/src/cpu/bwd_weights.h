@@ -107,7 +107,8 @@ struct WeightsOutput {
 enum class Weighing {
   kPlain,     // the products are the scores, and every row sees every key
   kMasked,    // some rows do not
-  kModified,  // by softmax_bwd_step
+  kModified,  // by ModifiedPairs
+  kRowByRow,  // by softmax_bwd_step
 };
 
 // Rows [32 sub, 32 sub + rows) of a block over 32 keys.
@@ -120,6 +121,7 @@ struct BwdUnit {
   const Row* row;
   WeightsOutput<kTerms> out;  // of the first row
   Weighing weighing;
+  bool all_see;  // there are 32 rows, and each sees every key
 };
 
 struct StreamsBOnly {};

@@ -21,6 +21,7 @@ alignas(64) inline constexpr float kPowersOf2[kPowers] = {  // 2^(i / 32)
 // by a degree-2 minimax polynomial with p(0) = 1 (relative error 7e-8): beside a tile unit, and
 // alone, looking 2^(i / 32) up takes less time than two more degrees would, and four would be as
 // accurate.
+template <bool kNormal = false>  // 0 instead of subnormal results
 FLASH_INLINE Vec exp2_bf16(Vec x) {
 #if defined(FLASH_ATTN_SIMD_AVX512)
   constexpr int kDown = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC;
@@ -30,9 +31,13 @@ FLASH_INLINE Vec exp2_bf16(Vec x) {
   const Vec power =
       _mm512_permutex2var_ps(load(kPowersOf2), _mm512_castps_si512(steps), load(kPowersOf2 + 16));
   const Vec p = fma(fma(set1(0.2426557f), f, set1(0.69312364f)), f * power, power);
-  return _mm512_scalef_ps(p, x);  // p 2^floor(x)
+  if constexpr (kNormal)
+    return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, set1(-126.f), _CMP_NLT_UQ), p, x);
+  else
+    return _mm512_scalef_ps(p, x);  // p 2^floor(x)
 #else
-  return exp2(min(set1(128.f), x));
+  x = min(set1(128.f), x);
+  return kNormal ? select(x < -126.f, zero(), exp2(x)) : exp2(x);
 #endif
 }
 

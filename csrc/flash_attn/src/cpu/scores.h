@@ -307,18 +307,22 @@ inline void random_row_bytes(const DropoutLanes& dropout, uint32_t batch_head, i
   }
 }
 
-// The same for successive rows; those 8 queries apart, the first one's query % 16 < 8, share their
-// random numbers.
+// The same for row r of `count` successive rows, and for the one 8 queries after it where both
+// share their random numbers: the first one's query % 16 < 8. Nothing is left to do for such a row.
+inline void random_row_bytes_of(const DropoutLanes& dropout, const RowMap& map, int r,
+                                const Row* rows, int count, const TileColumns& t, uint8_t* bytes,
+                                int64_t ld) {
+  const int apart = 8 * map.group();
+  const Row& row = rows[r];
+  const bool first = row.query % 16 < 8;
+  if (!first && r >= apart) return;
+  uint8_t* const partner = first && r + apart < count ? bytes + (r + apart) * ld : nullptr;
+  random_row_bytes(dropout, map.batch_head(row), row.query, t, bytes + r * ld, partner);
+}
+// For all of them.
 inline void random_rows_bytes(const DropoutLanes& dropout, const RowMap& map, const Row* rows,
                               int count, const TileColumns& t, uint8_t* bytes, int64_t ld) {
-  const int apart = 8 * map.group();
-  for (int r = 0; r < count; ++r) {
-    const Row& row = rows[r];
-    const bool first = row.query % 16 < 8;
-    if (!first && r >= apart) continue;
-    uint8_t* const partner = first && r + apart < count ? bytes + (r + apart) * ld : nullptr;
-    random_row_bytes(dropout, map.batch_head(row), row.query, t, bytes + r * ld, partner);
-  }
+  for (int r = 0; r < count; ++r) random_row_bytes_of(dropout, map, r, rows, count, t, bytes, ld);
 }
 
 // Which of kWidth scores dropout keeps: for select.

@@ -67,6 +67,11 @@ struct TaskContext : HeadDims {
                     int64_t ld) const {
     random_rows_bytes(dropout, map, rows, count, t, bytes, ld);
   }
+  // Row r of them. Later rows may share its numbers: start with the first.
+  void random_bytes_of(int r, const Row* rows, int count, const TileColumns& t, uint8_t* bytes,
+                       int64_t ld) const {
+    random_row_bytes_of(dropout, map, r, rows, count, t, bytes, ld);
+  }
 
   const Params& p;
   const Sequence seq;
