@@ -50,6 +50,38 @@ def check_optional(**tensors) -> None:
             raise wrong_kind(name, x)
 
 
+def check_operands(optional: Optional[dict] = None, /, **tensors) -> None:
+    """Raise for the first argument that an operator cannot read beside the first one.
+
+    Args:
+        optional: tensors that may be None, by their names.
+        tensors: those that may not.
+
+    Raises TypeError for what is no tensor, RuntimeError for a tensor that is not dense, and
+    ValueError for one on another device than the first tensor.
+    """
+    first = None
+    for name, x in (*tensors.items(), *(optional or {}).items()):
+        if x is None and name not in tensors:
+            continue
+        if not isinstance(x, Tensor):
+            raise wrong_kind(name, x)
+        if x.layout is not torch.strided or x.is_nested or x.is_quantized:
+            raise not_dense(name, x)
+        if first is None:
+            first = name, x.device
+        elif x.device != first[1]:
+            raise ValueError(f"{name} must be on {first[0]}'s device, {first[1]}, got {x.device}")
+
+
+def check_dtype(name: str, dtype: Any, choices: tuple) -> None:
+    """Raise for a dtype that is none, or not one of ``choices``."""
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"{name} must be a torch.dtype, got {dtype!r:.80}")
+    if dtype not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {dtype}")
+
+
 def _is_symbolic(x: Any) -> bool:
     """Whether x is a tensor whose value torch traces or maps over: its own error says more."""
     return isinstance(x, Tensor) and (
@@ -107,6 +139,18 @@ def as_int(name: str, x: Any) -> int:
         raise wrong_kind(name, x, "an int or a torch.Tensor") from None
 
 
+def as_int64(name: str, x: Any) -> int:
+    """Return ``as_int`` of what 64 bits hold; raise ValueError for other integers."""
+    x = as_int(name, x)
+    if isinstance(x, int) and x not in _INT64:
+        raise _no_int64(name, x)
+    return x
+
+
+def _no_int64(name: str, x: int) -> ValueError:
+    return ValueError(f"{name} must be an integer of 64 bits, got {x}")
+
+
 def _item(name: str, x: Tensor) -> int:
     try:
         item = x.item()
@@ -159,7 +203,7 @@ def explained(error: Exception, arguments: dict) -> Exception:
             if found is not None:
                 return found
         if isinstance(x, int) and x not in _INT64:
-            return ValueError(f"{name} must be an integer of 64 bits, got {x}")
+            return _no_int64(name, x)
     return _with_dtype(error, arguments)
 
 

@@ -7,6 +7,7 @@ the short way of ``_eager`` to its kernel where nothing asks for torch's dispatc
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Callable, Optional
 
 import torch
@@ -50,8 +51,8 @@ class Fused:
         self.differentiable = backward is not None
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
         for device in ("CPU", "CUDA"):
-            _library.impl(self.name, lambda *args: self.kernel(args), device)
-        _library._register_fake(self.name, fake)
+            _library.impl(self.name, self._kernel_of_dispatcher, device)
+        _library._register_fake(self.name, self._on_one_device(fake))
         self.overload = getattr(torch.ops.flash_attn, self.name).default
         if self.differentiable:
             torch.library.register_autograd(
@@ -91,6 +92,24 @@ class Fused:
                 return self._function(*args)
         except ERRORS as error:
             raise explained(error, dict(zip(self.names, args))) from None
+
+    def _on_one_device(self, fake: Callable) -> Callable:
+        """Return ``fake`` with a check: torch calls it for real tensors beside one on meta, too."""
+
+        def checked(*args):
+            for name, x in zip(self.names, args):
+                if isinstance(x, Tensor) and name != "rng_state" and x.device != args[0].device:
+                    raise ValueError(
+                        f"{name} must be on {self.names[0]}'s device, {args[0].device}, got "
+                        f"{x.device}"
+                    )
+            return fake(*args)
+
+        return checked
+
+    def _kernel_of_dispatcher(self, *args):
+        self.check(args)  # torch lets None pass for a tensor
+        return self.kernel(args)
 
     def record(self, args):
         """Run the kernel so that gradients can follow."""
@@ -149,6 +168,14 @@ def without_derivative(name: str, gradients: tuple) -> tuple:
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return gradients
     return _WithoutDerivative.apply(name, torch.empty(0, requires_grad=True), *gradients)
+
+
+def without_autocast(x: Tensor):
+    """Return a context without autocast on the device of ``x``, which may have none (meta)."""
+    device = x.device.type
+    if not torch.amp.is_autocast_available(device):
+        return nullcontext()
+    return torch.autocast(device, enabled=False)
 
 
 def as_matrix(x: Tensor) -> Tensor:

@@ -64,6 +64,8 @@ def _is_negative(x: Tensor) -> bool:
 def _tables(x: Tensor, *tables: Optional[Tensor]) -> list[Optional[Tensor]]:
     """Return tables of one dtype that the library takes beside x, with contiguous rows."""
     dtypes = {table.dtype for table in tables if table is not None}
+    if not all(dtype.is_floating_point for dtype in dtypes):
+        raise ValueError(f"cos and sin must be floating point, got {', '.join(map(str, dtypes))}")
     dtype = x.dtype if dtypes == {x.dtype} else torch.float32
     tables = (None if table is None else table.to(dtype) for table in tables)
     return [t if t is None or t.stride(-1) == 1 else t.contiguous() for t in tables]
@@ -150,6 +152,16 @@ def parts(qkv: Tensor, num_heads_q: int) -> tuple[Tensor, Tensor, Tensor]:
         qkv: ``(batch, seqlen, 3, nheads, headdim)`` or ``(batch, seqlen, nheads, headdim)``.
         num_heads_q: of the latter; ignored for the former.
     """
+    if qkv.dim() not in (4, 5) or (qkv.dim() == 5 and qkv.shape[2] != 3):
+        raise ValueError(
+            "qkv must be (batch, seqlen, 3, nheads, headdim) or (batch, seqlen, nheads, headdim), "
+            f"got {tuple(qkv.shape)}"
+        )
+    if qkv.dim() == 4 and not 0 < num_heads_q < qkv.shape[2]:
+        raise ValueError(
+            f"num_heads_q must be 1 to {qkv.shape[2] - 1}, fewer than the heads of qkv, got "
+            f"{num_heads_q}"
+        )
     if qkv.dim() == 5:
         return qkv[:, :, 0], qkv[:, :, 1], qkv[:, :, 2]
     num_heads_k = (qkv.shape[2] - num_heads_q) // 2

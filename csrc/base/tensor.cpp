@@ -100,6 +100,7 @@ void check_device_of_q(const Arg& q) {
 }
 
 void check_device(const Arg& x, const Arg& q) {
+  require(x.given(), x.name, " must be given");
   const bool same_type = x.t->device_type == q.t->device_type;
   require(same_type || q.t->device_type != FLASH_ATTN_CUDA, x.name, " must be on CUDA");
   const bool same =

@@ -57,8 +57,8 @@ KeepRule check_dropout(double p_dropout, const Arg& rng_state) {
                         static_cast<uint64_t>(state[1]));
 }
 
-// `like`: a checked matrix of rows rows.
-void check_norm(const flash_attn_norm_args& a, const Arg& like, NormParams& p) {
+// `like`: a checked matrix of rows rows; `out`: the checked matrix of out_rows rows.
+void check_norm(const flash_attn_norm_args& a, const Arg& like, const Arg& out, NormParams& p) {
   if (a.rowscale != nullptr) {
     const TypedMatrix rowscale = check_vector({"rowscale", a.rowscale}, like, {"rows", p.rows});
     p.rowscale = rowscale.ptr;
@@ -68,10 +68,10 @@ void check_norm(const flash_attn_norm_args& a, const Arg& like, NormParams& p) {
   p.colscale = check_columns({"colscale", a.colscale}, like, p.cols);
   p.x0_subset = check_per_sequence({"x0_subset", a.x0_subset}, like, p.rows);
   p.out_subset = check_per_sequence({"out_subset", a.out_subset}, like, p.rows);
-  require(p.x0_subset != nullptr || p.x0_rows == p.rows, "x0 must have ", p.rows, " rows, got ",
+  require(a.x0_subset != nullptr || p.x0_rows == p.rows, "x0 must have ", p.rows, " rows, got ",
           p.x0_rows);
-  require(p.out_subset != nullptr || p.out_rows == p.rows, "out must have ", p.rows, " rows, got ",
-          p.out_rows);
+  require(a.out_subset != nullptr || p.out_rows == p.rows, out.name, " must have ", p.rows,
+          " rows, got ", p.out_rows);
   p.weight = check_columns({"weight", a.weight}, like, p.cols);
   p.bias = check_columns({"bias", a.bias}, like, p.cols);
   p.weight1 = check_columns({"weight1", a.weight1}, like, p.cols);
@@ -98,7 +98,10 @@ void check_subset(const int32_t* subset, const char* name, int64_t rows, int64_t
 
 // `in_place`: whether a result may lie where an input of its shape does.
 void check_overlaps(bool in_place, std::span<const Region> written, std::span<const Region> read) {
-  in_place ? check_written(written, read) : check_distinct(written, read);
+  if (in_place) return check_written(written, read);
+  for (const Region& out : written)
+    if (out.given()) check_no_self_overlap(out);
+  check_distinct(written, read);
 }
 
 bool in_order(const flash_attn_norm_args& norm) {
@@ -165,7 +168,7 @@ FwdParams check(const flash_attn_layer_norm_fwd_args& a) {
   p.x0_rows = x0.size(0);
   p.out_rows = out.size(0);
   p.x0 = check_typed(x0, x0, p.x0_rows, p.cols);
-  check_norm(a.norm, x0, p);
+  check_norm(a.norm, x0, out, p);
   p.x1 = check_optional({"x1", a.x1}, x0, p.rows, p.cols);
   p.residual = check_optional({"residual", a.residual}, x0, p.rows, p.cols);
   p.out = check_typed(out, x0, p.out_rows, p.cols);
@@ -199,7 +202,7 @@ BwdParams check(const flash_attn_layer_norm_bwd_args& a) {
     p.x0_rows = like_x0.size(0);
   }
   p.x = check_typed(x, x, p.rows, p.cols);
-  check_norm(a.norm, x, p);
+  check_norm(a.norm, x, dout, p);
   p.dout = check_typed(dout, x, p.out_rows, p.cols);
   p.dout1 = check_optional({"dout1", a.dout1}, x, p.out_rows, p.cols);
   p.dx = check_optional({"dx", a.dx}, x, p.rows, p.cols);
@@ -217,7 +220,7 @@ BwdParams check(const flash_attn_layer_norm_bwd_args& a) {
   p.dweight1 = check_columns({"dweight1", a.dweight1}, x, p.cols);
   p.dbias1 = check_columns({"dbias1", a.dbias1}, x, p.cols);
   p.dcolscale = check_columns({"dcolscale", a.dcolscale}, x, p.cols);
-  require(!p.dcolscale.given() || p.x0.given(), "x0 must be given where dcolscale is");
+  require(!p.dcolscale.given() || x0.given(), "x0 must be given where dcolscale is");
   check_overlaps(in_order(a.norm) && a.dcolscale == nullptr, written_by(a), read_by(a));
   return p;
 }

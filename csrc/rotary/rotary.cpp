@@ -114,7 +114,7 @@ void check_tables(const flash_attn_rotary_args& a, Params& p) {
   require(p.table_dtype == p.dtype || p.table_dtype == Dtype::kFloat32,
           "cos must have x's dtype or fp32: x has ", dtype_name(x), ", cos ", dtype_name(cos));
   require(cos.size(1) <= p.head_dim / 2, "rotary_dim ", 2 * cos.size(1), " exceeds the head dim ",
-          p.head_dim);
+          p.head_dim, ": it is twice the columns of cos and sin");
   p.rotary_dim = static_cast<int>(2 * cos.size(1));
   p.table_rows = cos.size(0);
   p.q.cos = check_table(cos, cos, x);

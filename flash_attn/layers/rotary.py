@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from flash_attn import _rotary
-from flash_attn._arguments import as_int, check_optional, check_tensors
-from flash_attn.ops.triton.rotary import apply_rotary, check, offsets_of_operator
+from flash_attn._arguments import as_int, check_operands, check_optional, check_tensors, flag
+from flash_attn.ops.triton.rotary import apply_rotary, check, check_written, offsets_of_operator
 
 __all__ = [
     "ApplyRotaryEmb",
@@ -144,12 +144,13 @@ def apply_rotary_emb(
     max_seqlen: Optional[int] = None,
 ) -> Tensor:
     """Turn the pairs of every head; the arguments are those of ``apply_rotary``."""
-    check_tensors(x=x, cos=cos, sin=sin)
+    check_operands(x=x, cos=cos, sin=sin)
     if not _is_for_autograd(cos, sin):
         return ApplyRotaryEmb.apply(
             x, cos, sin, interleaved, inplace, seqlen_offsets, cu_seqlens, max_seqlen
         )
     places = (seqlen_offsets, cu_seqlens, max_seqlen, interleaved)
+    inplace = flag("inplace", inplace)
     if not inplace or _is_compiled_without_gradient(x, cos, sin):
         return apply_rotary(x, cos, sin, *places, inplace)
     return x.copy_(apply_rotary(x.clone(), cos, sin, *places))
@@ -160,6 +161,8 @@ apply_rotary_emb_func = apply_rotary_emb
 
 def _queries_and_keys(qkv: Tensor, num_heads_q: Optional[int]) -> tuple[Tensor, Tensor]:
     """Views (batch, seqlen, nheads, headdim) of the queries and keys of packed qkv."""
+    if num_heads_q is not None:
+        num_heads_q = as_int("num_heads_q", num_heads_q)
     if qkv.dim() == 5 and qkv.shape[2] == 3:
         return qkv[:, :, 0], qkv[:, :, 1]
     if qkv.dim() != 4 or num_heads_q is None:
@@ -168,8 +171,11 @@ def _queries_and_keys(qkv: Tensor, num_heads_q: Optional[int]) -> tuple[Tensor, 
             f"num_heads_k, headdim) with num_heads_q given; got {tuple(qkv.shape)}"
         )
     num_heads_k = (qkv.shape[2] - num_heads_q) // 2
-    if num_heads_k < 1 or num_heads_q + 2 * num_heads_k != qkv.shape[2]:
-        raise ValueError(f"{qkv.shape[2]} heads are not {num_heads_q} + 2 * num_heads_k")
+    if num_heads_q < 1 or num_heads_k < 1 or num_heads_q + 2 * num_heads_k != qkv.shape[2]:
+        raise ValueError(
+            f"{qkv.shape[2]} heads are not {num_heads_q} + 2 * num_heads_k, where num_heads_q is "
+            f"{num_heads_q}"
+        )
     return qkv[:, :, :num_heads_q], qkv[:, :, num_heads_q : num_heads_q + num_heads_k]
 
 
@@ -186,13 +192,15 @@ def _apply_rotary_emb_qkv(
     num_heads_q: Optional[int] = None,
 ) -> Tensor:
     """Turn the queries and keys of packed qkv, without gradient of its own."""
+    interleaved = flag("interleaved", interleaved)
     q, k = _queries_and_keys(qkv, num_heads_q)
+    if inplace:
+        check_written("qkv", qkv)
     tables = ((cos, sin), (cos if cos_k is None else cos_k, sin if sin_k is None else sin_k))
-    if _serves_qkv(qkv, *tables[0], *tables[1], inplace):
-        for x, own in ((q, tables[0]), (k, tables[1])):
-            check(x, *own, seqlen_offsets, None, None)
+    _check_pair(q, *tables[0], *tables[1], seqlen_offsets)
+    if _rotary.serves(qkv, *tables[0], *tables[1], inplace=inplace):
         operator = _rotary.turn_qkv_in_place if inplace else _rotary.turned_qkv
-        options = (bool(interleaved), bool(conjugate), num_heads_q or 0)
+        options = (interleaved, conjugate, q.shape[2] if qkv.dim() == 4 else 0)
         places = offsets_of_operator(seqlen_offsets)
         out = operator(qkv, cos, sin, cos_k, sin_k, *places, *options)
         return qkv if inplace else out
@@ -205,10 +213,15 @@ def _apply_rotary_emb_qkv(
     return qkv
 
 
-def _serves_qkv(qkv: Tensor, cos, sin, cos_k, sin_k, inplace: bool) -> bool:
-    """Whether one operator turns queries and keys."""
-    tables = (cos, sin, cos_k, sin_k)
-    return cos.shape == cos_k.shape and _rotary.serves(qkv, *tables, inplace=inplace)
+def _check_pair(q: Tensor, cos, sin, cos_k, sin_k, offsets) -> None:
+    """Raise for what cannot turn the queries or the keys, before either is."""
+    check(q, cos, sin, offsets, None, None, name="qkv")
+    for name, table in (("cos_k", cos_k), ("sin_k", sin_k)):
+        if table.shape != cos.shape or not table.is_floating_point():
+            raise ValueError(
+                f"{name} must be floating point and have the shape of cos, {tuple(cos.shape)}, got "
+                f"{table.dtype} {tuple(table.shape)}"
+            )
 
 
 class ApplyRotaryEmbQKV_(torch.autograd.Function):
@@ -273,8 +286,9 @@ def apply_rotary_emb_qkv_(
     Returns:
         ``qkv``.
     """
-    check_tensors(qkv=qkv, cos=cos, sin=sin)
-    check_optional(cos_k=cos_k, sin_k=sin_k)
+    check_operands({"cos_k": cos_k, "sin_k": sin_k}, qkv=qkv, cos=cos, sin=sin)
+    if not isinstance(seqlen_offsets, Tensor):
+        seqlen_offsets = as_int("seqlen_offsets", seqlen_offsets)
     options = (interleaved, seqlen_offsets, num_heads_q)
     if not _is_for_autograd(cos, sin, cos_k, sin_k):
         return ApplyRotaryEmbQKV_.apply(qkv, cos, sin, cos_k, sin_k, *options)
@@ -288,6 +302,7 @@ def apply_rotary_emb_qkv_(
     q, k = _queries_and_keys(qkv, num_heads_q)
     cos_k = cos if cos_k is None else cos_k
     sin_k = sin if sin_k is None else sin_k
+    _check_pair(q, cos, sin, cos_k, sin_k, seqlen_offsets)
     apply_rotary_emb(q, cos, sin, interleaved, True, seqlen_offsets)
     apply_rotary_emb(k, cos_k, sin_k, interleaved, True, seqlen_offsets)
     return qkv
@@ -297,6 +312,7 @@ def _keys(kv: Tensor) -> Tensor:
     """View (batch, seqlen, nheads, headdim) of the keys of packed kv."""
     if kv.dim() != 5 or kv.shape[2] != 2:
         raise ValueError(f"kv must be (batch, seqlen, 2, nheads, headdim), got {tuple(kv.shape)}")
+    check_written("kv", kv)
     return kv[:, :, 0]
 
 
@@ -305,7 +321,11 @@ class ApplyRotaryEmbKV_(torch.autograd.Function):
 
     @staticmethod
     def forward(kv, cos, sin, interleaved=False, seqlen_offsets=0):
-        apply_rotary(_keys(kv), cos, sin, seqlen_offsets, interleaved=interleaved, inplace=True)
+        keys = _keys(kv)
+        if not isinstance(seqlen_offsets, Tensor):
+            seqlen_offsets = as_int("seqlen_offsets", seqlen_offsets)
+        check(keys, cos, sin, seqlen_offsets, None, None, name="kv")
+        apply_rotary(keys, cos, sin, seqlen_offsets, interleaved=interleaved, inplace=True)
         return kv
 
     @staticmethod
@@ -338,7 +358,7 @@ def apply_rotary_emb_kv_(
     seqlen_offsets: Union[int, Tensor] = 0,
 ) -> Tensor:
     """Turn the keys of packed kv ``(batch, seqlen, 2, nheads, headdim)`` in place; return kv."""
-    check_tensors(kv=kv, cos=cos, sin=sin)
+    check_operands(kv=kv, cos=cos, sin=sin)
     if not _is_for_autograd(cos, sin):
         return ApplyRotaryEmbKV_.apply(kv, cos, sin, interleaved, seqlen_offsets)
     apply_rotary_emb(_keys(kv), cos, sin, interleaved, True, seqlen_offsets)

@@ -11,7 +11,7 @@ from typing import Optional, Union
 import torch
 from torch import Tensor, nn
 
-from flash_attn._arguments import as_int, check_optional, check_tensors, number
+from flash_attn._arguments import as_int64, check_operands, flag, number
 from flash_attn._fused import without_derivative
 from flash_attn.ops.cross_entropy import Options
 from flash_attn.ops.linear_cross_entropy import losses_and_gradients, sums_in_fp32
@@ -20,11 +20,12 @@ from flash_attn.utils.distributed import group_rank, group_size
 
 __all__ = ["CrossEntropyLoss", "LinearCrossEntropyLoss", "linear_cross_entropy_loss"]
 
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _REDUCTIONS = ("mean", "none", "sum")
 
 
 def _check_reduction(reduction: str) -> None:
-    if reduction not in _REDUCTIONS:
+    if not isinstance(reduction, str) or reduction not in _REDUCTIONS:
         raise NotImplementedError(f"reduction must be one of {_REDUCTIONS}, got {reduction!r}")
 
 
@@ -144,10 +145,21 @@ def _scaled(x: Tensor, factor: Tensor) -> Tensor:
 def _as_autocast(*tensors: Optional[Tensor]) -> list[Optional[Tensor]]:
     """Return tensors in the dtype that autocast gives a linear layer's arguments."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return list(tensors)
     dtype = torch.get_autocast_dtype(device)
     return [None if x is None else x.to(dtype) for x in tensors]
+
+
+def _check_dtypes(hidden: Tensor, weight: Tensor, bias: Optional[Tensor]) -> None:
+    for name, x in (("weight", weight), ("bias", bias)):
+        if x is not None and x.dtype != hidden.dtype:
+            raise ValueError(
+                f"hidden and {name} must have the same dtype where autocast is off, got "
+                f"{hidden.dtype} and {x.dtype}"
+            )
+    if hidden.dtype not in _DTYPES:
+        raise ValueError(f"hidden must be fp16, bf16 or fp32, got {hidden.dtype}")
 
 
 def _check_shapes(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Optional[Tensor]) -> None:
@@ -156,9 +168,6 @@ def _check_shapes(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Optional
             "hidden and weight must be (..., features) and (classes, features), got "
             f"{tuple(hidden.shape)} and {tuple(weight.shape)}"
         )
-    for name, x in (("weight", weight), ("labels", labels), ("bias", bias)):
-        if x is not None and x.device != hidden.device:
-            raise ValueError(f"{name} must be on hidden's device, {hidden.device}, got {x.device}")
     if labels.shape != hidden.shape[:-1]:
         raise ValueError(
             f"labels must have the shape of hidden without the last dimension, "
@@ -208,17 +217,17 @@ def linear_cross_entropy_loss(
     Raises TypeError, ValueError or NotImplementedError for what it cannot take, and RuntimeError
     for labels out of range as ``cross_entropy_loss`` does.
     """
-    check_tensors(hidden=hidden, weight=weight, labels=labels)
-    check_optional(bias=bias)
+    check_operands({"bias": bias}, hidden=hidden, weight=weight, labels=labels)
     _check_reduction(reduction)
     _check_shapes(hidden, weight, labels, bias)
     hidden, weight, bias = _as_autocast(hidden, weight, bias)
+    _check_dtypes(hidden, weight, bias)
     size, rank = group_size(process_group), group_rank(process_group)
     options = Options(
         number("label_smoothing", label_smoothing),
         number("logit_scale", logit_scale),
         number("lse_square_scale", lse_square_scale),
-        as_int("ignore_index", ignore_index),
+        as_int64("ignore_index", ignore_index),
         rank * weight.shape[0],
         size * weight.shape[0],
     )
@@ -234,7 +243,7 @@ def linear_cross_entropy_loss(
         rows,
         None if reduction == "none" else _shares(rows, 1 if divides_later else count),
         torch.is_grad_enabled(),
-        sums_in_fp32(matrix, weight) if sum_in_fp32 is None else sum_in_fp32,
+        sums_in_fp32(matrix, weight) if sum_in_fp32 is None else flag("sum_in_fp32", sum_in_fp32),
         process_group.group_name if size > 1 else "",
         options,
     )

@@ -160,7 +160,8 @@ def _described(x: Tensor) -> str:
 
 
 def check_one_of(name: str, value, choices) -> None:
-    if value not in choices:
+    is_one = isinstance(value, (int, str)) and not isinstance(value, bool) and value in choices
+    if not is_one:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from flash_attn._arguments import check_tensors, flag, is_plain, number
+from flash_attn._arguments import as_int, check_dtype, check_tensors, flag, is_plain, number
 from flash_attn._buffers import new_rng_state, raise_versions
 from flash_attn._fused import Fused, as_matrix
 from flash_attn._library import bind
@@ -32,7 +32,7 @@ _run_backward = bind(
 )
 
 
-_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def _columns(x: Optional[Tensor]) -> Optional[Tensor]:
@@ -47,11 +47,11 @@ def _matrix(x: Optional[Tensor]) -> Optional[Tensor]:
     return None if x is None else as_matrix(x)
 
 
-def _index(x: Optional[Tensor]) -> Optional[Tensor]:
+def _index(name: str, x: Optional[Tensor]) -> Optional[Tensor]:
     if x is None:
         return None
     if x.is_floating_point() or x.is_complex():
-        raise TypeError(f"rows of a subset must be integers, got {x.dtype}")
+        raise TypeError(f"{name} must be integers, got {x.dtype}")
     x = x.reshape(-1)
     if x.dtype == torch.int64:  # what does not fit stays out of range
         x = x.clamp(-1, 2**31 - 1)
@@ -101,7 +101,7 @@ class _Forward(NamedTuple):
     def shape_of_out(self) -> torch.Size:
         if self.out_subset is None:
             return self.shape
-        return torch.Size((self.out_numrows, *self.x0.shape[1:]))
+        return torch.Size((self.out_numrows, self.x0.shape[-1]))
 
     def norm(self, rng_state: Tensor) -> tuple:
         """Return what the library's functions are told alike."""
@@ -109,8 +109,8 @@ class _Forward(NamedTuple):
             _rows(self.rowscale),
             self.rowscale_const,
             _columns(self.colscale),
-            _index(self.x0_subset),
-            _index(self.out_subset),
+            _index("x0_subset", self.x0_subset),
+            _index("out_subset", self.out_subset),
             _columns(self.weight),
             _columns(self.bias),
             _columns(self.weight1),
@@ -441,7 +441,7 @@ def _check_buffer(name: str, buffer: Optional[Tensor], x0: Tensor) -> bool:
     check_tensors(**{name: buffer})
     if buffer.shape != x0.shape:
         raise ValueError(f"{name} must have the shape {tuple(x0.shape)}, got {tuple(buffer.shape)}")
-    return _is_readable(buffer) and buffer.is_contiguous() and buffer.dtype in _DTYPES
+    return _is_readable(buffer) and buffer.is_contiguous() and buffer.dtype in DTYPES
 
 
 def _is_readable(x: Tensor) -> bool:
@@ -488,8 +488,10 @@ def _call_of(
         wants_x: whether the sum is wanted beside the gradients.
         wants_mask: whether what dropout kept is.
     """
-    if x0_subset is None:
-        _check_shapes(x0, x1, residual, rowscale)
+    _check_shapes(x0, x1, residual, rowscale, x0_subset, out_subset)
+    for name, dtype in (("out_dtype", out_dtype), ("residual_dtype", residual_dtype)):
+        if dtype is not None:
+            check_dtype(name, dtype, DTYPES)
     own_dtype = x0.dtype if residual is None else residual.dtype
     residual_dtype = own_dtype if residual_dtype is None else residual_dtype
     call = _Forward(
@@ -509,19 +511,37 @@ def _call_of(
         number("dropout_p", dropout_p),
         flag("is_rms_norm", is_rms_norm),
         flag("zero_centered_weight", zero_centered_weight),
-        out_numrows,
+        _number_of_rows(out_numrows),
         x0.dtype if out_dtype is None else out_dtype,
         residual_dtype,
         False,
         flag("return_dropout_mask", wants_mask),
     )
     x_is_x0 = x1 is None and residual is None and _is_plain(call) and residual_dtype == x0.dtype
-    wants_x = bool(wants_x) or residual_dtype != own_dtype or _wants_gradients(call)
+    wants_x = flag("prenorm", wants_x) or residual_dtype != own_dtype or _wants_gradients(call)
     return call._replace(wants_x=wants_x and not x_is_x0)
 
 
-def _check_shapes(x0: Tensor, x1, residual, rowscale) -> None:
+def _number_of_rows(out_numrows) -> int:
+    out_numrows = as_int("out_numrows", out_numrows)
+    if out_numrows < 0:
+        raise ValueError(f"out_numrows must not be negative, got {out_numrows}")
+    return out_numrows
+
+
+def _check_shapes(x0: Tensor, x1, residual, rowscale, x0_subset, out_subset) -> None:
     """Raise ValueError for summands of another shape than x0, which may have as many rows."""
+    if x0.dim() != 2 and out_subset is not None:
+        raise ValueError(f"x0 with out_subset must be (rows, n), got {tuple(x0.shape)}")
+    if x0_subset is not None:
+        if x0.dim() != 2:
+            raise ValueError(f"x0 with x0_subset must be (x0_numrows, n), got {tuple(x0.shape)}")
+        if residual is not None and residual.shape[-1:] != x0.shape[-1:]:
+            raise ValueError(
+                f"residual must have the columns of x0, {x0.shape[-1:]}, got "
+                f"{tuple(residual.shape)}"
+            )
+        return
     for name, x, shape in (
         ("x1", x1, x0.shape),
         ("residual", residual, x0.shape),

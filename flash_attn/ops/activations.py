@@ -13,7 +13,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from flash_attn._arguments import check_tensors
+from flash_attn._arguments import check_operands
 from flash_attn._fused import Fused, as_matrix, new_like
 from flash_attn._library import bind
 
@@ -47,6 +47,8 @@ _NAMED = {
     "sigmoid": _SIGMOID,
 }
 
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
 _run_forward = bind("activation_fwd", "x bias y activation out")
 _run_backward = bind("activation_bwd", "dout x bias y activation dx dy dbias")
 
@@ -56,7 +58,7 @@ def _optional_matrix(x: Optional[Tensor]) -> Optional[Tensor]:
 
 
 def _vector(x: Optional[Tensor]) -> Optional[Tensor]:
-    return x if x is None or x.dim() == 1 else x.view(1)
+    return x.view(1) if x is not None and x.dim() == 0 else x
 
 
 def _forward_kernel(x, bias, y, activation):
@@ -112,7 +114,7 @@ _forward = Fused(
 
 def _promoted(**tensors: Tensor) -> list[Tensor]:
     """Return tensors of one dtype, as torch's arithmetic would have them."""
-    check_tensors(**tensors)
+    check_operands(**tensors)
     given = list(tensors.values())
     first = given[0]
     for (name, x), other in zip(tensors.items(), given):
@@ -120,17 +122,25 @@ def _promoted(**tensors: Tensor) -> list[Tensor]:
             raise ValueError(
                 f"{name} must have the shape {tuple(first.shape)}, got {tuple(other.shape)}"
             )
-    if all(x.dtype == first.dtype for x in given):
-        return given
     dtype = first.dtype
-    for x in given[1:]:
+    if dtype in _DTYPES and all(x.dtype == dtype for x in given):
+        return given
+    has_float8 = any(_is_float8(x.dtype) for x in given)
+    for x in () if has_float8 else given:
         dtype = torch.promote_types(dtype, x.dtype)
+    if has_float8 or dtype not in _DTYPES:
+        name = next(name for name, x in tensors.items() if x.dtype not in _DTYPES)
+        raise ValueError(f"{name} must be fp16, bf16 or fp32, got {tensors[name].dtype}")
     return [x.to(dtype) for x in given]
+
+
+def _is_float8(dtype: torch.dtype) -> bool:
+    """Which torch promotes to nothing."""
+    return dtype.is_floating_point and dtype.itemsize == 1
 
 
 def _with_bias(bias: Tensor, **tensors: Tensor) -> list[Tensor]:
     """Return the tensors and bias, of one dtype, bias contiguous."""
-    check_tensors(bias=bias)
     *tensors, bias = _promoted(**tensors, bias=bias)
     if tensors[0].shape[-1:] != bias.shape:
         raise ValueError(
@@ -140,7 +150,7 @@ def _with_bias(bias: Tensor, **tensors: Tensor) -> list[Tensor]:
 
 
 def _unary(x: Tensor, activation: int) -> Tensor:
-    check_tensors(x=x)
+    (x,) = _promoted(x=x)
     return _forward(x, None, None, activation)
 
 
@@ -150,7 +160,7 @@ def _unary_bwd(g: Tensor, x: Tensor, activation: int) -> Tensor:
 
 
 def _number_of(activation: str) -> int:
-    if activation in _NAMED:
+    if isinstance(activation, str) and activation in _NAMED:
         return _NAMED[activation]
     raise ValueError(f"activation must be one of {', '.join(_NAMED)}, got {activation!r}")
 

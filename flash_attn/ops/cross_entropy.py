@@ -47,7 +47,12 @@ class Options(NamedTuple):
 
 def _forward_kernel(logits, labels, precomputed_lse, before, *options_and_count):
     losses, z_losses, state = _fake_forward(logits)
+    if before is None and options_and_count[-1] != 0:
+        raise ValueError(f"classes_before must be 0 without before, got {options_and_count[-1]}")
     if before is not None:
+        if before.shape != state.shape:
+            shapes = f"{tuple(state.shape)}, got {tuple(before.shape)}"
+            raise ValueError(f"before must have the shape (rows, 4) = {shapes}")
         state.copy_(before)
     results = state, losses, z_losses
     _run_forward(logits, labels, precomputed_lse, *options_and_count, *results)

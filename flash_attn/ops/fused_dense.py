@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flash_attn._arguments import check_optional, check_tensors
+from flash_attn._arguments import check_operands, flag
 from flash_attn.ops._dense import (
     ACTIVATIONS,
     Tokens,
@@ -129,8 +129,9 @@ def fused_dense_func(
         TypeError: an argument is not a tensor.
         ValueError: shapes do not fit, or dtypes differ where autocast is off.
     """
-    check_tensors(x=x, weight=weight)
-    check_optional(bias=bias)
+    return_residual = flag("return_residual", return_residual)
+    sequence_parallel = flag("sequence_parallel", sequence_parallel)
+    check_operands({"bias": bias}, x=x, weight=weight)
     tokens = Tokens(process_group, sequence_parallel)
     check_input(x, tokens)
     check_layer(x.shape[-1], weight, bias)
@@ -388,8 +389,10 @@ def fused_mlp_func(
         ValueError: shapes do not fit, dtypes differ where autocast is off, or an option is not one
             of those above.
     """
-    check_tensors(x=x, weight1=weight1, weight2=weight2)
-    check_optional(bias1=bias1, bias2=bias2)
+    save_pre_act = flag("save_pre_act", save_pre_act)
+    return_residual = flag("return_residual", return_residual)
+    sequence_parallel = flag("sequence_parallel", sequence_parallel)
+    check_operands({"bias1": bias1, "bias2": bias2}, x=x, weight1=weight1, weight2=weight2)
     tokens = Tokens(process_group, sequence_parallel)
     check_input(x, tokens)
     check_layer(x.shape[-1], weight1, bias1, "1")

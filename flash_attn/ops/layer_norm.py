@@ -13,7 +13,7 @@ from typing import Optional
 import torch
 from torch import Tensor, nn
 
-from flash_attn._arguments import check_optional, check_tensors
+from flash_attn._arguments import check_operands, flag
 from flash_attn.ops._layer_norm import Normed, add_norm
 from flash_attn.ops._layer_norm_by_masks import (
     _dropout_add_layer_norm_backward,
@@ -49,7 +49,8 @@ def maybe_align(x: Tensor, alignment_in_bytes: int = 16) -> Tensor:
 
 
 def _residual_dtype(residual: Optional[Tensor], residual_in_fp32: bool) -> Optional[torch.dtype]:
-    return torch.float32 if residual is None and residual_in_fp32 else None
+    in_fp32 = flag("residual_in_fp32", residual_in_fp32)
+    return torch.float32 if residual is None and in_fp32 else None
 
 
 def _all_kept(x: Optional[Tensor]) -> Optional[Tensor]:
@@ -215,9 +216,8 @@ class DropoutAddLayerNormFn:
         return_dmask=False,
     ):
         """Return out[, the sum][, the mask]."""
-        check_tensors(x0=x0)
-        check_optional(residual=residual, weight=gamma, bias=beta)
-        check_optional(rowscale=rowscale, layerscale=colscale)
+        columns = {"weight": gamma, "bias": beta, "layerscale": colscale}
+        check_operands({"residual": residual, "rowscale": rowscale, **columns}, x0=x0)
         normed = add_norm(
             x0,
             gamma,
@@ -257,9 +257,9 @@ class DropoutAddLayerNormSubsetFn:
         return_dmask=False,
     ):
         """Return out[, the sum][, the mask]."""
-        check_tensors(x0=x0)
-        check_optional(residual=residual, weight=gamma, bias=beta, layerscale=colscale)
-        check_optional(x0_subset=x0_subset, out_subset=out_subset)
+        columns = {"weight": gamma, "bias": beta, "layerscale": colscale}
+        subsets = {"x0_subset": x0_subset, "out_subset": out_subset}
+        check_operands({"residual": residual, **columns, **subsets}, x0=x0)
         normed = add_norm(
             x0,
             gamma,
@@ -300,9 +300,8 @@ class DropoutAddLayerNormParallelResidualFn:
         return_dmask=False,
     ):
         """Return (out0, out1[, the sum][, both masks])."""
-        check_tensors(x0=x0)
-        check_optional(x1=x1, residual=residual, weight0=gamma0, bias0=beta0)
-        check_optional(weight1=gamma1, bias1=beta1)
+        columns = {"weight0": gamma0, "bias0": beta0, "weight1": gamma1, "bias1": beta1}
+        check_operands({"x1": x1, "residual": residual, **columns}, x0=x0)
         normed = add_norm(
             x0,
             gamma0,

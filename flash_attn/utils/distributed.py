@@ -48,10 +48,15 @@ def group_size(process_group) -> int:
     """Return the number of processes over which a layer is spread; None: 1.
 
     Raises:
+        TypeError: it is no process group.
         ValueError: this process is not in the group.
     """
     if process_group is None:
         return 1
+    is_member = process_group is not dist.GroupMember.NON_GROUP_MEMBER
+    if is_member and not isinstance(process_group, dist.ProcessGroup):
+        kind = type(process_group).__name__
+        raise TypeError(f"process_group must be a torch.distributed.ProcessGroup, got {kind}")
     size = dist.get_world_size(process_group)
     if size < 1:
         raise ValueError("process_group must be a group that this process is a member of")

@@ -495,7 +495,7 @@ def change_values(r, t):
 
 
 def change_sign_bit(r, t):
-    if t.dtype.is_complex or t.dtype == torch.bool:
+    if t.dtype.is_complex or t.dtype in (torch.bool, torch.float8_e4m3fn):
         return t
     return torch._neg_view(t)
 

@@ -7,7 +7,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from flash_attn._arguments import as_int, check_optional, check_tensors, flag, number
+from flash_attn._arguments import as_int, check_operands, flag, number
 from flash_attn._fused import as_matrix, without_derivative
 from flash_attn.ops.cross_entropy import Options, gather_states, gradient, losses_and_state
 from flash_attn.utils.distributed import group_rank, group_size
@@ -98,8 +98,7 @@ def cross_entropy_loss(
     Raises RuntimeError for a label out of range: on the CPU at once, naming the row; on CUDA the
     row counts as ignored, and the next call on the device raises.
     """
-    check_tensors(logits=logits, labels=labels)
-    check_optional(precomputed_lse=precomputed_lse)
+    check_operands({"precomputed_lse": precomputed_lse}, logits=logits, labels=labels)
     if precomputed_lse is not None and precomputed_lse.shape not in (
         labels.shape,
         (labels.numel(),),

@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flash_attn._arguments import check_optional, check_tensors
+from flash_attn._arguments import check_operands, flag
 from flash_attn._buffers import maybe_contiguous as maybe_contiguous_lastdim
-from flash_attn.ops._layer_norm import Normed, add_norm, add_norm_into, backward
+from flash_attn._fused import as_matrix, without_autocast
+from flash_attn.ops._layer_norm import DTYPES, Normed, add_norm, add_norm_into, backward
 
 __all__ = [
     "LayerNormFn",
@@ -244,9 +245,9 @@ def _normed(
     residual_out,
     wants_x,
 ) -> Normed:
-    check_tensors(x=x)
-    check_optional(weight=weight, bias=bias, residual=residual, x1=x1, weight1=weight1, bias1=bias1)
-    check_optional(rowscale=rowscale, out=out, residual_out=residual_out)
+    columns = {"weight": weight, "bias": bias, "weight1": weight1, "bias1": bias1}
+    summands = {"residual": residual, "x1": x1, "rowscale": rowscale}
+    check_operands({**columns, **summands, "out": out, "residual_out": residual_out}, x=x)
     if out_dtype is None and out is not None:
         out_dtype = out.dtype
     if residual_out is not None:
@@ -384,7 +385,8 @@ def layer_norm_fn(
         out[, out1][, the sum][, dropout_mask, dropout_mask1]: masks are True where an element was
         kept, and None where there is no dropout or no x1.
     """
-    residual_dtype = torch.float32 if residual is None and residual_in_fp32 else None
+    in_fp32 = flag("residual_in_fp32", residual_in_fp32)
+    residual_dtype = torch.float32 if residual is None and in_fp32 else None
     normed = _normed(
         x,
         weight,
@@ -507,7 +509,9 @@ class RMSNorm(nn.Module):
 def _linear_dtype(x: Tensor) -> torch.dtype:
     """Return the dtype in which autocast wants a linear layer, without it that of x."""
     device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return x.dtype
+    return torch.get_autocast_dtype(device)
 
 
 class LayerNormLinearFn(torch.autograd.Function):
@@ -545,7 +549,7 @@ class LayerNormLinearFn(torch.autograd.Function):
         )
         weight = linear_weight.to(dtype)
         bias = None if linear_bias is None else linear_bias.to(dtype)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             out = F.linear(normed.out, weight, bias)
         ctx.save_for_backward(
             normed.x, norm_weight, norm_bias, linear_weight, normed.mean, normed.rstd
@@ -559,8 +563,8 @@ class LayerNormLinearFn(torch.autograd.Function):
         """Return the gradients of all arguments."""
         x, norm_weight, norm_bias, linear_weight, mean, rstd = ctx.saved_tensors
         eps, prenorm, is_rms_norm, has_residual, dtype, x_dtype = ctx.options
-        dout = dout.to(dtype).reshape(-1, dout.shape[-1])
-        with torch.autocast(x.device.type, enabled=False):
+        dout = as_matrix(dout.to(dtype))
+        with without_autocast(x):
             dy = (dout @ linear_weight.to(dtype)).view(x.shape)
             dx, dnorm_weight, dnorm_bias, dresidual_in, _, _, _, y = _layer_norm_bwd(
                 dy,
@@ -576,7 +580,7 @@ class LayerNormLinearFn(torch.autograd.Function):
                 x_dtype=x_dtype,
                 recompute_output=True,
             )
-            dlinear_weight = dout.t() @ y.reshape(-1, y.shape[-1])
+            dlinear_weight = dout.t() @ as_matrix(y)
         dlinear_bias = None
         if ctx.linear_bias_dtype is not None:
             dlinear_bias = dout.sum(0).to(ctx.linear_bias_dtype)
@@ -591,6 +595,21 @@ class LayerNormLinearFn(torch.autograd.Function):
             None,
             None,
             None,
+        )
+
+
+def _check_linear(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> None:
+    if x.dtype not in DTYPES:
+        raise ValueError(f"x must be fp16, bf16 or fp32, got {x.dtype}")
+    if weight.dim() != 2 or x.shape[-1:] != weight.shape[1:] or not weight.is_floating_point():
+        raise ValueError(
+            f"linear_weight must be floating point (m, n) with x (..., n), got {weight.dtype} "
+            f"{tuple(weight.shape)} and {tuple(x.shape)}"
+        )
+    if bias is not None and (bias.shape != weight.shape[:1] or not bias.is_floating_point()):
+        raise ValueError(
+            f"linear_bias must be floating point ({weight.shape[0]},), got {bias.dtype} "
+            f"{tuple(bias.shape)}"
         )
 
 
@@ -617,8 +636,11 @@ def layer_norm_linear_fn(
     Returns:
         ``(..., m)``, under autocast of its dtype[, the sum].
     """
-    check_tensors(x=x, norm_weight=norm_weight, linear_weight=linear_weight)
-    check_optional(norm_bias=norm_bias, linear_bias=linear_bias, residual=residual)
+    optional = {"norm_bias": norm_bias, "linear_bias": linear_bias, "residual": residual}
+    prenorm = flag("prenorm", prenorm)
+    residual_in_fp32 = flag("residual_in_fp32", residual_in_fp32)
+    check_operands(optional, x=x, norm_weight=norm_weight, linear_weight=linear_weight)
+    _check_linear(x, linear_weight, linear_bias)
     return LayerNormLinearFn.apply(
         x,
         norm_weight,

@@ -8,7 +8,7 @@ from typing import Optional
 import torch.nn.functional as F
 from torch import Tensor
 
-from flash_attn._arguments import check_optional, check_tensors
+from flash_attn._arguments import check_operands, flag
 from flash_attn.ops._dense import check_dtypes, check_input, check_layer, check_one_of
 from flash_attn.ops.triton.k_activations import (
     get_triton_activation_bwd_kernel,
@@ -53,8 +53,8 @@ def triton_linear_act(
         TypeError: an argument is not a tensor.
         ValueError: shapes or dtypes do not fit, or there is no such activation.
     """
-    check_tensors(x=x, weight=weight)
-    check_optional(bias=bias)
+    save_act_input = flag("save_act_input", save_act_input)
+    check_operands({"bias": bias}, x=x, weight=weight)
     check_one_of("activation", activation, _ACTIVATIONS)
     check_input(x)
     check_layer(x.shape[-1], weight, bias)
@@ -86,8 +86,7 @@ def triton_dgrad_act(
         ValueError: shapes or dtypes do not fit, there is no such activation, or it needs
             ``act_input``.
     """
-    check_tensors(grad_output=grad_output, weight=weight)
-    check_optional(act_input=act_input)
+    check_operands({"act_input": act_input}, grad_output=grad_output, weight=weight)
     check_one_of("activation", activation, _ACTIVATIONS)
     if weight.dim() != 2 or grad_output.dim() == 0 or grad_output.shape[-1] != weight.shape[0]:
         raise ValueError(

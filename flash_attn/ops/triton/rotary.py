@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from flash_attn import _rotary
-from flash_attn._arguments import as_int, check_optional, check_tensors, is_plain
+from flash_attn._arguments import as_int, check_operands, flag, is_plain
 
 __all__ = ["apply_rotary"]
 
@@ -22,9 +22,12 @@ _INTEGERS = (torch.int32, torch.int64)
 _transforms_active = torch._C._are_functorch_transforms_active
 
 
-def check(x: Tensor, cos: Tensor, sin: Tensor, offsets, cu_seqlens, max_seqlen) -> None:
-    """Raise TypeError or ValueError for arguments that do not fit each other."""
-    _check_tables(x, cos, sin)
+def check(x: Tensor, cos: Tensor, sin: Tensor, offsets, cu_seqlens, max_seqlen, name="x") -> None:
+    """Raise TypeError or ValueError for arguments that do not fit each other.
+
+    ``name``: of what ``x`` is, or is a part of.
+    """
+    _check_tables(name, x, cos, sin)
     if cu_seqlens is None and x.dim() != 4:
         raise ValueError(f"x must be (batch, seqlen, nheads, headdim), got {tuple(x.shape)}")
     if cu_seqlens is not None:
@@ -45,10 +48,18 @@ def check(x: Tensor, cos: Tensor, sin: Tensor, offsets, cu_seqlens, max_seqlen) 
         )
 
 
-def _check_tables(x: Tensor, cos: Tensor, sin: Tensor) -> None:
-    for name, tensor in (("x", x), ("cos", cos), ("sin", sin)):
-        if not tensor.is_floating_point():
-            raise ValueError(f"{name} must be floating point, got {tensor.dtype}")
+def check_written(name: str, x: Tensor) -> None:
+    """Raise ValueError for a tensor that is expanded: elements of it are one in memory."""
+    if any(n > 1 and step == 0 for n, step in zip(x.shape, x.stride())):
+        raise ValueError(f"{name} must not overlap itself: it is written to")
+
+
+def _check_tables(name: str, x: Tensor, cos: Tensor, sin: Tensor) -> None:
+    for each, tensor in ((name, x), ("cos", cos), ("sin", sin)):
+        if not tensor.is_floating_point() or tensor.element_size() == 1:
+            raise ValueError(
+                f"{each} must be floating point, of 16 bits or more, got {tensor.dtype}"
+            )
     if cos.dim() != 2 or cos.shape != sin.shape:
         raise ValueError(
             f"cos and sin must be (seqlen_ro, rotary_dim / 2), got {tuple(cos.shape)} and "
@@ -56,7 +67,10 @@ def _check_tables(x: Tensor, cos: Tensor, sin: Tensor) -> None:
         )
     if x.dim() == 0 or 2 * cos.shape[1] > x.shape[-1]:
         headdim = x.shape[-1] if x.dim() else None
-        raise ValueError(f"rotary_dim {2 * cos.shape[1]} exceeds the head dim {headdim}")
+        raise ValueError(
+            f"rotary_dim {2 * cos.shape[1]} exceeds the head dim {headdim}: it is twice the "
+            "columns of cos and sin"
+        )
 
 
 def _check_packed(x: Tensor, cu_seqlens: Tensor, max_seqlen) -> None:
@@ -96,6 +110,9 @@ def _rows_at(table: Tensor, positions: Tensor) -> Tensor:
 
 def _packed_rows(cos: Tensor, sin: Tensor, offsets, cu_seqlens: Tensor, total: int):
     """Rows of cos and sin for packed tokens; those after the last sequence are not turned."""
+    if cu_seqlens.shape[0] == 1:
+        rows = cos.new_empty(total, cos.shape[1])
+        return torch.ones_like(rows), torch.zeros_like(rows)
     token = torch.arange(total, device=cu_seqlens.device)
     sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), token, right=True)
     is_used = sequence < cu_seqlens.shape[0] - 1
@@ -171,16 +188,20 @@ def apply_rotary(
             ``max_seqlen``.
         IndexError: a position by a tensor ``seqlen_offsets`` exceeds them.
     """
-    check_tensors(x=x, cos=cos, sin=sin)
-    check_optional(cu_seqlens=cu_seqlens)
-    if not isinstance(seqlen_offsets, Tensor):
+    optional = {"cu_seqlens": cu_seqlens}
+    if isinstance(seqlen_offsets, Tensor):
+        optional["seqlen_offsets"] = seqlen_offsets
+    else:
         seqlen_offsets = as_int("seqlen_offsets", seqlen_offsets)
+    check_operands(optional, x=x, cos=cos, sin=sin)
     if max_seqlen is not None:
         max_seqlen = as_int("max_seqlen", max_seqlen)
+    interleaved, inplace = flag("interleaved", interleaved), flag("inplace", inplace)
+    conjugate = flag("conjugate", conjugate)
     check(x, cos, sin, seqlen_offsets, cu_seqlens, max_seqlen)
     places = (seqlen_offsets, cu_seqlens, max_seqlen)
     if _rotary.serves(x, cos, sin, inplace=inplace):
-        return _turn_by_operator(x, cos, sin, *places, bool(interleaved), inplace, bool(conjugate))
+        return _turn_by_operator(x, cos, sin, *places, interleaved, inplace, conjugate)
     return _turn_by_composition(x, cos, sin, *places[:2], interleaved, inplace, conjugate)
 
 
@@ -200,6 +221,8 @@ def _turn_by_operator(
 
 def _turn_by_composition(x, cos, sin, offsets, cu_seqlens, interleaved, inplace, conjugate):
     rotary_dim = 2 * cos.shape[1]
+    if inplace:
+        check_written("x", x)
     cos, sin = _rows(x, cos, sin, offsets, cu_seqlens)
     dtype = torch.promote_types(x.dtype, torch.float32)
     cos, sin = cos.to(dtype), sin.to(dtype)
@@ -212,5 +235,5 @@ def _turn_by_composition(x, cos, sin, offsets, cu_seqlens, interleaved, inplace,
         return torch.cat((_joined(turned, interleaved).to(x.dtype), rest), -1)
     out = x if inplace else x.clone()
     for target, part in zip(_pairs(out, rotary_dim, interleaved), turned):
-        target.copy_(part)
+        target.copy_(part.to(x.dtype))  # torch loses the sign of a negative view as it casts
     return out
