@@ -22,6 +22,7 @@ import flash_attn
 import flash_attn_2_cuda
 from flash_attn import __main__ as report
 from flash_attn import _library, flash_attn_interface
+from flash_attn.layers.patch_embed import PatchEmbed
 
 API = json.loads((Path(__file__).parent / "data" / "python_api.json").read_text())
 NAMES = [(module, name) for module, names in API.items() for name in names]
@@ -36,6 +37,14 @@ EXTENSION_MODULE = {
 }
 FORWARD_EXTENSIONS = ["s_aux", "attn_bias"]
 BACKWARD_EXTENSIONS = ["dlse", "s_aux", "ds_aux", "attn_bias", "dattn_bias"]
+SAMPLING_EXTENSIONS = [
+    "min_p",
+    "repetition_penalty",
+    "generator",
+    "lengths",
+    "max_new_tokens",
+    "pad_token_id",
+]
 EXTENSIONS = {  # keyword-only parameters that FlashAttention-2 does not have
     "flash_attn_func": FORWARD_EXTENSIONS,
     "flash_attn_kvpacked_func": FORWARD_EXTENSIONS,
@@ -55,10 +64,16 @@ EXTENSIONS = {  # keyword-only parameters that FlashAttention-2 does not have
     "FlashCrossAttention.forward": ["s_aux"],
     "FlashSelfAttention": ["softcap"],
     "FlashSelfAttention.forward": ["s_aux"],
+    "GPTLMHeadModel.forward": ["cu_seqlens", "max_seqlen"],
+    "GPTModel.forward": ["cu_seqlens", "max_seqlen"],
     "MHA": ["head_options"],
     "ParallelMHA": ["head_options"],
     "SelfAttention": ["window_size", "alibi_slopes", "softcap"],
     "SelfAttention.forward": ["s_aux"],
+    "decode": [*SAMPLING_EXTENSIONS, "streamer", "cache"],
+    "decode_speculative": [*SAMPLING_EXTENSIONS, "output_scores"],
+    "sample": ["min_p", "generator"],
+    "sample_speculative": ["min_p", "generator"],
 }
 OPERATORS = (
     "_flash_attn_forward",
@@ -74,7 +89,7 @@ def as_written(parameter):
 
 def expected_parameters(text):
     """The parameters of ``def f(<text>)``."""
-    namespace = {"F": torch.nn.functional, "nn": torch.nn}
+    namespace = {"F": torch.nn.functional, "nn": torch.nn, "torch": torch, "PatchEmbed": PatchEmbed}
     exec(f"def f({text}): pass", namespace)  # the text is a file of this repository
     return [as_written(p) for p in inspect.signature(namespace["f"]).parameters.values()]
 
