@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any, Optional
 
 from flash_attn.layers.scaled_rotary import LENGTH_DEPENDENT
@@ -83,11 +84,17 @@ def _scaling(config, kind: str, parameters: dict) -> dict:
     return scaling
 
 
-def gpt2_config(config, **attributes):
-    """Return ``transformers.GPT2Config`` with these attributes and the tokens of another one."""
-    from transformers import GPT2Config
+class _Config(SimpleNamespace):
+    """Stands for ``transformers.GPT2Config`` where transformers is not installed."""
 
+
+def gpt2_config(config, **attributes):
+    """Return ``transformers.GPT2Config``, or without transformers an object like it, with these
+    attributes and the tokens of another configuration."""
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        if getattr(config, name, None) is not None:
-            attributes.setdefault(name, getattr(config, name))
+        attributes.setdefault(name, getattr(config, name, None))
+    try:
+        from transformers import GPT2Config
+    except ImportError:
+        return _Config(**attributes)
     return GPT2Config(**attributes)

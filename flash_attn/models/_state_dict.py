@@ -168,7 +168,7 @@ class Layout:
         Raises:
             RuntimeError: a name is missing or unknown, or a shape does not fit; the message has it.
         """
-        rest = self._prepared(state_dict)
+        rest = self.prepared(state_dict)
         needed = [name for entry in self.entries for name in entry.theirs]
         known = set(needed)
         problems = [f"{name} is missing" for name in needed if name not in rest]
@@ -195,7 +195,7 @@ class Layout:
             theirs.update(zip(entry.theirs, parts))
         return theirs
 
-    def _prepared(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def prepared(self, state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return it with full names, without what is no parameter, and with the tied head."""
         named = {self.aliases.get(name, name): x for name, x in state_dict.items()}
         if self.prefix and not any(name.startswith(self.prefix) for name in named):
