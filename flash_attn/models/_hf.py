@@ -30,9 +30,12 @@ class _WithoutRandomNumbers(TorchFunctionMode):
     _SKIPPED = (Tensor.normal_, Tensor.uniform_, Tensor.zero_, Tensor.fill_)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func in self._SKIPPED and isinstance(args[0], nn.Parameter):
-            return args[0]
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        is_filling = func in self._SKIPPED or getattr(func, "__module__", "") == "torch.nn.init"
+        target = args[0] if args else kwargs.get("tensor")
+        if is_filling and isinstance(target, nn.Parameter):
+            return target
+        return func(*args, **kwargs)
 
 
 def converted_config(fields: Mapping[str, Any], tokens: Mapping[str, Any]) -> tuple[Any, Family]:
