@@ -130,6 +130,7 @@ PACKAGE = {
 
 # Attributes of this package alone.
 OWN = {
+    "alibi_scale": (1.0, POSITIVE),
     "attn_checkpointing": (False, FLAG),
     "attn_sinks": (False, FLAG),
     "attn_softcap": (0.0, NOT_NEGATIVE),
@@ -283,6 +284,8 @@ def _check_layers(options: GPTOptions) -> None:
 
 
 def _check_rotary(options: GPTOptions) -> None:
+    if options.alibi_scale != 1.0 and not options.use_alibi:
+        raise _contradiction(options, "alibi_scale", "config.use_alibi=True")
     if options.rotary_dim % 2:
         raise ValueError(
             f"config.rotary_emb_fraction ({options.rotary_emb_fraction}) must turn an even part "

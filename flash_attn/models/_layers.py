@@ -115,6 +115,7 @@ def create_mixer_cls(config, layer_idx=None, process_group=None, device=None, dt
             sinks=options.attn_sinks,
             qk_norm=_qk_norm(options, device, dtype),
             rotary_emb=_rotary(options, layer_idx, device),
+            alibi_scale=options.alibi_scale,
         ),
         "device": device,
         "dtype": dtype,

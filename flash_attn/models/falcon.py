@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from flash_attn.models._config import GPTOptions, options_of
-from flash_attn.models._hf_config import activation, gpt2_config, rope, wrong
+from flash_attn.models._hf_config import activation, gpt2_config, rope
 from flash_attn.models._state_dict import (
     WORDS,
     Layout,
@@ -77,6 +77,14 @@ def inv_remap_state_dict_hf_falcon(state_dict, config) -> dict[str, Tensor]:
     return _layout(options_of(config)).to_theirs(state_dict)
 
 
+def _positions(falcon_config) -> dict:
+    """Rotary embedding, or ALiBi, which Falcon adds before it divides scores."""
+    if not falcon_config.alibi:
+        return rope(falcon_config)
+    head_dim = falcon_config.hidden_size // falcon_config.num_attention_heads
+    return {"use_alibi": True, "alibi_scale": head_dim**-0.5}
+
+
 def falcon_config_to_gpt2_config(falcon_config):
     """Return ``transformers.GPT2Config`` of a ``transformers.FalconConfig``.
 
@@ -84,8 +92,6 @@ def falcon_config_to_gpt2_config(falcon_config):
         ValueError: a field has a value that the model here does not have.
     """
     name = "falcon_config"
-    if falcon_config.alibi:
-        raise wrong(name, "alibi", True, "False")
     is_new = falcon_config.new_decoder_architecture
     if is_new:
         n_head_kv = falcon_config.num_kv_heads
@@ -118,5 +124,5 @@ def falcon_config_to_gpt2_config(falcon_config):
         out_proj_bias=bias,
         mlp_fc1_bias=bias,
         mlp_fc2_bias=bias,
-        **rope(falcon_config),
+        **_positions(falcon_config),
     )

@@ -56,6 +56,7 @@ class HeadOptions(NamedTuple):
         before they are turned. Not with ``cross_attn``.
     rotary_emb: in place of the one that MHA makes from its ``rotary_emb_`` arguments. Not with
         ``cross_attn``.
+    alibi_scale: by which the slopes of ``use_alibi`` are multiplied.
     """
 
     head_dim: Optional[int] = None
@@ -63,6 +64,7 @@ class HeadOptions(NamedTuple):
     sinks: bool = False
     qk_norm: Optional[Callable[[int], nn.Module]] = None
     rotary_emb: Optional[RotaryEmbedding] = None
+    alibi_scale: float = 1.0
 
 
 PLAIN_HEADS = HeadOptions()
@@ -158,6 +160,7 @@ class HeadAttention(nn.Module):
         score.update(window_size=window_size, softcap=head_options.softcap)
         if heads.alibi_slopes:
             slopes = torch.tensor(heads.alibi_slopes, dtype=torch.float32, device=device)
+            slopes = slopes * head_options.alibi_scale
             score["alibi_slopes"] = slopes
         self.inner_attn = (FlashSelfAttention if use_flash_attn else SelfAttention)(**score)
         self.inner_cross_attn = (FlashCrossAttention if use_flash_attn else CrossAttention)(**score)

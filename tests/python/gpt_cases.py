@@ -75,7 +75,7 @@ CASES = {
     },
     "alibi": {"n_positions": 0, "use_alibi": True, "activation_function": "silu"},
     "alibi, not a power of two": {
-        "n_positions": 0, "use_alibi": True, "n_head": 6, "n_embd": 48,
+        "n_positions": 0, "use_alibi": True, "n_head": 6, "n_embd": 48, "alibi_scale": 0.5,
         "activation_function": "reglu",
     },
     "opt": {

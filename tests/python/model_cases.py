@@ -46,6 +46,7 @@ class Case(NamedTuple):
     family: str
     module: str
     options: dict[str, Any]
+    attention: str = "eager"
 
 
 CASES = {
@@ -88,6 +89,12 @@ CASES = {
         "falcon",
         {**_SIZES, **_TOKENS, "multi_query": False, "parallel_attn": False, "bias": True},
     ),
+    "falcon, alibi": Case(
+        "Falcon",
+        "falcon",
+        {**_SIZES, **_TOKENS, "alibi": True, "multi_query": False, "parallel_attn": False},
+        "sdpa",  # transformers' eager attention adds the biases twice
+    ),
     "opt": Case(
         "OPT",
         "opt",
@@ -129,7 +136,9 @@ def hf_model(case: Case, scale: float = 0.2):
     """Return the model of transformers in fp32, with weights that make logits of about 1."""
     torch.manual_seed(0)
     config = getattr(transformers, f"{case.family}Config")(**case.options)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, attn_implementation=case.attention
+    )
     model.eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -103,7 +103,7 @@ DEFAULTS = {
     "layer_norm_epsilon": 1e-5, "scale_attn_weights": True, "query_pre_attn_scalar": None,
     "scale_attn_by_inverse_layer_idx": False, "attn_softcap": 0.0, "attn_sinks": False,
     "qk_norm": False, "window_size": (-1, -1), "sliding_window": None, "layer_types": None,
-    "use_alibi": False, "rotary_emb_fraction": 0.0, "rotary_emb_base": 10000.0,
+    "use_alibi": False, "alibi_scale": 1.0, "rotary_emb_fraction": 0.0, "rotary_emb_base": 10000.0,
     "rotary_emb_interleaved": False, "rotary_emb_scaling": None, "rotary_emb_local_base": None,
     "attn_dwconv": False, "activation_function": "gelu_new", "mup_width_scale": 1.0,
     "mup_embeddings_multiplier": 1.0, "mup_output_multiplier": 1.0, "mup_attn_multiplier": 1.0,
@@ -218,7 +218,7 @@ class PlainGPT:
         seqlen = x.shape[1]
         if self["use_alibi"]:
             place = torch.arange(seqlen)
-            slopes = alibi_slopes(heads).to(x.dtype)
+            slopes = alibi_slopes(heads).to(x.dtype) * self["alibi_scale"]
             scores = scores - slopes[:, None, None] * (place[:, None] - place).abs()
         weights = scores.masked_fill(self.hidden(seqlen, i), -math.inf).exp()
         total = weights.sum(-1, keepdim=True)

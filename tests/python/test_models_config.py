@@ -86,6 +86,7 @@ CONTRADICTIONS = [
         {**LLAMA, "position_embeddings_offset": 2},
         r"config\.position_embeddings_offset \(2\) needs config\.n_positions above 0",
     ),
+    ({"alibi_scale": 0.5}, r"config\.alibi_scale \(0\.5\) needs config\.use_alibi=True"),
     ({"parallel_block": True, "prenorm": False}, r"parallel_block \(True\) needs .*prenorm=True"),
     ({"residual_in_fp32": True, "prenorm": False}, r"residual_in_fp32 \(True\) needs .*prenorm"),
     ({"parallel_block_tied_norm": True}, r"tied_norm \(True\) needs config\.parallel_block=True"),

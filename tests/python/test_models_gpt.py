@@ -62,10 +62,11 @@ def test_cache_step_by_step(case):
     assert_close(torch.cat(parts, 1), whole)
 
 
+@pytest.mark.parametrize("use_flash_attn", [True, False])
 @pytest.mark.parametrize("case", ["gpt2", "llama", "gemma", "sinks", "alibi", "opt", "gptj"])
 @torch.inference_mode()
-def test_sequences_of_different_lengths_in_the_cache(case):
-    model, ids = model_of(case), token_ids(BATCH, SEQLEN)
+def test_sequences_of_different_lengths_in_the_cache(case, use_flash_attn):
+    model, ids = model_of(case, use_flash_attn=use_flash_attn), token_ids(BATCH, SEQLEN)
     whole, lengths = model(ids).logits, [5, 8]
     cache = params(key_value_memory_dict=model.allocate_inference_cache(BATCH, SEQLEN))
     model(ids[:, :8], inference_params=cache)  # of the first row the last three are overwritten

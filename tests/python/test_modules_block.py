@@ -354,6 +354,8 @@ class Scaled(torch.nn.Module):
 
 
 def test_bad_options():
+    with pytest.raises(ValueError, match="post_norm_cls needs prenorm=True"):
+        Block(DIM, prenorm=False, post_norm_cls=torch.nn.LayerNorm)
     with pytest.raises(ValueError, match="residual_in_fp32 needs prenorm=True"):
         make(prenorm=False, residual_in_fp32=True)
     with pytest.raises(ValueError, match="p must be a probability, got 2"):

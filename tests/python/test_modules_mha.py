@@ -12,12 +12,14 @@ from small_cases import assert_all_close, int32, randn
 
 from flash_attn import flash_attn_interface
 from flash_attn.bert_padding import pad_input, unpad_input
+from flash_attn.layers.rotary import RotaryEmbedding
 from flash_attn.modules import mha
 from flash_attn.modules.mha import (
     MHA,
     CrossAttention,
     FlashCrossAttention,
     FlashSelfAttention,
+    HeadOptions,
     LinearResidual,
     ParallelMHA,
     SelfAttention,
@@ -704,3 +706,46 @@ def test_parallel_mha_alone_is_mha(name, flash):
 def test_bad_calls_of_parallel_mha(x, call, sentence):
     with pytest.raises(ValueError, match=sentence):
         ParallelMHA(DIM, HEADS, None, use_flash_attn=True)(x, **call)
+
+
+@pytest.mark.parametrize(
+    ("options", "head_options", "sentence"),
+    [
+        (
+            {"cross_attn": True},
+            HeadOptions(qk_norm=torch.nn.LayerNorm),
+            r"head_options\.qk_norm must be None with cross_attn",
+        ),
+        (
+            {"cross_attn": True},
+            HeadOptions(rotary_emb=RotaryEmbedding(8)),
+            r"head_options\.rotary_emb must be None with cross_attn",
+        ),
+        ({}, HeadOptions(head_dim=0), r"head_options\.head_dim must be positive, got 0"),
+        ({}, HeadOptions(rotary_emb=RotaryEmbedding(16)), "at most the head dim 8, got 16"),
+    ],
+)
+def test_head_options_that_do_not_go_together(options, head_options, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        MHA(32, 4, head_options=head_options, **options)
+
+
+def test_sinks_and_softcap_of_cross_attention():
+    """Through the kernels as by torch operations."""
+    torch.manual_seed(0)
+    options = {
+        "cross_attn": True,
+        "head_options": HeadOptions(head_dim=12, softcap=2.0, sinks=True),
+    }
+    modules = [MHA(32, 4, use_flash_attn=flash, **options) for flash in (True, False)]
+    assert modules[0].Wq.weight.shape == (48, 32)
+    with torch.no_grad():
+        modules[0].sinks.normal_()
+    modules[1].load_state_dict(modules[0].state_dict())
+    x, x_kv = torch.randn(2, 5, 32), torch.randn(2, 9, 32)
+    for module in modules:
+        module.out = module(x, x_kv)
+        module.out.square().sum().backward()
+    torch.testing.assert_close(modules[0].out, modules[1].out, atol=1e-5, rtol=1e-4)
+    for first, second in zip(*(module.parameters() for module in modules)):
+        torch.testing.assert_close(first.grad, second.grad, atol=1e-4, rtol=1e-4)
