@@ -197,7 +197,7 @@ class VisionTransformer(nn.Module):
         places = self.patch_embed.num_patches + (0 if no_embed_class else self.num_prefix_tokens)
         self.pos_embed = nn.Parameter(torch.randn(1, places, embed_dim) * 0.02)
         self.norm_pre = norm_layer(embed_dim) if pre_norm else nn.Identity()
-        drop_path = torch.linspace(0, drop_path_rate, depth).tolist()
+        drop_path = [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
         self.dropout, self.drop_path = nn.Dropout(drop_rate), StochasticDepth(drop_path[-1])
         self.blocks = nn.ModuleList(
             create_block(
