@@ -51,10 +51,9 @@ def _remade(model, cache: DecodingCGCache, batch_size: int, max_seqlen: int, dev
         key_value_memory_dict=memory,
         lengths_per_sample=lengths,
     )
-    cache.mempool = torch.cuda.graphs.graph_pool_handle()
+    cache.mempool = torch.cuda.graph_pool_handle()
 
 
-@torch.inference_mode()
 def update_graph_cache(
     model: nn.Module,
     cache: Optional[DecodingCGCache],
@@ -85,8 +84,7 @@ def update_graph_cache(
     cache = DecodingCGCache() if cache is None else cache
     parameter = next(iter(model.parameters()))
     device, dtype = parameter.device, dtype or parameter.dtype
-    if device.type != "cuda":
-        raise ValueError(f"CUDA graphs need the model on a GPU, it is on {device}")
+    _check_device(device)
     is_too_small = batch_size > cache.max_batch_size or max_seqlen > cache.max_seqlen
     if (device, dtype) != (cache.device, cache.dtype) or is_too_small:
         _remade(model, cache, batch_size, max_seqlen, device, dtype)
@@ -108,6 +106,30 @@ def update_graph_cache(
     cache.run = run
     cache.inference_params.reset(cache.max_seqlen, batch_size)
     return cache
+
+
+def _captured(
+    function: Callable[[], Tensor], device: torch.device, mempool, n_warmups: int
+) -> tuple[Tensor, Callable[[], None]]:
+    """Return a function's result, and what computes it anew into the same memory."""
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        for _ in range(max(n_warmups, 1)):
+            function()
+        stream.synchronize()
+        if torch.distributed.is_initialized():  # no process may capture while another warms up
+            torch.distributed.barrier()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=mempool):
+        result = function()
+    return result, graph.replay
+
+
+def _check_device(device: torch.device) -> None:
+    if device.type != "cuda":
+        raise ValueError(f"CUDA graphs need the model on a GPU, it is on {device}")
 
 
 def capture_graph(
@@ -140,6 +162,7 @@ def capture_graph(
     params.seqlen_offset = max_seqlen - decoding_seqlen
     params.lengths_per_sample[:] = params.seqlen_offset
 
+    @torch.inference_mode()
     def logits_of_call() -> Tensor:
         return model(
             input_ids,
@@ -148,25 +171,14 @@ def capture_graph(
             num_last_tokens=decoding_seqlen,
         ).logits
 
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        for _ in range(max(n_warmups, 1)):
-            logits_of_call()
-        stream.synchronize()
-        if torch.distributed.is_initialized():  # no process may capture while another warms up
-            torch.distributed.barrier()
-    torch.cuda.current_stream(device).wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=mempool):
-        logits = logits_of_call()
+    logits, replay = _captured(logits_of_call, device, mempool, n_warmups)
     params.seqlen_offset = offset
 
     def run(new_input_ids: Tensor, new_position_ids: Tensor, seqlen: Union[int, Tensor]) -> Tensor:
         params.lengths_per_sample[:batch_size] = seqlen
         input_ids.copy_(new_input_ids)
         position_ids.copy_(new_position_ids)
-        graph.replay()
+        replay()
         return logits.clone()
 
     return run
