@@ -13,6 +13,7 @@ from typing import Any, Optional, Union
 import torch.distributed as dist
 from torch import Tensor
 
+from flash_attn._arguments import as_int
 from flash_attn.models._config import FIELDS, options_of
 from flash_attn.models._hf import converted_config
 from flash_attn.models._hf_families import Family
@@ -43,6 +44,9 @@ _FREE = {
     "use_flash_attn",
 }
 
+_ONE_FILE = "model.safetensors"
+
+# Files of weights that a folder may have, by this or another library.
 _WEIGHTS = (
     "model*.safetensors",
     "pytorch_model*.bin",
@@ -112,13 +116,37 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _write(folder: Path, fields, tokens, state_dict: dict[str, Tensor], max_shard_size) -> None:
-    from huggingface_hub import save_torch_state_dict
+def _shards(state_dict: Mapping[str, Tensor], max_shard_bytes: int) -> list[list[str]]:
+    """Return the names that go into each file, in their order; a tensor is never divided."""
+    shards, free = [], 0
+    for name, x in state_dict.items():
+        size = x.numel() * x.element_size()
+        if size > free:
+            shards.append([])
+            free = max_shard_bytes
+        shards[-1].append(name)
+        free -= size
+    return shards
 
+
+def _write_weights(folder: Path, state_dict: Mapping[str, Tensor], max_shard_bytes: int) -> None:
+    from safetensors.torch import save_file
+
+    shards, weight_map = _shards(state_dict, max_shard_bytes), {}
+    for i, names in enumerate(shards, 1):
+        file = f"model-{i:05}-of-{len(shards):05}.safetensors" if len(shards) > 1 else _ONE_FILE
+        save_file({n: state_dict[n] for n in names}, folder / file, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(names, file))
+    if len(shards) > 1:
+        total = sum(x.numel() * x.element_size() for x in state_dict.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        _write_json(folder / f"{_ONE_FILE}.index.json", index)
+
+
+def _write(folder: Path, fields, tokens, state_dict, max_shard_bytes: int) -> None:
     _write_json(folder / "config.json", fields)
     _write_json(folder / "generation_config.json", tokens)
-    metadata = {"format": "pt"}
-    save_torch_state_dict(state_dict, folder, max_shard_size=max_shard_size, metadata=metadata)
+    _write_weights(folder, state_dict, max_shard_bytes)
 
 
 def _move(written: Path, folder: Path) -> None:
@@ -170,7 +198,7 @@ def to_hf(
     *,
     config=None,
     state_dict: Optional[Mapping[str, Tensor]] = None,
-    max_shard_size: Union[int, str] = "5GB",
+    max_shard_bytes: int = 5 * 10**9,
 ) -> None:
     """Write a model as a folder that transformers loads: ``config.json``,
     ``generation_config.json`` and weights in safetensors files.
@@ -185,7 +213,7 @@ def to_hf(
         config: ``transformers`` configuration or the fields of its ``config.json``, with
             ``model_type``; None: those of the folder that the model comes from.
         state_dict: of the whole model, in place of its own, such as an average of weights.
-        max_shard_size: bytes of a file, or a text such as "5GB".
+        max_shard_bytes: of a file, of which there are as many as it takes, with an index.
 
     Raises:
         ValueError: ``config`` is missing, of an unknown kind, or not that of the model; the message
@@ -194,6 +222,8 @@ def to_hf(
     """
     if not isinstance(model, GPTLMHeadModel):
         raise TypeError(f"model must be a GPTLMHeadModel, got {type(model).__name__}")
+    if as_int("max_shard_bytes", max_shard_bytes) < 1:
+        raise ValueError(f"max_shard_bytes must be positive, got {max_shard_bytes}")
     fields = _fields_of(model, config)
     converted, family = converted_config(fields, {})
     _check_same(model, converted)
@@ -211,6 +241,6 @@ def to_hf(
         written = {**fields, "model_type": model_type_of(fields), name: str(dtype)[6:]}
         tokens = {n: getattr(model.config, n, None) for n in TOKENS}
         tokens = {n: value for n, value in tokens.items() if value is not None}
-        _save(Path(folder), written, tokens, theirs, max_shard_size)
+        _save(Path(folder), written, tokens, theirs, max_shard_bytes)
 
     _by_first(model.process_group, save)
