@@ -6,7 +6,7 @@ from types import SimpleNamespace
 from typing import Any, Optional
 
 from flash_attn.layers.scaled_rotary import LENGTH_DEPENDENT
-from flash_attn.models._config import ACTIVATIONS
+from flash_attn.models._config import ACTIVATIONS, options_of
 
 _ORIGINAL = "original_max_position_embeddings"
 
@@ -90,11 +90,17 @@ class _Config(SimpleNamespace):
 
 def gpt2_config(config, **attributes):
     """Return ``transformers.GPT2Config``, or without transformers an object like it, with these
-    attributes and the tokens of another configuration."""
+    attributes and the tokens of another configuration.
+
+    Raises:
+        ValueError: an attribute is wrong; the message names it and its value.
+    """
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         attributes.setdefault(name, getattr(config, name, None))
+    config = _Config(**attributes)
+    options_of(config)  # before transformers raises something else
     try:
         from transformers import GPT2Config
     except ImportError:
-        return _Config(**attributes)
+        return config
     return GPT2Config(**attributes)

@@ -101,13 +101,44 @@ def _check_rope(kind: str, fields: Mapping[str, Any]) -> None:
                 )
 
 
+# Which may be null where their default is something else.
+_NULLABLE = {
+    *TOKENS,
+    "attention_dropout",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "head_dim",
+    "hidden_act",
+    "hidden_activation",
+    "num_key_value_heads",
+    "rope_local_base_freq",
+    "sliding_window",
+    "use_bidirectional_attention",
+}
+
+
+def _check_types(kind: str, fields: Mapping[str, Any]) -> None:
+    """Raise ValueError for a field that is not of the type of its default."""
+    for name, default in DEFAULTS[kind].items():
+        value = fields.get(name, default)
+        if default is None or name in TOKENS or (value is None and name in _NULLABLE):
+            continue
+        types = (int, float) if isinstance(default, float) else (type(default),)
+        is_number = not isinstance(default, (bool, str))
+        if not isinstance(value, types) or (is_number and isinstance(value, bool)):
+            expected = " or ".join(one.__name__ for one in types)
+            raise ValueError(f"config.json's {name} must be {expected}, got {value!r:.80}")
+
+
 def config_of(fields: Mapping[str, Any]) -> HFConfig:
     """Return the configuration that the fields of a ``config.json`` say.
 
     Raises:
-        ValueError: the kind of model, or the kind of its rotary embedding's scaling, is unknown.
+        ValueError: the kind of model, or of its rotary embedding's scaling, is unknown, or a field
+            is of another type.
     """
     kind = model_type_of(fields)
+    _check_types(kind, fields)
     _check_rope(kind, fields)
     given = {**fields, "model_type": kind}
     if kind == "gpt_neox" and "rotary_emb_base" in given:
