@@ -38,6 +38,7 @@ struct BwdTilesScratch {
   float* units;            // two of S and dP, [32][kUnitKeys] each
   float* lse;              // [tile.rows]: what to add to exponents; behind it what to take from dP
   Row* rows;               // [tile.rows]
+  uint8_t* begun;          // [keys / 32]: columns whose dk and dv hold sums
   float* cap_slope;        // [kUnitKeys]
   uint8_t* random;         // [tile.rows][kBwdRandomKeys], with dropout
   uint8_t *spoilt_q, *spoilt_dout, *spoilt_k;
@@ -91,6 +92,7 @@ class BwdTilesRunner {
     x.staging = carve_staging(c, kTerms, dims.largest_pad());
     x.cap_slope = c.take<float>(kUnitKeys);
     x.rows = c.take<Row>(kRows);
+    x.begun = c.take<uint8_t>(tile.keys / kUnitKeys);
     x.random = c.take<uint8_t>(p.p_dropout > 0.f ? kRows * kBwdRandomKeys : 0);
     x.spoilt_q = c.take<uint8_t>(kRows);
     x.spoilt_dout = c.take<uint8_t>(kRows);
@@ -112,9 +114,10 @@ class BwdTilesRunner {
   void run() {
     Tile::configure();
     pack_chunk();
-    std::memset(x_.dk, 0, sizeof(float) * ctx_.tile.keys * ctx_.d_pad);
-    std::memset(x_.dv, 0, sizeof(float) * ctx_.tile.keys * ctx_.d_v_pad);
+    std::memset(x_.begun, 0, ctx_.tile.keys / kUnitKeys);
     ctx_.for_blocks([&](const RowBlock& block) { attend(block); });
+    for (int column = 0; column * kUnitKeys < ctx_.keys; ++column)
+      if (!x_.begun[column]) clear_sums(column);
     store_transposed(x_.dk, ctx_.p.dk, ctx_.d, ctx_.p.scale_softmax);
     store_transposed(x_.dv, ctx_.p.dv, ctx_.d_v, 1.f);
     Tile::release();
@@ -203,6 +206,14 @@ class BwdTilesRunner {
     return all_finite;
   }
 
+  void clear_sums(int column) const {
+    std::memset(dk(column), 0, sizeof(float) * kUnitKeys * ctx_.d_pad);
+    std::memset(dv(column), 0, sizeof(float) * kUnitKeys * ctx_.d_v_pad);
+  }
+  // Sums of 32 keys.
+  float* dk(int column) const { return x_.dk + int64_t{column} * kUnitKeys * ctx_.d_pad; }
+  float* dv(int column) const { return x_.dv + int64_t{column} * kUnitKeys * ctx_.d_v_pad; }
+
   void attend(const RowBlock& block) {
     load_rows(block);
     bool waiting = true;
@@ -216,6 +227,10 @@ class BwdTilesRunner {
       waiting = false;
       add_dq_block(block, first);
     }
+    for (int sub = 0; sub < subs(block.rows); ++sub)
+      if (!dq_begun_[sub])
+        std::memset(ctx_.dq_row(block.row0 + sub * kBlockRows), 0,
+                    sizeof(float) * kBlockRows * ctx_.d_pad);
     ctx_.end_turn(block, [&](int row) { return dq_row(block, row - block.row0); });
   }
 
@@ -252,9 +267,7 @@ class BwdTilesRunner {
 
   void take_turn(const RowBlock& block) {
     ctx_.wait_for_turn(block);
-    if (ctx_.is_first(block))
-      std::memset(ctx_.dq_row(block.row0), 0,
-                  sizeof(float) * round_up(block.rows, kBlockRows) * ctx_.d_pad);
+    for (bool& begun : dq_begun_) begun = !ctx_.is_first(block);
   }
 
   static int subs(int rows) { return (rows + kBlockRows - 1) / kBlockRows; }
@@ -443,31 +456,32 @@ class BwdTilesRunner {
     const int column = last.key / kUnitKeys, others = seeing.end - seeing.begin - 1;
     const Packed p{x_.pairs, Output::kPairsTerm, kDepth};
     const Packed ds{x_.pairs + Output::ds_pairs(), Output::kPairsTerm, kDepth};
-    float* dv = x_.dv + int64_t{column} * kUnitKeys * ctx_.d_v_pad;
-    float* dk = x_.dk + int64_t{column} * kUnitKeys * ctx_.d_pad;
+    float *dv = this->dv(column), *dk = this->dk(column);
+    const bool add = x_.begun[column];
+    x_.begun[column] = true;
     beside_rows(last, others > 0 ? kCalls * others : 1,
                 [&](auto& rows) __attribute__((always_inline)) {
                   if (others == 0) rows();
-                  add_group(dout_t_, p, 0, seeing, dv, rows);
+                  add_group(dout_t_, p, 0, seeing, dv, add, rows);
                 });
-    add_groups(dout_t_, p, 2, ctx_.d_v_pad, seeing, dv, dk);
-    add_groups(q_t_, ds, 0, ctx_.d_pad, seeing, dk, dv + kUnitKeys * ctx_.d_v_pad);
+    add_groups(dout_t_, p, 2, ctx_.d_v_pad, seeing, dv, add, dk);
+    add_groups(q_t_, ds, 0, ctx_.d_pad, seeing, dk, add, dv + kUnitKeys * ctx_.d_v_pad);
   }
-  // Rows of tiles [m, d / 16) of c += a b; `next` is what follows.
+  // Rows of tiles [m, d / 16) of c = or += a b; `next` is what follows.
   void add_groups(const Packed& a, const Packed& b, int m, int d, const KeyRange& k, float* c,
-                  const float* next) const {
+                  bool add, const float* next) const {
     for (; m < d / kTileSide; m += 2) {
       float* group = c + m / 2 * kGroup;
       PrefetchTiles<kGroupLines> prefetch{m + 2 < d / kTileSide ? group + kGroup : next};
-      add_group(a, b, m, k, group, prefetch);
+      add_group(a, b, m, k, group, add, prefetch);
     }
   }
   // Rows of tiles m, m + 1 of a, both columns of b.
   template <class Between>
   FLASH_INLINE static void add_group(const Packed& a, const Packed& b, int m, const KeyRange& k,
-                                     float* c, Between& between) {
+                                     float* c, bool add, Between& between) {
     const Packed rows{a.tile(0, m, 0), a.term_words, b.depth_tiles};
-    const TileProduct x{rows, b, k.begin, k.end, c, 2 * kTileWords, kTileWords, kTileSide, true};
+    const TileProduct x{rows, b, k.begin, k.end, c, 2 * kTileWords, kTileWords, kTileSide, add};
     multiply_tiles<Tile, Terms, 2>(x, 0, 0, between);
   }
 
@@ -480,14 +494,16 @@ class BwdTilesRunner {
       const Packed ds{x_.ds + 2 * sub * Output::kDsRows, Output::kDsTerm, kKeyDepth};
       const KeyRange keys{t.begin / kTileDepth, t.end / kTileDepth};
       float* c = ctx_.dq_row(block.row0 + sub * kBlockRows);
+      const bool add = dq_begun_[sub];
+      dq_begun_[sub] = true;
       for (int n = 0; n < ctx_.d_pad / kTileSide; n += 2, c += kGroup) {
         const Packed columns{k.tile(0, n, 0), k.term_words, kKeyDepth};
         if (ctx_.d_pad <= 64) {  // K of the block stays in L1
           PrefetchTiles<kGroupLines, true> prefetch{c + kGroup};
-          add_group(ds, columns, 0, keys, c, prefetch);
+          add_group(ds, columns, 0, keys, c, add, prefetch);
         } else {
           PrefetchTiles<kGroupLines, false> prefetch{c + kGroup};
-          add_group(ds, columns, 0, keys, c, prefetch);
+          add_group(ds, columns, 0, keys, c, add, prefetch);
         }
       }
       if (!k_finite_) add_spoilt_keys(block, sub, first);
@@ -581,6 +597,7 @@ class BwdTilesRunner {
   const Packed q_, dout_, q_t_, dout_t_, k_t_, v_t_;
   TileColumns columns_[kRows / kBlockRows];  // of the block of keys, for each 32 rows
   int random_key_[kRows / kBlockRows];       // of the chunk, whose random bytes are there
+  bool dq_begun_[kRows / kBlockRows];        // for each 32 rows: dq holds sums
   bool any_far_ = false;                     // of the block of rows
   bool finite_ = true;                       // its q and dout
   bool k_finite_ = true;

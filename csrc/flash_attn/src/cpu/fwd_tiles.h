@@ -293,7 +293,7 @@ class FwdTilesRunner {
     const Row* rows = x_.rows + unit.row;
     const float factor = p.scale_softmax * kLog2e;
     if (p.softcap > 0.f)
-      return f(SoftcapModifier{2.f * p.scale_softmax / p.softcap, p.softcap * kLog2e}, factor);
+      return f(SoftcapModifier<Terms>{p.scale_softmax / p.softcap, p.softcap * kLog2e}, factor);
     if (p.alibi_slopes)
       return f(AlibiModifier{rows, unit.key() + ctx_.seq.seqlen_q - ctx_.seq.seqlen_k}, factor);
     with_dtype(p.bias.dtype, [&]<Dtype T>() {

@@ -7,6 +7,7 @@
 // faster.
 #pragma once
 
+#include "cpu/tanh_table.h"
 #include "cpu/tile_units.h"
 
 namespace flash::cpu::FLASH_ATTN_ISA {
@@ -52,12 +53,15 @@ struct BiasModifier {
     return fma(load_as_float<T>(bias, j), set1(kLog2e), fma(product, factor, reference));
   }
 };
+template <class Terms>
 struct SoftcapModifier {
-  float twice_inverse;  // products times it are what tanh_of_half takes
-  float softcap;        // in units of log2
+  float inverse;  // products times it are scores by softcap
+  float softcap;  // in units of log2
   FLASH_INLINE void begin_row() {}
   FLASH_INLINE Vec scaled(Vec product, Vec, Vec reference, int) const {
-    return fma(tanh_of_half(product * twice_inverse).value, set1(softcap), reference);
+    const Vec x = product * inverse;
+    return fma(Terms::kTerms < 3 ? tanh_by_table(x) : tanh_of_half(x + x).value, set1(softcap),
+               reference);
   }
 };
 

@@ -36,13 +36,16 @@ class RowMap {
         seq_(seq),
         mask_(mask_of(params, seq)),
         head_k_(head_k),
-        group_(static_cast<int>(p_.h / p_.h_k)) {}
+        group_(static_cast<int>(p_.h / p_.h_k)),
+        shift_((group_ & (group_ - 1)) == 0 ? __builtin_ctz(group_) : -1) {}
 
   int rows() const { return seq_.seqlen_q * group_; }
   int group() const { return group_; }
   int seqlen_k() const { return seq_.seqlen_k; }
-  int query(int row) const { return row / group_; }
-  int head(int row) const { return head_k_ * group_ + row % group_; }
+  int query(int row) const { return shift_ >= 0 ? row >> shift_ : row / group_; }
+  int head(int row) const {
+    return head_k_ * group_ + (shift_ >= 0 ? row & (group_ - 1) : row % group_);
+  }
   KeyRange keys(int first_row, int last_row) const {
     return mask_.keys(query(first_row), query(last_row));
   }
@@ -107,6 +110,7 @@ class RowMap {
   const Sequence& seq_;
   Mask mask_;
   int head_k_, group_;
+  int shift_;  // group_ is 2^shift_; -1: it is not a power of two
 };
 
 // The visible part of a row within a tile.
