@@ -67,6 +67,9 @@ class PoisonTensor {
     return true;
   }
   const std::vector<unsigned char>& bytes() const { return bytes_; }
+  const void* address(const Index& i) const {
+    return bytes_.data() + offset(i) * flash::dtype_bytes(dtype_);
+  }
 
  private:
   static constexpr unsigned char kPoison = 0xff;  // all bits set is NaN in each format
