@@ -74,6 +74,15 @@ def check_operands(optional: Optional[dict] = None, /, **tensors) -> None:
             raise ValueError(f"{name} must be on {first[0]}'s device, {first[1]}, got {x.device}")
 
 
+def check_subset(name: str, subset: Any) -> None:
+    """Raise TypeError for an index of tokens that would drop their dimension, or is none."""
+    if isinstance(subset, Tensor) and subset.dim() == 1:
+        return
+    if subset is not None and not isinstance(subset, (slice, list, range)):
+        got = f"a {subset.dim()}-dim tensor" if isinstance(subset, Tensor) else f"{subset!r:.80}"
+        raise TypeError(f"{name} must be a slice, a list or a 1-dim tensor, got {got}")
+
+
 def check_dtype(name: str, dtype: Any, choices: tuple) -> None:
     """Raise for a dtype that is none, or not one of ``choices``."""
     if not isinstance(dtype, torch.dtype):

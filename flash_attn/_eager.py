@@ -105,5 +105,20 @@ def refuse_tangents(name: str, *tensors) -> None:
                 raise RuntimeError(f"{name} has no forward-mode derivative")
 
 
+def refuse_shared_randomness(name: str) -> None:
+    """Raise RuntimeError under a ``torch.vmap`` whose randomness is not "different"."""
+    if not _transforms_active():
+        return
+    for interpreter in torch._C._functorch.get_interpreter_stack():
+        if interpreter.key() != torch._C._functorch.TransformType.Vmap:
+            continue
+        randomness = torch._C._functorch.CVmapInterpreterPtr(interpreter).randomness()
+        if randomness != torch._C._functorch.RandomnessType.Different:
+            raise RuntimeError(
+                f"vmap of {name} with dropout needs vmap(..., randomness='different'): every call "
+                "draws a mask of its own"
+            )
+
+
 def _fw_tangent(x: Tensor):
     return forward_ad.unpack_dual(x).tangent if forward_ad._current_level >= 0 else None

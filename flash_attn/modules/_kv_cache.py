@@ -152,6 +152,12 @@ def update_kv_cache(kv: Tensor, inference_params, layer_idx: int) -> Tensor:
     if not isinstance(length, Tensor):
         cache[:, length : length + seqlen] = kv.detach()
         return cache[:, : length + seqlen]
+    if kv.is_cpu and not torch.compiler.is_compiling() and (length < 0).any():
+        at = int((length < 0).nonzero()[0])
+        raise ValueError(
+            f"inference_params.lengths_per_sample must not be negative, got {int(length[at])} for "
+            f"sequence {at}"
+        )
     places = length[:, None] + torch.arange(seqlen, device=kv.device)
     row = torch.arange(kv.shape[0], device=kv.device)[:, None]
     cache[row, places] = kv.detach()

@@ -8,7 +8,7 @@ from typing import Callable, Optional, Union
 import torch
 from torch import Tensor, nn
 
-from flash_attn._arguments import check_optional, check_tensors
+from flash_attn._arguments import check_optional, check_subset, check_tensors
 from flash_attn.modules.mha import MHA
 from flash_attn.modules.mlp import Mlp
 
@@ -251,6 +251,7 @@ class Block(_Block):
                 if x is not None:
                     raise ValueError(f"{name} needs a block with prenorm=True")
             return self._forward_postnorm(hidden_states, kwargs)
+        check_subset("mixer_subset", mixer_subset)
         x, residual = self._add_norm(1, hidden_states, residual, True)
         if mixer_subset is not None:
             kwargs["mixer_subset"] = mixer_subset

@@ -51,6 +51,21 @@ def _positions(module: nn.Module, input_ids: Tensor, position_ids: Optional[Tens
     return torch.arange(seqlen, dtype=torch.long, device=input_ids.device)
 
 
+def _embedded(name: str, embedding: nn.Embedding, ids: Tensor) -> Tensor:
+    """Return the embeddings of ids; raise IndexError for the first of them that has none."""
+    if torch.compiler.is_compiling():
+        return embedding(ids)
+    try:
+        return embedding(ids)
+    except IndexError:
+        count = embedding.num_embeddings * group_size(getattr(embedding, "process_group", None))
+        wrong = ((ids < 0) | (ids >= count)).nonzero()[0].tolist()
+        at = "".join(f"[{i}]" for i in wrong)
+        raise IndexError(
+            f"{name} must be 0 to {count - 1}, but {name}{at} is {int(ids[tuple(wrong)])}"
+        ) from None
+
+
 class GPT2Embeddings(nn.Module):
     """Embeddings of tokens and of their positions, added."""
 
@@ -102,12 +117,14 @@ class GPT2Embeddings(nn.Module):
             ValueError: shapes do not fit, or there are more tokens than positions.
         """
         _check_ids(input_ids, position_ids)
-        embeddings = self.word_embeddings(input_ids)
+        embeddings = _embedded("input_ids", self.word_embeddings, input_ids)
         if self.project_in is not None:
             embeddings = self.project_in(embeddings)
         if self.max_position_embeddings > 0:
             position_ids = _positions(self, input_ids, position_ids)
-            embeddings = embeddings + self.position_embeddings(position_ids)
+            embeddings = embeddings + _embedded(
+                "position_ids", self.position_embeddings, position_ids
+            )
         return embeddings
 
 
@@ -168,10 +185,12 @@ class BertEmbeddings(nn.Module):
         _check_ids(input_ids, position_ids)
         check_optional(token_type_ids=token_type_ids)
         _check_beside("token_type_ids", token_type_ids, input_ids)
-        embeddings = self.word_embeddings(input_ids)
+        embeddings = _embedded("input_ids", self.word_embeddings, input_ids)
         if self.max_position_embeddings > 0:
             position_ids = _positions(self, input_ids, position_ids)
-            embeddings = embeddings + self.position_embeddings(position_ids)
+            embeddings = embeddings + _embedded(
+                "position_ids", self.position_embeddings, position_ids
+            )
         if self.type_vocab_size > 0:
             if token_type_ids is None:
                 token_type_ids = input_ids.new_zeros(input_ids.shape[1])
@@ -320,7 +339,7 @@ class ParallelGPT2Embeddings(nn.Module):
 
     def _position_summand(self, position_ids: Tensor) -> Tensor:
         """This process's columns of the positions' embeddings, in zeros."""
-        columns = self.position_embeddings(position_ids)
+        columns = _embedded("position_ids", self.position_embeddings, position_ids)
         share, rank = columns.shape[-1], group_rank(self.process_group)
         after = group_size(self.process_group) - 1 - rank
         return F.pad(columns, (rank * share, after * share))
@@ -347,7 +366,7 @@ class ParallelGPT2Embeddings(nn.Module):
                 not divide the first dimension.
         """
         _check_ids(input_ids, position_ids)
-        embeddings = self.word_embeddings(input_ids)
+        embeddings = _embedded("input_ids", self.word_embeddings, input_ids)
         if self.max_position_embeddings > 0:
             position_ids = _positions(self, input_ids, position_ids)
             embeddings = embeddings + self._position_summand(position_ids)

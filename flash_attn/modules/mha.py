@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flash_attn._arguments import as_int, check_optional, check_tensors
+from flash_attn._arguments import as_int, check_optional, check_subset, check_tensors
 from flash_attn.flash_attn_interface import (  # noqa: F401  (other packages import some from here)
     flash_attn_kvpacked_func,
     flash_attn_qkvpacked_func,
@@ -243,6 +243,7 @@ class MHA(HeadAttention):
         for name, value in (("x_kv", x_kv), ("mixer_subset", mixer_subset)):
             if value is not None and not self.cross_attn:
                 raise ValueError(f"{name} needs a module with cross_attn=True")
+        check_subset("mixer_subset", mixer_subset)
         if self.dwconv and (cu_seqlens is not None or inference_params is not None):
             given = "inference_params" if cu_seqlens is None else "cu_seqlens"
             raise ValueError(f"{given} needs a module with dwconv=False")

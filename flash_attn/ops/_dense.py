@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from flash_attn._arguments import is_plain
-from flash_attn.ops.activations import gelu_bwd, gelu_fwd, sqrelu_bwd, sqrelu_fwd
+from flash_attn.ops.activations import bias_act_bwd, gelu_bwd, gelu_fwd, sqrelu_bwd, sqrelu_fwd
 from flash_attn.utils.distributed import (
     all_gather,
     all_gather_raw,
@@ -43,16 +43,17 @@ class Activation(NamedTuple):
     """The function between the layers of an MLP.
 
     ``composed`` computes it from the pre-activation by operations that torch differentiates,
-    ``kernel``, if there is one, by one of this library. ``backward(grad, kept)`` and
-    ``backward_kernel`` are the gradient of the pre-activation; kept is the pre-activation, or with
-    ``from_output`` the function's value, which says as much. ``use_gelu`` is the argument by which
+    ``kernel``, if there is one, by one of this library. ``backward(grad, kept)`` is the gradient of
+    the pre-activation; kept is the pre-activation, or with ``from_output`` the function's value,
+    which says as much. ``name`` is that of ``bias_act_bwd``, which computes it together with its
+    sum over rows. ``use_gelu`` is the argument by which
     ``torch._addmm_activation`` computes it; None: it does not.
     """
 
     composed: Callable[[Tensor], Tensor]
     backward: Callable[[Tensor, Tensor], Tensor]
+    name: str
     kernel: Optional[Callable[[Tensor], Tensor]] = None
-    backward_kernel: Optional[Callable[[Tensor, Tensor], Tensor]] = None
     from_output: bool = False
     use_gelu: Optional[bool] = None
 
@@ -71,16 +72,28 @@ class Activation(NamedTuple):
         value = torch._addmm_activation(bias, rows_of(x), weight.t(), use_gelu=self.use_gelu)
         return value.view(*x.shape[:-1], weight.shape[0])
 
-    def gradient(self, grad: Tensor, pre_act: Optional[Tensor], value: Optional[Tensor]) -> Tensor:
-        """Return the gradient of the pre-activation from that of the value, both ``(rows,
-        features)``; in grad mode, one to differentiate again."""
+    def gradients(
+        self, grad: Tensor, pre_act: Optional[Tensor], value: Optional[Tensor], needs_bias: bool
+    ) -> tuple[Tensor, Optional[Tensor]]:
+        """Return the gradients of the pre-activation and, as far as it is needed, of its bias.
+
+        That of the value and the first result are ``(rows, features)``; in grad mode, they are
+        there to be differentiated again.
+        """
         if torch.is_grad_enabled():
             grad = grad.view(value.shape)
-            return rows_of(torch.autograd.grad(value, pre_act, grad, create_graph=True)[0])
+            grad = rows_of(torch.autograd.grad(value, pre_act, grad, create_graph=True)[0])
+            return grad, grad.sum(0) if needs_bias else None
         kept = value if self.from_output else pre_act
-        is_fused = self.backward_kernel is not None and has_kernels(kept)
-        backward = self.backward_kernel if is_fused else self.backward
-        return rows_of(backward(grad.view(kept.shape), kept))
+        if needs_bias and has_kernels(kept):  # in one pass
+            grad, of_bias = bias_act_bwd(grad, rows_of(kept), None, activation=self.name)
+            return grad, of_bias.to(grad.dtype)
+        grad = rows_of(self._backward(kept)(grad.view(kept.shape), kept))
+        return grad, grad.sum(0) if needs_bias else None
+
+    def _backward(self, kept: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        kernel = _BACKWARD_KERNELS.get(self.name)
+        return kernel if kernel is not None and has_kernels(kept) else self.backward
 
 
 def _gelu_backward(grad: Tensor, pre_act: Tensor) -> Tensor:
@@ -99,12 +112,13 @@ def _sqrelu_backward(grad: Tensor, pre_act: Tensor) -> Tensor:
     return 2.0 * grad * F.relu(pre_act)
 
 
+_BACKWARD_KERNELS = {"gelu_approx": gelu_bwd, "sqrelu": sqrelu_bwd}
 ACTIVATIONS = {
     "gelu_approx": Activation(
-        partial(F.gelu, approximate="tanh"), _gelu_backward, gelu_fwd, gelu_bwd, use_gelu=True
+        partial(F.gelu, approximate="tanh"), _gelu_backward, "gelu_approx", gelu_fwd, use_gelu=True
     ),
-    "relu": Activation(F.relu, _relu_backward, from_output=True, use_gelu=False),
-    "sqrelu": Activation(_sqrelu, _sqrelu_backward, sqrelu_fwd, sqrelu_bwd),
+    "relu": Activation(F.relu, _relu_backward, "relu", from_output=True, use_gelu=False),
+    "sqrelu": Activation(_sqrelu, _sqrelu_backward, "sqrelu", sqrelu_fwd),
 }
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from flash_attn._arguments import as_int, check_dtype, check_tensors, flag, is_plain, number
 from flash_attn._buffers import new_rng_state, raise_versions
+from flash_attn._eager import refuse_shared_randomness
 from flash_attn._fused import Fused, as_matrix
 from flash_attn._library import bind
 
@@ -517,6 +518,8 @@ def _call_of(
         False,
         flag("return_dropout_mask", wants_mask),
     )
+    if call.dropout_p > 0.0:
+        refuse_shared_randomness("a norm")
     x_is_x0 = x1 is None and residual is None and _is_plain(call) and residual_dtype == x0.dtype
     wants_x = flag("prenorm", wants_x) or residual_dtype != own_dtype or _wants_gradients(call)
     return call._replace(wants_x=wants_x and not x_is_x0)

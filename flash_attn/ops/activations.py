@@ -185,20 +185,20 @@ def bias_gelu_back(g: Tensor, y: Tensor, bias: Tensor) -> Tensor:
 
 
 def bias_act_bwd(
-    g: Tensor, y: Tensor, bias: Tensor, *, activation: str = "gelu_approx"
+    g: Tensor, y: Tensor, bias: Optional[Tensor], *, activation: str = "gelu_approx"
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients (dx, dbias) of f(y + bias) for the gradient g of its result.
 
     Args:
         g, y: ``(..., n)``.
-        bias: ``(n,)``.
+        bias: ``(n,)``; None: y has it already.
         activation: f: "gelu_approx", "relu", "sqrelu", "silu" or "sigmoid".
 
     dx is of the promoted dtype; dbias fp32, summed before dx is rounded, in an order that the shape
     alone decides. Raises TypeError for what is no tensor, ValueError for a wrong shape or name.
     """
     number = _number_of(activation)
-    g, y, bias = _with_bias(bias, g=g, y=y)
+    g, y, bias = (*_promoted(g=g, y=y), None) if bias is None else _with_bias(bias, g=g, y=y)
     dx, _, dbias = _backward(g, y, bias, None, number, True)
     return dx, dbias
 

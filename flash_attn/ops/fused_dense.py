@@ -334,12 +334,13 @@ class FusedMLPFunc(torch.autograd.Function):
         of_second = parameter_gradients(grad, hidden, needs_w2, needs_b2)
         if not (needs_x or needs_w1 or needs_b1):
             return None, None, None, *of_second, *(None,) * 4
-        grad = ctx.activation.gradient(grad @ weight2, pre_act, hidden)
+        grad = grad @ weight2
+        grad, of_bias1 = ctx.activation.gradients(grad, pre_act, hidden, needs_b1)
         if needs_x:
             started = input_gradient(ctx.tokens, grad, weight1, residual)
-        of_first = parameter_gradients(grad, finished(gathered), needs_w1, needs_b1)
+        of_weight1, _ = parameter_gradients(grad, finished(gathered), needs_w1, False)
         grad_x = with_residual(ctx.tokens, started, x.shape, residual) if needs_x else None
-        return grad_x, *of_first, *of_second, *(None,) * 4
+        return grad_x, of_weight1, of_bias1, *of_second, *(None,) * 4
 
 
 def fused_mlp_func(

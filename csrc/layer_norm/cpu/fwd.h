@@ -83,9 +83,8 @@ inline void fwd_row(const FwdParams& p, const Columns& columns, const FwdScratch
                     int64_t row) {
   sum_branches(p, columns, scratch, row);
   round_sum(p, scratch.x, row);
+  const Statistics at = statistics_of(scratch.x, p.epsilon, p.cols, p.is_rms_norm);
   const float* x = scratch.x;
-  const Statistics at = p.is_rms_norm ? rms_statistics(x, p.epsilon, p.cols)
-                                      : centred_statistics(x, p.epsilon, p.cols);
   if (p.mean != nullptr) p.mean[row] = at.mean + at.rest;
   if (p.rstd != nullptr) p.rstd[row] = at.rstd;
   const int64_t out_row = place_of(p.out_subset, row);

@@ -150,8 +150,12 @@ struct Statistics {
   float rstd = 0.f;
 };
 
+struct Moments {
+  float mean = 0.f, rest = 0.f, variance = 0.f;
+};
+
 // Two passes; the second also finds what rounding left in the mean of the first.
-FLASH_INLINE Statistics centred_statistics(const float* x, float epsilon, int64_t cols) {
+FLASH_INLINE Moments centred_moments(const float* x, int64_t cols) {
   const float n = static_cast<float>(cols);
   const float mean =
       sum_row<1>(cols, [&](int64_t i, auto, Vec* s) { s[0] += load(x + i); }).of[0] / n;
@@ -161,14 +165,37 @@ FLASH_INLINE Statistics centred_statistics(const float* x, float epsilon, int64_
     s[1] = fma(d, d, s[1]);
   });
   const float rest = moments.of[0] / n;
-  const float variance = std::max(moments.of[1] / n - rest * rest, 0.f);
-  return {mean, rest, 1.f / __builtin_sqrtf(variance + epsilon)};
+  return {mean, rest, std::max(moments.of[1] / n - rest * rest, 0.f)};
 }
 
-FLASH_INLINE Statistics rms_statistics(const float* x, float epsilon, int64_t cols) {
+FLASH_INLINE Moments moments_about_0(const float* x, int64_t cols) {
   const auto square = sum_row<1>(
       cols, [&](int64_t i, auto, Vec* s) { s[0] = fma(load(x + i), load(x + i), s[0]); });
-  return {.rstd = 1.f / __builtin_sqrtf(square.of[0] / static_cast<float>(cols) + epsilon)};
+  return {.variance = square.of[0] / static_cast<float>(cols)};
+}
+
+FLASH_INLINE Moments moments_of(const float* x, int64_t cols, bool is_rms_norm) {
+  return is_rms_norm ? moments_about_0(x, cols) : centred_moments(x, cols);
+}
+
+// Of a row whose squares fp32 does not hold: those of the row scaled by a power of two, beside
+// whose variance epsilon is nothing. Inf and NaN stay what they are.
+__attribute__((noinline)) inline Statistics statistics_of_large(float* x, float epsilon,
+                                                                int64_t cols, bool is_rms_norm) {
+  constexpr float kShrink = 0x1p-80f, kGrow = 0x1p80f;
+  for (int64_t i = 0; i < cols; i += kWidth) store(x + i, load(x + i) * kShrink);
+  const Moments m = moments_of(x, cols, is_rms_norm);
+  for (int64_t i = 0; i < cols; i += kWidth) store(x + i, load(x + i) * kGrow);
+  const float rstd =
+      m.variance == 0.f ? 1.f / __builtin_sqrtf(epsilon) : kShrink / __builtin_sqrtf(m.variance);
+  return {m.mean * kGrow, m.rest * kGrow, rstd};
+}
+
+FLASH_INLINE Statistics statistics_of(float* x, float epsilon, int64_t cols, bool is_rms_norm) {
+  const Moments m = moments_of(x, cols, is_rms_norm);
+  if (!(m.variance < __builtin_inff())) [[unlikely]]
+    return statistics_of_large(x, epsilon, cols, is_rms_norm);
+  return {m.mean, m.rest, 1.f / __builtin_sqrtf(m.variance + epsilon)};
 }
 
 // ------------------------------------------------------------------------------------------------

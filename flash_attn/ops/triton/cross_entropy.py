@@ -47,7 +47,10 @@ class CrossEntropyLoss(torch.autograd.Function):
         losses, z_losses, state = losses_and_state(matrix, rows, ctx.options, precomputed_lse)
         if size > 1:
             losses, z_losses, state = gather_states(matrix, rows, state, ctx.options, process_group)
-        ctx.in_place, ctx.shape = flag("inplace_backward", inplace_backward), logits.shape
+        ctx.in_place = flag("inplace_backward", inplace_backward)
+        if torch.compiler.is_compiling():  # which decides by itself what to write over
+            ctx.in_place = False
+        ctx.shape = logits.shape
         ctx.save_for_backward(logits, rows, state)
         ctx.set_materialize_grads(False)
         z_losses = z_losses.view(labels.shape)
