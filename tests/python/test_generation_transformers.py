@@ -7,6 +7,8 @@ import importlib
 
 import pytest
 import torch
+from model_cases import CASES, hf_model
+from test_models_converters import converted
 
 from flash_attn.models.gpt import GPTLMHeadModel
 from flash_attn.utils.generation import decode_speculative
@@ -154,3 +156,17 @@ def test_speculative(pair):
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.02)
     out = decode_speculative(rows, ours, draft, None, 4, max_new_tokens=NEW)
     assert equal(out.sequences, expected(theirs, rows))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_every_family(name):
+    """Ragged prompts of every model that is converted, contiguous and paged."""
+    theirs = hf_model(CASES[name])
+    ours = converted(CASES[name], theirs, use_flash_attn=True)
+    rows = prompts(5, 13, 1)
+    options = {"max_new_tokens": 6, "eos_token_id": None}
+    awaited = expected(theirs, rows, **options)
+    assert equal(ours.generate(rows, None, **options), awaited)
+    cache = PagedKVCache.for_model(ours, 32, 4)
+    for _ in range(2):
+        assert equal(ours.generate(rows, None, **options, cache=cache), awaited)
