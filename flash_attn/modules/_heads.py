@@ -57,6 +57,10 @@ class HeadOptions(NamedTuple):
     rotary_emb: in place of the one that MHA makes from its ``rotary_emb_`` arguments. Not with
         ``cross_attn``.
     alibi_scale: by which the slopes of ``use_alibi`` are multiplied.
+    context_parallel: a ``flash_attn.distributed.ContextParallel``: the module then gets this
+        process's tokens of sequences that it says how processes share; ``cu_seqlens`` and
+        ``max_seqlen`` are those of the whole ones. Only with ``use_flash_attn``, without a cache;
+        not with ``cross_attn`` or ``dwconv``.
     """
 
     head_dim: Optional[int] = None
@@ -65,6 +69,7 @@ class HeadOptions(NamedTuple):
     qk_norm: Optional[Callable[[int], nn.Module]] = None
     rotary_emb: Optional[RotaryEmbedding] = None
     alibi_scale: float = 1.0
+    context_parallel: Optional[Callable] = None
 
 
 PLAIN_HEADS = HeadOptions()
@@ -143,6 +148,9 @@ class HeadAttention(nn.Module):
         self.rotary_emb_dim = rotary_emb_dim
         self.use_flash_attn = use_flash_attn
         self.checkpointing = checkpointing
+        self.context_parallel = head_options.context_parallel
+        if self.context_parallel is not None and not use_flash_attn:
+            raise ValueError("head_options.context_parallel needs use_flash_attn=True")
         if head_options.rotary_emb is not None:
             self.rotary_emb = head_options.rotary_emb
             self.rotary_emb_dim = rotary_emb_dim = self.rotary_emb.dim
@@ -217,6 +225,8 @@ class HeadAttention(nn.Module):
             return
         if self.layer_idx is None:
             raise ValueError("inference_params needs a module with layer_idx")
+        if self.context_parallel is not None:
+            raise ValueError("inference_params needs head_options.context_parallel=None")
         given = [name for name, x in options.items() if x is not None]
         if given:
             raise ValueError(f"inference_params does not go together with {', '.join(given)}")
@@ -267,6 +277,8 @@ class HeadAttention(nn.Module):
 
     def _attend_self(self, qkv: Tensor, options: dict) -> Tensor:
         """Attend without a cache; qkv is ``(..., nheads + 2 * nheads_k, headdim)``."""
+        if self.context_parallel is not None:
+            return self._attend_shared(qkv, options)
         groups = self._heads.num_heads // self._heads.num_heads_kv
         if groups == 1:
             return self._run(self.inner_attn, qkv.unflatten(-2, (3, -1)), **options)
@@ -279,7 +291,17 @@ class HeadAttention(nn.Module):
             options = {**{name + "_k": options[name] for name in names}, **options}
         return self._run(self.inner_cross_attn, q, kv, **options)
 
-    def _run(self, attention: nn.Module, *tensors: Tensor, **options) -> Tensor:
+    def _attend_shared(self, qkv: Tensor, options: dict) -> Tensor:
+        """``_attend_self`` over the tokens of all processes that share the sequences."""
+        q, kv = self._split(qkv)
+        score = self.inner_attn._score(options.get("causal"), None)
+        cu_seqlens = options.get("cu_seqlens")
+        if cu_seqlens is None:
+            return self._run(self.context_parallel, q, *kv.unbind(-3), **score)
+        sequences = (cu_seqlens, cu_seqlens)
+        return self._run(self.context_parallel.varlen, q, *kv.unbind(-3), *sequences, **score)
+
+    def _run(self, attention: Callable, *tensors: Tensor, **options) -> Tensor:
         if self.sinks is not None:
             options["s_aux"] = self.sinks
         if self.checkpointing:
@@ -289,6 +311,8 @@ class HeadAttention(nn.Module):
     def _rotated(self, qkv: Tensor, options: dict) -> Tensor:
         """Turn queries and keys of ``(..., nheads + 2 * nheads_k, headdim)`` in place."""
         count, cu_seqlens = self._heads.num_heads, options.get("cu_seqlens")
+        if self.context_parallel is not None:
+            return self._rotated_in_share(qkv, options)
         if cu_seqlens is None:
             return self.rotary_emb(qkv, num_heads_q=count)
         rotary, max_seqlen = self.rotary_emb, as_int("max_seqlen", options["max_seqlen"])
@@ -299,6 +323,30 @@ class HeadAttention(nn.Module):
         where["interleaved"] = rotary.interleaved
         apply_rotary_emb(qkv[:, :count], *tables, **where)
         apply_rotary_emb(qkv[:, count : count + self._heads.num_heads_kv], *tables_k, **where)
+        return qkv
+
+    def _rotated_in_share(self, qkv: Tensor, options: dict) -> Tensor:
+        """``_rotated`` at the positions that this process's tokens have in the whole."""
+        context, cu_seqlens, rotary = (
+            self.context_parallel,
+            options.get("cu_seqlens"),
+            self.rotary_emb,
+        )
+        if cu_seqlens is None:
+            positions, seqlen = context.position_ids(qkv.shape[1], qkv.device)
+        else:
+            positions = context.position_ids_varlen(cu_seqlens)
+            seqlen = as_int("max_seqlen", options["max_seqlen"])
+        rotary._update_cos_sin_cache(seqlen, device=qkv.device, dtype=qkv.dtype)
+        tables = [rotary._cos_cached, rotary._sin_cached]
+        if rotary.scale_base is not None:
+            tables += [rotary._cos_k_cached, rotary._sin_k_cached]
+        own = [table[positions] for table in tables]
+        count, end = self._heads.num_heads, self._heads.num_heads + self._heads.num_heads_kv
+        rows = qkv if cu_seqlens is None else qkv[None]
+        where = {"interleaved": rotary.interleaved, "inplace": True}
+        apply_rotary_emb(rows[:, :, :count], *own[:2], **where)
+        apply_rotary_emb(rows[:, :, count:end], *own[-2:], **where)
         return qkv
 
     def _update_kv_cache(self, kv: Tensor, inference_params) -> Tensor:

@@ -137,7 +137,8 @@ class MHA(HeadAttention):
             return_residual: whether forward returns its input, too.
             checkpointing: whether the backward computes attention again.
             device, dtype: of the parameters.
-            head_options: head dim, softcap, sinks, norms of queries and keys, rotary embedding.
+            head_options: head dim, softcap, sinks, norms of queries and keys, rotary embedding,
+                processes that share sequences.
 
         Raises:
             ValueError: an argument does not fit another; the message names it.
@@ -146,9 +147,11 @@ class MHA(HeadAttention):
         heads = checked_heads(embed_dim, num_heads, num_heads_kv, use_alibi, head_dim)
         if cross_attn and rotary_emb_dim > 0:
             raise ValueError("rotary_emb_dim must be 0 with cross_attn")
-        for name in ("qk_norm", "rotary_emb") if cross_attn else ():
+        for name in ("qk_norm", "rotary_emb", "context_parallel") if cross_attn else ():
             if getattr(head_options, name) is not None:
                 raise ValueError(f"head_options.{name} must be None with cross_attn")
+        if dwconv and head_options.context_parallel is not None:
+            raise ValueError("head_options.context_parallel must be None with dwconv")
         super().__init__(
             heads,
             dropout=dropout,

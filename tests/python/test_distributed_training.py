@@ -1,0 +1,34 @@
+"""A small model whose sequences two processes share, under DDP, FSDP2, checkpointing, autocast and
+torch.compile, against one process."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+import torch.multiprocessing as mp
+from shared_model_ranks import PROCESSES, run_rank
+
+from flash_attn.distributed import ContextParallel
+from flash_attn.modules.mha import MHA, HeadOptions
+
+
+def test_processes_are_one():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    mp.spawn(run_rank, (port,), PROCESSES)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"cross_attn": True}, "context_parallel must be None with cross_attn"),
+        ({"dwconv": True}, "context_parallel must be None with dwconv"),
+        ({"use_flash_attn": False}, "context_parallel needs use_flash_attn=True"),
+    ],
+)
+def test_modules_that_cannot_share(options, sentence):
+    heads = HeadOptions(context_parallel=ContextParallel())
+    with pytest.raises(ValueError, match=f"head_options.{sentence}"):
+        MHA(32, 4, head_options=heads, **{"use_flash_attn": True, **options})
