@@ -22,28 +22,10 @@
 // modifiers (softmax_bwd_step); dK and dQ are multiplied as they are written. (bwd.h scales Q.)
 #pragma once
 
-#include "base/cpu/parallel.h"
 #include "cpu/bwd_modified.h"
+#include "cpu/bwd_tiles_sums.h"
 
 namespace flash::cpu::FLASH_ATTN_ISA {
-
-struct BwdTilesScratch {
-  uint32_t *q, *dout;      // [tile.rows] x [d], [dv]: A of S and dP
-  uint32_t *q_t, *dout_t;  // their transposes: A of dK^T and dV^T
-  uint32_t *k_t, *v_t;     // the chunk: B of S and dP
-  uint32_t* k;             // B of dQ, block by block
-  uint32_t* pairs;         // P, then dS, [tile.rows] x [kUnitKeys]: B of dV^T and dK^T
-  uint32_t* ds;            // [tile.rows] x [kBwdBlockKeys]: A of dQ
-  float *dk, *dv;          // [keys / 32][d / 16], [dv / 16][2] tiles
-  float* units;            // two of S and dP, [32][kUnitKeys] each
-  float* lse;              // [tile.rows]: what to add to exponents; behind it what to take from dP
-  Row* rows;               // [tile.rows]
-  uint8_t* begun;          // [keys / 32]: columns whose dk and dv hold sums
-  float* cap_slope;        // [kUnitKeys]
-  uint8_t* random;         // [tile.rows][kBwdRandomKeys], with dropout
-  uint8_t *spoilt_q, *spoilt_dout, *spoilt_k;
-  Staging staging;
-};
 
 template <class Tile, class Terms>
 class BwdTilesRunner {
@@ -52,58 +34,17 @@ class BwdTilesRunner {
   using Inputs = typename Terms::Inputs;
   static constexpr int kTerms = Terms::kTerms;
   static constexpr int kRows = bwd_block_rows(kTerms);
-  static constexpr int kLargestChunk = 1024;
 
-  static BwdTile tile(const Flash_bwd_params& p) {
-    const HeadDims dims(p);
-    const int d = dims.d_pad, dv = dims.d_v_pad;
-    const int keys = (1 << 20) / (2 * kTerms * (2 * d + dv) + 4 * (d + dv)) / 64 * 64;
-    // Rows are packed for each chunk. Sums do not depend on the size of chunks of whole blocks.
-    if (keys >= kLargestChunk && large_chunks_suffice(p)) return {kRows, kLargestChunk};
-    return {kRows, keys < 64 ? 64 : keys > 512 ? 512 : keys};
-  }
-
-  // For all threads.
-  static bool large_chunks_suffice(const Flash_bwd_params& p) {
-    const int64_t chunks = (p.seqlen_k + kLargestChunk - 1) / kLargestChunk;
-    return p.b * p.h_k * chunks >= 4 * num_threads();
-  }
-
+  static BwdTile tile(const Flash_bwd_params& p) { return bwd_tile(p, kTerms); }
   static Scratch carve(Carver& c, const Flash_bwd_params& p, const BwdTile& tile) {
-    const HeadDims dims(p);
-    const int64_t d = dims.d_pad, dv = dims.d_v_pad;
-    const auto grid = [&](int64_t rows, int64_t depth) {
-      return c.take<uint32_t>(packed_words(rows, depth, kTerms));
-    };
-    Scratch x{};
-    x.q = grid(kRows, d);
-    x.dout = grid(kRows, dv);
-    x.q_t = grid(kRows, d);
-    x.dout_t = grid(kRows, dv);
-    x.k_t = grid(tile.keys, d);
-    x.v_t = grid(tile.keys, dv);
-    x.k = grid(round_up(tile.keys, kBwdBlockKeys), d);
-    x.pairs = grid(kRows, 2 * kUnitKeys);
-    x.ds = grid(kRows, kBwdBlockKeys);
-    x.dk = c.take<float>(tile.keys * d);
-    x.dv = c.take<float>(tile.keys * dv);
-    x.units = c.take<float>(4 * kUnitScores);
-    x.lse = c.take<float>(2 * kRows);
-    x.staging = carve_staging(c, kTerms, dims.largest_pad());
-    x.cap_slope = c.take<float>(kUnitKeys);
-    x.rows = c.take<Row>(kRows);
-    x.begun = c.take<uint8_t>(tile.keys / kUnitKeys);
-    x.random = c.take<uint8_t>(p.p_dropout > 0.f ? kRows * kBwdRandomKeys : 0);
-    x.spoilt_q = c.take<uint8_t>(kRows);
-    x.spoilt_dout = c.take<uint8_t>(kRows);
-    x.spoilt_k = c.take<uint8_t>(tile.keys);
-    return x;
+    return carve_bwd_tiles(c, p, tile, kTerms);
   }
 
   BwdTilesRunner(const Flash_bwd_params& p, const BwdHead& head, int chunk, const BwdTile& tile,
                  const Scratch& x, const FarRows& far_rows, const DqSlot& dq)
       : ctx_(p, head, chunk, tile, far_rows, dq, p.scale_softmax),
         x_(x),
+        sums_(ctx_, x),
         q_(packed_grid(x.q, kRows, ctx_.d_pad)),
         dout_(packed_grid(x.dout, kRows, ctx_.d_v_pad)),
         q_t_(packed_grid(x.q_t, ctx_.d_pad, kRows)),
@@ -117,9 +58,9 @@ class BwdTilesRunner {
     std::memset(x_.begun, 0, ctx_.tile.keys / kUnitKeys);
     ctx_.for_blocks([&](const RowBlock& block) { attend(block); });
     for (int column = 0; column * kUnitKeys < ctx_.keys; ++column)
-      if (!x_.begun[column]) clear_sums(column);
-    store_transposed(x_.dk, ctx_.p.dk, ctx_.d, ctx_.p.scale_softmax);
-    store_transposed(x_.dv, ctx_.p.dv, ctx_.d_v, 1.f);
+      if (!x_.begun[column]) sums_.clear(column);
+    sums_.store_transposed(x_.dk, ctx_.p.dk, ctx_.d, ctx_.p.scale_softmax);
+    sums_.store_transposed(x_.dv, ctx_.p.dv, ctx_.d_v, 1.f);
     Tile::release();
   }
 
@@ -149,7 +90,6 @@ class BwdTilesRunner {
   using Output = WeightsOutput<kTerms>;
   static constexpr int kDepth = kRows / kTileDepth;             // of dV^T and dK^T
   static constexpr int kKeyDepth = kBwdBlockKeys / kTileDepth;  // of dQ
-  static constexpr int kGroup = 4 * kTileWords;                 // 2 x 2 tiles of a sum
 
   struct Nothing {
     using StreamsA = void;
@@ -206,14 +146,6 @@ class BwdTilesRunner {
     return all_finite;
   }
 
-  void clear_sums(int column) const {
-    std::memset(dk(column), 0, sizeof(float) * kUnitKeys * ctx_.d_pad);
-    std::memset(dv(column), 0, sizeof(float) * kUnitKeys * ctx_.d_v_pad);
-  }
-  // Sums of 32 keys.
-  float* dk(int column) const { return x_.dk + int64_t{column} * kUnitKeys * ctx_.d_pad; }
-  float* dv(int column) const { return x_.dv + int64_t{column} * kUnitKeys * ctx_.d_v_pad; }
-
   void attend(const RowBlock& block) {
     load_rows(block);
     bool waiting = true;
@@ -231,7 +163,7 @@ class BwdTilesRunner {
       if (!dq_begun_[sub])
         std::memset(ctx_.dq_row(block.row0 + sub * kBlockRows), 0,
                     sizeof(float) * kBlockRows * ctx_.d_pad);
-    ctx_.end_turn(block, [&](int row) { return dq_row(block, row - block.row0); });
+    ctx_.end_turn(block, [&](int row) { return sums_.dq_row(block, row - block.row0); });
   }
 
   // The part of the rows of block `index` that comes into L2 while 32 keys of the chunk are
@@ -271,10 +203,6 @@ class BwdTilesRunner {
   }
 
   static int subs(int rows) { return (rows + kBlockRows - 1) / kBlockRows; }
-  static int sub_rows(int rows, int sub) {
-    const int rest = rows - sub * kBlockRows;
-    return rest < kBlockRows ? rest : kBlockRows;
-  }
   // Of the block of keys that begins at key `first` of the chunk.
   int block_keys(int first) const {
     return ctx_.keys - first < kBwdBlockKeys ? ctx_.keys - first : kBwdBlockKeys;
@@ -283,7 +211,7 @@ class BwdTilesRunner {
   // What each 32 rows see of a block of keys.
   void find_columns(const RowBlock& block, int first) {
     for (int sub = 0; sub < subs(block.rows); ++sub)
-      columns_[sub] = ctx_.map.columns(block.row0 + sub * kBlockRows, sub_rows(block.rows, sub),
+      columns_[sub] = ctx_.map.columns(block.row0 + sub * kBlockRows, rows_of_sub(block.rows, sub),
                                        ctx_.key + first, block_keys(first));
   }
   // Those [begin, end) that see any of 32 keys of it.
@@ -300,7 +228,7 @@ class BwdTilesRunner {
   Unit make_unit(const RowBlock& block, int sub, int key) const {
     Unit unit{};
     unit.row0 = block.row0 + sub * kBlockRows;
-    unit.rows = sub_rows(block.rows, sub);
+    unit.rows = rows_of_sub(block.rows, sub);
     unit.sub = sub;
     unit.key = key;
     unit.first_key = ctx_.key + key;
@@ -333,7 +261,7 @@ class BwdTilesRunner {
       done = unit;
     }
     add_dv_and_dk(done, seeing);
-    if (!finite_) add_spoilt_rows(block, key);
+    if (!finite_) sums_.add_spoilt_rows(block, key);
   }
 
   // c = a b^T of a unit.
@@ -456,7 +384,7 @@ class BwdTilesRunner {
     const int column = last.key / kUnitKeys, others = seeing.end - seeing.begin - 1;
     const Packed p{x_.pairs, Output::kPairsTerm, kDepth};
     const Packed ds{x_.pairs + Output::ds_pairs(), Output::kPairsTerm, kDepth};
-    float *dv = this->dv(column), *dk = this->dk(column);
+    float *dv = sums_.dv(column), *dk = sums_.dk(column);
     const bool add = x_.begun[column];
     x_.begun[column] = true;
     beside_rows(last, others > 0 ? kCalls * others : 1,
@@ -471,8 +399,8 @@ class BwdTilesRunner {
   void add_groups(const Packed& a, const Packed& b, int m, int d, const KeyRange& k, float* c,
                   bool add, const float* next) const {
     for (; m < d / kTileSide; m += 2) {
-      float* group = c + m / 2 * kGroup;
-      PrefetchTiles<kGroupLines> prefetch{m + 2 < d / kTileSide ? group + kGroup : next};
+      float* group = c + m / 2 * kSumGroup;
+      PrefetchTiles<kGroupLines> prefetch{m + 2 < d / kTileSide ? group + kSumGroup : next};
       add_group(a, b, m, k, group, add, prefetch);
     }
   }
@@ -496,104 +424,23 @@ class BwdTilesRunner {
       float* c = ctx_.dq_row(block.row0 + sub * kBlockRows);
       const bool add = dq_begun_[sub];
       dq_begun_[sub] = true;
-      for (int n = 0; n < ctx_.d_pad / kTileSide; n += 2, c += kGroup) {
+      for (int n = 0; n < ctx_.d_pad / kTileSide; n += 2, c += kSumGroup) {
         const Packed columns{k.tile(0, n, 0), k.term_words, kKeyDepth};
         if (ctx_.d_pad <= 64) {  // K of the block stays in L1
-          PrefetchTiles<kGroupLines, true> prefetch{c + kGroup};
+          PrefetchTiles<kGroupLines, true> prefetch{c + kSumGroup};
           add_group(ds, columns, 0, keys, c, add, prefetch);
         } else {
-          PrefetchTiles<kGroupLines, false> prefetch{c + kGroup};
+          PrefetchTiles<kGroupLines, false> prefetch{c + kSumGroup};
           add_group(ds, columns, 0, keys, c, add, prefetch);
         }
       }
-      if (!k_finite_) add_spoilt_keys(block, sub, first);
-    }
-  }
-
-  // Element (i, column) of a group of rows' sums lies at the returned address, 16 columns in a row.
-  static float* group_element(float* sums, int i, int column) {
-    return sums + column / 32 * kGroup + i / kTileSide * 2 * kTileWords +
-           column % 32 / kTileSide * kTileWords + i % kTileSide * kTileSide + column % kTileSide;
-  }
-  // Row r of the block.
-  const float* dq_row(const RowBlock& block, int r) const {
-    float* sums = ctx_.dq_row(block.row0 + r / kBlockRows * kBlockRows);
-    for (int i = 0; i < ctx_.d_pad; i += kTileSide)
-      store(x_.staging.buffer + i, load(group_element(sums, r % kBlockRows, i)));
-    return x_.staging.buffer;
-  }
-
-  // The sum of the terms of a row's element in pairs of rows, or in pairs of keys.
-  static float sum_of_terms(const uint32_t* word, int half, int64_t term_words) {
-    float sum = 0.f;
-    for (int t = kTerms - 1; t >= 0; --t)
-      sum += load_scalar(word + t * term_words, Dtype::kBFloat16, half);
-    return sum;
-  }
-
-  // What the zeros in place of inf and NaN of rows left out, for 32 keys of the chunk.
-  void add_spoilt_rows(const RowBlock& block, int key) {
-    const int column = key / kUnitKeys * kUnitKeys;
-    for (int r = 0; r < block.rows; ++r) {
-      const int row = block.row0 + r;
-      if (x_.spoilt_dout[r])
-        add_spoilt_row(r, key, ctx_.map.tensor_row(ctx_.p.dout, row), x_.pairs,
-                       x_.dv + int64_t{column} * ctx_.d_v_pad, ctx_.d_v);
-      if (x_.spoilt_q[r])
-        add_spoilt_row(r, key, ctx_.map.tensor_row(ctx_.p.q, row), x_.pairs + Output::ds_pairs(),
-                       x_.dk + int64_t{column} * ctx_.d_pad, ctx_.d);
-    }
-  }
-  void add_spoilt_row(int r, int key, const char* row, const uint32_t* weights, float* c, int d) {
-    const KeyRange seen = visible(x_.rows[r], {0, kUnitKeys, ctx_.key + key});
-    const int64_t bytes = dtype_bytes(ctx_.p.dtype);
-    for (int j = seen.begin; j < seen.end; ++j) {
-      const uint32_t* word = weights + j / kTileSide * Output::kPairsColumn +
-                             r / kBlockRows * kTileWords + r % kHalf * kTileSide + j % kTileSide;
-      const float weight = sum_of_terms(word, r % kBlockRows / kHalf, Output::kPairsTerm);
-      for (int i = 0; i < d; i += kTileSide)
-        add_not_finite(c + (i / kTileSide * 2 + j / kTileSide) * kTileWords + j % kTileSide,
-                       kTileSide, weight, ctx_.p.dtype, row + i * bytes,
-                       d - i < kTileSide ? d - i : kTileSide);
-    }
-  }
-
-  void add_spoilt_keys(const RowBlock& block, int sub, int first) {
-    const auto k_rows = ctx_.key_rows(ctx_.p.k, ctx_.key);
-    const int64_t bytes = dtype_bytes(ctx_.p.dtype);
-    float* dq = ctx_.dq_row(block.row0 + sub * kBlockRows);
-    for (int r = 0; r < sub_rows(block.rows, sub); ++r) {
-      const KeyRange seen = visible(x_.rows[sub * kBlockRows + r], columns_[sub]);
-      for (int j = seen.begin; j < seen.end; ++j) {
-        if (!x_.spoilt_k[first + j]) continue;
-        const uint32_t* word = x_.ds + (2 * sub + r / kHalf) * Output::kDsRows +
-                               j / kTileDepth * kTileWords + r % kHalf * kTileSide + j % kHalf;
-        const float weight = sum_of_terms(word, j % kTileDepth / kHalf, Output::kDsTerm);
-        for (int i = 0; i < ctx_.d; i += kTileSide)
-          add_not_finite(group_element(dq, r, i), 1, weight, ctx_.p.dtype,
-                         k_rows(first + j) + i * bytes,
-                         ctx_.d - i < kTileSide ? ctx_.d - i : kTileSide);
-      }
-    }
-  }
-
-  // A gradient of the chunk's keys, collected as tiles of its transpose.
-  void store_transposed(const float* sums, const Operand& gradient, int d, float scale) {
-    const int ld = x_.staging.ld, m_tiles = round_up(d, kTileN) / kTileSide;
-    for (int n = 0; n * kTileSide < ctx_.keys; ++n) {
-      const float* tiles = sums + (int64_t{n} / 2 * m_tiles * 2 + n % 2) * kTileWords;
-      for (int m = 0; m * kTileSide < d; ++m)
-        transpose_tile(x_.staging.pairs + m * kTileSide, ld,
-                       reinterpret_cast<const uint32_t*>(tiles + m * 2 * kTileWords), kTileSide);
-      for (int j = 0; j < kTileSide && n * kTileSide + j < ctx_.keys; ++j)
-        ctx_.write_gradient(gradient, n * kTileSide + j,
-                            reinterpret_cast<const float*>(x_.staging.pairs) + int64_t{j} * ld, d,
-                            scale);
+      if (!k_finite_) sums_.add_spoilt_keys(block, sub, first, t);
     }
   }
 
   const BwdContext ctx_;
   const Scratch& x_;
+  const BwdTilesSums<kTerms> sums_;
   const Packed q_, dout_, q_t_, dout_t_, k_t_, v_t_;
   TileColumns columns_[kRows / kBlockRows];  // of the block of keys, for each 32 rows
   int random_key_[kRows / kBlockRows];       // of the chunk, whose random bytes are there

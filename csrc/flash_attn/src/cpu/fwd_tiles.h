@@ -30,14 +30,9 @@
 
 #include <type_traits>
 
-#include "cpu/decode.h"
-#include "cpu/fwd_weights.h"
+#include "cpu/fwd_references.h"
 
 namespace flash::cpu::FLASH_ATTN_ISA {
-
-inline constexpr int kRandomKeys = 2 * kUnitKeys;    // whose random bytes are made at once
-inline constexpr int kRandomRow = kRandomKeys + 32;  // random_row_bytes may write more
-inline constexpr float kMaxFused = 1024.f;  // of references subtracted by the FMA that scales
 
 // Head dims in tiles of 32, known to the compiler; AnyDims: not.
 template <int D, int Dv>
@@ -45,29 +40,6 @@ struct FixedDims {
   static constexpr int kD = D, kDv = Dv;
 };
 using AnyDims = FixedDims<0, 0>;
-
-struct FwdTilesScratch {
-  float* o;  // [task_rows][dv], padded to kTileN
-  uint32_t *packed_q, *packed_k, *packed_v;
-  uint32_t* packed_p;  // [32] x [2 pieces]
-  float* units;        // two of [32][kUnitKeys] scores
-  float* again;        // [32][kUnitKeys] of each unit of a piece
-  float* sums;         // two of [task_rows][kWidth]; BlockState::sums says which counts
-  float* reference;    // [task_rows]: what to add to a scaled score; kNoReference before the first
-  float* largest;      // [task_rows]: the score that is the reference, not scaled; -inf before
-  float* shift;        // [task_rows]: what to subtract from scores: 0, or `largest` where it is far
-  float* buffer;       // a row of Q
-  RowState* state;     // [task_rows]
-  Row* rows;           // [task_rows]
-  struct BlockState {
-    bool unset;     // a row has no reference
-    bool far;       // a row has a shift
-    int sums;       // which
-  }* blocks;        // [task_rows / 32]
-  uint8_t* random;  // [32][kRandomRow]
-  uint8_t* spoilt;  // [tile.keys]: V's rows with inf or NaN
-  Staging staging;
-};
 
 template <class Tile, class Terms, class Dims>
 class FwdTilesRunner {
@@ -82,39 +54,9 @@ class FwdTilesRunner {
   static constexpr int64_t kWeightsTerm =  // words from one term of P to the next
       packed_words(kBlockRows, 2 * kPieceKeys, 1);
 
-  static FwdTile tile(const Flash_fwd_params& p) {
-    const HeadDims dims(p);
-    const int d = dims.d_pad, dv = dims.d_v_pad;
-    int keys = (512 << 10) / (2 * kTerms * (d + dv)) / kPieceKeys * kPieceKeys;
-    keys = keys < kPieceKeys ? kPieceKeys : keys > 1024 ? 1024 : keys;
-    int task_rows = (768 << 10) / (2 * kTerms * d + 4 * dv) / kBlockRows * kBlockRows;
-    task_rows = task_rows < kBlockRows ? kBlockRows : task_rows > 2048 ? 2048 : task_rows;
-    return {.rows = kBlockRows, .keys = keys, .task_rows = task_rows, .stream = stream_tile(p)};
-  }
-
+  static FwdTile tile(const Flash_fwd_params& p) { return fwd_tile(p, kTerms, kPieceKeys); }
   static Scratch carve(Carver& c, const Flash_fwd_params& p, const FwdTile& tile) {
-    const HeadDims dims(p);
-    const int64_t d = dims.d_pad, dv = dims.d_v_pad;
-    Scratch x{};
-    x.o = c.take<float>(tile.task_rows * dv);
-    x.packed_q = c.take<uint32_t>(packed_words(tile.task_rows, d, kTerms));
-    x.packed_k = c.take<uint32_t>(packed_words(tile.keys, d, kTerms));
-    x.packed_v = c.take<uint32_t>(packed_words(tile.keys, dv, kTerms));
-    x.packed_p = c.take<uint32_t>(packed_words(kBlockRows, 2 * kPieceKeys, kTerms));
-    x.units = c.take<float>(2 * kUnitScores);
-    x.again = c.take<float>(kPieceUnits * kUnitScores);
-    x.sums = c.take<float>(2 * int64_t{tile.task_rows} * kWidth);
-    x.reference = c.take<float>(tile.task_rows);
-    x.largest = c.take<float>(tile.task_rows);
-    x.shift = c.take<float>(tile.task_rows);
-    x.staging = carve_staging(c, kTerms, dims.largest_pad());
-    x.buffer = c.take<float>(d);
-    x.state = c.take<RowState>(tile.task_rows);
-    x.rows = c.take<Row>(tile.task_rows);
-    x.blocks = c.take<FwdTilesScratch::BlockState>(tile.task_rows / kBlockRows);
-    x.random = c.take<uint8_t>(kBlockRows * kRandomRow);
-    x.spoilt = c.take<uint8_t>(tile.keys);
-    return x;
+    return carve_fwd_tiles(c, p, tile, kTerms, kPieceKeys);
   }
 
   FwdTilesRunner(const Flash_fwd_params& p, const FwdTask& task, const FwdTile& tile,
@@ -124,9 +66,9 @@ class FwdTilesRunner {
         tile_(tile),
         x_(x),
         fold_scale_(!ctx_.modifiers && p.scale_softmax > 0.f),
-        scale_(fold_scale_ ? p.scale_softmax : 1.f),
-        factor_(scale_ * kLog2e),
-        natural_(static_cast<double>(scale_) / factor_),
+        // Three terms would show that the FMA rounds otherwise than the modifiers did.
+        references_(ctx_, x, fold_scale_ ? p.scale_softmax : 1.f, fold_scale_ || kTerms < 3),
+        factor_(references_.factor()),
         q_(packed_grid(x.packed_q, tile.task_rows, ctx_.d_pad)),
         k_(packed_grid(x.packed_k, tile.keys, ctx_.d_pad)),
         v_(packed_grid(x.packed_v, ctx_.d_v_pad, tile.keys)),
@@ -179,10 +121,8 @@ class FwdTilesRunner {
   };
 
   int rows() const { return task_.row_end - task_.row_begin; }
-  BlockState& block(int row) const { return x_.blocks[row / kBlockRows]; }
-  float* sums(int row, int which) const {
-    return x_.sums + (int64_t{which} * tile_.task_rows + row) * kWidth;
-  }
+  BlockState& block(int row) const { return x_.block(row); }
+  float* sums(int row, int which) const { return x_.sums_of(row, which); }
 
   // Queries as A, rotated, not scaled, and fresh softmax states.
   void load_q() {
@@ -431,7 +371,7 @@ class FwdTilesRunner {
   void set_first_reference(const Unit& unit, int r) {
     const float largest = largest_score(unit.scores + r * kUnitKeys);
     if (largest > -kInf)
-      set_reference(unit.row + r, largest + growth(unit.row + r, unit.key()));
+      references_.set(unit.row + r, largest + references_.growth(unit.row + r, unit.key()));
     else
       block(unit.row).unset = true;
   }
@@ -511,56 +451,14 @@ class FwdTilesRunner {
         const float s = largest_score(scores + r * kUnitKeys);
         largest = s > largest ? s : largest;
       });
-      raise_reference(last.row + r, largest,
-                      growth(last.row + r, last.first_key + last.piece_begin));
+      references_.raise(last.row + r, largest,
+                        references_.growth(last.row + r, last.first_key + last.piece_begin));
     }
     for_units([&](float* scores) {
       if (block(unit.row).far) shift_scores(unit, scores);
       RowWeigher<Terms>(weight_rows(unit, scores, factor_)).finish();
       if (ctx_.dropout.enabled) drop(unit);
     });
-  }
-
-  // The reference of row r in units of log2, exact.
-  double exponent_of_reference(int r) const {
-    return x_.shift[r] != 0.f ? static_cast<double>(x_.shift[r]) * factor_
-                              : -static_cast<double>(x_.reference[r]);
-  }
-  void set_reference(int r, float largest) {
-    const float exponent = largest * factor_;
-    // Three terms would show that the FMA rounds otherwise than the modifiers did.
-    const bool fused =
-        (fold_scale_ || kTerms < 3) && -kMaxFused <= exponent && exponent <= kMaxFused;
-    x_.reference[r] = fused ? -exponent : 0.f;
-    x_.shift[r] = fused ? 0.f : largest;
-    x_.largest[r] = largest;
-    x_.state[r].max = fused ? static_cast<float>(exponent * natural_) : largest * scale_;
-    if (!fused) block(r).far = true;
-  }
-  // How much ALiBi lets the scores of row r grow from `key` on: references are that much higher, or
-  // every piece would raise them again. A sum stays above e^-kMostGrowth.
-  float growth(int r, int key) const {
-    constexpr float kMostGrowth = 64.f;
-    const Row& row = x_.rows[r];
-    if (!(row.alibi_slope > 0.f)) return 0.f;
-    const int diagonal = ctx_.map.diagonal(row), last = row.keys.end - 1;
-    const float growth =
-        row.alibi_slope * static_cast<float>((diagonal < last ? diagonal : last) - key);
-    return growth < 0.f ? 0.f : growth < kMostGrowth ? growth : kMostGrowth;
-  }
-  // If a score of row r exceeds the reference of its exponents by far, it and what it may grow by
-  // become the reference; O and the sum are scaled accordingly.
-  void raise_reference(int r, float largest, float growth) {
-    if (!((largest - x_.largest[r]) * factor_ > kMaxExponent - 1)) return;
-    const bool is_first = x_.largest[r] == -kInf;
-    const double before = exponent_of_reference(r);
-    set_reference(r, largest + growth);
-    if (is_first) return;
-    const float scale = exp2(static_cast<float>(before - exponent_of_reference(r)));
-    float* sum = sums(r, block(r).sums);
-    store(sum, load(sum) * scale);
-    float* o = x_.o + int64_t{r} * ctx_.d_v_pad;
-    for (int i = 0; i < ctx_.d_v_pad; i += kWidth) store(o + i, load(o + i) * scale);
   }
 
   // What the zeros in place of inf and NaN left out, in rows that see them.
@@ -587,9 +485,8 @@ class FwdTilesRunner {
   const FwdTile& tile_;
   const Scratch& x_;
   const bool fold_scale_;  // products are scores but for the scale
-  const float scale_;      // from products (or scores, where modified) to scores
-  const float factor_;     // and to units of log2
-  const double natural_;   // from those to scores
+  const FwdReferences references_;
+  const float factor_;  // from products (or scores, where modified) to units of log2
   const Packed q_, k_, v_, weights_;
   bool v_finite_ = true;
   Unit weighed_;                           // whose P comes next
