@@ -31,6 +31,7 @@ from flash_attn.models._layers import (
 )
 from flash_attn.models._layers import init_weights as _init_weights
 from flash_attn.models._tensor_parallel import combine_state_dicts_tp, shard_state_dict_tp
+from flash_attn.modules._few import are_few
 from flash_attn.modules._kv_cache import cached_lengths
 from flash_attn.modules.block import _fused_norm, _normed
 from flash_attn.modules.embedding import GPT2Embeddings, ParallelGPT2Embeddings
@@ -275,12 +276,12 @@ class GPTModel(GPTPreTrainedModel):
         return branches, residual
 
     def _final_norm(self, branches, residual: Optional[Tensor]) -> Tensor:
-        if self.fused_dropout_add_ln:
+        if self.fused_dropout_add_ln and not are_few(branches[0]):
             x1 = branches[1] if len(branches) > 1 else None
             return _fused_norm(self.ln_f, self.drop_f, branches[0], x1=x1, residual=residual)
         x = self.drop_f(branches[0])
         for branch in branches[1:]:
-            x = x + self.drop_f(branch)
+            x = x if branch is None else x + self.drop_f(branch)
         return _normed(self.ln_f, x if residual is None else x + residual)
 
     def forward(

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from flash_attn._arguments import check_optional, check_subset, check_tensors
+from flash_attn.modules._few import are_few, rms_norm_of_few
 from flash_attn.modules.mha import MHA
 from flash_attn.modules.mlp import Mlp
+from flash_attn.ops.triton.layer_norm import RMSNorm, layer_norm_fn
 
 __all__ = ["Block", "ParallelBlock", "StochasticDepth"]
 
@@ -44,16 +46,9 @@ class StochasticDepth(nn.Module):
         return f"p={self.p}"
 
 
-def _fused():
-    """Return the module of the fused dropout, addition and norm."""
-    from flash_attn.ops.triton import layer_norm
-
-    return layer_norm
-
-
 def _check_fusable(norm: nn.Module, *dropouts: nn.Module) -> None:
     """Raise TypeError for layers whose work the fused operator does not do."""
-    if not isinstance(norm, (nn.LayerNorm, _fused().RMSNorm)):
+    if not isinstance(norm, (nn.LayerNorm, RMSNorm)):
         raise TypeError(
             "fused_dropout_add_ln needs norm_cls to make torch.nn.LayerNorm or "
             f"flash_attn.ops.triton.layer_norm.RMSNorm, got {type(norm).__name__}"
@@ -70,14 +65,13 @@ def _check_fusable(norm: nn.Module, *dropouts: nn.Module) -> None:
 
 def _fused_norm(norm: nn.Module, dropout: nn.Dropout, x: Tensor, **options):
     """``layer_norm_fn`` with the parameters of a norm and a dropout."""
-    fused = _fused()
-    return fused.layer_norm_fn(
+    return layer_norm_fn(
         x,
         norm.weight,
         norm.bias,
         eps=norm.eps,
         dropout_p=dropout.p if dropout.training else 0.0,
-        is_rms_norm=isinstance(norm, fused.RMSNorm),
+        is_rms_norm=isinstance(norm, RMSNorm),
         zero_centered_weight=getattr(norm, "zero_centered_weight", False),
         **options,
     )
@@ -86,6 +80,8 @@ def _fused_norm(norm: nn.Module, dropout: nn.Dropout, x: Tensor, **options):
 def _normed(norm: nn.Module, x: Tensor) -> Tensor:
     """Apply a norm in the dtype of its parameters."""
     weight = getattr(norm, "weight", None)
+    if type(norm) is RMSNorm and norm.drop is None and are_few(x):
+        return rms_norm_of_few(norm, x)
     return norm(x if weight is None else x.to(weight.dtype))
 
 
@@ -204,16 +200,19 @@ class Block(_Block):
         Returns:
             ``(normed, residual)``, residual None without ``prenorm``.
         """
-        norm, dropout = getattr(self, f"norm{step}"), getattr(self, f"dropout{step}")
-        drop_path = getattr(self, f"drop_path{step}")
-        if self.fused_dropout_add_ln:
+        if step == 1:
+            norm, dropout, drop_path = self.norm1, self.dropout1, self.drop_path1
+        else:
+            norm, dropout, drop_path = self.norm2, self.dropout2, self.drop_path2
+        if self.fused_dropout_add_ln and not are_few(x):
             options = {"residual": residual, "prenorm": prenorm}
             options["residual_in_fp32"] = self.residual_in_fp32
             if drop_path.training and drop_path.p > 0.0:
                 options["rowscale"] = drop_path(x.new_ones(x.shape[:-1]))
             out = _fused_norm(norm, dropout, x, **options)
             return out if prenorm else (out, None)
-        x = drop_path(dropout(x))
+        if dropout.training or drop_path.training or type(dropout) is not nn.Dropout:
+            x = drop_path(dropout(x))
         x = x if residual is None else x + residual
         normed = _normed(norm, x)
         if not prenorm:
@@ -341,7 +340,7 @@ class ParallelBlock(_Block):
 
     def _add_norm(self, x1: Tensor, x2: Optional[Tensor], residual: Optional[Tensor]):
         """Return what mixer and MLP read, and the residual stream."""
-        if self.fused_dropout_add_ln:
+        if self.fused_dropout_add_ln and not are_few(x1):
             return self._add_norm_fused(x1, x2, residual)
         x = self.dropout1(x1)
         for branch in (None if x2 is None else self.dropout2(x2), residual):

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flash_attn.modules._few import are_few
 from flash_attn.ops._dense import has_kernels, is_for_torch
 from flash_attn.ops.activations import swiglu
 from flash_attn.ops.fused_dense import (
@@ -57,9 +58,9 @@ def _gated(x: Tensor, activation: Callable[[Tensor], Tensor]) -> Tensor:
     if activation is F.sigmoid or activation is torch.sigmoid:
         return F.glu(x, dim=-1)
     y, gate = x.chunk(2, dim=-1)
-    if activation is F.silu and has_kernels(x) and not is_for_torch(x):
-        return swiglu(gate, y)
-    return y * activation(gate)
+    if activation is not F.silu or are_few(x) or not has_kernels(x) or is_for_torch(x):
+        return y * activation(gate)
+    return swiglu(gate, y)
 
 
 class Mlp(nn.Module):

@@ -11,6 +11,8 @@ from plain_gpt import PlainGPT
 from small_cases import int32
 
 from flash_attn.models.gpt import GPTLMHeadModel, GPTModel
+from flash_attn.modules._few import rms_norm_of_few
+from flash_attn.ops.triton.layer_norm import RMSNorm
 from flash_attn.utils.generation import InferenceParams
 
 BATCH, SEQLEN = 2, 12
@@ -333,3 +335,29 @@ def test_learns():
     assert loss < 0.1
     out = model.eval().generate(ids[:, :1], max_length=SEQLEN)
     assert torch.equal(out, ids)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "case", ["fused RMS norms, sandwich", "fused norms, parallel", "fp32 residual"]
+)
+def test_few_tokens_are_as_many(case, dtype):
+    """Without gradients torch's operators serve few elements: the same but for rounding."""
+    name, options = WAYS[case]
+    model, ids = model_of(name, **options).to(dtype), token_ids(BATCH, SEQLEN)
+    expected = model(ids).logits.float()
+    with torch.no_grad():
+        few = model(ids).logits.float()
+    # Of bf16, two roundings of each of some ten steps; logits are up to about 4.
+    assert_close(few, expected, atol=2e-5 if dtype is torch.float32 else 0.1)
+    assert few.grad_fn is None
+
+
+def test_norm_in_fp32_of_few_tokens():
+    """A residual stream in fp32 is normed in fp32, and so is a gain of 1 + weight."""
+    norm = RMSNorm(8, zero_centered_weight=True).bfloat16()
+    torch.nn.init.normal_(norm.weight, std=2**-10)
+    x = torch.randn(3, 8)
+    scale = (x.square().mean(-1, keepdim=True) + norm.eps).rsqrt()
+    expected = x * scale * (1 + norm.weight.float())
+    assert torch.equal(rms_norm_of_few(norm, x), expected.bfloat16())
