@@ -4,24 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from importlib import import_module
 from pathlib import Path
 from typing import Optional, Union
 
 from torch import Tensor
 
-# model_type: module here, and what its functions are called by.
-FAMILIES = {
-    "gpt2": ("gpt", "gpt2"),
-    "opt": ("opt", "opt"),
-    "falcon": ("falcon", "falcon"),
-    "llama": ("llama", "llama"),
-    "gpt_neox": ("gpt_neox", "gpt_neox"),
-    "gptj": ("gptj", "gptj"),
-    "gpt_bigcode": ("bigcode", "bigcode"),
-    "baichuan": ("baichuan", "baichuan"),
-    "btlm": ("btlm", "btlm"),
-}
+from flash_attn.models._config import options_of
+from flash_attn.models._hf_defaults import DEFAULTS
+from flash_attn.models._hf_families import family_of
 
 # How names of such models start that are no folders.
 _NAMES = {
@@ -72,11 +62,9 @@ def convert(model_name: Union[str, Path], state_dict: Mapping[str, Tensor], conf
     if any(name.startswith(_OURS) for name in state_dict):
         return dict(state_dict)
     model_type = model_type_of(model_name)
-    if model_type not in FAMILIES:
+    if model_type not in DEFAULTS:
         raise ValueError(
             f"model_name {str(model_name)!r} must be a folder whose config.json has a model_type "
-            f"among {', '.join(FAMILIES)}, got {model_type!r}"
+            f"among {', '.join(DEFAULTS)}, got {model_type!r}"
         )
-    module, name = FAMILIES[model_type]
-    remap = getattr(import_module(f"flash_attn.models.{module}"), f"remap_state_dict_hf_{name}")
-    return remap(state_dict, config)
+    return family_of(model_type).layout(options_of(config)).to_ours(state_dict)

@@ -46,10 +46,11 @@ _MIXED = ["sliding_attention", "full_attention", "full_attention", "sliding_atte
 
 
 class Case(NamedTuple):
-    """A model: its ``model_type`` and configuration."""
+    """A model: its ``model_type``, its configuration, and which attention transformers is to use."""
 
     model_type: str
     options: dict[str, Any]
+    attention: str = "eager"
 
 
 CASES = {
@@ -91,7 +92,7 @@ CASES = {
 # Of test_models_converters.py, which converts them without a folder.
 _CLASSIC_TYPES = {"gpt": "gpt2", "bigcode": "gpt_bigcode"}
 CLASSIC_CASES = {
-    name: Case(_CLASSIC_TYPES.get(case.module, case.module), case.options)
+    name: Case(_CLASSIC_TYPES.get(case.module, case.module), case.options, case.attention)
     for name, case in CLASSIC.items()
 }
 
@@ -100,7 +101,9 @@ def hf_model(case: Case):
     """Return the model of transformers in fp32, with weights that make logits of about 1 to 10."""
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(case.model_type, **case.options)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, attn_implementation=case.attention
+    )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             is_gain = parameter.dim() == 1 and name.endswith("weight")

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
 import transformers
 from hf_cases import CASES, CLASSIC_CASES, WINDOW, Case, edit_config, saved, tokens
 from safetensors.torch import load_file, save_file
+from scripts import ROOT
 
 from flash_attn.models import from_hf
+from flash_attn.models.gpt import GPTLMHeadModel
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 SEQLEN = 40
@@ -254,3 +257,20 @@ def test_missing_weights_without_strict_are_random(tmp_path):
     assert 0.001 < layers[1].mlp.fc2.weight.std() < 0.05  # as a new model has it
     assert torch.equal(layers[0].mlp.fc2.weight, weights["model.layers.0.mlp.down_proj.weight"])
     assert taken.std() > 0.1
+
+
+def test_documentation_has_all_model_types():
+    from flash_attn.models._hf_defaults import DEFAULTS
+
+    text = (ROOT / "docs" / "models.md").read_text().split("<!-- model types -->")[1]
+    table = text.strip().split("\n\n")[0].splitlines()[2:]
+    named = [name for row in table for name in re.findall(r"`(\w+)`", row.split("|")[1])]
+    assert sorted(named) == sorted(DEFAULTS)
+
+
+@torch.inference_mode()
+def test_from_pretrained_converts_the_same(tmp_path):
+    saved(CASES["gemma2"], tmp_path)
+    model = from_hf(tmp_path)
+    again = GPTLMHeadModel.from_pretrained(tmp_path, model.config)
+    assert torch.equal(again.eval()(tokens(2, 9)).logits, model(tokens(2, 9)).logits)
