@@ -46,7 +46,7 @@ _MIXED = ["sliding_attention", "full_attention", "full_attention", "sliding_atte
 
 
 class Case(NamedTuple):
-    """A model: its ``model_type``, its configuration, and which attention transformers is to use."""
+    """A model: its ``model_type`` and configuration."""
 
     model_type: str
     options: dict[str, Any]
@@ -101,9 +101,8 @@ def hf_model(case: Case):
     """Return the model of transformers in fp32, with weights that make logits of about 1 to 10."""
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(case.model_type, **case.options)
-    model = transformers.AutoModelForCausalLM.from_config(
-        config, attn_implementation=case.attention
-    )
+    make = transformers.AutoModelForCausalLM.from_config
+    model = make(config, attn_implementation=case.attention)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             is_gain = parameter.dim() == 1 and name.endswith("weight")
