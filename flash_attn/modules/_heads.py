@@ -379,6 +379,7 @@ class HeadAttention(nn.Module):
                 q,
                 kv,
                 inference_params,
+                cache,
                 rotary_cos=rotary._cos_cached,
                 rotary_sin=rotary._sin_cached,
                 rotary_interleaved=rotary.interleaved,
@@ -428,8 +429,11 @@ class HeadAttention(nn.Module):
             "s_aux": None if self.sinks is None else self.sinks.detach(),
         }
 
-    def _attend_cache(self, q: Tensor, kv: Tensor, inference_params, **rotary) -> Tensor:
-        cache = cache_rows(kv, inference_params, self.layer_idx)
+    def _attend_cache(
+        self, q: Tensor, kv: Tensor, inference_params, cache: Optional[Tensor] = None, **rotary
+    ) -> Tensor:
+        if cache is None:
+            cache = cache_rows(kv, inference_params, self.layer_idx)
         length = cached_lengths(q.shape[0], inference_params)
         check_room(length, kv.shape[1], cache)
         return flash_attn_with_kvcache(

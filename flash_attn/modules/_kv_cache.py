@@ -86,6 +86,8 @@ def cache_rows(kv: Tensor, inference_params, layer_idx: int) -> Tensor:
                 f"sequences, got {tuple(table.shape)}"
             )
         return cache
+    if first == 0 and cache.shape[0] == kv.shape[0]:
+        return cache
     rows = cache[first : first + kv.shape[0]]
     if rows.shape[0] != kv.shape[0]:
         raise ValueError(
@@ -116,7 +118,9 @@ def cached_lengths(batch: int, inference_params) -> Union[int, Tensor]:
             f"inference_params.lengths_per_sample must have an entry for each of {first + batch} "
             f"sequences, got {tuple(lengths.shape)}"
         )
-    return lengths[first : first + batch].to(torch.int32)
+    if first != 0 or lengths.shape[0] != batch:
+        lengths = lengths[first : first + batch]
+    return lengths.to(torch.int32)
 
 
 def check_room(length: Union[int, Tensor], seqlen: int, cache: Tensor) -> None:
