@@ -67,6 +67,10 @@ TYPES = Kind(
     lambda x: isinstance(x, (list, tuple)) and all(t in (FULL, SLIDING) for t in x),
     f"a list of {FULL!r} and {SLIDING!r}",
 )
+FLAGS = Kind(
+    lambda x: isinstance(x, (list, tuple)) and all(isinstance(flag, bool) for flag in x),
+    "a list of True and False",
+)
 ANYTHING = Kind(lambda x: True, "anything")
 
 # Attributes of GPT2Config, with its own defaults.
@@ -142,6 +146,7 @@ OWN = {
     "qk_norm": (False, FLAG),
     "query_pre_attn_scalar": (None, POSITIVE.or_none()),
     "rms_norm_zero_centered": (False, FLAG),
+    "rotary_emb_layers": (None, FLAGS.or_none()),
     "rotary_emb_local_base": (None, POSITIVE.or_none()),
     "rotary_emb_scaling": (None, ANYTHING),
     "sandwich_norm": (False, FLAG),
@@ -191,6 +196,12 @@ class GPTOptions(SimpleNamespace):
     def rotary_dim(self) -> int:
         """Elements of a head that rotary embedding turns."""
         return int(self.rotary_emb_fraction * self.head_dim)
+
+    def turns(self, layer_idx: Optional[int]) -> bool:
+        """Whether queries and keys of the layer have a rotary embedding."""
+        if self.rotary_emb_layers is None or layer_idx is None:
+            return self.rotary_dim > 0
+        return self.rotary_dim > 0 and self.rotary_emb_layers[layer_idx]
 
     @property
     def qkv_features(self) -> int:
@@ -269,7 +280,7 @@ def _resolve_heads(options: GPTOptions) -> None:
 
 
 def _check_layers(options: GPTOptions) -> None:
-    for name in ("layer_types", "mlp_checkpoint_lvl"):
+    for name in ("layer_types", "rotary_emb_layers", "mlp_checkpoint_lvl"):
         value = getattr(options, name)
         if isinstance(value, (list, tuple)) and len(value) != options.n_layer:
             raise ValueError(
@@ -291,7 +302,8 @@ def _check_rotary(options: GPTOptions) -> None:
             f"config.rotary_emb_fraction ({options.rotary_emb_fraction}) must turn an even part "
             f"of head_dim {options.head_dim}, it is {options.rotary_dim}"
         )
-    for name in ("rotary_emb_scaling", "rotary_emb_local_base", "rotary_emb_scale_base"):
+    elsewhere = ("rotary_emb_layers", "rotary_emb_scaling", "rotary_emb_local_base")
+    for name in (*elsewhere, "rotary_emb_scale_base"):
         if getattr(options, name) is not None and options.rotary_dim == 0:
             raise _contradiction(options, name, "config.rotary_emb_fraction above 0")
     scaling = options.rotary_emb_scaling

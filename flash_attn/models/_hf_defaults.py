@@ -35,6 +35,65 @@ _MISTRAL = {
     "sliding_window": 4096,
 }
 
+_MINISTRAL = {**_MISTRAL, "layer_types": None}
+
+_SMOLLM3 = {
+    **{k: v for k, v in _LLAMA.items() if k != "head_dim"},
+    "vocab_size": 128256,
+    "hidden_size": 2048,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 32768,
+    "bos_token_id": 128000,
+    "eos_token_id": 128001,
+    "pad_token_id": 128004,
+    "use_sliding_window": False,
+    "sliding_window": None,
+    "no_rope_layers": None,
+    "no_rope_layer_interval": 4,
+    "layer_types": None,
+    "tie_word_embeddings": True,
+}
+
+_STABLELM = {
+    **{k: v for k, v in _WITHOUT_BIAS.items() if k not in ("head_dim", "rms_norm_eps")},
+    "vocab_size": 50304,
+    "hidden_size": 2560,
+    "intermediate_size": 6912,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 4096,
+    "layer_norm_eps": 1e-5,
+    "use_qkv_bias": False,
+    "qk_layernorm": False,
+    "use_parallel_residual": False,
+    "hidden_dropout": 0.0,
+    "partial_rotary_factor": 0.25,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+
+_STARCODER2 = {
+    **{k: v for k, v in _WITHOUT_BIAS.items() if k not in ("head_dim", "rms_norm_eps")},
+    "vocab_size": 49152,
+    "hidden_size": 3072,
+    "intermediate_size": 12288,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 24,
+    "num_key_value_heads": 2,
+    "hidden_act": "gelu_pytorch_tanh",
+    "max_position_embeddings": 4096,
+    "initializer_range": 0.018042,
+    "norm_epsilon": 1e-5,
+    "bos_token_id": 50256,
+    "eos_token_id": 50256,
+    "sliding_window": None,
+    "residual_dropout": 0.0,
+    "embedding_dropout": 0.0,
+    "use_bias": True,
+    "tie_word_embeddings": True,
+}
+
 _QWEN2 = {
     **{k: v for k, v in _WITHOUT_BIAS.items() if k != "head_dim"},
     "vocab_size": 151936,
@@ -257,9 +316,13 @@ DEFAULTS: dict[str, dict] = {
     "gpt_oss": _GPT_OSS,
     "gptj": _GPTJ,
     "llama": _LLAMA,
+    "ministral": _MINISTRAL,
     "mistral": _MISTRAL,
     "opt": _OPT,
     "phi3": _PHI3,
     "qwen2": _QWEN2,
     "qwen3": _QWEN3,
+    "smollm3": _SMOLLM3,
+    "stablelm": _STABLELM,
+    "starcoder2": _STARCODER2,
 }

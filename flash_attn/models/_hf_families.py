@@ -39,11 +39,15 @@ _FUNCTIONS = {
     "gpt_oss": ("gpt_oss", "gpt_oss_config_to_gpt2_config", "gpt_oss_layout"),
     "gptj": ("gptj", "gptj_config_to_gpt2_config", "_layout"),
     "llama": ("llama", "llama_config_to_gpt2_config", "_hf_layout"),
+    "ministral": ("mistral", "ministral_config_to_gpt2_config", "mistral_layout"),
     "mistral": ("mistral", "mistral_config_to_gpt2_config", "mistral_layout"),
     "opt": ("opt", "opt_config_to_gpt2_config", "_layout"),
     "phi3": ("phi3", "phi3_config_to_gpt2_config", "phi3_layout"),
     "qwen2": ("qwen", "qwen2_config_to_gpt2_config", "qwen2_layout"),
     "qwen3": ("qwen", "qwen3_config_to_gpt2_config", "qwen3_layout"),
+    "smollm3": ("smollm3", "smollm3_config_to_gpt2_config", "smollm3_layout"),
+    "stablelm": ("stablelm", "stablelm_config_to_gpt2_config", "stablelm_layout"),
+    "starcoder2": ("starcoder2", "starcoder2_config_to_gpt2_config", "starcoder2_layout"),
 }
 
 

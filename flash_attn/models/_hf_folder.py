@@ -26,11 +26,15 @@ _ARCHITECTURES = {
     "GemmaForCausalLM": "gemma",
     "GptOssForCausalLM": "gpt_oss",
     "LlamaForCausalLM": "llama",
+    "MinistralForCausalLM": "ministral",
     "MistralForCausalLM": "mistral",
     "OPTForCausalLM": "opt",
     "Phi3ForCausalLM": "phi3",
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
+    "SmolLM3ForCausalLM": "smollm3",
+    "StableLmForCausalLM": "stablelm",
+    "Starcoder2ForCausalLM": "starcoder2",
 }
 
 _ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")

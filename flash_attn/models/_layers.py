@@ -68,6 +68,8 @@ def _qk_norm(options: GPTOptions, device, dtype):
 
 def _rotary(options: GPTOptions, layer_idx: Optional[int], device) -> Optional[RotaryEmbedding]:
     """Return the layer's rotary embedding where MHA's own arguments cannot say it, else None."""
+    if not options.turns(layer_idx):
+        return None
     dim, interleaved = options.rotary_dim, options.rotary_emb_interleaved
     if options.is_sliding(layer_idx) and options.rotary_emb_local_base is not None:
         return RotaryEmbedding(dim, options.rotary_emb_local_base, interleaved, device=device)
@@ -101,7 +103,7 @@ def create_mixer_cls(config, layer_idx=None, process_group=None, device=None, dt
         "softmax_scale": options.softmax_scale(layer_idx),
         "causal": True,
         "layer_idx": layer_idx,
-        "rotary_emb_dim": options.rotary_dim,
+        "rotary_emb_dim": options.rotary_dim if options.turns(layer_idx) else 0,
         "rotary_emb_base": options.rotary_emb_base,
         "rotary_emb_scale_base": options.rotary_emb_scale_base,
         "rotary_emb_interleaved": options.rotary_emb_interleaved,

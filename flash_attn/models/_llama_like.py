@@ -26,12 +26,13 @@ from flash_attn.models._state_dict import (
 )
 
 
-def decoder_config(theirs, kind: str, **attributes):
+def decoder_config(theirs, kind: str, gated: bool = True, **attributes):
     """Return ``transformers.GPT2Config`` of a model like Llama.
 
     Args:
         theirs: the configuration of Hugging Face.
         kind: what messages call it.
+        gated: whether the MLP is.
         **attributes: those in which it differs.
 
     Raises:
@@ -52,11 +53,11 @@ def decoder_config(theirs, kind: str, **attributes):
         "head_dim": head_dim,
         "n_inner": theirs.intermediate_size,
         "mlp_multiple_of": 1,
-        "activation_function": activation(kind, name, hidden_act, gated=True),
+        "activation_function": activation(kind, name, hidden_act, gated=gated),
         "resid_pdrop": 0.0,
         "embd_pdrop": 0.0,
         "attn_pdrop": getattr(theirs, "attention_dropout", None) or 0.0,
-        "layer_norm_epsilon": theirs.rms_norm_eps,
+        "layer_norm_epsilon": getattr(theirs, "rms_norm_eps", None),
         "initializer_range": theirs.initializer_range,
         "tie_word_embeddings": theirs.tie_word_embeddings,
         "rms_norm": True,
@@ -105,6 +106,8 @@ _GATE_FIRST = each(_swapped, _swapped)
 
 def _norms(ours: str, theirs: str, options: GPTOptions) -> list[Entry]:
     names = {"norm1": "input_layernorm", "norm2": "post_attention_layernorm"}
+    if options.parallel_block_tied_norm:
+        del names["norm2"]
     if options.sandwich_norm:
         names["post_norm1"] = names["norm2"]
         names["norm2"] = "pre_feedforward_layernorm"
@@ -130,12 +133,14 @@ def _attention(ours: str, theirs: str, options: GPTOptions, packed: bool) -> lis
 
 
 def _mlp(ours: str, theirs: str, options: GPTOptions, packed: bool) -> list[Entry]:
-    names: list[str] = [f"{theirs}.up_proj", f"{theirs}.gate_proj"]
     step: Step = gate_joined(options)
+    names, last = [f"{theirs}.up_proj", f"{theirs}.gate_proj"], f"{theirs}.down_proj"
     if packed:
         names, step = [f"{theirs}.gate_up_proj"], _GATE_FIRST
+    elif not options.is_gated:
+        names, last, step = [f"{theirs}.c_fc"], f"{theirs}.c_proj", SAME
     entries = linear(f"{ours}.fc1", *names, bias=options.mlp_fc1_bias, step=step)
-    return entries + linear(f"{ours}.fc2", f"{theirs}.down_proj", bias=options.mlp_fc2_bias)
+    return entries + linear(f"{ours}.fc2", last, bias=options.mlp_fc2_bias)
 
 
 def decoder_layout(

@@ -46,7 +46,7 @@ _MIXED = ["sliding_attention", "full_attention", "full_attention", "sliding_atte
 
 
 class Case(NamedTuple):
-    """A model: its ``model_type`` and configuration."""
+    """A model: its ``model_type`` and configuration, and which attention transformers uses."""
 
     model_type: str
     options: dict[str, Any]
@@ -85,8 +85,26 @@ CASES = {
              "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
              "sliding_attention": {"rope_type": "default", "rope_theta": 1e3}}},
     ),
+    "ministral": Case(
+        "ministral", {**_HEADS, "sliding_window": WINDOW, "layer_types": _MIXED}
+    ),
     "phi3": Case("phi3", {**_SIZES, "sliding_window": WINDOW}),
     "phi3, longrope": Case("phi3", {**_SIZES, **_LONGROPE}),
+    "smollm3": Case("smollm3", {**_SIZES, "no_rope_layer_interval": 2, **_YARN}),
+    "smollm3, windows, biases": Case(
+        "smollm3",
+        {**_SIZES, "no_rope_layers": [1, 1, 0, 1], "use_sliding_window": True,
+         "sliding_window": WINDOW, "attention_bias": True, "mlp_bias": True,
+         "tie_word_embeddings": False},
+    ),
+    "stablelm": Case("stablelm", {**_SIZES, "use_qkv_bias": True}),
+    "stablelm, parallel": Case(
+        "stablelm",
+        {**_SIZES, "use_parallel_residual": True, "tie_word_embeddings": True,
+         **rope("default", partial_rotary_factor=0.5)},
+    ),
+    "starcoder2": Case("starcoder2", {**_SIZES, "sliding_window": WINDOW}),
+    "starcoder2, no biases": Case("starcoder2", {**_SIZES, "use_bias": False}),
 }  # fmt: skip
 
 # Of test_models_converters.py, which converts them without a folder.
@@ -101,8 +119,9 @@ def hf_model(case: Case):
     """Return the model of transformers in fp32, with weights that make logits of about 1 to 10."""
     torch.manual_seed(0)
     config = transformers.AutoConfig.for_model(case.model_type, **case.options)
-    make = transformers.AutoModelForCausalLM.from_config
-    model = make(config, attn_implementation=case.attention)
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, attn_implementation=case.attention
+    )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             is_gain = parameter.dim() == 1 and name.endswith("weight")

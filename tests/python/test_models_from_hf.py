@@ -106,6 +106,7 @@ V4 = {
         "rope_scaling": {"type": "su", "short_factor": [1.0 + 0.1 * i for i in range(6)],
                          "long_factor": [2.0 + 0.3 * i for i in range(6)]},
     },
+    "stablelm": {"rope_theta": 10000.0, "partial_rotary_factor": 0.25},
     "gpt_neox": {"rotary_pct": 0.25, "rotary_emb_base": 10000},
 }  # fmt: skip
 
@@ -127,7 +128,7 @@ def test_defaults_are_those_of_transformers():
     elsewhere = {  # in rope_parameters of transformers 5, or made of other fields there
         "head_dim", "layer_types", "num_key_value_heads", "num_kv_heads", "ffn_hidden_size",
         "word_embed_proj_dim", "rope_theta", "rope_local_base_freq", "sliding_window_pattern",
-        "partial_rotary_factor",
+        "partial_rotary_factor", "no_rope_layers",
     }  # fmt: skip
     for model_type, fields in DEFAULTS.items():
         if not fields:

@@ -92,6 +92,16 @@ CONFIGS = {
         {"use_bidirectional_attention": True},
         "use_bidirectional_attention must be False, got True",
     ),
+    "norms of each head": (
+        "qwen3",
+        {"model_type": "stablelm", "qk_layernorm": True},
+        "stablelm_config.qk_layernorm must be False, got True",
+    ),
+    "layers without rotary embedding": (
+        "qwen3",
+        {"model_type": "smollm3", "no_rope_layers": [1, 0]},
+        r"no_rope_layers must be a list of 4 flags, got \[1, 0\]",
+    ),
     "quantized": (
         "qwen3",
         {"quantization_config": {"quant_method": "gptq", "bits": 4}},
