@@ -1,0 +1,79 @@
+"""A model and its tokenizer from a local Hugging Face folder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from torch import nn
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class Checkpoint:
+    """What a folder holds.
+
+    Attributes:
+        model: ready to generate.
+        tokenizer: of the model.
+        vocab_size: tokens that there are.
+        stop_tokens: tokens that end a text.
+    """
+
+    model: nn.Module
+    tokenizer: Tokenizer
+    vocab_size: int
+    stop_tokens: frozenset[int]
+
+
+def read_tokenizer(folder: Path) -> Tokenizer:
+    """Return the tokenizer of a folder.
+
+    Raises:
+        FileNotFoundError: it has no tokenizer.json.
+        ValueError: that cannot be read.
+    """
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} has no tokenizer.json")
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:
+        raise ValueError(f"{path} is no tokenizer: {error}") from error
+
+
+def stop_tokens(folder: Path) -> frozenset[int]:
+    """Return ``eos_token_id`` of generation_config.json, or else of config.json."""
+    for name in ("generation_config.json", "config.json"):
+        path = folder / name
+        if path.is_file():
+            found = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+            if found is not None:
+                return frozenset(found if isinstance(found, list) else [found])
+    return frozenset()
+
+
+def load(folder: Path, dtype: str = "float32", device: str = "cpu") -> Checkpoint:
+    """Load a folder.
+
+    Args:
+        folder: config.json, tokenizer.json, and weights in safetensors or .bin files.
+        dtype: one of ``DTYPES``.
+
+    Raises:
+        FileNotFoundError: a file is missing.
+        ValueError: a file cannot be read, or the model is of a kind that is not known.
+    """
+    from flash_attn.models import from_hf
+
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} has no config.json")
+    tokenizer = read_tokenizer(folder)
+    model = from_hf(folder, dtype=DTYPES[dtype], device=device).eval().requires_grad_(False)
+    vocab_size = min(model.config.vocab_size, model.lm_head.weight.shape[0])
+    return Checkpoint(model, tokenizer, vocab_size, stop_tokens(folder))
