@@ -26,7 +26,7 @@ VOCABULARY, POSITIONS, END = 1024, 1024, "<|endoftext|>"
 BATCH, SEQLEN, PEAK_LEARNING_RATE = 8, 96, 6e-3
 
 
-def text_of(most: int = 3 << 20) -> str:
+def text_of(most: int = 1 << 20) -> str:
     """Some of the sources, about ``most`` characters of whole files."""
     texts, size = [], 0
     for path in source_files():
@@ -51,7 +51,7 @@ def train_tokenizer(text: str):
         show_progress=False,
     )
     # A part says what is frequent.
-    tokenizer.train_from_iterator(text[: 1 << 19].splitlines(keepends=True), trainer)
+    tokenizer.train_from_iterator(text[: 1 << 18].splitlines(keepends=True), trainer)
     return tokenizer
 
 
@@ -69,7 +69,7 @@ def make_model(layers: int, width: int, seed: int = 0):
         intermediate_size=2 * width,
         num_hidden_layers=layers,
         num_attention_heads=width // 32,
-        num_key_value_heads=max(width // 64, 1),
+        num_key_value_heads=width // 64 or 1,
         max_position_embeddings=POSITIONS,
         tie_word_embeddings=True,
         bos_token_id=0,
@@ -103,7 +103,7 @@ def train(model, tokens: torch.Tensor, seconds: float, most_steps: int = 10_000)
 
 
 def make_checkpoint(
-    folder: Path, *, layers: int = 4, width: int = 192, seconds: float = 25.0, text: str = ""
+    folder: Path, *, layers: int = 2, width: int = 128, seconds: float = 20.0, text: str = ""
 ) -> float:
     """Train a model and write it; return its last loss.
 
@@ -141,9 +141,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, nargs="?", default=DEFAULT)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--width", type=int, default=192, help="a multiple of 32")
-    parser.add_argument("--seconds", type=float, default=25.0, help="of training")
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--width", type=int, default=128, help="a multiple of 64")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of training")
     options = parser.parse_args()
     if options.folder.exists():
         raise SystemExit(f"{options.folder} exists already")

@@ -22,8 +22,9 @@ if str(INFERENCE) not in sys.path:
 
 from serving.app import Served, make_app  # noqa: E402
 from serving.engine import Engine  # noqa: E402
-from serving.generation import Generation, StopText, TokenText  # noqa: E402
+from serving.generation import Generation  # noqa: E402
 from serving.scheduler import Scheduler  # noqa: E402
+from serving.text import StopText, TokenText  # noqa: E402
 
 from flash_attn.utils.generation import Sampling  # noqa: E402
 

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 
 from flash_attn.utils.generation import Sampling
 from serving.engine import BusyError, Completion, Engine, EngineClosedError
-from serving.generation import Generation, StopText, TokenText
+from serving.generation import Generation
 from serving.protocol import (
     Answer,
     CompletionRequest,
@@ -27,6 +27,7 @@ from serving.protocol import (
     parse,
     usage,
 )
+from serving.text import StopText, TokenText
 
 MAX_BODY = 16 << 20  # bytes
 
