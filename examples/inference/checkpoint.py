@@ -22,12 +22,22 @@ class Checkpoint:
         tokenizer: of the model.
         vocab_size: tokens that there are.
         stop_tokens: tokens that end a text.
+        max_seqlen: tokens of a sequence that the model was made for; None: it does not say.
     """
 
     model: nn.Module
     tokenizer: Tokenizer
     vocab_size: int
     stop_tokens: frozenset[int]
+    max_seqlen: int | None = None
+
+    def check_length(self, num_tokens: int) -> None:
+        """Raise ValueError for more tokens than the model was made for."""
+        if self.max_seqlen is not None and num_tokens > self.max_seqlen:
+            raise ValueError(
+                f"{num_tokens} tokens of prompt and result exceed the {self.max_seqlen} that the "
+                "model was made for"
+            )
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
@@ -76,4 +86,7 @@ def load(folder: Path, dtype: str = "float32", device: str = "cpu") -> Checkpoin
     tokenizer = read_tokenizer(folder)
     model = from_hf(folder, dtype=DTYPES[dtype], device=device).eval().requires_grad_(False)
     vocab_size = min(model.config.vocab_size, model.lm_head.weight.shape[0])
-    return Checkpoint(model, tokenizer, vocab_size, stop_tokens(folder))
+    fields = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    names = ("max_position_embeddings", "n_positions")
+    most = next((fields[name] for name in names if fields.get(name)), None)
+    return Checkpoint(model, tokenizer, vocab_size, stop_tokens(folder), most)

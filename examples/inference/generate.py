@@ -45,8 +45,8 @@ def generate(checkpoint: Checkpoint, options: argparse.Namespace, out=sys.stdout
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
     device = next(checkpoint.model.parameters()).device
     tokens = torch.tensor([checkpoint.tokenizer.encode(prompt).ids], device=device)
+    checkpoint.check_length(tokens.shape[1] + options.max_tokens)
     text, count = TokenText(checkpoint.tokenizer), 0
-    out.write(prompt)
     steps = checkpoint.model.stream(
         tokens,
         None,
@@ -60,6 +60,7 @@ def generate(checkpoint: Checkpoint, options: argparse.Namespace, out=sys.stdout
         vocab_size=checkpoint.vocab_size,
         generator=torch.Generator(device).manual_seed(options.seed),
     )
+    out.write(prompt)
     for step in steps:
         count += 1
         if int(step) not in checkpoint.stop_tokens:

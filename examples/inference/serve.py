@@ -47,7 +47,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 def served_of(checkpoint: Checkpoint, name: str, options: argparse.Namespace) -> Served:
     """Return what the application serves."""
     num_blocks = options.cache_tokens // options.block_size
-    cache = PagedKVCache.for_model(checkpoint.model, num_blocks, options.block_size)
+    # The last token of a sequence needs no place in the cache.
+    most = None if checkpoint.max_seqlen is None else checkpoint.max_seqlen - 1
+    limit = {} if most is None else {"max_seqlen": most}
+    cache = PagedKVCache.for_model(checkpoint.model, num_blocks, options.block_size, **limit)
     scheduler = Scheduler(
         checkpoint.model,
         cache,

@@ -2,9 +2,9 @@
 
     python examples/inference/speculative.py --target FOLDER --draft FOLDER
 
-Prints how many drafted tokens were kept, tokens a second with and without drafts, and whether greedy
-tokens are the same. Without folders two tiny models are trained first, into build/. What drafts gain
-is the more, the larger the target beside the draft, and the more alike the two.
+Prints how many drafted tokens were kept, tokens a second with and without drafts, and whether
+greedy tokens are the same. Without folders two tiny models are trained first, into build/. Drafts
+gain the more, the larger the target beside the draft is, and the more alike the two are.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from flash_attn.utils.generation import decode, decode_speculative
 
 PROMPT = "import sys\n\n\nclass Reader:\n    def __init__(self, path, encoding=None):\n"
 TARGET, DRAFT = Path("build/tiny_target"), Path("build/tiny_draft")
-TINY = {TARGET: {"layers": 6, "width": 192}, DRAFT: {"layers": 1, "width": 128}}
+TINY = {TARGET: {"layers": 4, "width": 128}, DRAFT: {"layers": 1, "width": 64}}
 
 
 @dataclass
@@ -67,6 +67,7 @@ def compare(
     if target.tokenizer.get_vocab() != draft.tokenizer.get_vocab():
         raise ValueError("the draft's tokenizer has other tokens than the target's")
     ids = torch.tensor([target.tokenizer.encode(prompt).ids])
+    target.check_length(ids.shape[1] + max_tokens)
     stop = sorted(target.stop_tokens) or None
     options = {"max_new_tokens": max_tokens, "eos_token_id": stop, **sampling}
     options["vocab_size"] = target.vocab_size
@@ -128,7 +129,8 @@ def main() -> None:
     print(f"{new} tokens by {result.calls} calls of the target after the prompt's")
     rate = result.num_kept / max(result.num_drafted, 1)
     print(f"{result.num_kept} of {result.num_drafted} drafted tokens kept ({rate:.0%})")
-    print(f"{new / result.seconds:.0f} tokens a second, {new_plain / result.plain_seconds:.0f} plain")
+    rates = new / result.seconds, new_plain / result.plain_seconds
+    print("{:.0f} tokens a second, {:.0f} without a draft".format(*rates))
     if is_greedy:
         print(f"equal to plain greedy decoding: {result.drafted == result.plain}")
 

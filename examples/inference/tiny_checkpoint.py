@@ -9,6 +9,7 @@ standard library for as many steps as fit into ``--seconds``.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import os
 import sys
@@ -102,6 +103,16 @@ def train(model, tokens: torch.Tensor, seconds: float, most_steps: int = 10_000)
     return sum(last) / len(last)
 
 
+@contextlib.contextmanager
+def _quiet():
+    """Without transformers' progress bars."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    yield
+    logging.enable_progress_bar()
+
+
 def make_checkpoint(
     folder: Path, *, layers: int = 2, width: int = 128, seconds: float = 20.0, text: str = ""
 ) -> float:
@@ -120,7 +131,8 @@ def make_checkpoint(
     model = make_model(layers, width)
     loss = train(model, tokens, seconds)
     partial = folder.with_name(f"{folder.name}.{os.getpid()}")
-    model.save_pretrained(partial)
+    with _quiet():
+        model.save_pretrained(partial)
     tokenizer.save(str(partial / "tokenizer.json"))
     partial.rename(folder)
     return loss

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, Optional
 
 import torch
-from serving.text import StopText, TokenText
 
 from flash_attn.utils.generation import Sampling
 from flash_attn.utils.paged_cache import CachedSequence
+from serving.text import StopText, TokenText
+
 
 class Event(NamedTuple):
     """What a step of the scheduler did for a generation.
