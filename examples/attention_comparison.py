@@ -67,16 +67,42 @@ def _table(op: str, rows: list[dict]) -> str:
     )
 
 
-def picture(rows: list[dict], machine: str, path: Path) -> Path | None:
-    """Three panels over the sequence length. None without matplotlib."""
+def picture(report: dict, path: Path) -> Path | None:
+    """The loss over the steps, and three panels over the sequence length where attention was
+    measured. None without matplotlib."""
     if (plt := pyplot()) is None:
         return None
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.9))
+    rows = report["attention"]
+    figure, axes = plt.subplots(
+        1, 4 if rows else 1, figsize=(14 if rows else 5, 3.9), squeeze=False
+    )
+    first, *others = axes[0]
+    _draw_training(first, report)
     titles = ("forward", "forward + backward", "memory of forward + backward")
     units = ("ms", "ms", "MiB beyond the inputs")
-    for axis, op, title, unit in zip(axes, QUANTITIES, titles, units):
+    for axis, op, title, unit in zip(others, QUANTITIES, titles, units):
         points = [{**row, "seqlen_k": row["seqlen"]} for row in rows if row["op"] == op]
         draw_lines(axis, points, "value", title, unit, log_y=True)
-    figure.suptitle("Causal attention, fp32, 2 heads of 64", fontsize=11)
-    finish(plt, figure, machine, path)
+    attention = "; causal attention, fp32, 2 heads of 64" if rows else ""
+    figure.suptitle(f"A GPT of {report['parameters']:,} parameters{attention}", fontsize=11)
+    finish(plt, figure, report["machine"], path)
     return path
+
+
+def _draw_training(axis, report: dict) -> None:
+    losses = [entry["loss"] for entry in report["history"]]
+    smooth, curve = losses[0], []
+    for loss in losses:
+        smooth = 0.95 * smooth + 0.05 * loss
+        curve.append(smooth)
+    steps = range(1, len(losses) + 1)
+    axis.plot(steps, losses, color="#bbbbbb", linewidth=0.6)
+    axis.plot(steps, curve, color="#333333", label="training loss")
+    axis.plot(
+        len(losses), report["validation_loss"], "D", color="#cc3311", label="on held-out text"
+    )
+    axis.set_title("training", fontsize=10)
+    axis.set_xlabel("step")
+    axis.set_ylabel("nats a byte")
+    axis.set_ylim(bottom=0)
+    axis.grid(alpha=0.25)

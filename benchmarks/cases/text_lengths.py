@@ -7,23 +7,24 @@ from __future__ import annotations
 
 import functools
 import re
-import sys
+import sysconfig
 from pathlib import Path
 
 _TOKEN = re.compile(rb"\w+|[^\w\s]")
 _PARAGRAPH = re.compile(rb"\n\s*\n")
 _LONGEST = 4096  # where a trainer would cut a document
+_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
 _EVERY = 7  # one file in so many, so that neighbours come from different packages
 
 
 @functools.cache
 def _texts() -> list[bytes]:
-    examples = str(Path(__file__).resolve().parents[2] / "examples")
-    if examples not in sys.path:
-        sys.path.append(examples)
-    from corpus import source_files
-
-    files = source_files()
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = sorted(
+        path
+        for path in root.rglob("*.py")
+        if not _LEFT_OUT & set(path.relative_to(root).parts) and path.is_file()
+    )
     return [path.read_bytes() for path in files[::_EVERY]]
 
 

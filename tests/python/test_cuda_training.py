@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import training_cases  # noqa: F401  makes training importable
 from backends import needs_emulator
 from torch.utils.checkpoint import checkpoint
 
@@ -17,25 +18,29 @@ def randn(*shape, seed=0):
     return torch.randn(shape, generator=generator).half().requires_grad_()
 
 
-def test_training_step_of_the_demo(demo_modules):
+def test_training_step_of_the_demo():
     """The loss is the CPU's to 3 digits, gradients are as far as bfloat16 tells."""
-    from gpt import GPT, GPTConfig
-    from train_text import loss_of
+    from training.model import LanguageModel, make_model
+    from training.run import compose_settings
+    from training.tokenizer import ByteTokenizer
 
+    sizes = ["model.n_layer=1", "model.n_embd=64", "model.n_head=2"]
     torch.manual_seed(0)
-    model = GPT(GPTConfig(num_layers=2, width=64, num_heads=2))
-    for parameter in model.parameters():  # some start at zero
-        torch.nn.init.normal_(parameter, std=0.05)
-    tokens, targets = torch.randint(256, (2, 2, 70))
+    model = LanguageModel(
+        make_model(compose_settings(["experiment=tiny", *sizes]).model, ByteTokenizer())
+    )
+    tokens = torch.randint(256, (2, 71))
 
     def step():
-        loss = loss_of(model, tokens, targets, torch.bfloat16)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(tokens)
         return loss.item(), torch.autograd.grad(loss, list(model.parameters()))
 
     loss, gradients = step()
     with flash_attn.emulator(mode="late") as gpu:
         actual_loss, actual = step()
-    assert {name.split("_")[1] for name in gpu.counters} == {"fwd", "bwd"}
+    kernels = {"fwd", "bwd", "rotary", "layer", "activation", "xentropy"}
+    assert {name.split("_")[1] for name in gpu.counters} == kernels
     assert actual_loss == pytest.approx(loss, rel=1e-3)
     for x, y in zip(actual, gradients):
         assert (x - y).norm() <= 2e-2 * y.norm()  # bfloat16's own error is of this order

@@ -6,6 +6,8 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
+import training_cases  # noqa: F401  makes training importable
 
 
 @pytest.fixture(autouse=True)
@@ -14,39 +16,49 @@ def one_thread(restore_threads):
     torch.set_num_threads(1)
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-def test_demo_generates_alike_with_and_without_cache(demo_modules, batch):
-    from gpt import GPT, GPTConfig, KVCache, generate, generate_without_cache
+@pytest.fixture
+def small(monkeypatch, demo_modules):
+    """The demo as a module, its model and batches made small."""
+    import train_text
 
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(num_layers=2, width=64, num_heads=2, max_seqlen=64))
-    for parameter in model.parameters():  # some start at zero
-        torch.nn.init.normal_(parameter, std=0.2)
-    prompt = torch.randint(256, (batch, 11))
-    assert torch.equal(generate(model, prompt, 30), generate_without_cache(model, prompt, 30))
-    with torch.inference_mode():
-        cache = KVCache.empty(model.config, batch)
-        parts = [model(part, cache) for part in prompt.split([5, 1, 5], dim=1)]
-        torch.testing.assert_close(torch.cat(parts, 1), model(prompt), rtol=0, atol=1e-4)
+    compose = train_text.compose_settings
+    sizes = ["model.n_layer=2", "model.n_embd=64", "model.n_head=2", "data.seqlen=64",
+             "trainer.evaluate_batches=4", "trainer.peak_tflops=1"]  # fmt: skip
+    monkeypatch.setattr(train_text, "compose_settings", lambda lines: compose([*lines, *sizes]))
+    yield train_text
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
-def test_demo_learns(demo_modules):
-    from corpus import load_corpus, random_batch
-    from gpt import GPT, GPTConfig
-    from train_text import loss_of
+def test_demo_learns_generates_alike_and_reports(small, tmp_path, capsys):
+    trainer, history = small.train_for(0.05, "float32", tmp_path)
+    assert len(history) >= 20
+    assert history[0]["loss"] == pytest.approx(math.log(256), abs=0.1)
+    last = [entry["loss"] for entry in history[-5:]]
+    assert sum(last) / len(last) < 4.2
+    assert trainer.last["validation_loss"] < 4.2
+    tokens = trainer.dataset.header.num_tokens
+    assert tokens > 1_000_000
+    model = trainer.model.model.eval()
+    facts = small.show_generation(model, trainer.corpus.tokenizer)
+    assert "equal token by token" in capsys.readouterr().out
+    report = {
+        **facts, "machine": "this one", "parameters": trainer.num_parameters, "precision": "fp32",
+        "steps": len(history), "bytes_per_second": 1.0, "first_loss": history[0]["loss"],
+        "training_loss": last[-1], "validation_loss": trainer.last["validation_loss"],
+        "attention": [], "history": history,
+    }  # fmt: skip
+    small.write_report(tmp_path, report)
+    assert (tmp_path / "report.md").read_text().startswith("Machine: this one")
+    assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
 
-    text, held_out = load_corpus()
-    assert len(text) > len(held_out) > 10_000
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(num_layers=1, width=32, num_heads=2))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    losses = []
-    for step in range(30):
-        batch = random_batch(text, 4, 64, torch.Generator().manual_seed(step))
-        loss = loss_of(model, *batch, torch.float32)
-        optimizer.zero_grad()
-        loss.backward()
-        losses.append(loss.item())
-        optimizer.step()
-    assert losses[0] == pytest.approx(math.log(256), abs=1e-3)
-    assert losses[-1] < 3.8
+
+def test_demo_notices_generation_that_differs(small, monkeypatch, tmp_path):
+    from training.model import make_model
+    from training.tokenizer import ByteTokenizer
+
+    model = make_model(small.settings_for(tmp_path).model, ByteTokenizer()).eval()
+    other = model.generate
+    monkeypatch.setattr(model, "generate", lambda *a, **k: (other(*a, **k) + 1) % 256)
+    with pytest.raises(SystemExit, match="differ at token 0"):
+        small.show_generation(model, ByteTokenizer())
