@@ -1,6 +1,6 @@
 """Attention of sequences that several processes share (docs/distributed.md)."""
 
-from flash_attn.distributed.context import ContextParallel
+from flash_attn.distributed.context import ContextParallel, share_sequences
 from flash_attn.distributed.layout import (
     local_cu_seqlens,
     position_ids,
@@ -29,6 +29,7 @@ __all__ = [
     "shard_lengths",
     "shard_sequence",
     "shard_varlen",
+    "share_sequences",
     "ulysses_attention",
     "ulysses_attention_varlen",
     "unshard_sequence",

@@ -30,7 +30,7 @@ from flash_attn.distributed.ulysses import (
     ulysses_attention_varlen,
 )
 
-__all__ = ["ContextParallel"]
+__all__ = ["ContextParallel", "share_sequences"]
 
 _METHODS = ("ring", "ulysses", "hybrid")
 
@@ -134,6 +134,41 @@ class ContextParallel:
         """The position of each of this process' tokens in its own sequence, int64 (tokens,)."""
         check_tensors(cu_seqlens=cu_seqlens)
         return position_ids_varlen(cu_seqlens, self.group, self.layout)
+
+
+def share_sequences(model: torch.nn.Module, context: Optional[ContextParallel]) -> torch.nn.Module:
+    """Let all attention modules of a model share sequences, as ``HeadOptions.context_parallel``
+    does when one is made.
+
+    Args:
+        model: with ``MHA`` or ``ParallelMHA`` modules, such as ``GPTLMHeadModel``. It is then given
+            this process' tokens; where it has learned positions, ``position_ids``, too.
+        context: how; None: no longer.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: the model has no such module, or one of a kind that cannot; none is changed.
+    """
+    from flash_attn.modules._heads import HeadAttention
+
+    modules = {n: m for n, m in model.named_modules() if isinstance(m, HeadAttention)}
+    if not modules:
+        raise ValueError("model must have MHA or ParallelMHA modules, it has none")
+    for name, module in modules.items():
+        for attribute, needed in (
+            ("use_flash_attn", True),
+            ("cross_attn", False),
+            ("dwconv", False),
+        ):
+            value = getattr(module, attribute, needed)
+            if bool(value) != needed:
+                where = f"{name}.{attribute}" if name else attribute
+                raise ValueError(f"{where} must be {needed} to share sequences, got {value}")
+    for module in modules.values():
+        module.context_parallel = context
+    return model
 
 
 def _lengths(tokens: int, group, device) -> tuple[int, list[int]]:

@@ -35,7 +35,14 @@ from flash_attn.distributed._checks import (
 )
 from flash_attn.distributed._shards import on_local_tokens
 from flash_attn.distributed._transfers import Ring, make_ready
-from flash_attn.distributed.layout import Segments, as_group, count, dense_segments, shares
+from flash_attn.distributed.layout import (
+    Segments,
+    as_group,
+    check_layout,
+    count,
+    dense_segments,
+    shares,
+)
 from flash_attn.flash_attn_interface import flash_attn_func, flash_attn_varlen_func
 
 __all__ = ["ring_attention", "ring_attention_varlen"]
@@ -344,6 +351,7 @@ def ring_attention(
         return on_local_tokens(ring_attention, q, k, v, group, options)
     group = as_group(group)
     if rank_and_size(group)[1] == 1:
+        check_layout(layout)
         results = flash_attn_func(q, k, v, **options, return_attn_probs=True, s_aux=s_aux)
         return results[:2] if return_softmax_lse else results[0]
     numbers = (dropout_p, softmax_scale, causal, window_size, softcap)

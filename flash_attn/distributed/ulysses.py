@@ -28,7 +28,7 @@ from flash_attn.distributed._checks import (
     told,
 )
 from flash_attn.distributed._shards import on_local_tokens
-from flash_attn.distributed.layout import as_group, order_of_packed, order_of_tokens
+from flash_attn.distributed.layout import as_group, check_layout, order_of_packed, order_of_tokens
 from flash_attn.distributed.ring import ring_attention
 from flash_attn.flash_attn_interface import flash_attn_func, flash_attn_varlen_func
 
@@ -203,6 +203,7 @@ def ulysses_attention(
     size = rank_and_size(group)[1]
     options = {**score, "return_attn_probs": True}
     if size == 1:
+        check_layout(layout)
         results = flash_attn_func(q, k, v, **options, alibi_slopes=alibi_slopes, s_aux=s_aux)
         return results[:2] if return_softmax_lse else results[0]
     arguments = None

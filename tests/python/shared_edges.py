@@ -10,6 +10,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from parallel_module_ranks import Part, attention_shard
 from shared_sequences import int32
 from small_cases import randn
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -20,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from flash_attn import distributed as shared
 from flash_attn import flash_attn_func
 from flash_attn.distributed import _transfers
+from flash_attn.modules.mha import MHA, HeadOptions, ParallelMHA
 
 
 def qkv(tokens=8, heads=4, batch=2, grad=False, dtype=torch.float32):
@@ -89,6 +91,11 @@ def check_errors(group, mesh):
     fails(3, hybrid, lambda: (q, k[0], v), flat, "refused its arguments: .*")
     with pytest.raises(ValueError, match="group must be a DeviceMesh of one dimension, got one of"):
         shared.ring_attention(*qkv(), group=mesh)
+    alone = dist.new_group([dist.get_rank(group)], use_local_synchronization=True)
+    for function in (shared.ring_attention, shared.ulysses_attention):
+        with pytest.raises(ValueError, match="layout must be 'contiguous' or 'zigzag', got 'x'"):
+            function(*qkv(), group=alone, layout="x")
+        assert torch.equal(function(*qkv(), group=alone), flash_attn_func(*qkv()))
     with pytest.raises(TypeError, match="mesh must be a DeviceMesh of two dimensions, got"):
         shared.hybrid_attention(*qkv(), mesh=mesh["ring"])
     check_packed_errors(group)
@@ -304,6 +311,7 @@ def check_dtensors(group, mesh):
             (mesh._flatten(), [Shard(1)]),
             (mesh, [Shard(0), Shard(1)]),
             (mesh, [Shard(1), Shard(0)]),
+            (mesh, [Shard(2), Shard(1)]),
         ):
             parts = [
                 distribute_tensor(x.detach(), own_mesh, placements).requires_grad_() for x in whole
@@ -339,11 +347,68 @@ def check_lse_alone(group, mesh):
         torch.testing.assert_close(t.grad, expected, rtol=1e-4, atol=1e-5)
 
 
+def check_second_derivatives(group, mesh):
+    """The ring has none, and says so; Ulysses has flash_attn_func's."""
+    x = [t.requires_grad_() for t in qkv(2)]
+    whole = [shared.unshard_sequence(t.detach(), 1, group).requires_grad_() for t in x]
+
+    def penalty(attention, inputs, **options):
+        first = torch.autograd.grad(
+            attention(*inputs, causal=True, **options).sin().sum(), inputs, create_graph=True
+        )
+        return sum(g.square().sum() for g in first)
+
+    ring = penalty(shared.ring_attention, x, group=group)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        ring.backward()
+    penalty(shared.ulysses_attention, x, group=group).backward()
+    penalty(flash_attn_func, whole).backward()
+    for t, e in zip(x, whole):
+        expected = shared.shard_sequence(e.grad, 1, group)
+        torch.testing.assert_close(t.grad, expected, rtol=1e-4, atol=1e-4)
+
+
+def check_tensor_parallel(group, mesh):
+    """Heads over one dimension of a mesh, and tokens, in sequence parallel once more, over both."""
+    part = Part(mesh.get_group("ulysses"), mesh.get_local_rank("ulysses"), 2)
+    options = {"num_heads_kv": 2, "rotary_emb_dim": 8, "causal": True, "use_flash_attn": True}
+    torch.manual_seed(0)
+    alone = MHA(32, 4, **options)
+    x, dout = randn(2, 12, 32, grad=True), randn(2, 12, 32, seed=1)
+    expected = alone(x)
+    expected.backward(dout)
+    wanted = attention_shard(part, alone, {n: p.grad for n, p in alone.named_parameters()})
+    for layout, sequence_parallel in (("zigzag", True), ("zigzag", False), ("contiguous", True)):
+        context = shared.ContextParallel(mesh["ring"], "ring", layout)
+
+        def mine(t, context=context, sequence_parallel=sequence_parallel):
+            return part.of_tokens(context.shard(t.detach()).flatten(0, 1), sequence_parallel)
+
+        module = ParallelMHA(
+            *(32, 4, part.group),
+            sequence_parallel=sequence_parallel,
+            head_options=HeadOptions(context_parallel=context),
+            **options,
+        )
+        module.load_state_dict(attention_shard(part, alone, alone.state_dict()))
+        tokens = mine(x).requires_grad_()
+        out = module(tokens, seqlen=6)
+        out.backward(mine(dout))
+        close = partial(torch.testing.assert_close, rtol=1e-4, atol=2e-5)
+        close(out, mine(expected))
+        close(tokens.grad, mine(x.grad))
+        for name, parameter in module.named_parameters():
+            dist.all_reduce(parameter.grad, group=mesh.get_group("ring"))
+            close(parameter.grad, wanted[name])
+
+
 CHECKS = {
     "shards": check_shards,
     "errors": check_errors,
     "messages": check_messages,
     "softmax_lse alone": check_lse_alone,
+    "second derivatives": check_second_derivatives,
+    "tensor parallel": check_tensor_parallel,
     "dropout": check_dropout,
     "DTensors": check_dtensors,
     "memory": check_memory,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from functools import partial
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from gpt_cases import config
+from model_ranks import CASES
 from small_cases import int32, randn
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -15,7 +18,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from flash_attn.distributed import ContextParallel
+from flash_attn.distributed import ContextParallel, share_sequences
+from flash_attn.models.gpt import GPTLMHeadModel
 from flash_attn.modules.mha import MHA, HeadOptions
 
 PROCESSES, BATCH, SEQLEN, DIM, HEADS, VOCABULARY = 2, 2, 24, 32, 4, 17
@@ -195,7 +199,26 @@ def check_compiled(mesh):
     compare(lambda model: compiled(plain(model)), ContextParallel(mesh, "ring", "zigzag"))
 
 
-CHECKS = (check_wrappers, check_options, check_packed, check_autocast, check_compiled)
+def check_gpt(mesh):
+    """GPTLMHeadModel, made without a word of sharing: learned positions, and today's options."""
+    for case in ("gpt2", "today"):
+        torch.manual_seed(0)
+        whole = GPTLMHeadModel(config(vocab_size=96, **CASES[case])).train()
+        context = ContextParallel(mesh, "ring", "zigzag")
+        model = share_sequences(copy.deepcopy(whole), context)
+        tokens, labels = texts()
+        logits = whole(tokens).logits
+        F.cross_entropy(logits.flatten(0, 1), labels.flatten()).backward()
+        mine = context.shard(tokens)
+        positions, seqlen = context.position_ids(mine.shape[1])
+        assert seqlen == SEQLEN
+        found = plain(model)(mine, positions[None]).logits
+        torch.testing.assert_close(found, context.shard(logits.detach()), rtol=1e-4, atol=1e-4)
+        F.cross_entropy(found.flatten(0, 1), context.shard(labels).flatten()).backward()
+        assert_same(gradients(model), gradients(whole))
+
+
+CHECKS = (check_gpt, check_wrappers, check_options, check_packed, check_autocast, check_compiled)
 
 
 def run_rank(rank, port):
