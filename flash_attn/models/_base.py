@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import nn
 
 from flash_attn.models._config import options_of
-from flash_attn.models._pretrained import convert
+from flash_attn.models._pretrained import WithoutRandomNumbers, convert
 from flash_attn.models._tensor_parallel import shard_state_dict_tp
 from flash_attn.utils.distributed import group_rank, group_size
 
@@ -105,7 +107,8 @@ class GPTPreTrainedModel(nn.Module):
         if cls.base_prefix:
             start = cls.base_prefix
             state_dict = {n[len(start) :]: x for n, x in state_dict.items() if n.startswith(start)}
-        model = cls(config, *args, device=device, dtype=dtype, **kwargs)
+        with WithoutRandomNumbers() if strict else nullcontext():
+            model = cls(config, *args, device=device, dtype=dtype, **kwargs)
         model.load_state_dict(state_dict, strict=strict)
         return model
 

@@ -10,11 +10,11 @@ from typing import Any, NamedTuple, Optional, Union
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from flash_attn.models._config import FIELDS, options_of
 from flash_attn.models._hf_families import Family, family_of
 from flash_attn.models._hf_folder import TOKENS, config_of, dtype_of, read_fields
+from flash_attn.models._pretrained import WithoutRandomNumbers
 from flash_attn.models._state_dict import Layout
 from flash_attn.models._tensor_parallel import shard_state_dict_tp
 from flash_attn.models.gpt import GPTLMHeadModel
@@ -22,20 +22,6 @@ from flash_attn.utils.distributed import group_rank, group_size
 from flash_attn.utils.pretrained import state_dict_from_pretrained
 
 __all__ = ["from_hf"]
-
-
-class _WithoutRandomNumbers(TorchFunctionMode):
-    """In whose context parameters stay as they were allocated."""
-
-    _SKIPPED = (Tensor.normal_, Tensor.uniform_, Tensor.zero_, Tensor.fill_)
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        is_filling = func in self._SKIPPED or getattr(func, "__module__", "") == "torch.nn.init"
-        target = args[0] if args else kwargs.get("tensor")
-        if is_filling and isinstance(target, nn.Parameter):
-            return target
-        return func(*args, **kwargs)
 
 
 def converted_config(fields: Mapping[str, Any], tokens: Mapping[str, Any]) -> tuple[Any, Family]:
@@ -214,7 +200,7 @@ def from_hf(
     words = weights.tensors.get(weights.layout.embedding)
     if dtype is None and words is not None:
         dtype = words.dtype
-    with _WithoutRandomNumbers() if weights.is_whole else nullcontext():
+    with WithoutRandomNumbers() if weights.is_whole else nullcontext():
         model = GPTLMHeadModel(config, process_group=process_group, device=device, dtype=dtype)
     _copy(model, weights, process_group)
     return model.eval()

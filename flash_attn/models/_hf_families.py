@@ -50,6 +50,8 @@ _FUNCTIONS = {
     "starcoder2": ("starcoder2", "starcoder2_config_to_gpt2_config", "starcoder2_layout"),
 }
 
+MODEL_TYPES = ("gpt2", *_FUNCTIONS)
+
 
 def _gpt2_itself(theirs: HFConfig):
     """GPT-2's configuration, whose attributes are ours."""

@@ -7,11 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Optional, Union
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from flash_attn.models._config import options_of
-from flash_attn.models._hf_defaults import DEFAULTS
-from flash_attn.models._hf_families import family_of
 
 # How names of such models start that are no folders.
 _NAMES = {
@@ -30,6 +29,20 @@ _NAMES = {
 }
 
 _OURS = "transformer.layers."
+
+
+class WithoutRandomNumbers(TorchFunctionMode):
+    """In whose context parameters stay as they were allocated."""
+
+    _SKIPPED = (Tensor.normal_, Tensor.uniform_, Tensor.zero_, Tensor.fill_)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        is_filling = func in self._SKIPPED or getattr(func, "__module__", "") == "torch.nn.init"
+        target = args[0] if args else kwargs.get("tensor")
+        if is_filling and isinstance(target, nn.Parameter):
+            return target
+        return func(*args, **kwargs)
 
 
 def model_type_of(model_name: Union[str, Path]) -> Optional[str]:
@@ -61,10 +74,12 @@ def convert(model_name: Union[str, Path], state_dict: Mapping[str, Tensor], conf
     """
     if any(name.startswith(_OURS) for name in state_dict):
         return dict(state_dict)
+    from flash_attn.models._hf_families import MODEL_TYPES, family_of
+
     model_type = model_type_of(model_name)
-    if model_type not in DEFAULTS:
+    if model_type not in MODEL_TYPES:
         raise ValueError(
             f"model_name {str(model_name)!r} must be a folder whose config.json has a model_type "
-            f"among {', '.join(DEFAULTS)}, got {model_type!r}"
+            f"among {', '.join(MODEL_TYPES)}, got {model_type!r}"
         )
     return family_of(model_type).layout(options_of(config)).to_ours(state_dict)

@@ -251,6 +251,7 @@ def test_from_pretrained(tmp_path, name):
         torch.testing.assert_close(
             model(tokens()).logits, theirs(tokens()).logits, atol=1e-4, rtol=1e-4
         )
+    assert torch.equal(GPTLMHeadModel(options).transformer.layers[0].norm1.weight, torch.ones(64))
     part = GPTLMHeadModel.from_pretrained(tmp_path, options, dtype=torch.bfloat16)
     assert {p.dtype for p in part.parameters()} == {torch.bfloat16}
     body = GPTModel.from_pretrained(tmp_path, options)
