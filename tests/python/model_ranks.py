@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from gpt_cases import LLAMA, config
+from small_cases import int32
 
 from flash_attn.losses.cross_entropy import CrossEntropyLoss
 from flash_attn.models.gpt import (
@@ -76,6 +77,16 @@ def check_training(case, group, sequence_parallel):
         )
 
 
+def check_packed(case, group, sequence_parallel):
+    whole, part, _ = pair(case, group, sequence_parallel)
+    ids = torch.randint(96, (1, BATCH * SEQLEN), generator=torch.Generator().manual_seed(1))
+    packed = {"cu_seqlens": int32([0, 5, BATCH * SEQLEN]), "max_seqlen": 7}
+    with torch.no_grad():
+        expected = whole(ids, **packed).logits[0].chunk(RANKS, -1)[dist.get_rank(group)]
+        logits = part(ids, **packed).logits.flatten(0, -2)
+    torch.testing.assert_close(logits, expected, atol=2e-5, rtol=1e-4)
+
+
 def check_decoding(case, group):
     """Step by step, with each process's heads in a cache of its own."""
     whole, part, _ = pair(case, group, False)
@@ -116,6 +127,8 @@ def run_rank(rank, port):
             try:
                 for sequence_parallel in (False, True):
                     check_training(case, group, sequence_parallel)
+                    if case in ("gpt2", "llama"):
+                        check_packed(case, group, sequence_parallel)
                 check_decoding(case, group)
                 check_state_dicts(case, group)
             except Exception as error:
