@@ -230,11 +230,11 @@ class Speculation:
         self._is_over |= (is_new & is_stop).any(1) | (self.lengths >= self._limits)
 
     def sequences(self, are_one_tensor: bool) -> Union[Tensor, list[Tensor]]:
-        """Return prompts and tokens as ``decode`` does."""
+        """Return prompts and tokens as ``decode`` does, in memory of their own."""
         lengths = self.lengths.tolist()
         if are_one_tensor:
-            return self.tokens[:, : max(lengths)]
-        return [row[:length] for row, length in zip(self.tokens, lengths)]
+            return self.tokens[:, : max(lengths)].clone()
+        return [row[:length].clone() for row, length in zip(self.tokens, lengths)]
 
     def scores(self) -> Optional[tuple[Tensor, ...]]:
         """Return the model's logits of each new token, ``(batch, vocab)``, 0 after the end."""

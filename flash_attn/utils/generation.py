@@ -35,6 +35,7 @@ __all__ = [
     "GenerationMixin",
     "InferenceParams",
     "Packing",
+    "Sampling",
     "allocate_inference_cache",
     "capture_graph",
     "decode",
@@ -263,6 +264,10 @@ def decode_speculative(
     _check_group(model, tensor_parallel)
     graphs = (None, None)
     if _wants_graphs(cg, prompts.device):
+        if model is model_draft:
+            raise ValueError(
+                "cg needs model and model_draft to be two: each has a cache of its own"
+            )
         calls = ((model, (1, lookahead + 1)), (model_draft, (1, 2)))
         graphs = tuple(_graphs(m, prompts, request, n, tensor_parallel) for m, n in calls)
     with timing(enable_timing, prompts.device):
@@ -377,6 +382,6 @@ class GenerationMixin:
 def _tokens_of(decoding: Decoding) -> Iterator[Tensor]:
     try:
         for step in decoding:
-            yield step.tokens
+            yield step.tokens.clone()  # a usual tensor, rather than one of inference mode
     finally:
         decoding.close()

@@ -131,7 +131,8 @@ class PagedKVCache:
 
         Args:
             dtype: None: that of the output projections.
-            options: more arguments of the class.
+            options: more arguments of the class. Prefixes are not shared by default where keys
+                depend on how long the sequence is ("dynamic" and "longrope" rotary embedding).
 
         Raises:
             ValueError: the model has no such mixers, or mixers of different heads.
@@ -147,6 +148,9 @@ class PagedKVCache:
             )
         weight = mixers[0].out_proj.weight
         options.setdefault("max_seqlen", position_limit(model))
+        rotary = [getattr(m, "rotary_emb", None) for m in mixers]
+        is_fixed = not any(getattr(each, "depends_on_length", False) for each in rotary)
+        options.setdefault("share_prefixes", is_fixed)
         return cls(
             num_blocks,
             block_size,

@@ -76,6 +76,8 @@ def test_speculative(replays):
         out = decode_speculative(rows, model, each, 24, 3, cg=True)
         assert all(map(torch.equal, out.sequences, awaited))
         assert {(4, 4), (4, 2), (4, 1)} <= set(replays)
+    with pytest.raises(ValueError, match="cg needs model and model_draft to be two"):
+        decode_speculative(rows, model, model, 24, cg=True)
 
 
 def test_decoding_cache():

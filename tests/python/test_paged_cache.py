@@ -150,6 +150,14 @@ def test_no_sharing(model):
     assert cache.add(tokens).length == 0
 
 
+def test_keys_that_depend_on_the_length_are_not_shared(model, monkeypatch):
+    for layer in model.layers:
+        monkeypatch.setattr(layer.mixer.rotary_emb, "depends_on_length", True)
+    assert not PagedKVCache.for_model(model, 4).share_prefixes
+    monkeypatch.undo()
+    assert PagedKVCache.for_model(model, 4).share_prefixes
+
+
 def test_fork_copies_when_one_writes(model):
     cache, tokens = poisoned(model, 32), prompts(10)[0].tolist()
     first = cache.add(tokens)

@@ -49,6 +49,7 @@ def test_greedy(trio, lengths, lookahead):
             torch.testing.assert_close(actual[: len(scores)], scores, rtol=1e-4, atol=1e-4)
             assert not actual[len(scores) :].any()
     assert equal(out.sequences, decode(ids, model, 28).sequences)
+    assert not any(row.is_inference() for row in out.sequences)
 
 
 def test_a_perfect_draft_saves_calls(trio):
