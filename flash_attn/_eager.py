@@ -59,6 +59,17 @@ def run(operator, args, wants_all: bool = True):
     return operator.kernel(args, wants_all)
 
 
+def is_plain() -> bool:
+    """Whether nobody but the kernels has to do with a call on plain tensors without gradients."""
+    return not (
+        _is_compiling()
+        or _included_keys().raw_repr() & _ACTIVE_KEYS
+        or _function_modes()
+        or _profiler_enabled()
+        or forward_ad._current_level >= 0
+    )
+
+
 def _plain_requires_grad(operator, args) -> Optional[bool]:
     """Return whether a tensor requires a gradient, or None.
 

@@ -23,6 +23,7 @@ from flash_attn._arguments import as_int, check_optional, check_tensors
 from flash_attn.models import _gpt2_names
 from flash_attn.models._base import GPTPreTrainedModel
 from flash_attn.models._config import GPTOptions, options_of
+from flash_attn.models._decode_step import decode_step
 from flash_attn.models._layers import (
     create_block,
     create_mixer_cls,
@@ -317,6 +318,10 @@ class GPTModel(GPTPreTrainedModel):
         self._check_call(input_ids, position_ids, inference_params, cu_seqlens, max_seqlen)
         places = self._position_ids(input_ids, position_ids, inference_params, cu_seqlens)
         x = self._embedded(input_ids, places)
+        if inference_params is not None:
+            done = decode_step(self, x, inference_params)
+            if done is not None:
+                return done
         is_row = cu_seqlens is not None and not self.sequence_parallel
         x = x.squeeze(0) if is_row else x
         kwargs = self._mixer_kwargs(input_ids, inference_params, cu_seqlens, max_seqlen)
