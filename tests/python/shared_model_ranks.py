@@ -6,6 +6,7 @@ import copy
 import os
 from functools import partial
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from flash_attn.distributed import ContextParallel, share_sequences
+from flash_attn.distributed import ContextParallel, ring_attention, share_sequences
 from flash_attn.models.gpt import GPTLMHeadModel
 from flash_attn.modules.mha import MHA, HeadOptions
 
@@ -197,6 +198,9 @@ def check_compiled(mesh):
     """torch.compile calls attention, rather than tracing it."""
     compiled = partial(torch.compile, backend="eager")
     compare(lambda model: compiled(plain(model)), ContextParallel(mesh, "ring", "zigzag"))
+    whole = torch.compile(ring_attention, backend="eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        whole(*(randn(1, 4, 2, 8, seed=i) for i in range(3)), group=mesh)
 
 
 def check_gpt(mesh):
