@@ -91,9 +91,9 @@ def picture(report: dict, path: Path) -> Path | None:
 
 def _draw_training(axis, report: dict) -> None:
     losses = [entry["loss"] for entry in report["history"]]
-    smooth, curve = losses[0], []
-    for loss in losses:
-        smooth = 0.95 * smooth + 0.05 * loss
+    smooth, curve = 0.0, []
+    for i, loss in enumerate(losses):
+        smooth += max(0.05, 1 / (i + 1)) * (loss - smooth)
         curve.append(smooth)
     steps = range(1, len(losses) + 1)
     axis.plot(steps, losses, color="#bbbbbb", linewidth=0.6)

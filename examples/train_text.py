@@ -13,6 +13,7 @@ import argparse
 import csv
 import json
 import math
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -89,6 +90,7 @@ def train_for(minutes: float, dtype: str, out: Path):
     seconds = {precision: seconds_of_a_step(settings, precision) for precision in choices}
     precision = min(seconds, key=seconds.get)
     steps = max(int(60 * minutes / seconds[precision]), 2)
+    shutil.rmtree(out / "training", ignore_errors=True)
     trainer = train(settings_for(out, precision, steps, 1.2 * minutes))
     dist.destroy_process_group()
     with (trainer.out / "metrics.csv").open(newline="") as file:

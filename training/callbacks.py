@@ -126,7 +126,7 @@ class Progress(Callback):
     """
 
     def __init__(self, lines: int | None = None):
-        self._lines, self._bar, self._smooth = lines, None, None
+        self._lines, self._bar, self._smooth, self._steps = lines, None, 0.0, 0
 
     def on_start(self, trainer: Trainer) -> None:
         if trainer.is_first and sys.stdout.isatty():
@@ -138,8 +138,8 @@ class Progress(Callback):
             self._bar = tqdm(total=steps, initial=trainer.step, unit="step", dynamic_ncols=True)
 
     def on_step(self, trainer: Trainer, metrics: dict[str, float]) -> None:
-        loss = metrics["loss"]
-        self._smooth = loss if self._smooth is None else 0.95 * self._smooth + 0.05 * loss
+        self._steps += 1
+        self._smooth += max(0.05, 1 / self._steps) * (metrics["loss"] - self._smooth)
         if self._bar is not None:
             self._bar.update()
         if "tokens_per_second" not in metrics:

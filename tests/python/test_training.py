@@ -73,7 +73,8 @@ def test_going_on_after_kill_9_is_bitwise_the_run_without(whole, tmp_path):
     killed = command(tmp_path, fault, **EVERYTHING)
     assert killed.returncode == -9, killed.stderr
     assert rows(tmp_path / "run", "step")[-1] == ("5",)
-    shutil.copytree(whole[0] / "texts", tmp_path / "texts", dirs_exist_ok=True)
+    with (tmp_path / "run" / "metrics.csv").open("a") as file:
+        file.write("6,4.2")  # of a row that a kill cut
     trainer = run_here(tmp_path, **EVERYTHING)
     assert rows(tmp_path / "run", *COURSE) == rows(whole[0] / "run", *COURSE)
     assert same(weights(trainer), weights(whole[1]))
@@ -179,10 +180,16 @@ def test_manifest_tells_of_the_run(whole):
 def test_stop_after_minutes_stores_a_checkpoint(whole, tmp_path):
     stopped = run_here(tmp_path, trainer__max_minutes=1e-9, **EVERYTHING)
     assert stopped.step == 1
-    shutil.copytree(whole[0] / "texts", tmp_path / "texts", dirs_exist_ok=True)
     assert (tmp_path / "run" / "checkpoints" / "step-00000001").is_dir()
     trainer = run_here(tmp_path, **EVERYTHING)
     assert same(weights(trainer), weights(whole[1]))
+
+
+def test_signal_of_a_scheduler_ends_the_run_with_a_checkpoint(whole, tmp_path):
+    fault = {"+callbacks__end": "{_target_: training_faults.SignalAfter, step: 4}"}
+    assert run_here(tmp_path, **fault, **EVERYTHING).step == 5
+    assert (tmp_path / "run" / "checkpoints" / "step-00000005").is_dir()
+    assert same(weights(run_here(tmp_path, **EVERYTHING)), weights(whole[1]))
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path):

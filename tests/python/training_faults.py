@@ -38,6 +38,17 @@ class KillAfter(Callback):
             kill()
 
 
+class SignalAfter(Callback):
+    """Sends the process what a cluster's scheduler sends before it takes the machine."""
+
+    def __init__(self, step: int):
+        self._step = step
+
+    def on_step(self, trainer, metrics):
+        if trainer.step == self._step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
 class KillInCheckpoint(Callback):
     """Kills the process in the checkpoint of a step: when its files are there, before its name."""
 
