@@ -41,7 +41,7 @@ MORE = {"gpt2-355m": 355e6, "gpt2-774m": 774e6, "gpt3-350m": 356e6, "gpt3-760m":
 
 @pytest.mark.parametrize(
     "name",
-    [*list(SIZES)[:FEW], *(pytest.param(x, marks=pytest.mark.slow) for x in list(SIZES)[FEW:])],
+    [*SIZES, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)],
 )
 def test_models_have_their_names_sizes(name):
     from training.model import make_model
