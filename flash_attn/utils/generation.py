@@ -72,7 +72,7 @@ def _cached(model, prompts: Prompts, request: Request, cg: bool, cache, tensor_p
     if cache is not None:
         if cg:
             raise ValueError("cg does not go together with cache")
-        from flash_attn.utils.paged_cache import PagedBatch
+        from flash_attn.utils._paged_batch import PagedBatch
 
         return PagedBatch(model, cache, prompts, request.limits)
     graphs = None

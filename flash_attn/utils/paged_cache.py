@@ -25,9 +25,14 @@ from flash_attn._arguments import as_int
 from flash_attn.utils._block_allocator import ROOT, BlockAllocator, CacheFullError
 from flash_attn.utils._decoding import takes_packing
 from flash_attn.utils._inference_params import InferenceParams, Packing
-from flash_attn.utils._prompts import Prompts, position_limit
+from flash_attn.utils._prompts import position_limit
 
-__all__ = ["BlockAllocator", "CacheFullError", "CachedSequence", "PagedBatch", "PagedKVCache"]
+__all__ = ["BlockAllocator", "CacheFullError", "CachedSequence", "PagedKVCache"]
+
+
+def _as_ints(tokens: Union[Tensor, Sequence[int]]) -> list[int]:
+    """Return tokens, of a tensor ``(seqlen,)`` too, as ints."""
+    return tokens.tolist() if isinstance(tokens, Tensor) else list(tokens)
 
 
 class CachedSequence:
@@ -170,7 +175,7 @@ class PagedKVCache:
     def device(self) -> torch.device:
         return next(iter(self.key_value_memory_dict.values())).device
 
-    def add(self, tokens: Sequence[int]) -> CachedSequence:
+    def add(self, tokens: Union[Tensor, Sequence[int]]) -> CachedSequence:
         """Return a new sequence that has what the cache knows of the beginning of ``tokens``.
 
         At least the last token is not taken from the cache, so that a call of the model gives its
@@ -179,6 +184,7 @@ class PagedKVCache:
         sequence, size = CachedSequence(), self.block_size
         if not self.share_prefixes:
             return sequence
+        tokens = _as_ints(tokens)
         node = ROOT
         for first in range(0, len(tokens) - size, size):
             known = self.allocator.find(node, tuple(tokens[first : first + size]))
@@ -188,7 +194,7 @@ class PagedKVCache:
             self.allocator.hold([known.block])
             sequence._set_block(first // size, known.block)
             sequence._nodes.append(node)
-        sequence.tokens = list(tokens[: len(sequence.blocks) * size])
+        sequence.tokens = tokens[: len(sequence.blocks) * size]
         return sequence
 
     def fork(self, sequence: CachedSequence) -> CachedSequence:
@@ -314,7 +320,7 @@ class PagedKVCache:
         self,
         model: nn.Module,
         sequences: Sequence[CachedSequence],
-        tokens: Sequence[Sequence[int]],
+        tokens: Sequence[Union[Tensor, Sequence[int]]],
     ) -> Tensor:
         """Append tokens to sequences.
 
@@ -332,6 +338,7 @@ class PagedKVCache:
             ValueError: a sequence has no new token, is too long, or was freed; the model cannot
                 read a paged cache. Nothing was changed.
         """
+        tokens = [_as_ints(new) for new in tokens]
         counts = [len(new) for new in tokens]
         if len(counts) != len(sequences) or not counts or min(counts) < 1:
             raise ValueError(
@@ -356,61 +363,3 @@ class PagedKVCache:
         for sequence, new in zip(sequences, tokens):
             self._append(sequence, new)
         return logits[:, -1]
-
-
-class PagedBatch:
-    """A model with a paged cache for a batch of prompts, as ``Decoding`` drives it.
-
-    All blocks are reserved at the first call, so that none is missing later.
-    """
-
-    def __init__(
-        self, model: nn.Module, cache: PagedKVCache, prompts: Prompts, limits: Sequence[int]
-    ):
-        """Check that the sequences, of ``limits`` tokens each in the end, fit into the cache.
-
-        Raises:
-            ValueError: one is longer than any sequence can be.
-        """
-        if not isinstance(cache, PagedKVCache):
-            raise TypeError(f"cache must be a PagedKVCache, got {type(cache).__name__}")
-        if max(limits) - 1 > cache.max_seqlen:
-            raise ValueError(
-                f"{max(limits)} tokens (max_length, or prompt and max_new_tokens) exceed the "
-                f"{cache.max_seqlen} that a sequence of the cache can have"
-            )
-        self._model, self._cache, self._limits = model, cache, limits
-        self._prompts = [row.tolist() for row in prompts.rows]
-        self._sequences: list[CachedSequence] = []
-
-    def prefill(self) -> Tensor:
-        """Run what the cache does not have of the prompts: logits ``(batch, vocab)``."""
-        cache = self._cache
-        self._sequences = sequences = [cache.add(prompt) for prompt in self._prompts]
-        # The last token of a sequence is not run through the model.
-        new = [limit - 1 - s.length for s, limit in zip(sequences, self._limits)]
-        cache.reserve(sequences, new)
-        tokens = [prompt[s.length :] for s, prompt in zip(sequences, self._prompts)]
-        return cache.step(self._model, sequences, tokens)
-
-    def step(self, tokens: Tensor, is_over: Optional[Tensor]) -> Tensor:
-        """Run one more token of each sequence that is not over: logits ``(batch, vocab)``."""
-        over = [False] * len(tokens) if is_over is None else is_over.tolist()
-        going = [i for i, ends in enumerate(over) if not ends]
-        for i, ends in enumerate(over):
-            if ends:
-                self._cache.free(self._sequences[i])
-        new = tokens.tolist()
-        logits = self._cache.step(
-            self._model, [self._sequences[i] for i in going], [[new[i]] for i in going]
-        )
-        if len(going) == len(over):
-            return logits
-        whole = logits.new_zeros(len(over), logits.shape[-1])
-        whole[going] = logits
-        return whole
-
-    def close(self) -> None:
-        """Give all blocks back; the cache still knows full ones by their tokens."""
-        for sequence in self._sequences:
-            self._cache.free(sequence)

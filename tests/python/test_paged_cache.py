@@ -144,6 +144,15 @@ def test_prefixes_are_shared(model):
     assert_logits(model, cache.step(model, [second], [[6]]), [*tokens, 5, 6])
 
 
+def test_tokens_of_a_tensor(model):
+    cache, tokens = poisoned(model, 32), prompts(10)[0]
+    logits = cache.step(model, [cache.add(tokens)], [tokens])
+    assert_logits(model, logits, tokens.tolist())
+    again = cache.add(tokens)
+    assert again.length == 8 and again.tokens == tokens[:8].tolist()
+    assert_logits(model, cache.step(model, [again], [tokens[8:]]), tokens.tolist())
+
+
 def test_no_sharing(model):
     cache, tokens = poisoned(model, 32, share_prefixes=False), prompts(14)[0].tolist()
     cache.step(model, [cache.add(tokens)], [tokens])
