@@ -50,6 +50,7 @@ _SMOLLM3 = {
     "pad_token_id": 128004,
     "use_sliding_window": False,
     "sliding_window": None,
+    "rope_theta": 2000000.0,
     "no_rope_layers": None,
     "no_rope_layer_interval": 4,
     "layer_types": None,

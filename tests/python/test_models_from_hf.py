@@ -48,20 +48,20 @@ NEW = 3 * WINDOW
 @pytest.mark.parametrize("name", CASES)
 @torch.inference_mode()
 def test_greedy_tokens(name, tmp_path):
-    """Prompts alone, as a batch and of different lengths; results longer than the window."""
+    """A batch, and prompts of different lengths; results longer than the window."""
     theirs, ours = saved(CASES[name], tmp_path), from_hf(tmp_path)
-    prompts = [tokens(1, n, seed=n)[0] for n in LENGTHS]
-    # "phi3, longrope": transformers starts over where its frequencies change, the cache does not.
-    new = {"max_new_tokens": NEW}
-    options = {**new, "do_sample": False, "eos_token_id": None}
-    expected = [theirs.generate(ids[None], **options)[0] for ids in prompts]
-    for ids, whole in zip(prompts, expected):
-        assert torch.equal(ours.generate(ids[None], None, **new)[0], whole)
-    ragged = ours.generate(prompts, None, **new)
-    assert [x.tolist() for x in ragged] == [x.tolist() for x in expected]
-    batch = tokens(3, 8)
-    expected = theirs.generate(batch, attention_mask=torch.ones_like(batch), **options)
-    assert torch.equal(ours.generate(batch, None, **new), expected)
+    batch, options = tokens(3, 11), {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    mask = torch.ones_like(batch)
+    expected = theirs.generate(batch, attention_mask=mask, max_new_tokens=NEW, **options)
+    assert torch.equal(ours.generate(batch, None, max_new_tokens=NEW), expected)
+    prompts = [row[-n:] for row, n in zip(batch, LENGTHS)]
+    for row, n in zip(mask, LENGTHS):
+        row[:-n] = 0  # transformers has padding on the left
+    expected = theirs.generate(batch, attention_mask=mask, max_new_tokens=NEW, **options)
+    ragged = ours.generate(prompts, None, max_new_tokens=NEW)
+    assert [x.tolist() for x in ragged] == [
+        row[-n - NEW :].tolist() for row, n in zip(expected, LENGTHS)
+    ]
 
 
 @torch.inference_mode()

@@ -40,7 +40,7 @@ CONFIGS = {
     "a kind that is unknown": (
         "qwen3",
         {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]},
-        r"model_type must be one of .*llama.*qwen3, got 'mixtral' \(architectures \['Mixtral",
+        r"model_type must be one of .*llama.*qwen3.*, got 'mixtral' \(architectures \['Mixtral",
     ),
     "no kind": ("qwen3", {"model_type": None, "architectures": ...}, "model_type .* got None"),
     "experts": (
@@ -254,27 +254,13 @@ with torch.inference_mode():
 print(tokens[0].tolist())
 """
 
-NO_MODEL_CODE = """
-import sys
-from flash_attn.models import from_hf
-from_hf(sys.argv[1])
-print([n for n in sys.modules if n == "transformers.modeling_utils" or "modeling_qwen" in n])
-"""
-
-
-def output(program, *arguments):
-    command = [sys.executable, "-c", program, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
 
 def test_without_transformers(qwen3, tmp_path):
-    text = output(WITHOUT_TRANSFORMERS, qwen3, tmp_path / "again")
+    """Neither its configurations nor its models are needed."""
+    command = [sys.executable, "-c", WITHOUT_TRANSFORMERS, qwen3, tmp_path / "again"]
+    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     with torch.inference_mode():
         expected = from_hf(qwen3).generate(torch.tensor([[5, 6, 7]]), None, max_new_tokens=8)
     assert json.loads(text) == expected[0].tolist()
     logits = [from_hf(f)(tokens(1, 8)).logits for f in (qwen3, tmp_path / "again")]
     assert torch.equal(*logits)
-
-
-def test_no_model_code_of_transformers(qwen3):
-    assert output(NO_MODEL_CODE, qwen3) == "[]"
