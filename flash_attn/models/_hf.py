@@ -38,7 +38,8 @@ def converted_config(fields: Mapping[str, Any], tokens: Mapping[str, Any]) -> tu
     family = family_of(theirs.model_type)
     config = family.to_config(theirs)
     for name in TOKENS:
-        setattr(config, name, tokens.get(name, getattr(theirs, name, None)))
+        own = getattr(theirs, name, getattr(config, name))
+        setattr(config, name, tokens.get(name, own))
     config.hf_config = dict(fields)
     return config, family
 
@@ -55,11 +56,12 @@ def _override(config, attributes: Mapping[str, Any]) -> None:
 
 def _check_convertible(fields: Mapping[str, Any], family: Family, strict: bool) -> None:
     """Raise ValueError for weights that are not converted."""
-    is_partial = bool(family.lacks) and not strict
-    if family.lacks and strict:
+    lacks = family.lacks
+    is_partial = lacks is not None and not strict
+    if lacks is not None and strict:
         raise ValueError(
-            f"config.json's {family.lacks} ({fields.get(family.lacks, 'its default')}): a mixture "
-            "of experts is not converted; with strict=False all other weights are"
+            f"config.json's {lacks.field} ({fields.get(lacks.field, 'its default')!s:.80}): "
+            f"{lacks.part} is not converted; with strict=False all other weights are"
         )
     quantization = fields.get("quantization_config")
     if quantization is not None and not is_partial:

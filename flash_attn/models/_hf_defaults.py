@@ -310,6 +310,7 @@ DEFAULTS: dict[str, dict] = {
     "falcon": _FALCON,
     "gemma": _GEMMA,
     "gemma2": _GEMMA2,
+    "gemma3": {},  # whose text_config has the fields of gemma3_text
     "gemma3_text": _GEMMA3,
     "gpt2": _GPT2,
     "gpt_bigcode": _BIGCODE,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 from flash_attn.models._config import STOCK, GPTOptions
 from flash_attn.models._gpt2_names import gpt2
@@ -13,17 +13,24 @@ from flash_attn.models._hf_folder import HFConfig
 from flash_attn.models._state_dict import Layout
 
 
+class Lack(NamedTuple):
+    """A part of a model: the field of ``config.json`` that says it is there, and what it is."""
+
+    field: str
+    part: str
+
+
 class Family(NamedTuple):
     """How a kind of model is converted.
 
     to_config: from its configuration to ``transformers.GPT2Config``.
     layout: the names of its parameters, by what the configuration here says.
-    lacks: the field that says what of the model is not converted; "": all of it is.
+    lacks: what of the model is not converted, None: all of it is.
     """
 
     to_config: Callable[[HFConfig], object]
     layout: Callable[[GPTOptions], Layout]
-    lacks: str = ""
+    lacks: Optional[Lack] = None
 
 
 # model_type: module, name of the function that makes the configuration, of that which makes names.
@@ -33,6 +40,7 @@ _FUNCTIONS = {
     "falcon": ("falcon", "falcon_config_to_gpt2_config", "_layout"),
     "gemma": ("gemma", "gemma_config_to_gpt2_config", "gemma_layout"),
     "gemma2": ("gemma", "gemma2_config_to_gpt2_config", "gemma2_layout"),
+    "gemma3": ("gemma", "gemma3_config_to_gpt2_config", "gemma3_layout"),
     "gemma3_text": ("gemma", "gemma3_text_config_to_gpt2_config", "gemma3_text_layout"),
     "gpt_bigcode": ("bigcode", "bigcode_config_to_gpt2_config", "_layout"),
     "gpt_neox": ("gpt_neox", "gpt_neox_config_to_gpt2_config", "_layout"),
@@ -53,6 +61,12 @@ _FUNCTIONS = {
 MODEL_TYPES = ("gpt2", *_FUNCTIONS)
 
 
+_LACKS = {
+    "gemma3": Lack("vision_config", "the part that reads images"),
+    "gpt_oss": Lack("num_local_experts", "a mixture of experts"),
+}
+
+
 def _gpt2_itself(theirs: HFConfig):
     """GPT-2's configuration, whose attributes are ours."""
     given = {name: getattr(theirs, name) for name in STOCK}
@@ -67,5 +81,5 @@ def family_of(model_type: str) -> Family:
         return Family(_gpt2_itself, gpt2)
     module, to_config, layout = _FUNCTIONS[model_type]
     functions = import_module(f"flash_attn.models.{module}")
-    lacks = "num_local_experts" if model_type == "gpt_oss" else ""
+    lacks = _LACKS.get(model_type)
     return Family(getattr(functions, to_config), getattr(functions, layout), lacks)

@@ -23,6 +23,7 @@ _ARCHITECTURES = {
     "GPTNeoXForCausalLM": "gpt_neox",
     "Gemma2ForCausalLM": "gemma2",
     "Gemma3ForCausalLM": "gemma3_text",
+    "Gemma3ForConditionalGeneration": "gemma3",
     "GemmaForCausalLM": "gemma",
     "GptOssForCausalLM": "gpt_oss",
     "LlamaForCausalLM": "llama",
@@ -145,6 +146,11 @@ def config_of(fields: Mapping[str, Any]) -> HFConfig:
     _check_types(kind, fields)
     _check_rope(kind, fields)
     given = {**fields, "model_type": kind}
+    if kind == "gemma3":
+        text = fields.get("text_config")
+        if not isinstance(text, dict):
+            raise ValueError(f"config.json's text_config must be an object, got {text!r:.80}")
+        given["text_config"] = config_of({**text, "model_type": "gemma3_text"})
     if kind == "gpt_neox" and "rotary_emb_base" in given:
         given.setdefault("rope_theta", given["rotary_emb_base"])
     return HFConfig(**{**DEFAULTS[kind], **given})

@@ -227,10 +227,10 @@ def to_hf(
     fields = _fields_of(model, config)
     converted, family = converted_config(fields, {})
     _check_same(model, converted)
-    if family.lacks:
+    if family.lacks is not None:
         raise ValueError(
-            f"a model of config.json's model_type {fields['model_type']!r} is not written: the "
-            f"model here does not have what {family.lacks} says"
+            f"a model of config.json's model_type {fields['model_type']!r} is not written: "
+            f"{family.lacks.part} ({family.lacks.field}) is not in the model here"
         )
     whole = _whole_state_dict(model) if state_dict is None else dict(state_dict)
 

@@ -4,6 +4,7 @@ model): configuration and names of Hugging Face."""
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from flash_attn.models._config import FULL, SLIDING, GPTOptions
 from flash_attn.models._hf_config import rope, wrong
@@ -13,6 +14,8 @@ from flash_attn.models._state_dict import Layout
 __all__ = [
     "gemma2_config_to_gpt2_config",
     "gemma2_layout",
+    "gemma3_config_to_gpt2_config",
+    "gemma3_layout",
     "gemma3_text_config_to_gpt2_config",
     "gemma3_text_layout",
     "gemma_config_to_gpt2_config",
@@ -115,3 +118,21 @@ def gemma3_text_config_to_gpt2_config(gemma3_text_config):
 def gemma3_text_layout(options: GPTOptions) -> Layout:
     """The names of ``Gemma3ForCausalLM``."""
     return decoder_layout(options, "Gemma 3")
+
+
+def gemma3_config_to_gpt2_config(gemma3_config):
+    """Return ``transformers.GPT2Config`` of the text model of a ``transformers.Gemma3Config``.
+
+    Raises:
+        ValueError: a field has a value that the model here does not have.
+    """
+    return gemma3_text_config_to_gpt2_config(gemma3_config.text_config)
+
+
+def gemma3_layout(options: GPTOptions) -> Layout:
+    """The names of ``Gemma3ForConditionalGeneration``'s text model, by transformers 4 and 5."""
+    layout = gemma3_text_layout(options)
+    names = [name for one in layout.entries for name in one.theirs]
+    aliases = {f"language_model.{name}": name for name in names}
+    aliases.update({name.replace("model.", "model.language_model.", 1): name for name in names})
+    return replace(layout, aliases=aliases)

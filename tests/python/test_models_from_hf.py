@@ -12,7 +12,7 @@ from hf_cases import CASES, CLASSIC_CASES, WINDOW, Case, edit_config, saved, tok
 from safetensors.torch import load_file, save_file
 from scripts import ROOT
 
-from flash_attn.models import from_hf
+from flash_attn.models import from_hf, to_hf
 from flash_attn.models.gpt import GPTLMHeadModel
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
@@ -244,6 +244,37 @@ def test_attention_of_gpt_oss(layer, tmp_path):
     positions = theirs.model.rotary_emb(x, torch.arange(SEQLEN)[None])
     expected, _ = other(x, position_embeddings=positions, attention_mask=mask)
     torch.testing.assert_close(ours(x), expected, atol=2e-5, rtol=2e-5)
+
+
+_IMAGES = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1,
+           "num_attention_heads": 2, "image_size": 28, "patch_size": 14}  # fmt: skip
+
+
+@pytest.mark.parametrize("names", ["of transformers 4", "of transformers 5"])
+@torch.inference_mode()
+def test_text_model_of_gemma3(names, tmp_path):
+    text = CASES["gemma3"].options
+    config = transformers.Gemma3Config(
+        text_config=text, vision_config=_IMAGES, mm_tokens_per_image=4, image_token_index=95,
+        boi_token_index=93, eoi_token_index=94,
+    )  # fmt: skip
+    theirs, ids = transformers.Gemma3ForConditionalGeneration(config).eval(), tokens(2, SEQLEN)
+    ids[ids > 92] = 3
+    theirs.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    old, new = "language_model.model.", "model.language_model."
+    given, wanted = (old, new) if names.endswith("5") else (new, old)
+    weights = {name.replace(given, wanted): x for name, x in load_file(file).items()}
+    assert any(name.startswith(wanted) for name in weights)
+    save_file(weights, file)
+    with pytest.raises(ValueError, match=r"vision_config .* the part that reads images is not"):
+        from_hf(tmp_path)
+    ours = from_hf(tmp_path, strict=False)
+    expected = theirs(ids).logits
+    assert expected.std() > 0.05
+    torch.testing.assert_close(ours(ids).logits, expected, atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="'gemma3' is not written: the part that reads images"):
+        to_hf(ours, tmp_path / "again")
 
 
 def test_missing_weights_without_strict_are_random(tmp_path):
