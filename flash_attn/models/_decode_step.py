@@ -32,6 +32,10 @@ from flash_attn.ops.activations import _SILU
 from flash_attn.ops.activations import _run_forward as _run_activation
 from flash_attn.ops.triton.layer_norm import RMSNorm
 
+# Attributes of modules that a step knows by heart.
+_READ = ("training", "activation", "causal", "eps", "layer_idx", "softcap", "softmax_scale")
+_READ += ("rotary_emb_dim", "use_flash_attn", "window_size", "zero_centered_weight")
+
 
 class _Norm(NamedTuple):
     """Arguments of the kernel from ``rowscale`` to ``zero_centered_weight``."""
@@ -187,9 +191,11 @@ class DecodeStep:
         ]
         self._last_norm = _Norm.of(model.ln_f)
         inner = [m for part in (*model.layers, model.ln_f) for m in part.modules()]
-        self._watched = [(m._modules, name) for m in (model, *inner) for name in m._modules]
-        self._watched += [(m._parameters, name) for m in inner for name in m._parameters]
-        self._watched += [(m.__dict__, "training") for m in inner]
+        self._watched = [(m._modules, name) for m in (model, model.layers) for name in m._modules]
+        for module in inner:
+            for place in (module._modules, module._parameters, module._buffers):
+                self._watched += [(place, name) for name in place]
+            self._watched += [(module.__dict__, name) for name in _READ if name in module.__dict__]
         self._seen = [place[name] for place, name in self._watched]
         self._hooks = [
             torch_modules._global_forward_hooks,
@@ -198,10 +204,17 @@ class DecodeStep:
             *(m._forward_pre_hooks for m in inner),
         ]
         parameters = [p for m in inner for p in m._parameters.values() if p is not None]
-        self.dtype = parameters[0].dtype
-        self.is_usable = not any(m.training for m in inner) and all(
+        self._parameter = parameters[0]
+        are_readable = all(
             type(p) is nn.Parameter and p.is_cpu and p.is_contiguous() for p in parameters
         )
+        is_even = len({p.dtype for p in parameters}) == 1
+        self.is_usable = are_readable and is_even and not any(m.training for m in inner)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the parameters."""
+        return self._parameter.dtype
 
     def is_current(self) -> bool:
         """Whether the model's layers and parameters are those that were looked through."""
