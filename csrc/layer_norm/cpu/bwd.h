@@ -7,7 +7,7 @@
 // they depend on the shape alone.
 #pragma once
 
-#include "layer_norm/cpu/row.h"
+#include "layer_norm/cpu/bwd_plain.h"
 
 namespace flash::layer_norm::cpu::FLASH_ATTN_ISA {
 
@@ -242,9 +242,15 @@ inline void layer_norm_bwd(const BwdParams& p) {
     Carver own_carver(memory.data() + shared + own * thread);
     const BwdScratch scratch(own_carver, p);
     std::memset(reinterpret_cast<char*>(partials.first_of(chunk)), 0, partials.bytes_of_chunk());
-    const int64_t end = std::min((chunk + 1) * chunk_rows, p.rows);
-    for (int64_t row = chunk * chunk_rows; row < end; ++row)
-      bwd_row(p, columns, scratch, partials, chunk, row);
+    const int64_t first = chunk * chunk_rows, end = std::min(first + chunk_rows, p.rows);
+    if (is_plain(p)) {
+      float *dweight = partials.of(chunk, kDWeight), *dbias = partials.of(chunk, kDBias);
+      // Rows of scratch take sums that are not wanted; they begin as any numbers.
+      bwd_plain(p, columns.weight, dweight == nullptr ? scratch.xhat : dweight,
+                dbias == nullptr ? scratch.g : dbias, first, end);
+      return;
+    }
+    for (int64_t row = first; row < end; ++row) bwd_row(p, columns, scratch, partials, chunk, row);
   });
   constexpr int64_t kColumns = 512;
   const int64_t pieces = (p.cols + kColumns - 1) / kColumns;

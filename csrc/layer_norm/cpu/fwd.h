@@ -1,7 +1,7 @@
 // The forward: a row is read once, stays in the first-level cache as fp32, and is written once.
 #pragma once
 
-#include "layer_norm/cpu/row.h"
+#include "layer_norm/cpu/fwd_plain.h"
 
 namespace flash::layer_norm::cpu::FLASH_ATTN_ISA {
 
@@ -79,11 +79,22 @@ FLASH_INLINE void round_sum(const FwdParams& p, float* x, int64_t row) {
   });
 }
 
-inline void fwd_row(const FwdParams& p, const Columns& columns, const FwdScratch& scratch,
-                    int64_t row) {
+// The row that is normed, in the cache, and its statistics.
+FLASH_INLINE Statistics sum_row_of(const FwdParams& p, const Columns& columns,
+                                   const FwdScratch& scratch, int64_t row) {
+  if (is_plain(p)) {
+    Statistics at;
+    with_dtype(p.x0.dtype, [&]<Dtype T>() { at = sum_plain_row<T>(p, scratch.x, row); });
+    return at;
+  }
   sum_branches(p, columns, scratch, row);
   round_sum(p, scratch.x, row);
-  const Statistics at = statistics_of(scratch.x, p.epsilon, p.cols, p.is_rms_norm);
+  return statistics_of(scratch.x, p.epsilon, p.cols, p.is_rms_norm);
+}
+
+inline void fwd_row(const FwdParams& p, const Columns& columns, const FwdScratch& scratch,
+                    int64_t row) {
+  const Statistics at = sum_row_of(p, columns, scratch, row);
   const float* x = scratch.x;
   if (p.mean != nullptr) p.mean[row] = at.mean + at.rest;
   if (p.rstd != nullptr) p.rstd[row] = at.rstd;
