@@ -61,6 +61,8 @@ struct TileMatrices {
 struct TileProbe {
   const char* name;
   void (*exp2_bf16)(float* y, const float* x, int n);
+  void (*normal_exp2_bf16)(float* y, const float* x, int n);
+  void (*tanh_by_table)(float* y, const float* x, int n);
   void (*split)(int terms, float* y, const float* x, int n);  // y[t * n + i] = term t of x[i]
   // A [m][k] and the transpose of B, [n][k], row-major.
   void (*multiply_columns)(int terms, const TileMatrices& x);

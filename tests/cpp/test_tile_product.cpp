@@ -53,6 +53,42 @@ TEST_P(PerTile, Exp2ForBf16) {
   EXPECT_TRUE(std::isnan(result[7]));
 }
 
+TEST_P(PerTile, Exp2WithoutSubnormalResults) {
+  const std::vector<float> x = {-126.f, -126.001f, -130.f, -149.f, -150.f, -INFINITY, NAN, 3.f,
+                                -126.f, -126.001f, -130.f, -149.f, -150.f, -INFINITY, NAN, 3.f};
+  std::vector<float> y(x.size());
+  tile().normal_exp2_bf16(y.data(), x.data(), static_cast<int>(x.size()));
+  for (size_t i = 0; i < x.size(); i += 8) {
+    EXPECT_EQ(y[i], 0x1p-126f);
+    for (size_t j = 1; j < 6; ++j) EXPECT_EQ(y[i + j], 0.f) << x[j];
+    EXPECT_TRUE(std::isnan(y[i + 6]));
+    EXPECT_EQ(y[i + 7], 8.f);
+  }
+}
+
+TEST_P(PerTile, TanhByTable) {
+  constexpr int kCount = 1 << 16;
+  std::vector<float> x(kCount), y(kCount);
+  for (int i = 0; i < kCount; ++i) x[i] = 10.f * static_cast<float>(i - kCount / 2) / kCount;
+  for (int i = 0; i < 120; ++i) x[i] = std::ldexp(i % 2 ? -1.1f : 1.3f, -i);
+  for (int i = 0; i < 256; ++i)
+    x[128 + i] = std::nextafter(0.125f * (i / 4), i % 4 < 2 ? -9.f : 9.f);
+  tile().tanh_by_table(y.data(), x.data(), kCount);
+  double worst = 0.;
+  for (int i = 0; i < kCount; ++i)
+    if (x[i] != 0.f) worst = std::max(worst, std::fabs(y[i] / std::tanh(double{x[i]}) - 1.));
+  EXPECT_LT(worst, 3.1e-7);  // 1.3e-7 where it is not 1
+
+  const std::vector<float> special = {0.f, 8.f, -8.f, 50.f, 1e38f, -1e38f, INFINITY, -INFINITY,
+                                      NAN, 0.f, 0.f,  0.f,  0.f,   0.f,    0.f,      0.f};
+  std::vector<float> result(special.size());
+  tile().tanh_by_table(result.data(), special.data(), static_cast<int>(special.size()));
+  EXPECT_EQ(result[0], 0.f);
+  for (int i = 1; i < 8; ++i)
+    EXPECT_NEAR(result[i], special[i] > 0 ? 1.f : -1.f, 3.1e-7) << special[i];
+  EXPECT_TRUE(std::isnan(result[8]));
+}
+
 TEST_P(PerTile, TermsSumToTheNumber) {
   constexpr int kCount = 4096;
   std::vector<float> x = random_floats(kCount, 1);

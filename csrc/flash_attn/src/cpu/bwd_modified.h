@@ -38,6 +38,10 @@ template <class Terms, unsigned kKnown>
 class ModifiedPairs {
  public:
   static constexpr int kTerms = Terms::kTerms;
+  // Three terms would show that an FMA with the row's LSE rounds otherwise than the forward did:
+  // there exponents are natural until it has been subtracted.
+  static constexpr bool kNatural = kTerms == 3;
+  static constexpr float kUnits = kNatural ? 1.f : kLog2e;  // of exponents, and of unit.lse
 
   // random: dropout's bytes of the unit's first row, those of others `random_ld` bytes on.
   FLASH_INLINE ModifiedPairs(const BwdContext& ctx, const BwdUnit<kTerms>& unit,
@@ -53,9 +57,9 @@ class ModifiedPairs {
         first_key_(unit.first_key),
         left_(unit.rows),
         all_see_(unit.all_see),
-        factor_(ctx.score_scale * kLog2e),
+        factor_(ctx.score_scale * kUnits),
         inverse_softcap_(ctx.score_scale / ctx.p.softcap),
-        softcap_(ctx.p.softcap * kLog2e) {}
+        softcap_(ctx.p.softcap * kUnits) {}
 
   // The next two rows.
   [[gnu::noinline]] void weigh() {
@@ -65,16 +69,17 @@ class ModifiedPairs {
     if (has<Modification::kSoftcap>())
       for_pairs([&](int half, int j) {
         const TanhAndSlope t = tanh_and_slope_for(Terms{}, product(half, j) * inverse_softcap_);
-        x.v[half][j] = fma(t.value, set1(softcap_), lse(half));
+        x.v[half][j] = begin(t.value, softcap_, half);
         cap_slope.v[half][j] = t.slope;
       });
     else
-      for_pairs(
-          [&](int half, int j) { x.v[half][j] = fma(product(half, j), set1(factor_), lse(half)); });
+      for_pairs([&](int half, int j) { x.v[half][j] = begin(product(half, j), factor_, half); });
     if (has<Modification::kAlibi>()) add_alibi(x);
     if (has<Modification::kBias>())
       with_dtype(ctx_.p.bias.dtype,
                  [&]<Dtype T>() __attribute__((always_inline)) { add_bias<T>(x); });
+    if constexpr (kNatural)
+      for_pairs([&](int half, int j) { x.v[half][j] = (x.v[half][j] + lse(half)) * kLog2e; });
     for_pairs([&](int half, int j) { p.v[half][j] = normal_exp2_for(Terms{}, x.v[half][j]); });
     if (has<Modification::kDropout>()) {
       const Vec rescale = set1(ctx_.dropout.rescale);
@@ -89,10 +94,10 @@ class ModifiedPairs {
         ds.v[half][j] = p.v[half][j] * (product(half, j, kUnitScores) - delta(half));
       });
     }
-    if (!all_see_) clear_invisible(p, ds);
     if (has<Modification::kBias>() && ctx_.p.dbias.ptr) add_dbias(ds);
     if (has<Modification::kSoftcap>())
       for_pairs([&](int half, int j) { ds.v[half][j] *= cap_slope.v[half][j]; });
+    if (!all_see_) clear_invisible(p, ds);  // slopes may be NaN, too
     out_.store(p.v, ds.v);
     out_ = out_.row(1);
     s_ += kUnitKeys;
@@ -124,6 +129,9 @@ class ModifiedPairs {
     return load(s_ + offset + half * kHalf * kUnitKeys + j * kHalf);
   }
   FLASH_INLINE Vec lse(int half) const { return set1(lse_[half * kHalf]); }
+  FLASH_INLINE Vec begin(Vec v, float factor, int half) const {
+    return kNatural ? v * factor : fma(v, set1(factor), lse(half));
+  }
   FLASH_INLINE Vec delta(int half) const {
     return set1(lse_[half * kHalf + WeightsOutput<kTerms>::kRows]);
   }
@@ -132,7 +140,7 @@ class ModifiedPairs {
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
       const Row& row = row_[half * kHalf];
-      const Vec slope = plain_nan(set1(row.alibi_slope)) * -kLog2e;
+      const Vec slope = plain_nan(set1(row.alibi_slope)) * -kUnits;
       const Vec distance = to_float(iota() + (first_key_ - ctx_.map.diagonal(row)));
       x.v[half][0] = fma(slope, abs(distance), x.v[half][0]);
       x.v[half][1] = fma(slope, abs(distance + static_cast<float>(kHalf)), x.v[half][1]);
@@ -150,7 +158,7 @@ class ModifiedPairs {
       for (int j = 0; j < 2; ++j) {
         Vec bias = load_as_float<T>(row, j * kHalf);
         if constexpr (T == Dtype::kFloat32) bias = plain_nan(bias);
-        x.v[half][j] = fma(bias, set1(kLog2e), x.v[half][j]);
+        x.v[half][j] = fma(bias, set1(kUnits), x.v[half][j]);
       }
     }
   }
@@ -182,9 +190,9 @@ class ModifiedPairs {
   const int first_key_;
   int left_;  // rows of the unit
   const bool all_see_;
-  const float factor_;           // products times it are scores in units of log2
+  const float factor_;           // products times it are scores in kUnits
   const float inverse_softcap_;  // and scores by softcap
-  const float softcap_;          // in units of log2
+  const float softcap_;          // in kUnits
 };
 
 }  // namespace flash::cpu::FLASH_ATTN_ISA

@@ -180,12 +180,13 @@ class BwdTilesRunner {
   }
   void load_rows(const RowBlock& block) {
     any_far_ = false;
+    const bool natural = is_modified() && ModifiedPairs<Terms, 0>::kNatural;
     for (int& key : random_key_) key = -1;
     for (int r = 0; r < block.rows; ++r) {
       x_.rows[r] = ctx_.map.row(block.row0 + r);
       const float lse = ctx_.lse(block.row0 + r), delta = ctx_.delta(x_.rows[r]);
       any_far_ |= is_far(lse);
-      x_.lse[r] = plain_nan(-lse * kLog2e);
+      x_.lse[r] = plain_nan(natural ? -lse : -lse * kLog2e);
       x_.lse[kRows + r] = plain_nan(delta);
     }
     for (int r = block.rows; r < round_up(block.rows, kBlockRows); ++r) {
@@ -225,6 +226,7 @@ class BwdTilesRunner {
     return {begin, end};
   }
 
+  bool is_modified() const { return ctx_.modifiers || ctx_.dropout.enabled; }
   Unit make_unit(const RowBlock& block, int sub, int key) const {
     Unit unit{};
     unit.row0 = block.row0 + sub * kBlockRows;
@@ -240,7 +242,7 @@ class BwdTilesRunner {
                 x_.ds + 2 * sub * Output::kDsRows + column * kTileWords};
     unit.all_see = unit.rows == kBlockRows && all_see(unit.row[0], unit.row[unit.rows - 1],
                                                       unit.first_key, unit.first_key + kUnitKeys);
-    if (ctx_.modifiers || ctx_.dropout.enabled || any_far_)
+    if (is_modified() || any_far_)
       unit.weighing =
           any_far_ || !takes_keys(ctx_, unit.first_key) ? Weighing::kRowByRow : Weighing::kModified;
     else
@@ -295,23 +297,32 @@ class BwdTilesRunner {
       f(rows);
     } else if (unit.weighing == Weighing::kModified) {
       // Of the loops of one modification only those of the hardware are worth their code.
-      constexpr auto kAny = Tile::kIsSoftware;
-      switch (kAny ? 0 : modifications(ctx_.p)) {
-        case 1:
-          return beside_modified<1>(unit, calls, f);
-        case 2:
-          return beside_modified<2>(unit, calls, f);
-        case 4:
-          return beside_modified<4>(unit, calls, f);
-        case 8:
-          return beside_modified<8>(unit, calls, f);
-        default:
-          return beside_modified<0>(unit, calls, f);
-      }
+      if constexpr (Tile::kIsSoftware)
+        beside_modified<0>(unit, calls, f);
+      else
+        with_modification([&]<unsigned kKnown>() __attribute__((always_inline)) {
+          beside_modified<kKnown>(unit, calls, f);
+        });
     } else {
       const auto weigh = [&](int i) { weigh_row_by_row(unit, i); };
       SpreadRows rows{&weigh, calls};
       f(rows);
+    }
+  }
+  // f for the call's modification where it is the only one, or for 0.
+  template <class F>
+  FLASH_INLINE void with_modification(F f) const {
+    switch (modifications(ctx_.p)) {
+      case 1:
+        return f.template operator()<1>();
+      case 2:
+        return f.template operator()<2>();
+      case 4:
+        return f.template operator()<4>();
+      case 8:
+        return f.template operator()<8>();
+      default:
+        return f.template operator()<0>();
     }
   }
   template <unsigned kKnown, class F>
