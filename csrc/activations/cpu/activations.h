@@ -121,7 +121,7 @@ inline void bwd_with_dbias(const Params& p) {
   const size_t bytes = pieces.row_pieces * p.cols * sizeof(float);
   const flash::cpu::Scratch scratch(bytes);
   float* sums = reinterpret_cast<float*>(scratch.data());
-  std::memset(sums, 0, bytes);
+  if (bytes > 0) std::memset(sums, 0, bytes);
   for_pieces(p, pieces, [&](const auto& f, int64_t row, int64_t first, int64_t end) {
     bwd_row<T>(p, f, row, first, end, sums + row / pieces.rows * p.cols + first);
   });

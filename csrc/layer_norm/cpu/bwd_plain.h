@@ -69,12 +69,15 @@ template <Dtype T, bool kHasDx>
 FLASH_INLINE void write_plain_row(const BwdParams& p, const PlainRow<T>& row, const float* weight,
                                   float mean_g, float mean_gx, int64_t at) {
   const RowIn<T> dx{kHasDx ? p.dx.row(at) : nullptr, 0.f};
+  const NextRow x(p.x, at + kRowsTogether, p.rows), dout(p.dout, at + kRowsTogether, p.rows);
   char* const out = p.dx0.row(at);
   for_vectors(0, p.cols, [&](int64_t i, auto n) {
     const Vec g = load_given(row.dout, i, n) * load(weight + i);
     Vec v = (g - mean_g - row.norm_at(i, n) * mean_gx) * row.rstd;
     if constexpr (kHasDx) v += load_given(dx, i, n);
     store_given<T>(out, i, n, v);
+    x.fetch(i);
+    dout.fetch(i);
   });
 }
 

@@ -42,13 +42,15 @@ inline void sum_branches(const FwdParams& p, const Columns& columns, const FwdSc
 // out = norm(x) weight + bias
 FLASH_INLINE void write_norm(const TypedMatrix& out, int64_t row, const float* x,
                              const Statistics& at, const float* weight, const float* bias,
-                             int64_t cols) {
+                             int64_t cols, const NextRow& x0, const NextRow& residual) {
   if (!out.given()) return;
   with_dtype(out.dtype, [&]<Dtype T>() {
     char* const to = out.row(row);
     for_vectors(0, cols, [&](int64_t i, auto n) {
       const Vec norm = (load(x + i) - at.mean - at.rest) * at.rstd;
       store_given<T>(to, i, n, fma(norm, load(weight + i), load(bias + i)));
+      x0.fetch(i);
+      residual.fetch(i);
     });
   });
 }
@@ -100,8 +102,10 @@ inline void fwd_row(const FwdParams& p, const Columns& columns, const FwdScratch
   if (p.rstd != nullptr) p.rstd[row] = at.rstd;
   const int64_t out_row = place_of(p.out_subset, row);
   if (out_row < 0) return;
-  write_norm(p.out, out_row, x, at, columns.weight, columns.bias, p.cols);
-  write_norm(p.out1, out_row, x, at, columns.weight1, columns.bias1, p.cols);
+  const bool in_order = p.x0_subset == nullptr;
+  const NextRow x0(p.x0, row + 1, in_order ? p.rows : 0), residual(p.residual, row + 1, p.rows);
+  write_norm(p.out, out_row, x, at, columns.weight, columns.bias, p.cols, x0, residual);
+  write_norm(p.out1, out_row, x, at, columns.weight1, columns.bias1, p.cols, x0, residual);
 }
 
 inline void layer_norm_fwd(const FwdParams& p) {

@@ -64,6 +64,18 @@ FLASH_INLINE Totals<kCount> sum_row(int64_t cols, const Body& body) {
   return totals;
 }
 
+// Fetches a row that is read later, along with the columns of the row at hand: memory would be
+// idle while that is in the cache.
+struct NextRow {
+  const char* row = nullptr;  // null: none
+  int64_t bytes = 0;          // of an element
+
+  FLASH_INLINE NextRow(const TypedMatrix& m, int64_t i, int64_t rows) {
+    if (m.given() && i < rows) row = m.row(i), bytes = dtype_bytes(m.dtype);
+  }
+  FLASH_INLINE void fetch(int64_t column) const { __builtin_prefetch(row + column * bytes); }
+};
+
 // ------------------------------------------------------------------------------------------------
 // Dropout
 
