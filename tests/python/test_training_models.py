@@ -24,6 +24,8 @@ LLAMA = {
     "model__n_head_kv": 1,
     "model__n_inner": 48,
     "model__n_positions": 0,
+    "model__rotary_emb_fraction": 1.0,
+    "model__tie_word_embeddings": False,
 }
 
 

@@ -36,6 +36,8 @@ TINY = {
     "model.n_embd": 32,
     "model.n_head": 2,
     "model.n_positions": 16,
+    "model.rotary_emb_fraction": 0.0,
+    "model.tie_word_embeddings": True,
     "data.tokenizer": "bytes",
     "data.seqlen": 16,
     "data.hold_out": 6,
