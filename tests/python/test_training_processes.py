@@ -86,8 +86,10 @@ def runs(all_arguments):
         dist.destroy_process_group()
 
 
+SAMPLES = "{_target_: training.callbacks.Samples, prompt: 'one two ', tokens: 6, top_k: 1}"
 DROPOUT = {
     **STEPS,
+    "+callbacks__samples": SAMPLES,  # which must not change what follows
     "model__resid_pdrop": 0.1,
     "model__attn_pdrop": 0.1,
     "trainer__checkpoint_every": 4,
@@ -107,6 +109,9 @@ def test_two_processes_with_dropout_go_on_to_the_last_bit_and_ddp_is_one_too(alo
     whole = rows(tmp_path / "whole", *COURSE)
     assert len(whole) == 6 + 3
     assert rows(tmp_path / "part", *COURSE) == whole
+    samples = (tmp_path / "whole" / "samples.txt").read_text()
+    assert samples.count("one two ") == 3
+    assert (tmp_path / "part" / "samples.txt").read_text() == samples
     assert_same_course(course(tmp_path / "ddp"), course(alone / "run"))
 
 
