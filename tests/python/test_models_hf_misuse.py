@@ -247,6 +247,7 @@ sys.modules["transformers"] = None
 import torch
 from flash_attn.models import from_hf, to_hf
 model = from_hf(sys.argv[1])
+assert "sympy" not in sys.modules  # seconds
 to_hf(model, sys.argv[2])
 assert model.config.eos_token_id == 2
 with torch.inference_mode():
