@@ -10,6 +10,7 @@ torch.compile, a GPU, a cache that does not fit) it is left to the modules.
 from __future__ import annotations
 
 import weakref
+from functools import partial
 from operator import is_
 from typing import Callable, NamedTuple, Optional
 
@@ -26,7 +27,7 @@ from flash_attn.modules._kv_cache import block_table_of, cached_lengths, packing
 from flash_attn.modules.block import Block
 from flash_attn.modules.embedding import GPT2Embeddings
 from flash_attn.modules.mha import MHA
-from flash_attn.modules.mlp import GatedMlp, Mlp, _gated
+from flash_attn.modules.mlp import FusedMLP, GatedMlp, Mlp, _gated
 from flash_attn.ops._layer_norm import _run_forward as _run_norm
 from flash_attn.ops.activations import _SILU
 from flash_attn.ops.activations import _run_forward as _run_activation
@@ -113,6 +114,14 @@ class _Attention(NamedTuple):
         return F.linear(out.view(batch, self.q_features), *self.out)
 
 
+# FusedMLP's activations, of a few tokens.
+_FUSED = {
+    "gelu_approx": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+    "sqrelu": lambda x: F.relu(x).square(),
+}
+
+
 class _Feedforward(NamedTuple):
     """A layer's MLP."""
 
@@ -124,7 +133,10 @@ class _Feedforward(NamedTuple):
     @classmethod
     def of(cls, mlp: nn.Module) -> _Feedforward:
         fc1, fc2 = ((fc.weight, fc.bias) for fc in (mlp.fc1, mlp.fc2))
-        return cls(fc1, fc2, mlp.activation, isinstance(mlp, GatedMlp))
+        activation = mlp.activation
+        if isinstance(mlp, FusedMLP):
+            activation = _FUSED[activation]
+        return cls(fc1, fc2, activation, isinstance(mlp, GatedMlp))
 
     def run(self, x: Tensor) -> Tensor:
         """Return the MLP of x ``(batch, dim)``."""
@@ -168,7 +180,7 @@ def _is_plain_layer(layer: nn.Module) -> bool:
     if not layer._has_mlp or layer.post_norm1 is not None or layer.return_residual:
         return False
     mixer, mlp = layer.mixer, layer.mlp
-    if type(mlp) not in (Mlp, GatedMlp) or mlp.return_residual or not _is_mixer(mixer):
+    if type(mlp) not in (Mlp, GatedMlp, FusedMLP) or mlp.return_residual or not _is_mixer(mixer):
         return False
     linears = (mixer.Wqkv, mixer.out_proj, mlp.fc1, mlp.fc2)
     norms = (layer.norm1, layer.norm2)

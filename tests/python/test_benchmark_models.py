@@ -20,6 +20,7 @@ def benchmark(restore_threads):
 
 def test_table(benchmark, tmp_path, capsys):
     sizes = ["--batch", "1", "2", "--new-tokens", "3", "--train-batch", "1", "--seqlen", "8"]
+    sizes += ["--clock", "cpu"]
     benchmark.main([*sizes, "--case-seconds", "0.01", "--out", str(tmp_path)])
     with (tmp_path / "models.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))

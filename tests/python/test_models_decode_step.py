@@ -21,6 +21,9 @@ ROTARY = {"n_positions": 0, "rotary_emb_fraction": 1.0}
 CONFIGS = {
     "gpt2": {},
     "gpt2-fused": {"fused_dropout_add_ln": True, "activation_function": "gelu"},
+    "fused-mlp": {"fused_mlp": True, "fused_dropout_add_ln": True},
+    "fused-relu": {**ROTARY, "fused_mlp": True, "activation_function": "relu"},
+    "fused-sqrelu": {**ROTARY, "fused_mlp": True, "activation_function": "sqrelu"},
     "llama": {**ROTARY, "rms_norm": True, "activation_function": "swiglu", "n_head_kv": 2},
     "interleaved": {**ROTARY, "rotary_emb_interleaved": True, "mlp_fc1_bias": False},
     "part": {**ROTARY, "rotary_emb_fraction": 0.5, "qkv_proj_bias": False, "n_head_kv": 1},
@@ -47,7 +50,6 @@ OTHERS = {
     "fp32 residual": {"residual_in_fp32": True},
     "xpos": {**ROTARY, "rotary_emb_scale_base": 64.0},
     "torch attention": {"use_flash_attn": False},
-    "fused mlp": {"fused_mlp": True},
 }
 
 
