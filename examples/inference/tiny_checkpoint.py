@@ -13,14 +13,11 @@ import contextlib
 import math
 import os
 import sys
+import sysconfig
 import time
 from pathlib import Path
 
 import torch
-
-sys.path.append(str(Path(__file__).resolve().parent.parent))
-
-from corpus import random_batch, source_files
 
 DEFAULT = Path("build/tiny_model")
 VOCABULARY, POSITIONS, END = 1024, 1024, "<|endoftext|>"
@@ -28,9 +25,10 @@ BATCH, SEQLEN, PEAK_LEARNING_RATE = 8, 96, 6e-3
 
 
 def text_of(most: int = 1 << 20) -> str:
-    """Some of the sources, about ``most`` characters of whole files."""
+    """Some of the sources, about ``most`` characters of whole files, by their names."""
+    root = Path(sysconfig.get_paths()["stdlib"])
     texts, size = [], 0
-    for path in source_files():
+    for path in sorted(root.glob("*.py")):
         texts.append(path.read_text(encoding="utf-8", errors="ignore"))
         size += len(texts[-1])
         if size >= most:
@@ -80,6 +78,13 @@ def make_model(layers: int, width: int, seed: int = 0):
     return LlamaForCausalLM(config)
 
 
+def random_batch(tokens: torch.Tensor, generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random places of the text: tokens and, for each, the one after it, ``(BATCH, SEQLEN)``."""
+    starts = torch.randint(len(tokens) - SEQLEN, (BATCH, 1), generator=generator)
+    windows = tokens[starts + torch.arange(SEQLEN + 1)].long()
+    return windows[:, :-1], windows[:, 1:]
+
+
 def train(model, tokens: torch.Tensor, seconds: float, most_steps: int = 10_000) -> float:
     """Train for about ``seconds``; return the mean loss of the last steps, in nats a token."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.95))
@@ -90,7 +95,7 @@ def train(model, tokens: torch.Tensor, seconds: float, most_steps: int = 10_000)
         for group in optimizer.param_groups:
             warm = min(1.0, (len(losses) + 1) / 20)
             group["lr"] = PEAK_LEARNING_RATE * warm * (0.05 + 0.95 * math.cos(0.5 * math.pi * done))
-        inputs, targets = random_batch(tokens, BATCH, SEQLEN, generator)
+        inputs, targets = random_batch(tokens, generator)
         logits = model(inputs, use_cache=False).logits
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
         optimizer.zero_grad()
