@@ -23,7 +23,7 @@ from flash_attn.utils.generation import decode, decode_speculative
 
 PROMPT = "import sys\n\n\nclass Reader:\n    def __init__(self, path, encoding=None):\n"
 TARGET, DRAFT = Path("build/tiny_target"), Path("build/tiny_draft")
-TINY = {TARGET: {"layers": 4, "width": 128}, DRAFT: {"layers": 1, "width": 64}}
+TINY = {TARGET: {"layers": 3, "width": 128}, DRAFT: {"layers": 1, "width": 128}}
 
 
 @dataclass
@@ -101,7 +101,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--lookahead", type=int, default=3, help="tokens of a draft")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token")
     parser.add_argument("--dtype", choices=list(DTYPES), default="float32")
-    parser.add_argument("--seconds", type=float, default=12.0, help="of training a tiny model")
+    parser.add_argument("--seconds", type=float, default=15.0, help="of training a tiny model")
     return parser.parse_args(arguments)
 
 

@@ -21,7 +21,7 @@ import torch
 
 DEFAULT = Path("build/tiny_model")
 VOCABULARY, POSITIONS, END = 1024, 1024, "<|endoftext|>"
-BATCH, SEQLEN, PEAK_LEARNING_RATE = 8, 96, 6e-3
+BATCH, SEQLEN, PEAK_LEARNING_RATE = 8, 96, 3e-3
 
 
 def text_of(most: int = 1 << 20) -> str:
