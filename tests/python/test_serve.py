@@ -21,7 +21,7 @@ from serving_cases import (
     until,
 )
 
-BLOCKS = 96
+BLOCKS = 48
 
 
 @pytest.fixture(autouse=True)
@@ -181,7 +181,8 @@ def test_load(server, url, model, tokenizer):
     assert counts["finished"] + counts["cancelled"] == len(clients) > counts["finished"]
     assert counts["failed"] == 0 and counts["finished"] >= len(stayed)
     # It was tight, and common beginnings went through the model once.
-    assert counts["preemptions"] > 0 and counts["reused_tokens"] > 0
+    assert counts["preemptions"] > 0
+    assert counts["reused_tokens"] > 0
     assert engine.scheduler.cache.num_free_blocks == BLOCKS
 
 
@@ -190,7 +191,7 @@ def test_client_that_goes_while_it_waits_for_the_whole(server, url):
     scheduler = server[1].scheduler
     cancelled = scheduler.counts.cancelled
     with pytest.raises(httpx.ReadTimeout):
-        body = {"prompt": [5] * 9, "max_tokens": 300, "temperature": 0}
+        body = {"prompt": [5] * 9, "max_tokens": 180, "temperature": 0}
         httpx.post(f"{url}/v1/completions", json=body, timeout=0.05)
     until(lambda: scheduler.counts.cancelled == cancelled + 1)
     assert scheduler.cache.num_free_blocks == BLOCKS
