@@ -337,7 +337,7 @@ TestCache = Cache.TestCase
             "must have flash_attn.*mix",
         ),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_bad_arguments(model, change, message):
     cache = poisoned(model, 8)
