@@ -7,7 +7,7 @@ are not.
 
 from __future__ import annotations
 
-from typing import Optional, Union
+from typing import NamedTuple, Optional, Union
 
 import torch
 from torch import Tensor
@@ -365,6 +365,22 @@ def apply_rotary_emb_kv_(
     return kv
 
 
+class _Tables(NamedTuple):
+    """Tables ``(seqlen, dim / 2)`` of cos and sin, the keys' own with xPos, and their use.
+
+    length: that the frequencies are for, where they depend on it.
+    is_without_grad: made while gradients were off. Tables of inference mode cannot be saved for a
+        backward; torch.compile traces whether gradients are on, but not ``is_inference()``.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    cos_k: Optional[Tensor]
+    sin_k: Optional[Tensor]
+    length: Optional[int]
+    is_without_grad: bool
+
+
 class RotaryEmbedding(torch.nn.Module):
     """Rotary embedding with tables of cos and sin that grow as needed.
 
@@ -402,14 +418,28 @@ class RotaryEmbedding(torch.nn.Module):
         if scale_base is not None:
             scale = (torch.arange(0, dim, 2, device=device).float() + 0.4 * dim) / (1.4 * dim)
         self.register_buffer("scale", scale, persistent=False)
-        self._seq_len_cached = 0
-        self._cos_cached = None
-        self._sin_cached = None
-        self._cos_k_cached = None
-        self._sin_k_cached = None
-        # Tables of inference mode, in which gradients are off, cannot be saved for a backward.
-        # torch.compile traces whether gradients are on, but not is_inference().
-        self._cached_without_grad = False
+        # Tables, and what they are for, are one object: threads may make others at any time.
+        self._tables: Optional[_Tables] = None
+
+    @property
+    def _seq_len_cached(self) -> int:
+        return 0 if self._tables is None else self._tables.cos.shape[0]
+
+    @property
+    def _cos_cached(self) -> Optional[Tensor]:
+        return None if self._tables is None else self._tables.cos
+
+    @property
+    def _sin_cached(self) -> Optional[Tensor]:
+        return None if self._tables is None else self._tables.sin
+
+    @property
+    def _cos_k_cached(self) -> Optional[Tensor]:
+        return None if self._tables is None else self._tables.cos_k
+
+    @property
+    def _sin_k_cached(self) -> Optional[Tensor]:
+        return None if self._tables is None else self._tables.sin_k
 
     def _compute_inv_freq(self, device=None) -> Tensor:
         exponents = torch.arange(0, self.dim, 2, device=device, dtype=torch.float32) / self.dim
@@ -419,36 +449,57 @@ class RotaryEmbedding(torch.nn.Module):
         """Return the fp32 tables of fp32 angles ``(seqlen, dim / 2)``."""
         return angles.cos(), angles.sin()
 
-    def _is_cached(self, seqlen: int, device, dtype) -> bool:
-        cos = self._cos_cached
-        return (
-            cos is not None
-            and seqlen <= self._seq_len_cached
-            and cos.device == device
-            and cos.dtype == dtype
-            and not (torch.is_grad_enabled() and self._cached_without_grad)
-        )
+    def _counted(self, seqlen: int) -> Optional[int]:
+        """The part of a sequence's length that the frequencies depend on."""
+        return None
 
-    def _update_cos_sin_cache(self, seqlen: int, device=None, dtype=None) -> None:
-        """Make the tables at least ``seqlen`` long, on ``device``, of ``dtype``."""
-        if self._is_cached(seqlen, device, dtype):
-            return
-        self._seq_len_cached = seqlen
-        self._cached_without_grad = not torch.is_grad_enabled()
-        positions = torch.arange(seqlen, device=device, dtype=torch.float32)
+    def _frequencies(self, length: Optional[int], device) -> Tensor:
+        """Return fp32 ``(dim / 2,)`` on ``device`` for sequences of ``_counted`` length."""
         # A model cast to half precision has its buffers rounded: positions need fp32.
-        inv_freq = self.inv_freq
-        if inv_freq.dtype != torch.float32:
-            inv_freq = self._compute_inv_freq(device)
-        angles = torch.outer(positions, inv_freq.to(positions.device))
+        if self.inv_freq.dtype != torch.float32:
+            return self._compute_inv_freq(device)
+        return self.inv_freq.to(device)
+
+    def _cached(self, seqlen: int, device, dtype) -> Optional[_Tables]:
+        """Return the tables there are, if they serve."""
+        tables = self._tables
+        if (
+            tables is not None
+            and seqlen <= tables.cos.shape[0]
+            and tables.cos.device == device
+            and tables.cos.dtype == dtype
+            and tables.length == self._counted(seqlen)
+            and not (torch.is_grad_enabled() and tables.is_without_grad)
+        ):
+            return tables
+        return None
+
+    def _update_cos_sin_cache(self, seqlen: int, device=None, dtype=None) -> _Tables:
+        """Return tables at least ``seqlen`` long, on ``device``, of ``dtype``, and keep them.
+
+        Readers take what this returns: another thread may replace what is kept.
+        """
+        tables = self._cached(seqlen, device, dtype)
+        if tables is not None:
+            return tables
+        tables = self._new_tables(seqlen, device, dtype)
+        kept = self._cached(seqlen, device, dtype)  # another thread's, meanwhile
+        if kept is not None:
+            return kept
+        self._tables = tables
+        return tables
+
+    def _new_tables(self, seqlen: int, device, dtype) -> _Tables:
+        positions = torch.arange(seqlen, device=device, dtype=torch.float32)
+        length, is_without_grad = self._counted(seqlen), not torch.is_grad_enabled()
+        angles = torch.outer(positions, self._frequencies(length, positions.device))
         cos, sin = self._cos_sin(angles)
         if self.scale is None:
-            self._cos_cached, self._sin_cached = cos.to(dtype), sin.to(dtype)
-            return
+            return _Tables(cos.to(dtype), sin.to(dtype), None, None, length, is_without_grad)
         power = (positions - seqlen // 2) / self.scale_base
         scale = self.scale.to(device=positions.device, dtype=torch.float32) ** power[:, None]
-        self._cos_cached, self._sin_cached = (cos * scale).to(dtype), (sin * scale).to(dtype)
-        self._cos_k_cached, self._sin_k_cached = (cos / scale).to(dtype), (sin / scale).to(dtype)
+        tables = (cos * scale, sin * scale, cos / scale, sin / scale)
+        return _Tables(*(x.to(dtype) for x in tables), length, is_without_grad)
 
     def forward(
         self,
@@ -479,9 +530,7 @@ class RotaryEmbedding(torch.nn.Module):
             seqlen_offset = as_int("seqlen_offset", seqlen_offset)
         if max_seqlen is None:
             max_seqlen = qkv.shape[1] + (int(seqlen_offset.max()) if is_tensor else seqlen_offset)
-        self._update_cos_sin_cache(max_seqlen, device=qkv.device, dtype=qkv.dtype)
-        cos, sin = self._cos_cached, self._sin_cached
-        cos_k, sin_k = self._cos_k_cached, self._sin_k_cached
+        cos, sin, cos_k, sin_k, *_ = self._update_cos_sin_cache(max_seqlen, qkv.device, qkv.dtype)
         options = {"interleaved": self.interleaved, "seqlen_offsets": seqlen_offset}
         if kv is None:
             return apply_rotary_emb_qkv_(

@@ -173,14 +173,13 @@ class ScaledRotaryEmbedding(RotaryEmbedding):
             self.attention_factor = _yarn_attention_factor(scaling)
         elif self.kind == "longrope":
             self.attention_factor = _longrope_attention_factor(scaling)
-        self._length: Optional[int] = None  # for which the tables are, where they depend on it
         super().__init__(dim, base=base, interleaved=interleaved, device=device)
 
-    def _compute_inv_freq(self, device=None) -> Tensor:
-        """Return the frequencies fp32 ``(dim / 2,)`` for sequences of ``self._length`` tokens."""
+    def _compute_inv_freq(self, device=None, length: Optional[int] = None) -> Tensor:
+        """Return the frequencies fp32 ``(dim / 2,)`` for sequences of ``length`` tokens."""
         base, scaling = self.base, self.scaling
         if self.kind == "dynamic":
-            stretch = max(self._length or 0, scaling[_ORIGINAL]) / scaling[_ORIGINAL]
+            stretch = max(length or 0, scaling[_ORIGINAL]) / scaling[_ORIGINAL]
             factor = scaling["factor"]
             base = base * (factor * stretch - (factor - 1)) ** (self.dim / (self.dim - 2))
         exponents = torch.arange(0, self.dim, 2, device=device, dtype=torch.float32) / self.dim
@@ -192,7 +191,7 @@ class ScaledRotaryEmbedding(RotaryEmbedding):
         if self.kind == "llama3":
             return _llama3_frequencies(inv_freq, scaling)
         if self.kind == "longrope":
-            is_long = (self._length or 0) > scaling[_ORIGINAL]
+            is_long = (length or 0) > scaling[_ORIGINAL]
             factors = scaling["long_factor" if is_long else "short_factor"]
             return inv_freq / torch.tensor(factors, dtype=torch.float32, device=device)
         return inv_freq
@@ -200,17 +199,17 @@ class ScaledRotaryEmbedding(RotaryEmbedding):
     def _cos_sin(self, angles: Tensor) -> tuple[Tensor, Tensor]:
         return angles.cos() * self.attention_factor, angles.sin() * self.attention_factor
 
-    def _counted(self, seqlen: int) -> int:
-        """The part of a sequence's length that the frequencies depend on."""
+    def _counted(self, seqlen: int) -> Optional[int]:
+        if not self.depends_on_length:
+            return None
         original = self.scaling[_ORIGINAL]
         if self.kind == "dynamic":
             return max(seqlen, original)
         return original + 1 if seqlen > original else original
 
-    def _update_cos_sin_cache(self, seqlen: int, device=None, dtype=None) -> None:
-        """Make the tables of sequences of ``seqlen`` tokens."""
-        if self.depends_on_length and self._counted(seqlen) != self._length:
-            self._length = self._counted(seqlen)
-            self.inv_freq = self._compute_inv_freq(self.inv_freq.device)
-            self._cos_cached = None
-        super()._update_cos_sin_cache(seqlen, device=device, dtype=dtype)
+    def _frequencies(self, length: Optional[int], device) -> Tensor:
+        if self.depends_on_length:
+            frequencies = self._compute_inv_freq(device, length)
+            self.inv_freq = frequencies.to(self.inv_freq.device)  # to be looked at, not read here
+            return frequencies
+        return super()._frequencies(length, device)

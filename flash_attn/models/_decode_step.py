@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import weakref
 from functools import partial
-from operator import is_
+from itertools import chain
+from operator import attrgetter, eq, is_, itemgetter
 from typing import Callable, NamedTuple, Optional
 
 import torch
@@ -23,8 +24,11 @@ from flash_attn._buffers import raise_versions
 from flash_attn._eager import is_plain
 from flash_attn._functions import KVCACHE_APPEND
 from flash_attn.flash_attn_interface import _score
+from flash_attn.layers.rotary import RotaryEmbedding
+from flash_attn.layers.scaled_rotary import ScaledRotaryEmbedding
+from flash_attn.modules._inner_attention import FlashCrossAttention, FlashSelfAttention
 from flash_attn.modules._kv_cache import block_table_of, cached_lengths, packing_of
-from flash_attn.modules.block import Block
+from flash_attn.modules.block import Block, StochasticDepth
 from flash_attn.modules.embedding import GPT2Embeddings
 from flash_attn.modules.mha import MHA
 from flash_attn.modules.mlp import FusedMLP, GatedMlp, Mlp, _gated
@@ -33,9 +37,13 @@ from flash_attn.ops.activations import _SILU
 from flash_attn.ops.activations import _run_forward as _run_activation
 from flash_attn.ops.triton.layer_norm import RMSNorm
 
-# Attributes of modules that a step knows by heart.
-_READ = ("training", "activation", "causal", "eps", "layer_idx", "softcap", "softmax_scale")
-_READ += ("rotary_emb_dim", "use_flash_attn", "window_size", "zero_centered_weight")
+_ROTARY = (RotaryEmbedding, ScaledRotaryEmbedding)
+# Classes whose work a step does itself, with what they did when this module was imported.
+_CLASSES = (Block, MHA, Mlp, GatedMlp, FusedMLP, nn.Linear, nn.LayerNorm, RMSNorm, nn.Dropout)
+_CLASSES += (StochasticDepth, FlashCrossAttention, FlashSelfAttention, *_ROTARY)
+_METHODS = attrgetter("forward", "__call__")
+_WORK = [_METHODS(kind) for kind in _CLASSES]
+_IS_READABLE = attrgetter("is_cpu", "dtype")
 
 
 class _Norm(NamedTuple):
@@ -102,8 +110,7 @@ class _Attention(NamedTuple):
         q, k, v = qkv.split((count, count // groups, count // groups), 2)
         cos = sin = None
         if self.rotary is not None:
-            self.rotary._update_cos_sin_cache(capacity, device=x.device, dtype=x.dtype)
-            cos, sin = self.rotary._cos_cached, self.rotary._sin_cached
+            cos, sin, *_ = self.rotary._update_cos_sin_cache(capacity, x.device, x.dtype)
         out = x.new_empty((batch, 1, *self.heads))
         k_cache, v_cache = cache.unbind(2)
         KVCACHE_APPEND.function(
@@ -158,6 +165,12 @@ class _Layer(NamedTuple):
     mlp: _Feedforward
 
 
+def _is_own(module: nn.Module) -> bool:
+    """Whether no attribute of a module stands before its class's, as a replaced forward does."""
+    kind = type(module)
+    return not any(callable(getattr(kind, name, None)) for name in module.__dict__)
+
+
 def _is_norm(norm: nn.Module) -> bool:
     if type(norm) is RMSNorm:
         return norm.drop is None
@@ -168,6 +181,10 @@ def _is_mixer(mixer: nn.Module) -> bool:
     if type(mixer) is not MHA or not mixer.use_flash_attn or mixer.layer_idx is None:
         return False
     if mixer.cross_attn or mixer.dwconv or mixer.return_residual:
+        return False
+    if type(mixer.inner_cross_attn) is not FlashCrossAttention:
+        return False
+    if mixer.rotary_emb_dim > 0 and type(mixer.rotary_emb) not in _ROTARY:
         return False
     # A single query sees what the cache has, whether the mixer is causal or not.
     return mixer.rotary_emb_dim == 0 or mixer._kernel_rotates(1)
@@ -182,9 +199,48 @@ def _is_plain_layer(layer: nn.Module) -> bool:
     mixer, mlp = layer.mixer, layer.mlp
     if type(mlp) not in (Mlp, GatedMlp, FusedMLP) or mlp.return_residual or not _is_mixer(mixer):
         return False
-    linears = (mixer.Wqkv, mixer.out_proj, mlp.fc1, mlp.fc2)
-    norms = (layer.norm1, layer.norm2)
-    return all(type(linear) is nn.Linear for linear in linears) and all(map(_is_norm, norms))
+    of_kind = dict.fromkeys((mixer.Wqkv, mixer.out_proj, mlp.fc1, mlp.fc2), nn.Linear)
+    of_kind.update(dict.fromkeys((layer.dropout1, layer.dropout2), nn.Dropout))
+    of_kind.update(dict.fromkeys((layer.drop_path1, layer.drop_path2), StochasticDepth))
+    if not all(type(module) is kind for module, kind in of_kind.items()):
+        return False
+    return all(map(_is_norm, (layer.norm1, layer.norm2))) and all(map(_is_own, layer.modules()))
+
+
+class _Watch:
+    """What was found in modules, to see whether it still is what they have.
+
+    A check is a step's, of every token: it is made of a few calls that compare hundreds of objects.
+    """
+
+    def __init__(self, model: nn.Module, inner: list[nn.Module]):
+        """Keep what a model and the modules within its layers are made of."""
+        self._inner, self._kinds, self._model_kind = inner, list(map(type, inner)), type(model)
+        rotary = [m.__dict__ for m in inner if isinstance(m, RotaryEmbedding)]
+        around = (model, model.layers)
+        self._attributes = [m.__dict__ for m in (*around, *inner) if not isinstance(m, RotaryEmbedding)]
+        self._seen_attributes = list(map(dict, self._attributes))
+        # Tables of rotary embedding change, its other attributes do not.
+        self._rotary = [(x, itemgetter(*(n for n in x if n != "_tables"))) for x in rotary]
+        self._seen_rotary = [(len(x), get(x)) for x, get in self._rotary]
+        own = [places for m in inner for places in (m._modules, m._parameters, m._buffers)]
+        self._parts = [places for places in (model._modules, model.layers._modules, *own)]
+        self._seen_parts = [*chain.from_iterable(map(dict.values, self._parts))]
+
+    def is_same(self, model: nn.Module) -> bool:
+        """Whether everything is as it was."""
+        parts = [*chain.from_iterable(map(dict.values, self._parts))]
+        try:
+            return (
+                len(parts) == len(self._seen_parts)
+                and all(map(is_, parts, self._seen_parts))
+                and [*map(type, self._inner)] == self._kinds
+                and type(model) is self._model_kind
+                and all(map(eq, self._attributes, self._seen_attributes))
+                and [(len(x), get(x)) for x, get in self._rotary] == self._seen_rotary
+            )
+        except (KeyError, RuntimeError):  # an attribute that is gone; one that is now a tensor
+            return False
 
 
 class DecodeStep:
@@ -202,21 +258,19 @@ class DecodeStep:
             for layer in model.layers
         ]
         self._last_norm = _Norm.of(model.ln_f)
-        inner = [m for part in (*model.layers, model.ln_f) for m in part.modules()]
-        self._watched = [(m._modules, name) for m in (model, model.layers) for name in m._modules]
-        for module in inner:
-            for place in (module._modules, module._parameters, module._buffers):
-                self._watched += [(place, name) for name in place]
-            self._watched += [(module.__dict__, name) for name in _READ if name in module.__dict__]
-        self._seen = [place[name] for place, name in self._watched]
+        parts = (*model.layers, model.ln_f, model.drop_f)
+        inner = [m for part in parts for m in part.modules()]
+        self._watch = _Watch(model, inner)
         self._hooks = [
             torch_modules._global_forward_hooks,
             torch_modules._global_forward_pre_hooks,
-            *(m._forward_hooks for m in inner),
-            *(m._forward_pre_hooks for m in inner),
+            *(m._forward_hooks for m in (*inner, model.layers)),
+            *(m._forward_pre_hooks for m in (*inner, model.layers)),
         ]
         parameters = [p for m in inner for p in m._parameters.values() if p is not None]
         self._parameter = parameters[0]
+        # Those that kernels read as they lie.
+        self._bare = [p for p in parameters if p.dim() == 1]
         are_readable = all(
             type(p) is nn.Parameter and p.is_cpu and p.is_contiguous() for p in parameters
         )
@@ -228,12 +282,17 @@ class DecodeStep:
         """Of the parameters."""
         return self._parameter.dtype
 
-    def is_current(self) -> bool:
+    def is_current(self, model: nn.Module) -> bool:
         """Whether the model's layers and parameters are those that were looked through."""
-        try:
-            return all(map(is_, (place[name] for place, name in self._watched), self._seen))
-        except KeyError:
-            return False
+        return self._watch.is_same(model)
+
+    def can_read(self) -> bool:
+        """Whether what kernels read is still as it was: ``.data`` may be set at any time."""
+        readable = (True, self.dtype)
+        bare = self._bare
+        return all(map(Tensor.is_contiguous, bare)) and all(
+            found == readable for found in map(_IS_READABLE, bare)
+        )
 
     def has_hooks(self) -> bool:
         """Whether someone wants to see what modules are called with."""
@@ -272,6 +331,7 @@ class DecodeStep:
             if not 0 <= lengths < capacity:
                 return None  # the modules say what is wrong
             lengths = torch.full((len(x),), lengths, dtype=torch.int32)
+        lengths = lengths.contiguous()
         shape, x = x.shape, x.view(len(x), -1)
         out, *totals = (torch.empty_like(x) for _ in range(3))
         residual = None
@@ -285,16 +345,25 @@ class DecodeStep:
         return out.view(shape)
 
 
+def _is_plain_model(model: nn.Module) -> bool:
+    from flash_attn.models.gpt import GPTModel  # which imports this module
+
+    # Methods that a step does the work of.
+    for name in ("_run_layers", "_final_norm", "_mixer_kwargs"):
+        if getattr(type(model), name) is not getattr(GPTModel, name) or name in model.__dict__:
+            return False
+    if model.process_group is not None or not model.prenorm or model.parallel_block:
+        return False
+    if type(model.embeddings) is not GPT2Embeddings or type(model.layers) is not nn.ModuleList:
+        return False
+    last = (model.ln_f, model.drop_f)
+    if not _is_norm(model.ln_f) or type(model.drop_f) is not nn.Dropout:
+        return False
+    return all(map(_is_own, (model.layers, *last))) and all(map(_is_plain_layer, model.layers))
+
+
 def _new_step(model: nn.Module) -> Optional[DecodeStep]:
-    is_plain_model = (
-        model.process_group is None
-        and model.prenorm
-        and not model.parallel_block
-        and type(model.embeddings) is GPT2Embeddings
-        and all(map(_is_plain_layer, model.layers))
-        and _is_norm(model.ln_f)
-    )
-    return DecodeStep(model) if is_plain_model else None
+    return DecodeStep(model) if _is_plain_model(model) else None
 
 
 _STEPS: weakref.WeakKeyDictionary[nn.Module, Optional[DecodeStep]] = weakref.WeakKeyDictionary()
@@ -309,14 +378,16 @@ def decode_step(model: nn.Module, x: Tensor, inference_params) -> Optional[Tenso
     Returns:
         ``(batch, seqlen, dim)``, or None, where nothing was done.
     """
-    is_step = x.dim() == 3 and x.shape[1] == 1 and x.is_cpu and x.is_contiguous()
+    is_step = x.dim() == 3 and x.shape[1] == 1 and x.is_cpu and x.is_contiguous() and len(x)
     if not is_step or model.training or torch.is_grad_enabled() or not is_plain():
         return None
     if type(x) is not Tensor or packing_of(inference_params) is not None:
         return None
+    if [*map(_METHODS, _CLASSES)] != _WORK:
+        return None
     step = _STEPS.get(model, _STEPS)  # itself: not looked through yet
-    if step is _STEPS or (step is not None and not step.is_current()):
+    if step is _STEPS or (step is not None and not step.is_current(model)):
         step = _STEPS[model] = _new_step(model)
     if step is None or not step.is_usable or step.has_hooks() or x.dtype != step.dtype:
         return None
-    return step.run(x, inference_params)
+    return step.run(x, inference_params) if step.can_read() else None

@@ -316,9 +316,9 @@ class HeadAttention(nn.Module):
         if cu_seqlens is None:
             return self.rotary_emb(qkv, num_heads_q=count)
         rotary, max_seqlen = self.rotary_emb, as_int("max_seqlen", options["max_seqlen"])
-        rotary._update_cos_sin_cache(max_seqlen, device=qkv.device, dtype=qkv.dtype)
-        tables = (rotary._cos_cached, rotary._sin_cached)
-        tables_k = (rotary._cos_k_cached, rotary._sin_k_cached) if rotary.scale_base else tables
+        all_tables = rotary._update_cos_sin_cache(max_seqlen, qkv.device, qkv.dtype)
+        tables = all_tables[:2]
+        tables_k = all_tables[2:4] if rotary.scale_base else tables
         where = {"inplace": True, "cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen}
         where["interleaved"] = rotary.interleaved
         apply_rotary_emb(qkv[:, :count], *tables, **where)
@@ -337,10 +337,8 @@ class HeadAttention(nn.Module):
         else:
             positions = context.position_ids_varlen(cu_seqlens)
             seqlen = as_int("max_seqlen", options["max_seqlen"])
-        rotary._update_cos_sin_cache(seqlen, device=qkv.device, dtype=qkv.dtype)
-        tables = [rotary._cos_cached, rotary._sin_cached]
-        if rotary.scale_base is not None:
-            tables += [rotary._cos_k_cached, rotary._sin_k_cached]
+        tables = rotary._update_cos_sin_cache(seqlen, qkv.device, qkv.dtype)
+        tables = tables[: 2 if rotary.scale_base is None else 4]
         own = [table[positions] for table in tables]
         count, end = self._heads.num_heads, self._heads.num_heads + self._heads.num_heads_kv
         rows = qkv if cu_seqlens is None else qkv[None]
@@ -374,14 +372,14 @@ class HeadAttention(nn.Module):
         cache = cache_rows(kv, inference_params, self.layer_idx)
         capacity = cache_capacity(cache, inference_params)
         if self._kernel_rotates(q.shape[1]):
-            rotary._update_cos_sin_cache(capacity, device=q.device, dtype=q.dtype)
+            cos, sin, *_ = rotary._update_cos_sin_cache(capacity, q.device, q.dtype)
             return self._attend_cache(
                 q,
                 kv,
                 inference_params,
                 cache,
-                rotary_cos=rotary._cos_cached,
-                rotary_sin=rotary._sin_cached,
+                rotary_cos=cos,
+                rotary_sin=sin,
                 rotary_interleaved=rotary.interleaved,
             )
         length = cached_lengths(q.shape[0], inference_params)

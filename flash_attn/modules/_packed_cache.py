@@ -26,9 +26,9 @@ def rotate_packed(
             rotary(q[None, part], kv[None, part], seqlen_offset=start)
         return
     rows = packing.max_seqlen_k if rotary.scale_base is None else capacity
-    rotary._update_cos_sin_cache(rows, device=q.device, dtype=q.dtype)
-    tables = (rotary._cos_cached, rotary._sin_cached)
-    tables_k = (rotary._cos_k_cached, rotary._sin_k_cached) if rotary.scale_base else tables
+    all_tables = rotary._update_cos_sin_cache(rows, q.device, q.dtype)
+    tables = all_tables[:2]
+    tables_k = all_tables[2:4] if rotary.scale_base else tables
     where = {"inplace": True, "interleaved": rotary.interleaved}
     where.update(cu_seqlens=packing.cu_seqlens_q, max_seqlen=packing.max_seqlen_q)
     where["seqlen_offsets"] = packing.starts
