@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flash_attn._untouched import is_untouched
 from flash_attn.bert_padding import index_first_axis, pad_input, unpad_input
 from flash_attn.models._bert_names import is_cross_attention, padded_vocab_size
 from flash_attn.modules.block import Block
@@ -220,7 +221,7 @@ class BertPredictionHeadTransform(nn.Module):
 
 def normed(module: nn.Module, norm: nn.LayerNorm, x: Tensor) -> Tensor:
     """Apply a norm, by the fused operator if the module has ``fused_dropout_add_ln``."""
-    if not module.fused_dropout_add_ln:
+    if not module.fused_dropout_add_ln or not is_untouched(norm, nn.LayerNorm):
         return norm(x)
     return layer_norm_fn(x, norm.weight, norm.bias, eps=norm.eps)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import weakref
 from functools import partial
 from itertools import chain
-from operator import attrgetter, eq, is_, itemgetter
+from operator import attrgetter, is_
 from typing import Callable, NamedTuple, Optional
 
 import torch
@@ -43,7 +43,7 @@ _CLASSES = (Block, MHA, Mlp, GatedMlp, FusedMLP, nn.Linear, nn.LayerNorm, RMSNor
 _CLASSES += (StochasticDepth, FlashCrossAttention, FlashSelfAttention, *_ROTARY)
 _METHODS = attrgetter("forward", "__call__")
 _WORK = [_METHODS(kind) for kind in _CLASSES]
-_IS_READABLE = attrgetter("is_cpu", "dtype")
+_PLACE = attrgetter("is_cpu", "dtype")
 
 
 class _Norm(NamedTuple):
@@ -207,40 +207,47 @@ def _is_plain_layer(layer: nn.Module) -> bool:
     return all(map(_is_norm, (layer.norm1, layer.norm2))) and all(map(_is_own, layer.modules()))
 
 
+# Modules of which a step knows the parameters, their type and whether they train, no more.
+_LEAVES = (nn.Linear, nn.Dropout, StochasticDepth)
+_EVERY = {*nn.Module().__dict__} - {"training"}  # attributes of any module
+
+
 class _Watch:
     """What was found in modules, to see whether it still is what they have.
 
-    A check is a step's, of every token: it is made of a few calls that compare hundreds of objects.
+    A check is a step's, of every token: it is made of a few calls that go over lists.
     """
 
     def __init__(self, model: nn.Module, inner: list[nn.Module]):
         """Keep what a model and the modules within its layers are made of."""
         self._inner, self._kinds, self._model_kind = inner, list(map(type, inner)), type(model)
-        rotary = [m.__dict__ for m in inner if isinstance(m, RotaryEmbedding)]
-        around = (model, model.layers)
-        self._attributes = [m.__dict__ for m in (*around, *inner) if not isinstance(m, RotaryEmbedding)]
-        self._seen_attributes = list(map(dict, self._attributes))
-        # Tables of rotary embedding change, its other attributes do not.
-        self._rotary = [(x, itemgetter(*(n for n in x if n != "_tables"))) for x in rotary]
-        self._seen_rotary = [(len(x), get(x)) for x, get in self._rotary]
-        own = [places for m in inner for places in (m._modules, m._parameters, m._buffers)]
-        self._parts = [places for places in (model._modules, model.layers._modules, *own)]
-        self._seen_parts = [*chain.from_iterable(map(dict.values, self._parts))]
+        places = [(model.__dict__, name) for name in model.__dict__ if name not in _EVERY]
+        parts = [model._modules, model.layers._modules]
+        sizes = [model.__dict__, model.layers.__dict__, *parts]
+        for module in inner:
+            own, is_leaf = module.__dict__, type(module) in _LEAVES
+            names = ("training",) if is_leaf else own.keys() - _EVERY
+            # Tables of rotary embedding change; "forward" is there if someone replaced it.
+            places += [(own, name) for name in (*names, "forward") if name != "_tables"]
+            containers = (module._modules, module._parameters, module._buffers)
+            parts += [container for container in containers if container]
+            sizes += [module._parameters] if is_leaf else [own, *containers]
+        self._dicts, self._names = map(list, zip(*places))
+        self._parts, self._sizes = parts, sizes
+        self._seen, self._seen_sizes = self._found(), list(map(len, sizes))
+
+    def _found(self) -> list:
+        attributes = map(dict.get, self._dicts, self._names)
+        return [*attributes, *chain.from_iterable(map(dict.values, self._parts))]
 
     def is_same(self, model: nn.Module) -> bool:
         """Whether everything is as it was."""
-        parts = [*chain.from_iterable(map(dict.values, self._parts))]
-        try:
-            return (
-                len(parts) == len(self._seen_parts)
-                and all(map(is_, parts, self._seen_parts))
-                and [*map(type, self._inner)] == self._kinds
-                and type(model) is self._model_kind
-                and all(map(eq, self._attributes, self._seen_attributes))
-                and [(len(x), get(x)) for x, get in self._rotary] == self._seen_rotary
-            )
-        except (KeyError, RuntimeError):  # an attribute that is gone; one that is now a tensor
-            return False
+        return (
+            [*map(len, self._sizes)] == self._seen_sizes
+            and [*map(type, self._inner)] == self._kinds
+            and type(model) is self._model_kind
+            and all(map(is_, self._found(), self._seen))
+        )
 
 
 class DecodeStep:
@@ -270,7 +277,8 @@ class DecodeStep:
         parameters = [p for m in inner for p in m._parameters.values() if p is not None]
         self._parameter = parameters[0]
         # Those that kernels read as they lie.
-        self._bare = [p for p in parameters if p.dim() == 1]
+        of_linear = {id(p) for m in inner if type(m) is nn.Linear for p in m.parameters()}
+        self._bare = [p for p in parameters if id(p) not in of_linear]
         are_readable = all(
             type(p) is nn.Parameter and p.is_cpu and p.is_contiguous() for p in parameters
         )
@@ -288,11 +296,8 @@ class DecodeStep:
 
     def can_read(self) -> bool:
         """Whether what kernels read is still as it was: ``.data`` may be set at any time."""
-        readable = (True, self.dtype)
-        bare = self._bare
-        return all(map(Tensor.is_contiguous, bare)) and all(
-            found == readable for found in map(_IS_READABLE, bare)
-        )
+        are_contiguous = all(map(Tensor.is_contiguous, self._bare))
+        return are_contiguous and {*map(_PLACE, self._bare)} == {(True, self.dtype)}
 
     def has_hooks(self) -> bool:
         """Whether someone wants to see what modules are called with."""

@@ -34,7 +34,7 @@ from flash_attn.models._layers import init_weights as _init_weights
 from flash_attn.models._tensor_parallel import combine_state_dicts_tp, shard_state_dict_tp
 from flash_attn.modules._few import are_few
 from flash_attn.modules._kv_cache import cached_lengths
-from flash_attn.modules.block import _fused_norm, _normed
+from flash_attn.modules.block import _can_fuse, _fused_norm, _normed
 from flash_attn.modules.embedding import GPT2Embeddings, ParallelGPT2Embeddings
 from flash_attn.ops.fused_dense import ColumnParallelLinear
 from flash_attn.utils.distributed import (
@@ -277,7 +277,8 @@ class GPTModel(GPTPreTrainedModel):
         return branches, residual
 
     def _final_norm(self, branches, residual: Optional[Tensor]) -> Tensor:
-        if self.fused_dropout_add_ln and not are_few(branches[0]):
+        can_fuse = self.fused_dropout_add_ln and not are_few(branches[0])
+        if can_fuse and _can_fuse((self.ln_f,), (self.drop_f,)):
             x1 = branches[1] if len(branches) > 1 else None
             return _fused_norm(self.ln_f, self.drop_f, branches[0], x1=x1, residual=residual)
         x = self.drop_f(branches[0])
@@ -330,6 +331,14 @@ class GPTModel(GPTPreTrainedModel):
         return x.unsqueeze(0) if is_row else x
 
 
+class _NormHead(nn.Linear):
+    """A head without bias whose rows have length 1, as Baichuan 2's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits ``(..., out_features)`` of ``(..., in_features)``."""
+        return F.linear(x, F.normalize(self.weight))
+
+
 class GPTLMHeadModel(GPTPreTrainedModel, GenerationMixin):
     """The language model."""
 
@@ -355,7 +364,7 @@ class GPTLMHeadModel(GPTPreTrainedModel, GenerationMixin):
             dim = options.word_embed_proj_dim
             self.project_out = nn.Linear(options.n_embd, dim, bias=False, **factory)
         if process_group is None:
-            head = nn.Linear
+            head = _NormHead if options.norm_head else nn.Linear
         else:
             parallel = {"sequence_parallel": options.sequence_parallel}
             head = partial(ColumnParallelLinear, process_group=process_group, **parallel)
@@ -402,8 +411,6 @@ class GPTLMHeadModel(GPTPreTrainedModel, GenerationMixin):
     def _logits(self, x: Tensor) -> Tensor:
         if self.project_out is not None:
             x = self.project_out(x)
-        if self.norm_head:
-            return F.linear(x, F.normalize(self.lm_head.weight))
         return self.lm_head(x)
 
     def _gathered(self, logits: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from flash_attn._arguments import check_tensors
 from flash_attn.layers.patch_embed import PatchEmbed
 from flash_attn.models._base import check_state_dict
 from flash_attn.models._vit_names import from_timm, remap_state_dict_hf_vit
-from flash_attn.modules.block import Block, StochasticDepth
+from flash_attn.modules.block import Block, StochasticDepth, _can_fuse
 from flash_attn.modules.mha import MHA
 from flash_attn.modules.mlp import Mlp
 from flash_attn.ops.fused_dense import FusedMLP
@@ -267,7 +267,8 @@ class VisionTransformer(nn.Module):
         return self._last_norm(x, residual)
 
     def _last_norm(self, x: Tensor, residual: Tensor) -> Tensor:
-        if not self.fused_dropout_add_ln:
+        parts = ((self.norm,), (self.dropout,), (self.drop_path,))
+        if not self.fused_dropout_add_ln or not _can_fuse(*parts):
             x = self.drop_path(self.dropout(x)) + residual
             return self.norm(x.to(self.norm.weight.dtype))
         rowscale = None

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from flash_attn._arguments import check_optional, check_subset, check_tensors
+from flash_attn._untouched import is_untouched
 from flash_attn.modules._few import are_few, rms_norm_of_few
 from flash_attn.modules.mha import MHA
 from flash_attn.modules.mlp import Mlp
@@ -63,6 +64,15 @@ def _check_fusable(norm: nn.Module, *dropouts: nn.Module) -> None:
             )
 
 
+def _can_fuse(norms, dropouts, drop_paths=()) -> bool:
+    """Whether the fused operator does what these modules would if they were called."""
+    return (
+        all(is_untouched(norm, nn.LayerNorm, RMSNorm) for norm in norms)
+        and all(is_untouched(dropout, nn.Dropout) for dropout in dropouts)
+        and all(is_untouched(drop_path, StochasticDepth) for drop_path in drop_paths)
+    )
+
+
 def _fused_norm(norm: nn.Module, dropout: nn.Dropout, x: Tensor, **options):
     """``layer_norm_fn`` with the parameters of a norm and a dropout."""
     return layer_norm_fn(
@@ -80,7 +90,7 @@ def _fused_norm(norm: nn.Module, dropout: nn.Dropout, x: Tensor, **options):
 def _normed(norm: nn.Module, x: Tensor) -> Tensor:
     """Apply a norm in the dtype of its parameters."""
     weight = getattr(norm, "weight", None)
-    if type(norm) is RMSNorm and norm.drop is None and are_few(x):
+    if is_untouched(norm, RMSNorm) and norm.drop is None and are_few(x):
         return rms_norm_of_few(norm, x)
     return norm(x if weight is None else x.to(weight.dtype))
 
@@ -204,14 +214,21 @@ class Block(_Block):
             norm, dropout, drop_path = self.norm1, self.dropout1, self.drop_path1
         else:
             norm, dropout, drop_path = self.norm2, self.dropout2, self.drop_path2
-        if self.fused_dropout_add_ln and not are_few(x):
+        can_fuse = self.fused_dropout_add_ln and not are_few(x)
+        if can_fuse and _can_fuse((norm,), (dropout,), (drop_path,)):
             options = {"residual": residual, "prenorm": prenorm}
             options["residual_in_fp32"] = self.residual_in_fp32
             if drop_path.training and drop_path.p > 0.0:
                 options["rowscale"] = drop_path(x.new_ones(x.shape[:-1]))
             out = _fused_norm(norm, dropout, x, **options)
             return out if prenorm else (out, None)
-        if dropout.training or drop_path.training or type(dropout) is not nn.Dropout:
+        # In evaluation there is nothing to call, unless someone put something there.
+        if (
+            dropout.training
+            or drop_path.training
+            or not is_untouched(dropout, nn.Dropout)
+            or not is_untouched(drop_path, StochasticDepth)
+        ):
             x = drop_path(dropout(x))
         x = x if residual is None else x + residual
         normed = _normed(norm, x)
@@ -341,7 +358,9 @@ class ParallelBlock(_Block):
     def _add_norm(self, x1: Tensor, x2: Optional[Tensor], residual: Optional[Tensor]):
         """Return what mixer and MLP read, and the residual stream."""
         if self.fused_dropout_add_ln and not are_few(x1):
-            return self._add_norm_fused(x1, x2, residual)
+            norms = (self.norm1,) if self.tied_norm else (self.norm1, self.norm2)
+            if _can_fuse(norms, (self.dropout1, self.dropout2)):
+                return self._add_norm_fused(x1, x2, residual)
         x = self.dropout1(x1)
         for branch in (None if x2 is None else self.dropout2(x2), residual):
             x = x if branch is None else x + branch

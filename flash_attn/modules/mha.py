@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flash_attn._arguments import as_int, check_optional, check_subset, check_tensors
+from flash_attn._untouched import is_untouched
 from flash_attn.flash_attn_interface import (  # noqa: F401  (other packages import some from here)
     flash_attn_kvpacked_func,
     flash_attn_qkvpacked_func,
@@ -69,6 +70,8 @@ def _convolved(conv: nn.Conv1d, x: Tensor) -> Tensor:
 
     By products and sums, rounded once: torch's own takes seconds on a CPU in half precision.
     """
+    if not is_untouched(conv, nn.Conv1d):
+        return conv(x.mT)[..., : x.shape[1]].mT
     dtype, seqlen = torch.promote_types(x.dtype, torch.float32), x.shape[1]
     late, weight = F.pad(x, (0, 0, _TAPS - 1, 0)).to(dtype), conv.weight[:, 0].to(dtype)
     out = conv.bias.to(dtype)

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flash_attn._arguments import check_operands, flag
+from flash_attn._untouched import is_untouched
 from flash_attn.ops._dense import (
     ACTIVATIONS,
     Tokens,
@@ -410,9 +411,27 @@ def fused_mlp_func(
     )  # fmt: skip
 
 
+_LINEAR = (nn.Linear, FusedDense, ColumnParallelLinear, RowParallelLinear)
+
+
+def _by_calls(mlp, x: Tensor, return_residual: bool, process_group, sequence_parallel: bool):
+    """``_apply_mlp`` by calls of the layers, which adapters, hooks or others may have changed."""
+    # Layers that belong to a group gather and reduce themselves.
+    is_parallel = isinstance(mlp, ParallelFusedMLP)
+    tokens = Tokens(None if is_parallel else process_group, sequence_parallel)
+    hidden = mlp.fc1(tokens.composed(x))
+    out = mlp.fc2(ACTIVATIONS[mlp.activation].composed(hidden))
+    if not is_parallel:
+        out = reduced(out, process_group, sequence_parallel)
+    return (out, x) if return_residual else out
+
+
 def _apply_mlp(mlp, x: Tensor, return_residual: bool, process_group, sequence_parallel: bool):
-    """``fused_mlp_func`` of a module's layers, added up over the group."""
+    """``fused_mlp_func`` of a module's layers, added up over the group; or by calls of the layers
+    where that would be something else."""
     fc1, fc2 = mlp.fc1, mlp.fc2
+    if not (is_untouched(fc1, *_LINEAR) and is_untouched(fc2, *_LINEAR)):
+        return _by_calls(mlp, x, return_residual, process_group, sequence_parallel)
     out = fused_mlp_func(
         x,
         fc1.weight,
@@ -433,7 +452,11 @@ def _apply_mlp(mlp, x: Tensor, return_residual: bool, process_group, sequence_pa
 
 
 class FusedMLP(nn.Module):
-    """An MLP of two linear layers, ``fc1`` and ``fc2``, that keeps little for its backward."""
+    """An MLP of two linear layers, ``fc1`` and ``fc2``, that keeps little for its backward.
+
+    Where one of them has hooks or is something else, such as an adapter around it, both are called,
+    and ``checkpoint_lvl`` has no effect.
+    """
 
     def __init__(
         self,
