@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from training.trainer import Trainer
 
 
+_WORDS = "transformer.embeddings.word_embeddings.weight"
+
+
 def export(trainer: Trainer) -> Path:
     """Write the weights, the averaged ones where there are, and return their folder.
 
@@ -41,7 +44,12 @@ def _save(config, state: dict[str, torch.Tensor], folder: Path) -> None:
     from safetensors.torch import save_file
 
     if config.tie_word_embeddings:  # the head's weight is the embedding's
-        state.pop("lm_head.weight", None)
+        head, words = state.pop("lm_head.weight", None), state.get(_WORDS)
+        if head is not None and words is not None and not torch.equal(head, words):
+            raise ValueError(
+                f"lm_head.weight must be {_WORDS} where config.tie_word_embeddings is True, and "
+                "they differ: the folder would have the embeddings alone"
+            )
     config.save_pretrained(folder)
     state = {name: value.contiguous() for name, value in state.items()}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})

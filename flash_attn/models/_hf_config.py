@@ -8,6 +8,9 @@ from typing import Any, Optional
 from flash_attn.layers.scaled_rotary import LENGTH_DEPENDENT
 from flash_attn.models._config import ACTIVATIONS, options_of
 
+# Kinds of models that may turn a part of each head; the others ignore that they are told to.
+_PARTIAL = ("gpt_neox", "phi3", "stablelm")
+
 _ORIGINAL = "original_max_position_embeddings"
 
 
@@ -49,10 +52,16 @@ def rope(config, fraction: Optional[float] = None, layer_type: Optional[str] = N
         fraction: of a head that turns, where ``config`` calls it by a name of its own.
         layer_type: whose attributes, where kinds of layers have their own.
 
+    Where ``rope_scaling`` and ``rope_parameters`` are there, the first is taken, as transformers
+    does.
+
     Returns:
         ``rotary_emb_fraction``, ``rotary_emb_base`` and ``rotary_emb_scaling``, None: not scaled.
+
+    Raises:
+        ValueError: ``partial_rotary_factor`` is not 1 in a kind of model that turns whole heads.
     """
-    parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
+    parameters = getattr(config, "rope_scaling", None) or getattr(config, "rope_parameters", None)
     parameters = dict(parameters or {})
     if layer_type is not None and layer_type in parameters:
         parameters = dict(parameters[layer_type])
@@ -61,6 +70,12 @@ def rope(config, fraction: Optional[float] = None, layer_type: Optional[str] = N
         fraction = parameters.get(
             "partial_rotary_factor", getattr(config, "partial_rotary_factor", None)
         )
+        model_type = getattr(config, "model_type", None)
+        if fraction not in (None, 1.0) and model_type not in (None, *_PARTIAL):
+            raise ValueError(
+                f"partial_rotary_factor must be 1 or missing in the configuration of a {model_type} "
+                f"model, whose heads turn as a whole, got {fraction!r:.80}"
+            )
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     names = {"rotary_emb_fraction": 1.0 if fraction is None else fraction}
     names["rotary_emb_base"] = float(base)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Optional, Union
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -103,12 +104,21 @@ def _whole_state_dict(model: GPTLMHeadModel) -> Optional[dict[str, Tensor]]:
 
 
 def _theirs(model: GPTLMHeadModel, family: Family, state_dict: Mapping[str, Tensor]):
-    """Return the state dict by their names, without the head where it is the embedding."""
+    """Return the state dict by their names, without the head where it is the embedding.
+
+    Raises:
+        ValueError: the head should be the embedding, and is not.
+    """
     options = options_of(model.config)
     layout = family.layout(options)
     theirs = layout.to_theirs(state_dict)
     if layout.head is not None:
-        theirs.pop(layout.head, None)
+        head, embedding = theirs.pop(layout.head, None), theirs.get(layout.embedding)
+        if head is not None and embedding is not None and not torch.equal(head, embedding):
+            raise ValueError(
+                "lm_head.weight must be the word embeddings where config.tie_word_embeddings is "
+                "True, and they differ: a folder would have the embeddings alone"
+            )
     return theirs
 
 
@@ -217,7 +227,7 @@ def to_hf(
 
     Raises:
         ValueError: ``config`` is missing, of an unknown kind, or not that of the model; the message
-            names the attribute.
+            names the attribute. The head and the word embeddings are to be one, and differ.
         RuntimeError: ``state_dict`` is not one of the model.
     """
     if not isinstance(model, GPTLMHeadModel):

@@ -195,8 +195,8 @@ class BertModel(BertPreTrainedModel):
                 alone, packed. Padding among them does not count.
 
         Raises:
-            ValueError: a shape is wrong; with ``masked_tokens_mask`` and a pooler, a sequence that
-                begins with padding.
+            ValueError: a shape is wrong; with a pooler, sequences without tokens, or, with
+                ``masked_tokens_mask`` or ``use_flash_attn``, one that begins with padding.
         """
         check_tensors(input_ids=input_ids)
         masks = {"attention_mask": attention_mask, "masked_tokens_mask": masked_tokens_mask}
@@ -206,13 +206,27 @@ class BertModel(BertPreTrainedModel):
                 raise ValueError(
                     f"{name} must be {tuple(input_ids.shape)} as input_ids, got {tuple(mask.shape)}"
                 )
+        if self.pooler is not None and input_ids.dim() == 2 and input_ids.shape[1] == 0:
+            raise ValueError(
+                "input_ids must have a token in every sequence, whose first one is pooled, got "
+                f"{tuple(input_ids.shape)}"
+            )
         x = self.embeddings(input_ids, position_ids=position_ids, token_type_ids=token_type_ids)
         x = self.emb_drop(normed(self, self.emb_ln, x))
         mask = None if attention_mask is None else attention_mask.bool()
         if masked_tokens_mask is None:
+            if self.encoder.use_flash_attn:  # which leaves padding out
+                self._check_first(mask)
             out = self.encoder(x, key_padding_mask=mask)
             return BertModelOutput(out, None if self.pooler is None else self.pooler(out))
         return self._forward_subset(x, mask, masked_tokens_mask.bool())
+
+    def _check_first(self, mask: Optional[Tensor]) -> None:
+        """Raise ValueError if padding would be pooled, bool ``(batch, seqlen)`` True for tokens."""
+        if self.pooler is not None and mask is not None and not bool(mask[:, 0].all()):
+            raise ValueError(
+                "attention_mask must have a token first in every sequence: it is pooled"
+            )
 
     def _forward_subset(self, x: Tensor, mask: Optional[Tensor], masked: Tensor) -> BertModelOutput:
         """Return the hidden states of some tokens, and the pooled first ones."""
@@ -220,10 +234,7 @@ class BertModel(BertPreTrainedModel):
             masked = masked & mask
         if self.pooler is None:
             return BertModelOutput(self.encoder(x, mask, masked), None)
-        if mask is not None and not bool(mask[:, 0].all()):
-            raise ValueError(
-                "attention_mask must have a token first in every sequence: it is pooled"
-            )
+        self._check_first(mask)
         subset = masked.clone()
         subset[:, 0] = True
         is_first = torch.zeros_like(masked)
