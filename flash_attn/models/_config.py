@@ -297,10 +297,11 @@ def _check_layers(options: GPTOptions) -> None:
 def _check_rotary(options: GPTOptions) -> None:
     if options.alibi_scale != 1.0 and not options.use_alibi:
         raise _contradiction(options, "alibi_scale", "config.use_alibi=True")
-    if options.rotary_dim % 2:
+    is_none = options.rotary_emb_fraction > 0.0 and options.rotary_dim == 0
+    if options.rotary_dim % 2 or is_none:
         raise ValueError(
             f"config.rotary_emb_fraction ({options.rotary_emb_fraction}) must turn an even part "
-            f"of head_dim {options.head_dim}, it is {options.rotary_dim}"
+            f"of head_dim {options.head_dim}, at least 2 unless it is 0, it is {options.rotary_dim}"
         )
     elsewhere = ("rotary_emb_layers", "rotary_emb_scaling", "rotary_emb_local_base")
     for name in (*elsewhere, "rotary_emb_scale_base"):
