@@ -97,7 +97,7 @@ def test_partial_rotary_factors_of_whole_heads(name, where, tmp_path):
 
 
 @pytest.mark.parametrize("base", [{}, {"rope_theta": 300.0}])
-@pytest.mark.parametrize("name", ["qwen3", "phi3", "llama"])
+@pytest.mark.parametrize("name", ["qwen3", "stablelm", "llama"])
 def test_both_names_of_rotary_parameters(name, base, tmp_path):
     """transformers goes by ``rope_scaling`` where there are both."""
     saved({**CASES, **CLASSIC_CASES}[name], tmp_path)
