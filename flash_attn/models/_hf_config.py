@@ -73,8 +73,8 @@ def rope(config, fraction: Optional[float] = None, layer_type: Optional[str] = N
         model_type = getattr(config, "model_type", None)
         if fraction not in (None, 1.0) and model_type not in (None, *_PARTIAL):
             raise ValueError(
-                f"partial_rotary_factor must be 1 or missing in the configuration of a {model_type} "
-                f"model, whose heads turn as a whole, got {fraction!r:.80}"
+                "partial_rotary_factor must be 1 or missing in the configuration of a "
+                f"{model_type} model, whose heads turn as a whole, got {fraction!r:.80}"
             )
     kind = parameters.get("rope_type", parameters.get("type", "default"))
     names = {"rotary_emb_fraction": 1.0 if fraction is None else fraction}
