@@ -46,7 +46,7 @@ def generate(checkpoint: Checkpoint, options: argparse.Namespace, out=sys.stdout
     device = next(checkpoint.model.parameters()).device
     tokens = torch.tensor([checkpoint.tokenizer.encode(prompt).ids], device=device)
     checkpoint.check_length(tokens.shape[1] + options.max_tokens)
-    text, count = TokenText(checkpoint.tokenizer), 0
+    text, count = TokenText(checkpoint.tokenizer, tokens[0].tolist()), 0
     steps = checkpoint.model.stream(
         tokens,
         None,

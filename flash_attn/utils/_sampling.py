@@ -68,6 +68,25 @@ def penalize_repetition(logits: Tensor, is_seen: Tensor, penalty: float) -> Tens
     return torch.where(is_seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
+def _over_temperature(logits: Tensor, temperature: float) -> Tensor:
+    """Return what has the softmax of ``logits / temperature``: 0 for each row's largest.
+
+    Raises:
+        ValueError: a row has no softmax: its logits have NaN or inf, or are all -inf.
+    """
+    largest = logits.amax(-1, keepdim=True)
+    if not bool(largest.isfinite().all()):
+        is_wrong = ~largest.isfinite()
+        raise ValueError(
+            f"logits must have a finite maximum in each row, got {largest[is_wrong][0].item()}"
+        )
+    below = logits - largest
+    # 0 and -inf stay what they are, also where the temperature or its inverse is 0 or inf in
+    # logits' dtype.
+    stays = (below == 0.0) | below.isinf()
+    return torch.where(stays, below, below / temperature)
+
+
 @dataclass
 class Sampling:
     """How a token is chosen.
@@ -134,12 +153,15 @@ class Sampling:
 
         Returns:
             Of logits' shape, fp32 (fp64 for fp64); one-hot if greedy.
+
+        Raises:
+            ValueError: not greedy, and a row's logits have NaN or inf, or are all -inf.
         """
         dtype = torch.promote_types(logits.dtype, torch.float32)
         logits = self.penalized(logits.to(dtype), is_seen)
         if self.is_greedy:
             return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
-        logits = logits / self.temperature
+        logits = _over_temperature(logits, self.temperature)
         modify_logits_for_top_k_filtering(logits, self.top_k)
         modify_logits_for_top_p_filtering(logits, self.top_p)
         modify_logits_for_min_p_filtering(logits, self.min_p)

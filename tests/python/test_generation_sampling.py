@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -169,3 +171,30 @@ def test_bad_repetition_penalty():
         Sampling(repetition_penalty=0.0)
     with pytest.raises(TypeError, match=r"logits must be a torch\.Tensor"):
         sample([1.0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("temperature", [1e-320, 1e-60, 1e-40, 1e-30, 0.3, 1.0, 1e30, 1e60, 1e300])
+def test_temperature_of_any_size(temperature, dtype):
+    """By exact differences in Python's floats, in which no temperature is 0 or inf."""
+    logits = torch.tensor([[60.0, 50.0, -3.0, float("-inf")], [-7.0, 1e3, 1e3, 999.0]], dtype=dtype)
+    p = Sampling(top_k=0, temperature=temperature).probabilities(logits)
+    for row, given in zip(p, logits.tolist()):
+        weights = [math.exp(max((x - max(given)) / temperature, -800.0)) for x in given]
+        weights = [w if x > -math.inf else 0.0 for w, x in zip(weights, given)]
+        expected = torch.tensor([w / sum(weights) for w in weights], dtype=dtype)
+        torch.testing.assert_close(row, expected)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_logits_without_a_distribution_are_named(value):
+    logits = random_logits(3, VOCAB)
+    logits[1] = value
+    with pytest.raises(ValueError, match=f"logits must have a finite maximum .*, got {value}"):
+        sample(logits, top_k=0)
+    logits[1, 1:] = 0.0  # one alone
+    if value < 0:
+        assert sample(logits, top_k=0)[1] != 0
+    else:
+        with pytest.raises(ValueError, match=f"logits must have a finite maximum .*, got {value}"):
+            sample(logits, top_k=5, temperature=0.5)

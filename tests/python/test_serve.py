@@ -93,6 +93,12 @@ def streamed(url, **body):
 # ---------------------------------------------------------------------------------- load
 
 
+def text_after(tokenizer, prompt, tokens):
+    """What tokens add to a prompt's text; a prompt may end in a part of a character."""
+    before, whole = tokenizer.decode(prompt), tokenizer.decode([*prompt, *tokens])
+    return whole[len(before if whole.startswith(before) else before.rstrip("\ufffd")) :]
+
+
 @dataclass
 class Client:
     """One of many: what it asks, and what it got."""
@@ -174,7 +180,7 @@ def test_load(server, url, model, tokenizer):
     for client in stayed:
         expected = reference(model, client.prompt, client.max_tokens)
         assert client.tokens == expected
-        assert client.text == tokenizer.decode(expected)
+        assert client.text == text_after(tokenizer, client.prompt, expected)
         assert client.finish_reason == "length"
     until(lambda: not engine.scheduler.has_work)
     counts = {name: n - before[name] for name, n in vars(engine.scheduler.counts).items()}
@@ -213,6 +219,14 @@ def test_answer(url, model, tokenizer):
     usage = answer["usage"]
     assert usage["prompt_tokens"] == len(prompt) and usage["completion_tokens"] == 10
     assert usage["total_tokens"] == len(prompt) + 10
+
+
+def test_reused_tokens_are_those_found_by_the_first_choice(model, tokenizer):
+    with serving(make_scheduler(model), tokenizer) as (url, _):
+        body = {"prompt": [[9] * 10, [8] * 6], "max_tokens": 2, "n": 3, "temperature": 0}
+        reused = [post(url, **body).json()["usage"]["prompt_tokens_details"] for _ in range(2)]
+        # Blocks of 4 tokens; the last token of a prompt always goes through the model.
+        assert [each["cached_tokens"] for each in reused] == [0, 8 + 4]
 
 
 def test_stream_equals_the_whole(url):
@@ -306,6 +320,16 @@ WRONG = [
     ({"prompt": "a", "n": 0}, "n", "n must be an integer from 1 to 128, got 0"),
     ({"prompt": "a", "seed": 1 << 64}, "seed", "seed must be an integer"),
     ({"prompt": "a", "stop": ["x", ""]}, "stop", "stop must be a string or a list"),
+    ({"prompt": "a", "stop": "x" * 257}, "stop", "of 1 to 256 characters each, got"),
+    ({"prompt": "a", "stop": ["b", "x" * 257]}, "stop", "of 1 to 256 characters each, got"),
+    ({"prompt": "a", "stop": ["b"] * 17}, "stop", "a list of at most 16"),
+    ({"prompt": "a", "temperature": 10**400}, "temperature", "must be a number from 0 to 100"),
+    ({"prompt": "a", "min_p": -(10**400)}, "min_p", "must be a number from 0 to 1"),
+    ({"prompt": "a", "presence_penalty": 10**400}, "presence_penalty", "is not supported"),
+    ({"prompt": "a", "\ud800": 1}, "\\ud800", "\\ud800 is no field"),
+    ({"prompt": "a", "x" * 100_000: 1}, "x" * 80, "xxx is no field"),
+    ({"prompt": "a", "user": ["\ud800"]}, "user", "user must be a string"),
+    ({"prompt": "a", "suffix": "\ud800"}, "suffix", "suffix is not supported"),
     ({"prompt": "a", "stream": 1}, "stream", "stream must be true or false, got 1"),
     ({"prompt": "a", "stream_options": {"x": True}, "stream": True}, "stream_options", "an object"),
     ({"prompt": "a", "stream_options": {"include_usage": True}}, "stream_options", "needs stream"),
@@ -366,7 +390,7 @@ def test_unknown_model(url):
 
 
 def test_large_body(url):
-    response = httpx.post(f"{url}/v1/completions", content=b" " * ((16 << 20) + 1))
+    response = httpx.post(f"{url}/v1/completions", content=b" " * ((4 << 20) + 1))
     assert response.status_code == 413
 
 
@@ -409,3 +433,46 @@ def test_failing_model(model, tokenizer):
         gate.fails = False
         assert post(url, prompt=[1, 2]).status_code == 200
         assert engine.scheduler.cache.num_free_blocks == 64
+
+
+def test_temperatures_of_all_sizes(url, model):
+    """Also those whose inverse, or whose value, is none of fp32."""
+    expected = reference(model, [9, 8, 7], 4)
+    body = {"prompt": [9, 8, 7], "max_tokens": 4, "return_token_ids": True}
+    for temperature in (1e-20, 1e-38, 1e-40, 1e-60, 5e-324):
+        (choice,) = post(url, **body, temperature=temperature).json()["choices"]
+        assert choice["token_ids"] == expected, temperature
+
+
+class Watched:
+    """A tokenizer that notes whether others run while it encodes."""
+
+    def __init__(self, tokenizer):
+        self._tokenizer, self.ran = tokenizer, 0
+
+    def __getattr__(self, name):
+        return getattr(self._tokenizer, name)
+
+    def encode_batch(self, texts):
+        done = threading.Event()
+
+        def count():
+            while not done.wait(0.001):
+                self.ran += 1
+
+        thread = threading.Thread(target=count)
+        thread.start()
+        try:
+            return self._tokenizer.encode_batch(texts)
+        finally:
+            done.set()
+            thread.join()
+
+
+def test_others_run_while_a_long_prompt_is_encoded(model, tokenizer):
+    watched = Watched(tokenizer)
+    with serving(make_scheduler(model), watched) as (url, _):
+        response = post(url, prompt="the cache of the model " * 20_000)
+    assert response.status_code == 400 and "exceed" in response.json()["error"]["message"]
+    # It takes some 100 ms, in which a thread that the tokenizer kept waiting would not wake once.
+    assert watched.ran >= 5

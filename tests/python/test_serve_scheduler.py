@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from serving_cases import (
@@ -15,6 +17,7 @@ from serving_cases import (
     tiny_model,
     tiny_tokenizer,
 )
+from tokenizers import Tokenizer, decoders, models
 
 
 @pytest.fixture(autouse=True)
@@ -240,6 +243,91 @@ def test_text_of_parts_of_characters(tokenizer):
     stream = TokenText(tokenizer)
     assert "".join(map(stream.push, cut)) == "x"
     assert stream.rest() == "\ufffd"
+
+
+def metaspace_tokenizer():
+    """As Llama's: a word brings its space, which the decoder drops at the beginning of a text."""
+    words = ["▁Hello", "▁world", "!", *(f"<0x{byte:02X}>" for byte in "é€".encode())]
+    bpe = models.BPE({word: i for i, word in enumerate(words)}, [], byte_fallback=True)
+    made = Tokenizer(bpe)
+    made.decoder = decoders.Sequence(
+        [decoders.ByteFallback(), decoders.Metaspace(replacement="▁", prepend_scheme="first")]
+    )
+    return made, {word: i for i, word in enumerate(words)}
+
+
+def test_text_goes_on_after_the_prompt():
+    made, ids = metaspace_tokenizer()
+    prompt = [ids["▁Hello"]] * 12
+    stream = TokenText(made, prompt)
+    tokens = [ids["▁world"], ids["!"], ids["▁Hello"]]
+    assert "".join(map(stream.push, tokens)) + stream.rest() == " world! Hello"
+    assert made.decode(prompt + tokens) == made.decode(prompt) + " world! Hello"
+
+
+@pytest.mark.parametrize(("text", "cut"), [("é", 1), ("€", 1), ("€", 2)])
+def test_character_that_a_prompt_begins(text, cut, tokenizer):
+    """It comes whole, whatever the decoder shows in place of its parts."""
+    made, ids = metaspace_tokenizer()
+    parts = [ids[f"<0x{byte:02X}>"] for byte in text.encode()]
+    stream = TokenText(made, [ids["▁Hello"], *parts[:cut]])
+    assert "".join(map(stream.push, [*parts[cut:], ids["!"]])) == f"{text}!"
+    parts = tokenizer.encode(f"the {text}!").ids
+    place = len(tokenizer.encode("the ").ids) + cut
+    stream = TokenText(tokenizer, parts[:place])
+    assert "".join(map(stream.push, parts[place:])) == f"{text}!"
+
+
+class NaNFor(torch.nn.Module):
+    """A model whose logits after a token are as a test says."""
+
+    takes_packed_tokens = True
+
+    def __init__(self, model, token, value):
+        super().__init__()
+        self.model, self.token, self.value = model, token, value
+
+    def forward(self, input_ids, **options):
+        out, packing = self.model(input_ids, **options), options["inference_params"].packing
+        last = input_ids[:, -1] if packing is None else input_ids[0, packing.cu_seqlens_q[1:] - 1]
+        out.logits[last == self.token] = self.value
+        return out
+
+
+@pytest.mark.parametrize("options", [{"top_k": 1}, {"top_k": 0, "repetition_penalty": 1.1}])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_logits_of_one_sequence_that_are_not_finite_end_that_one(model, tokenizer, value, options):
+    wrong, sound = 7, prompt(5, 3)
+    assert wrong not in sound + (expected := reference(model, sound, 6))
+    scheduler = make_scheduler(NaNFor(model, wrong, value))
+    others = [generation(tokenizer, sound, 6) for _ in range(2)]
+    bad = generation(tokenizer, [3, wrong], 6, **options)
+    bad.siblings = [generation(tokenizer, [3, wrong], 6, index=1, **options)]
+    choices = [bad, *bad.siblings]
+    for each in (others[0], bad, others[1]):
+        scheduler.submit(each)
+    events = run(scheduler)
+    failed = [event for event in events if event.error is not None]
+    assert [event.generation for event in failed] == choices
+    assert all(isinstance(event.error, ValueError) for event in failed)
+    assert [g.new_tokens for g in others] == [expected] * 2 and bad.new_tokens == []
+    assert scheduler.counts.failed == 2 and scheduler.counts.finished == 2
+    assert scheduler.cache.num_free_blocks == 64
+
+
+def test_stop_strings_cost_what_they_can_match():
+    """Time follows the text that is held back, not the length of the stop string."""
+    looked_at = []
+
+    class Noted(str):
+        def __getitem__(self, key):
+            looked_at.append(key)
+            return str.__getitem__(self, key)
+
+    stop = StopText([Noted("b" * 100_000)])
+    assert stop.push("abbb") == "a" and len(looked_at) <= 4
+    assert stop.push("bb") == "" and stop.push("a") == "bbbbba"
+    assert len(looked_at) < 20
 
 
 @pytest.mark.parametrize(

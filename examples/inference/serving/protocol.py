@@ -10,6 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any, Optional, Union
 
+# Each token's text is looked through for the beginning of each stop string.
+STOPS, STOP_LENGTH = 16, 256
+
 
 class RequestError(Exception):
     """A request that is refused.
@@ -30,7 +33,13 @@ class RequestError(Exception):
 
 def error_body(message: str, kind: str, param: Optional[str] = None) -> dict:
     """Return an error as OpenAI's clients read it."""
-    return {"error": {"message": message, "type": kind, "param": param, "code": None}}
+    param = None if param is None else _encodable(param)
+    return {"error": {"message": _encodable(message), "type": kind, "param": param, "code": None}}
+
+
+def _encodable(text: str) -> str:
+    """Return a text with halves of surrogate pairs, which JSON may bring, written out."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _is_int(x) -> bool:
@@ -38,7 +47,7 @@ def _is_int(x) -> bool:
 
 
 def _is_number(x) -> bool:
-    return isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x)
+    return _is_int(x) or (isinstance(x, float) and math.isfinite(x))
 
 
 def _is_tokens(x) -> bool:
@@ -55,8 +64,12 @@ def _is_prompt(x) -> bool:
 
 def _is_stop(x) -> bool:
     if isinstance(x, str):
-        return x != ""
-    return isinstance(x, list) and len(x) <= 16 and all(isinstance(s, str) and s for s in x)
+        return 1 <= len(x) <= STOP_LENGTH
+    return (
+        isinstance(x, list)
+        and len(x) <= STOPS
+        and all(isinstance(s, str) and 1 <= len(s) <= STOP_LENGTH for s in x)
+    )
 
 
 def _is_stream_options(x) -> bool:
@@ -95,7 +108,9 @@ KINDS = {
     "repetition_penalty": _number(0.01, 100),
     "n": _int(1, 128),
     "seed": _int(-(1 << 63), (1 << 63) - 1),
-    "stop": Kind(_is_stop, "a string or a list of at most 16, none of them empty"),
+    "stop": Kind(
+        _is_stop, f"a string or a list of at most {STOPS}, of 1 to {STOP_LENGTH} characters each"
+    ),
     "stream": FLAG,
     "stream_options": Kind(_is_stream_options, 'an object such as {"include_usage": true}'),
     "ignore_eos": FLAG,
@@ -163,7 +178,7 @@ def _check_field(name: str, value: Any) -> None:
             raise RequestError(f"{name} is not supported, got {json.dumps(value)[:80]}", name)
         return
     if name not in KINDS:
-        raise RequestError(f"{name} is no field of a completion request", name)
+        raise RequestError(f"{name[:80]} is no field of a completion request", name[:80])
     if not KINDS[name].holds(value):
         got = json.dumps(value)[:80]
         raise RequestError(f"{name} must be {KINDS[name].expected}, got {got}", name)
@@ -216,7 +231,8 @@ def choice(index: int, text: str, finish_reason: Optional[str], token_ids=None) 
 
 def usage(generations) -> dict:
     """Return how many tokens there were; each prompt counts once, whatever ``n``."""
-    prompts = {id(g.prompt): g for g in generations}.values()
+    # Of a prompt's choices the first brought it; the others found all of it.
+    prompts = {id(g.prompt): g for g in reversed(generations)}.values()
     num_prompt = sum(len(g.prompt) for g in prompts)
     num_new = sum(len(g.new_tokens) for g in generations)
     return {

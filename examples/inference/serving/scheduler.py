@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass
 
@@ -212,12 +213,17 @@ class Scheduler:
             generation = batch[i][0]
             rows.append((generation, i))
             rows += [(sibling, i) for sibling in self._split_off(generation)]
-        events = [g.append(token) for (g, _), token in zip(rows, self._chosen(rows, logits))]
-        self.counts.new_tokens += len(events)
-        for generation, _ in rows:
-            if generation.is_over:
-                self._free(generation)
-                self.counts.finished += 1
+        events = [
+            self._appended(g, token) for (g, _), token in zip(rows, self._chosen(rows, logits))
+        ]
+        for event in events:
+            if event.error is not None:
+                self.counts.failed += 1
+            else:
+                self.counts.new_tokens += 1
+                self.counts.finished += event.generation.is_over
+            if event.generation.is_over:
+                self._free(event.generation)
         self.running = [g for g in self.running if not g.is_over]
         self.waiting = deque(g for g in self.waiting if not g.is_over)
         return events
@@ -236,20 +242,38 @@ class Scheduler:
         self.waiting.extendleft(reversed(waiting))
         return siblings
 
-    def _chosen(self, rows: list[tuple[Generation, int]], logits: Tensor) -> list[int]:
-        """Return the next token of each sequence."""
-        tokens = [0] * len(rows)
+    @staticmethod
+    def _appended(generation: Generation, token: int | Exception) -> Event:
+        """Give a sequence its token; what is wrong with one ends that one alone."""
+        error = token
+        if not isinstance(token, Exception):
+            try:
+                return generation.append(token)
+            except Exception as raised:  # of the tokenizer
+                error = raised
+        generation.is_over = True
+        return Event(generation, error=error)
+
+    @staticmethod
+    def _chosen(rows: list[tuple[Generation, int]], logits: Tensor) -> list[int | Exception]:
+        """Return the next token of each sequence, or why it has none."""
+        tokens: list[int | Exception] = [0] * len(rows)
         greedy = []
         for place, (generation, row) in enumerate(rows):
             sampling = generation.sampling
             if sampling.is_greedy and not sampling.penalizes:
                 greedy.append(place)
                 continue
-            seen = generation.is_seen(logits.shape[-1])
-            # On the CPU, whose generators draw alike on every machine.
-            tokens[place] = int(sampling(logits[row].cpu(), seen))
+            try:
+                seen = generation.is_seen(logits.shape[-1])
+                # On the CPU, whose generators draw alike on every machine.
+                tokens[place] = int(sampling(logits[row].cpu(), seen))
+            except Exception as error:
+                tokens[place] = error
         if greedy:
-            chosen = logits[torch.tensor([rows[place][1] for place in greedy])].argmax(-1)
-            for place, token in zip(greedy, chosen.tolist()):
-                tokens[place] = token
+            largest = logits[torch.tensor([rows[place][1] for place in greedy])].max(-1)
+            found = zip(greedy, largest.values.tolist(), largest.indices.tolist())
+            for place, value, token in found:
+                is_sound = math.isfinite(value)
+                tokens[place] = token if is_sound else ValueError(f"the largest logit is {value}")
         return tokens

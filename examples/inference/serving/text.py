@@ -9,6 +9,9 @@ from tokenizers import Tokenizer
 _UNFINISHED = "\ufffd"  # what a part of a character is decoded to
 
 
+_CONTEXT = 8  # tokens: more than a character or a decoder's replacement spans
+
+
 class TokenText:
     """The text of tokens as they come.
 
@@ -16,10 +19,11 @@ class TokenText:
     decoded together with the tokens of the piece before, and held back while it may not be whole.
     """
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()):
+        """Begin behind the tokens of a prompt: decoders drop the space of a text's first word."""
         self._tokenizer = tokenizer
-        self._tokens: list[int] = []
-        self._before = 0  # tokens in front of those whose text is out already
+        self._tokens: list[int] = list(prompt[-_CONTEXT:])
+        self._before = len(self._tokens)  # tokens in front of those whose text is still to come
 
     def push(self, token: int) -> str:
         """Return the text that a token completes, possibly none."""
@@ -37,7 +41,16 @@ class TokenText:
 
     def _new_text(self) -> str:
         known = self._tokenizer.decode(self._tokens[: self._before])
-        return self._tokenizer.decode(self._tokens)[len(known) :]
+        text = self._tokenizer.decode(self._tokens)
+        if not text.startswith(known):  # a prompt may end in a part of a character
+            known = known.rstrip(_UNFINISHED)
+        return text[len(known) :]
+
+
+def _begun(stop: str, text: str) -> int:
+    """Return how many characters of a stop string, but not all, a text ends with."""
+    most = min(len(stop) - 1, len(text))
+    return next((n for n in range(most, 0, -1) if text.endswith(stop[:n])), 0)
 
 
 class StopText:
@@ -55,10 +68,7 @@ class StopText:
         if found:
             self._held, self.is_over = "", True
             return text[: min(found)]
-        keep = max(
-            (n for stop in self._stops for n in range(1, len(stop)) if text.endswith(stop[:n])),
-            default=0,
-        )
+        keep = max((_begun(stop, text) for stop in self._stops), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
 
