@@ -11,12 +11,18 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from training.settings import SettingError
+
 if TYPE_CHECKING:
     from training.trainer import Trainer
 
 
 class Callback:
     """Does nothing; subclasses say what they wait for."""
+
+    def check(self, trainer: Trainer) -> None:
+        """Called before anything is written; raises SettingError for a run that it is not for. It
+        need not be there."""
 
     def on_start(self, trainer: Trainer) -> None:
         """Called before the first step, with the state restored."""
@@ -183,8 +189,26 @@ class Samples(Callback):
         top_k: int = 50,
         file: str = "samples.txt",
     ):
+        """Raises ValueError for an argument out of range."""
+        if not prompt:
+            raise ValueError(f"prompt must have text, got {prompt!r}")
+        for name, value, least in (("tokens", tokens, 1), ("top_k", top_k, 0)):
+            if type(value) is not int or value < least:
+                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+        if not 0.0 <= temperature < float("inf"):
+            raise ValueError(f"temperature must be finite and at least 0, got {temperature}")
         self._prompt, self._tokens, self._name = prompt, tokens, file
         self._options = {"temperature": temperature, "top_k": top_k}
+
+    def check(self, trainer: Trainer) -> None:
+        """Raise SettingError for a prompt that nothing can follow."""
+        count, positions = len(trainer.encoded(self._prompt)), trainer.positions
+        if count < 1 or (positions and count >= positions):
+            most = f" and fewer than model.n_positions ({positions})" if positions else ""
+            raise SettingError(
+                f"the prompt of callback Samples must have at least one token{most}, got {count}: "
+                f"{self._prompt!r:.80}"
+            )
 
     def on_evaluation(self, trainer: Trainer, metrics: dict[str, float]) -> None:
         text = trainer.sample(self._prompt, self._tokens, **self._options)

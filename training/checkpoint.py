@@ -22,6 +22,7 @@ import torch.distributed.checkpoint as dcp
 _FORMAT = 1
 _MANIFEST = "manifest.json"
 _PARTIAL = ".partial"
+_DCP_METADATA = ".metadata"
 _READ_BYTES = 1 << 24
 
 
@@ -50,14 +51,43 @@ def read_manifest(folder: Path) -> dict:
     try:
         manifest = json.loads((folder / _MANIFEST).read_text())
         known = manifest["format"] == _FORMAT
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(
             f"{folder} is no whole checkpoint: its {_MANIFEST} cannot be read "
             f"({type(error).__name__}: {error})"
         ) from None
     if not known:
         raise CheckpointError(f"{folder} has format {manifest['format']}; this is {_FORMAT}")
+    for name, holds in _FACTS.items():
+        if not holds(manifest.get(name)):
+            got = f"{manifest[name]!r:.80}" if name in manifest else "nothing"
+            raise CheckpointError(f"{folder / _MANIFEST} is damaged: it has {got} as {name!r}")
     return manifest
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_files(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and _DCP_METADATA in value
+        and all(
+            isinstance(facts, list) and len(facts) == 2 and all(map(_is_count, facts))
+            for facts in value.values()
+        )
+    )
+
+
+# What the manifest of a run's checkpoint has beside its format.
+_FACTS = {
+    "step": _is_count,
+    "processes": lambda value: _is_count(value) and value > 0,
+    "settings": lambda value: isinstance(value, dict),
+    "course": lambda value: isinstance(value, dict),
+    "files": _is_files,
+}
 
 
 def _damage(folder: Path, files: list[tuple[str, list[int]]]) -> str | None:
@@ -89,7 +119,12 @@ def verify(folder: Path) -> dict:
     try:
         manifest = read_manifest(folder)
         files = sorted(manifest["files"].items())
-        damage = _damage(folder, files[dist.get_rank() :: dist.get_world_size()])
+        unknown = {path.name for path in folder.glob("*.distcp")} - manifest["files"].keys()
+        damage = (
+            f"{min(unknown)} is not in its {_MANIFEST}"
+            if unknown
+            else _damage(folder, files[dist.get_rank() :: dist.get_world_size()])
+        )
     except CheckpointError as error:
         damage = str(error)
     if (damage := _first(damage)) is not None:
@@ -102,6 +137,11 @@ def verify(folder: Path) -> dict:
 def whole_checkpoints(folder: Path) -> list[Path]:
     """Return the checkpoints of a folder that were written to their end, oldest first."""
     return sorted(path for path in folder.glob("step-*") if not path.suffix)
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """Return the newest whole checkpoint of a folder."""
+    return next(reversed(whole_checkpoints(folder)), None)
 
 
 class Checkpoints:
@@ -125,7 +165,7 @@ class Checkpoints:
 
     def newest(self) -> Path | None:
         """Return the newest whole checkpoint."""
-        return next(reversed(whole_checkpoints(self._folder)), None)
+        return newest_checkpoint(self._folder)
 
     def set_aside_after(self, checkpoint: Path | None) -> None:
         """Rename the checkpoints after the one that a run goes on from, or all: they are of another

@@ -59,13 +59,20 @@ def _json_documents(path: Path, json_field: str) -> Iterator[str]:
                 continue
             try:
                 text = json.loads(line)[json_field]
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise CorpusError(
                     f"line {number} of {path} must be a JSON object with data.json_field "
                     f"{json_field!r}: {type(error).__name__}: {error}"
                 ) from None
             if not isinstance(text, str):
                 raise CorpusError(f"{json_field!r} in line {number} of {path} must be text")
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:  # JSON may have it
+                raise CorpusError(
+                    f"{json_field!r} in line {number} of {path} must be Unicode, got half of a "
+                    f"surrogate pair, {text[error.start]!a}, at character {error.start}"
+                ) from None
             yield text
 
 

@@ -84,7 +84,10 @@ def _new(settings: ModelSettings, tokenizer: TextTokenizer) -> nn.Module:
         del fields["n_head_kv"]
     fields["bos_token_id"] = fields["eos_token_id"] = tokenizer.end_of_text
     config = GPT2Config(vocab_size=tokenizer.vocab_size, use_flash_attn=True, **fields)
-    return GPTLMHeadModel(config)
+    try:
+        return GPTLMHeadModel(config)
+    except (ValueError, TypeError, NotImplementedError) as error:  # its fields have our names
+        raise SettingError(str(error).replace("config.", "model.")) from None
 
 
 def _pretrained(settings: ModelSettings) -> nn.Module:

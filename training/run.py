@@ -22,7 +22,7 @@ from training.callbacks import Callback
 from training.checkpoint import CheckpointError
 from training.corpus import Corpus, CorpusError, prepare
 from training.processes import start_processes
-from training.settings import SettingError, Settings, as_dict, settings_from
+from training.settings import SettingError, Settings, settings_from
 from training.token_file import TokenFileError
 from training.trainer import Trainer
 
@@ -75,10 +75,6 @@ def train(settings: Settings) -> Trainer:
     device = start_processes(settings.trainer.device)
     corpus = prepare_everywhere(settings)
     trainer = Trainer(settings, corpus, device, callbacks)
-    if trainer.is_first:
-        trainer.out.mkdir(parents=True, exist_ok=True)
-        (trainer.out / "config.yaml").write_text(OmegaConf.to_yaml(as_dict(settings)))
-    dist.barrier()
     trainer.say(
         f"{trainer.num_parameters:,} parameters, {trainer.dataset.header.num_tokens:,} tokens of "
         f"text, {trainer.world_size} x {device.type}, {settings.trainer.precision}; {trainer.out}"

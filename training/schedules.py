@@ -29,7 +29,8 @@ def factor(step: int, settings: SchedulerSettings, max_steps: int) -> float:
     if settings.name == "wsd":
         decay = settings.decay_steps
         decay = round(_WSD_DECAY_SHARE * max_steps) if decay is None else decay
-        start = max(max_steps - decay, warmup)
+        decay = min(decay, max_steps - warmup)
+        start = max_steps - decay
     else:
         start, decay = warmup, settings.decay_steps
     end = max_steps if decay is None else start + decay

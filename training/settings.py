@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
@@ -203,6 +204,10 @@ class _Checks:
         for name in names:
             self.require(name, lambda value: value > 0, "above 0")
 
+    def finite(self, *names: str) -> None:
+        for name in names:
+            self.require(name, math.isfinite, "finite")
+
     def fraction(self, *names: str) -> None:
         for name in names:
             self.require(name, lambda value: 0 <= value < 1, "at least 0 and below 1")
@@ -216,6 +221,8 @@ class _Checks:
 
 def check(settings: Settings) -> None:
     """Raise SettingError for the first value that makes no sense."""
+    if not 0 <= settings.seed < 1 << 64:
+        raise SettingError(f"seed must be at least 0 and below 2**64, got {settings.seed}")
     _check_model(settings.model)
     _check_data(settings.data)
     _check_optimizer(settings.optimizer)
@@ -226,6 +233,14 @@ def check(settings: Settings) -> None:
     _check_trainer(settings.trainer)
     limit, model = settings.trainer.max_steps, settings.model
     scheduler.require("warmup_steps", lambda v: v <= limit, f"at most trainer.max_steps ({limit})")
+    if settings.scheduler.name == "wsd":
+        left = limit - settings.scheduler.warmup_steps
+        scheduler.require(
+            "decay_steps",
+            lambda value: value <= left,
+            f"at most the {left} steps of trainer.max_steps ({limit}) that scheduler.warmup_steps "
+            f"({limit - left}) leaves to wsd",
+        )
     if model.pretrained is None and not _has_rotary(model):
         _Checks(settings.data, "data").require(
             "seqlen",
@@ -245,6 +260,7 @@ def _check_model(model: ModelSettings) -> None:
     checks.at_least(0, "n_positions", "activation_checkpointing")
     checks.fraction("resid_pdrop", "embd_pdrop", "attn_pdrop")
     checks.above_zero("layer_norm_epsilon", "rotary_emb_base", "initializer_range")
+    checks.finite("layer_norm_epsilon", "rotary_emb_base", "initializer_range")
     checks.require("rotary_emb_fraction", lambda value: 0 <= value <= 1, "between 0 and 1")
     heads = model.n_head
     checks.require("n_embd", lambda v: v % heads == 0, f"a multiple of model.n_head ({heads})")
@@ -254,6 +270,7 @@ def _check_model(model: ModelSettings) -> None:
     lora = _Checks(model.lora, "model.lora")
     lora.at_least(0, "rank")
     lora.above_zero("alpha")
+    lora.finite("alpha")
     lora.fraction("dropout")
     lora.require("target_modules", bool, "names of modules")
 
@@ -277,6 +294,7 @@ def _check_optimizer(optimizer: OptimizerSettings) -> None:
     checks = _Checks(optimizer, "optimizer")
     checks.above_zero("lr", "eps")
     checks.at_least(0, "weight_decay")
+    checks.finite("lr", "eps", "weight_decay")
     checks.require(
         "betas",
         lambda betas: len(betas) == 2 and all(0 <= beta < 1 for beta in betas),

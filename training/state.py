@@ -77,6 +77,8 @@ def _course(trainer: Trainer) -> dict[str, Any]:
             "tokens": header.num_tokens,
             "content_crc": header.content_crc,
         },
+        # A checkpoint's optimizer brings its own values of these.
+        "optimizer": as_dict(settings.optimizer),
         "trainer": {
             "global_batch": settings.trainer.global_batch,
             "ema_decay": settings.trainer.ema_decay,

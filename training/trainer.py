@@ -10,11 +10,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from flash_attn.models.gpt import GPTLMHeadModel
 from training.callbacks import Callback
-from training.checkpoint import Checkpoints, verify
+from training.checkpoint import Checkpoints, newest_checkpoint, verify
 from training.corpus import Corpus
 from training.dataset import TokenDataset, training_loader
 from training.export import export
@@ -31,7 +32,7 @@ from training.model import (
 from training.optim import MovingAverage, make_optimizer
 from training.processes import StopSignal, seed_everything
 from training.schedules import make_scheduler
-from training.settings import SettingError, Settings
+from training.settings import SettingError, Settings, as_dict
 from training.state import check_same_course, facts_of, load_state, state_of
 from training.throughput import Throughput, flops_per_token, measured_peak, peak_memory_mib
 
@@ -51,7 +52,7 @@ class Trainer:
     ):
         """Make everything; the state of ``settings.trainer.resume`` comes with ``run``.
 
-        Raises SettingError for settings that do not fit the processes or the data.
+        Raises SettingError for settings that do not fit the processes, the data or the callbacks.
         """
         self.settings, self.corpus, self.device, self.callbacks = (
             settings,
@@ -70,6 +71,9 @@ class Trainer:
         self._make_model()
         self._make_data()
         self.scaler = torch.amp.GradScaler(device.type, enabled=options.precision == "fp16")
+        for callback in callbacks:
+            if hasattr(callback, "check"):
+                callback.check(self)
 
     def _make_model(self) -> None:
         settings, options = self.settings, self.settings.trainer
@@ -92,7 +96,9 @@ class Trainer:
         """Run a short forward and backward, and see that all that is trained has a gradient."""
         tokens = torch.zeros(1, min(self.settings.data.seqlen, 8) + 1, dtype=torch.int64)
         with self._autocast():
-            model(tokens.to(self.device)).backward()
+            loss = model(tokens.to(self.device))
+        if loss.requires_grad:
+            loss.backward()
         for name, parameter in model.named_parameters():
             if parameter.requires_grad and parameter.grad is None:
                 raise SettingError(
@@ -138,14 +144,20 @@ class Trainer:
         """Train from where the run stands to ``max_steps``; return the last metrics.
 
         Raises CheckpointError for a damaged checkpoint, before anything of it is taken, and for one
-        that cannot be written; FloatingPointError for a loss that is not finite.
+        that cannot be written; FloatingPointError, naming the step, for a loss or a gradient norm
+        that is not finite: the checkpoint before it stays the newest.
         """
         signals, self.last = StopSignal(), {}
         try:
             self._open_checkpoints()
             self._settle_buckets()
             self._tell("on_start")
-            self._loop(signals)
+            try:
+                self._loop(signals)
+            except FloatingPointError as error:  # on all processes
+                self._checkpoints.wait()
+                newest = self._checkpoints.newest() or "none"
+                raise FloatingPointError(f"{error}; the last checkpoint is {newest}") from None
             self._checkpoints.wait()
             if not self.stop:
                 self.say(f"wrote {export(self)}")
@@ -179,13 +191,16 @@ class Trainer:
 
     def _after_step(self, is_last: bool) -> None:
         options = self.settings.trainer
+        every = options.checkpoint_every
+        saves = self.stop or bool(every and (is_last or self.step % every == 0))
+        if saves or is_last:
+            self._check_weights()
         if self._validation is not None and (
             is_last or (options.evaluate_every and self.step % options.evaluate_every == 0)
         ):
             self.last |= (metrics := self.evaluate())
             self._tell("on_evaluation", metrics)
-        every = options.checkpoint_every
-        if self.stop or (every and (is_last or self.step % every == 0)):
+        if saves:
             self._checkpoints.save(self.step, state_of(self), facts_of(self))
 
     def _train_step(self, batch: Tensor, wants_stop: bool) -> dict[str, float]:
@@ -198,7 +213,8 @@ class Trainer:
                 loss = self._forward(tokens) * (len(tokens) / len(batch))
             self.scaler.scale(loss).backward()
             total += loss.detach()
-        metrics = {"lr": self.scheduler.get_last_lr()[0]}
+        metrics = {"loss": self._mean_loss(total, wants_stop)}
+        metrics["lr"] = self.scheduler.get_last_lr()[0]
         if self.settings.trainer.clip_grad_norm is not None:
             self.scaler.unscale_(self.optimizer)
             metrics["grad_norm"] = self._clip()
@@ -208,12 +224,32 @@ class Trainer:
         self.scheduler.step()
         if self.ema is not None:
             self.ema.update()
-        return {"loss": self._mean_loss(total, wants_stop)} | metrics
+        return metrics
+
+    @torch.no_grad()
+    def _check_weights(self) -> None:
+        """Raise FloatingPointError unless the weights give a finite loss: the step that spoils them
+        may itself have one."""
+        tokens = self.dataset[0][None].to(self.device)
+        with self._fork_rng(), self._autocast():
+            self.model.eval()
+            try:
+                loss = self.model(tokens).double()
+            finally:
+                self.model.train()
+        dist.all_reduce(loss)
+        if not math.isfinite(loss := loss.item() / self.world_size):
+            raise FloatingPointError(f"the loss with the weights of step {self.step} is {loss}")
 
     def _clip(self) -> float:
+        """Clip gradients and return their norm before. One that is not finite is refused, before
+        the weights have it, unless a scaler leaves the step out."""
         parameters = [p for p in self.model.parameters() if p.grad is not None]
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.settings.trainer.clip_grad_norm)
-        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        if not (math.isfinite(norm) or self.scaler.is_enabled()):
+            raise FloatingPointError(f"the gradient norm of step {self.step + 1} is {norm}")
+        return norm
 
     def _mean_loss(self, loss: Tensor, wants_stop: bool) -> float:
         """Return the mean over processes; what one of them wants, all do."""
@@ -275,44 +311,61 @@ class Trainer:
         loss = (sums[0] / sums[1]).item()
         return {"validation_loss": loss, "perplexity": math.exp(min(loss, 700.0))}
 
+    @property
+    def positions(self) -> int:
+        """Tokens that the model has positions for; 0: any number."""
+        return max(
+            getattr(base_model(unwrapped(self.model).model).config, "n_positions", 0) or 0, 0
+        )
+
+    def encoded(self, text: str) -> Tensor:
+        """Return a text's tokens, int64 (seqlen,)."""
+        return torch.from_numpy(self.corpus.tokenizer.encode_batch([text])[0].astype("int64"))
+
     @torch.no_grad()
     def sample(self, prompt: str, tokens: int, temperature: float, top_k: int) -> str:
         """Return the prompt and what the model writes after it, as far as its positions go. All
         processes must call this."""
-        tokenizer, language_model = self.corpus.tokenizer, unwrapped(self.model)
-        ids = torch.from_numpy(tokenizer.encode_batch([prompt])[0].astype("int64"))[None]
-        model = base_model(language_model.model)
+        language_model = unwrapped(self.model)
+        model, ids = base_model(language_model.model), self.encoded(prompt)[None]
         length = ids.shape[1] + tokens
-        if (positions := getattr(model.config, "n_positions", 0)) > 0:
-            length = min(length, positions)
+        if self.positions:
+            length = min(length, self.positions)
         options = {"top_k": top_k, "temperature": temperature}
         if not isinstance(model, GPTLMHeadModel):  # transformers'
             options["do_sample"] = True
         with self._evaluating(), whole_parameters(language_model):
             torch.manual_seed(self.settings.seed)
             out = model.generate(input_ids=ids.to(self.device), max_length=length, **options)
-        return tokenizer.decode(out[0].tolist())
+        return self.corpus.tokenizer.decode(out[0].tolist())
 
     # ---------------------------------------------------------------- checkpoints
 
     def _open_checkpoints(self) -> None:
-        options = self.settings.trainer
-        self._checkpoints = Checkpoints(
-            self.out / "checkpoints", options.keep_checkpoints, options.async_checkpoints
-        )
-        if options.resume == "never":
-            self._checkpoints.set_aside_after(None)
-            return
-        given = None if options.resume == "auto" else Path(options.resume)
-        checkpoint = given or self._checkpoints.newest()
-        if checkpoint is None:
-            return
-        facts = verify(checkpoint)
-        check_same_course(self, facts, checkpoint)
-        if given is not None:
+        """Take the state to go on from, if there is one. What is wrong with it is refused before
+        anything is written."""
+        options, folder = self.settings.trainer, self.out / "checkpoints"
+        checkpoint = None
+        if options.resume == "auto":
+            checkpoint = newest_checkpoint(folder)
+        elif options.resume != "never":
+            checkpoint = Path(options.resume)
+        if checkpoint is not None:
+            facts = verify(checkpoint)
+            check_same_course(self, facts, checkpoint)
+        self._write_settings()
+        self._checkpoints = Checkpoints(folder, options.keep_checkpoints, options.async_checkpoints)
+        if options.resume != "auto":
             self._checkpoints.set_aside_after(checkpoint)
-        load_state(self, checkpoint, facts)
-        self.say(f"going on from {checkpoint}")
+        if checkpoint is not None:
+            load_state(self, checkpoint, facts)
+            self.say(f"going on from {checkpoint}")
+
+    def _write_settings(self) -> None:
+        if self.is_first:
+            self.out.mkdir(parents=True, exist_ok=True)
+            (self.out / "config.yaml").write_text(OmegaConf.to_yaml(as_dict(self.settings)))
+        dist.barrier()
 
 
 def _share(settings: Settings, world_size: int) -> int:

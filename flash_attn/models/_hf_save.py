@@ -175,6 +175,9 @@ def _move(written: Path, folder: Path) -> None:
 
 def _save(folder: Path, *content) -> None:
     """Write beside the folder, then move: what fails in between leaves it as it was."""
+    folder = folder.resolve()  # a folder can take the place of an empty one, not of a link to it
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"folder must be a folder, got the file {folder}")
     folder.parent.mkdir(parents=True, exist_ok=True)
     written = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:

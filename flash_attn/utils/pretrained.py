@@ -75,7 +75,7 @@ def _weight_map(index: Path) -> dict[str, str]:
         if all(isinstance(name, str) and Path(name).name == name for name in weight_map.values()):
             return weight_map
         reason = "weight_map names files outside its folder"
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         reason = f"{type(error).__name__}: {error}"
     raise ValueError(f"{index} is not an index of a checkpoint ({reason})")
 

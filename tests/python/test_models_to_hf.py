@@ -113,6 +113,33 @@ def test_in_place_of_an_older_one(tmp_path):
 
 
 @pytest.mark.parametrize("exists", [False, True])
+def test_link_to_a_folder(exists, tmp_path):
+    saved(CASES["mistral"], tmp_path / "there")
+    model, link, target = (
+        from_hf(tmp_path / "there"),
+        tmp_path / "link",
+        tmp_path / "deep" / "folder",
+    )
+    if exists:
+        target.mkdir(parents=True)
+    link.symlink_to(target)
+    for _ in range(2):  # empty or none, then with files
+        to_hf(model, link)
+        assert link.is_symlink() and (target / "model.safetensors").is_file()
+        assert torch.equal(from_hf(link).lm_head.weight, model.lm_head.weight)
+    assert {path.name for path in target.parent.iterdir()} == {"folder"}
+
+
+def test_file_in_the_folders_place(tmp_path):
+    saved(CASES["mistral"], tmp_path / "there")
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(NotADirectoryError, match="folder must be a folder, got the file .*file"):
+        to_hf(from_hf(tmp_path / "there"), tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+    assert {path.name for path in tmp_path.iterdir()} == {"there", "file"}
+
+
+@pytest.mark.parametrize("exists", [False, True])
 def test_failure_leaves_the_folder(exists, tmp_path, monkeypatch):
     saved(CASES["qwen3"], tmp_path / "there")
     model, back = from_hf(tmp_path / "there"), tmp_path / "back"

@@ -165,6 +165,7 @@ def test_shards_and_index_that_differ(tmp_path, is_safe):
         ("[]", "TypeError"),
         ('{"weight_map": {"x": "../model.safetensors"}}', "outside its folder"),
         ('{"weight_map": {"x": 5}}', "outside its folder"),
+        ("[" * 100_000, "RecursionError"),
     ],
 )
 def test_broken_index(tmp_path, text, reason):

@@ -10,7 +10,8 @@ import pytest
 import torch
 from training_cases import COURSE, command, rows, run_here
 
-from training.checkpoint import CheckpointError
+from training.checkpoint import CheckpointError, verify
+from training.processes import start_processes
 from training.settings import SettingError
 
 # Dropout draws from the generators; a step has two micro batches; evaluation and the averaged
@@ -130,6 +131,59 @@ def damage_manifest(folder):
     return "its manifest.json cannot be read"
 
 
+def damage_deep(folder):
+    (folder / "manifest.json").write_text("[" * 100_000)
+    return "its manifest.json cannot be read .RecursionError"
+
+
+def changed_manifest(name, value):
+    """Damage that gives a fact of the manifest another value; None: takes it away."""
+
+    def damage(folder):
+        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest.pop(name)
+        if value is not None:
+            manifest[name] = value
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        return f"manifest.json is damaged: it has .* as '{name}'"
+
+    damage.__name__ = f"{name}-{'gone' if value is None else 'wrong'}"
+    return damage
+
+
+def damage_file_not_named(folder):
+    manifest = json.loads((folder / "manifest.json").read_text())
+    del manifest["files"]["__0_0.distcp"]
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return "__0_0.distcp is not in its manifest.json"
+
+
+DAMAGED_MANIFESTS = [
+    damage_deep,
+    damage_file_not_named,
+    *(changed_manifest(name, None) for name in ("files", "course", "step", "processes")),
+    *(changed_manifest("files", files) for files in ({}, [1], {".metadata": 3})),
+    changed_manifest("step", "9"),
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGED_MANIFESTS, ids=lambda damage: damage.__name__)
+def test_damaged_manifest(whole, tmp_path, one_process, damage):
+    folder = tmp_path / "step-00000009"
+    shutil.copytree(whole[0] / "run" / "checkpoints" / "step-00000009", folder)
+    assert verify(folder)["step"] == 9
+    sentence = damage(folder)
+    with pytest.raises(CheckpointError, match=f"step-00000009 is damaged: .*{sentence}"):
+        verify(folder)
+
+
+@pytest.fixture
+def one_process(whole):
+    start_processes("cpu")
+    yield
+    torch.distributed.destroy_process_group()
+
+
 @pytest.mark.parametrize(
     "damage", [damage_truncated, damage_flipped, damage_missing, damage_manifest]
 )
@@ -155,6 +209,38 @@ def test_checkpoint_of_another_course_is_refused(whole, tmp_path):
         run_here(tmp_path, **{**EVERYTHING, "model__n_layer": 3})
     with pytest.raises(SettingError, match=r"data.content_crc must be \d+, .* got \d+"):
         run_here(tmp_path, data__hold_out=5, **EVERYTHING)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("lr", 0.02, "optimizer.lr must be 0.01, as in .*step-00000009, got 0.02"),
+        ("weight_decay", 0.5, "optimizer.weight_decay must be 0.1, as in .*, got 0.5"),
+        (
+            "betas",
+            "[0.1,0.2]",
+            r"optimizer.betas must be \[0.9, 0.95\], as in .*, got \[0.1, 0.2\]",
+        ),
+        ("eps", 1e-6, "optimizer.eps must be 1e-08, as in .*, got 1e-06"),
+        ("decay_embeddings", False, "optimizer.decay_embeddings must be True, as in .*, got False"),
+    ],
+)
+def test_optimizer_of_another_course_is_refused(whole, tmp_path, name, value, sentence):
+    shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
+    before = contents(tmp_path / "run")
+    with pytest.raises(SettingError, match=sentence):
+        run_here(tmp_path, **EVERYTHING, **{f"optimizer__{name}": value})
+    assert contents(tmp_path / "run") == before
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000009"
+    other = {"out": str(tmp_path / "other"), "trainer__resume": str(checkpoint)}
+    with pytest.raises(SettingError, match=sentence):
+        run_here(tmp_path, **EVERYTHING, **other, **{f"optimizer__{name}": value})
+    assert not (tmp_path / "other").exists()
+
+
+def contents(folder):
+    """The bytes of all files of a folder, by name."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_never_starts_anew_and_keeps_what_was_there(whole, tmp_path):
@@ -234,3 +320,31 @@ def test_loss_that_is_not_finite_ends_the_run(tmp_path):
     with pytest.raises(FloatingPointError, match=r"the loss of step \d+ is (nan|inf)"):
         run_here(tmp_path, optimizer__lr=1e30, scheduler__warmup_steps=0, trainer__max_steps=20,
                  trainer__clip_grad_norm=None)  # fmt: skip
+
+
+def test_step_that_spoils_the_weights_is_not_stored(tmp_path):
+    """Its own loss is finite, and so are the weights after it: their loss is not."""
+    options = {"trainer__checkpoint_every": 1, "scheduler__warmup_steps": 0}
+    run_here(tmp_path, trainer__max_steps=2, **options)
+    spoilt = {"+callbacks__spoil": "{_target_: training_faults.Spoil, step: 3}"}
+    folder = tmp_path / "run" / "checkpoints"
+    sentence = (
+        rf"the loss with the weights of step 4 is (nan|inf); the last .* is {folder}/step-0+3"
+    )
+    with pytest.raises(FloatingPointError, match=sentence):
+        run_here(tmp_path, trainer__max_steps=8, **options, **spoilt)
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000002", "step-00000003"]
+    went_on = run_here(tmp_path, trainer__max_steps=8, **options)
+    assert went_on.step == 8 and math.isfinite(went_on.last["loss"])
+
+
+def test_spoilt_weights_are_not_exported(tmp_path):
+    with pytest.raises(FloatingPointError, match=r"the loss with the weights of step 1 is .* none"):
+        run_here(tmp_path, optimizer__lr=1e30, scheduler__warmup_steps=0, trainer__max_steps=1)
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_gradient_norm_that_is_not_finite_ends_the_run_before_the_weights_have_it(tmp_path):
+    spoilt = {"+callbacks__spoil": "{_target_: training_faults.SpoilGradient, step: 2}"}
+    with pytest.raises(FloatingPointError, match=r"the gradient norm of step 3 is inf; .* none"):
+        run_here(tmp_path, **spoilt)

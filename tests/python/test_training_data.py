@@ -94,6 +94,17 @@ def test_json_lines_and_separators(tmp_path):
     (tmp_path / "c.jsonl").write_text('{"body": "good"}\n{"text": "other"}\n')
     with pytest.raises(CorpusError, match=r"line 2 of .*c.jsonl .*'body'"):
         prepare(settings(tmp_path, train=[f"{tmp_path}/c.jsonl"], **options))
+    (tmp_path / "d.jsonl").write_text('{"body": "good"}\n{"body": "ab\\ud83d\\ude00\\ud800"}\n')
+    for tokenizer in ("bytes", "bpe"):
+        half = settings(
+            tmp_path, train=[f"{tmp_path}/d.jsonl"], **{**options, "tokenizer": tokenizer}
+        )
+        sentence = r"'body' in line 2 of .*d.jsonl must be Unicode, .*'\\ud800', at character 3"
+        with pytest.raises(CorpusError, match=sentence):
+            prepare(half)
+    (tmp_path / "e.jsonl").write_text("[" * 100_000)
+    with pytest.raises(CorpusError, match=r"line 1 of .*e.jsonl must be a JSON object"):
+        prepare(settings(tmp_path, train=[f"{tmp_path}/e.jsonl"], **options))
 
 
 def test_trained_bpe_gives_the_text_back_and_is_used_again(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from torch import nn
-from training_cases import command, overrides
+from training_cases import command, overrides, run_here
 
 from training.optim import MovingAverage, make_optimizer, parameter_groups
 from training.run import CONFIGS, compose_settings, make_callbacks
@@ -71,6 +71,11 @@ WRONG = {
     "data.tokenizer=folder": "data.tokenizer_folder must be a folder, got None",
     "optimizer.lr=0": "optimizer.lr must be above 0, got 0.0",
     "optimizer.betas=[0.9]": r"optimizer.betas must be two numbers, .* got \[0.9\]",
+    "optimizer.lr=.inf": "optimizer.lr must be finite, got inf",
+    "optimizer.weight_decay=.inf": "optimizer.weight_decay must be finite, got inf",
+    "model.initializer_range=.inf": "model.initializer_range must be finite, got inf",
+    "seed=-1": r"seed must be at least 0 and below 2\*\*64, got -1",
+    f"seed={1 << 64}": r"seed must be at least 0 and below 2\*\*64, got 18446744073709551616",
     "scheduler.name=step": "scheduler.name must be one of .*, got 'step'",
     "scheduler.warmup_steps=7": r"scheduler.warmup_steps must be at most trainer.max_steps \(6\)",
 }
@@ -81,6 +86,64 @@ def test_wrong_values_are_named(tmp_path):
     for override, sentence in WRONG.items():
         with pytest.raises(SettingError, match=sentence):
             settings_from(OmegaConf.merge(config, OmegaConf.from_dotlist([override])))
+
+
+def test_wsd_reaches_its_final_factor_or_is_refused(tmp_path):
+    for warmup, decay in ((0, 6), (2, 4), (5, 1), (5, None)):
+        changes = {"scheduler__warmup_steps": warmup, "scheduler__decay_steps": decay}
+        made = compose_settings(overrides(tmp_path, scheduler__name="wsd", **changes))
+        assert factor(6, made.scheduler, 6) == made.scheduler.final_factor
+    sentence = (
+        r"scheduler.decay_steps must be at most the 4 steps of trainer.max_steps \(6\) that "
+        r"scheduler.warmup_steps \(2\) leaves to wsd, got 5"
+    )
+    with pytest.raises(SettingError, match=sentence):
+        compose_settings(overrides(tmp_path, scheduler__name="wsd", scheduler__decay_steps=5))
+    # Others may fall for longer than a run is.
+    compose_settings(overrides(tmp_path, scheduler__name="cosine", scheduler__decay_steps=50))
+
+
+MODELS_THAT_ARE_NONE = [
+    (
+        {"model__n_embd": 14, "model__rotary_emb_fraction": 1.0},
+        r"model.rotary_emb_fraction \(1.0\) must turn an even part of head_dim 7",
+    ),
+    ({"model__activation_function": "foo"}, r"model.activation_function must be one of .*'foo'"),
+    (
+        {
+            "model__lora.rank": 2,
+            "model__lora.target_modules": "[fc1,fc2]",
+            "model__fused_mlp": True,
+        },
+        r"model.lora.target_modules must be modules that the model calls, .* has no gradient",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "sentence"), MODELS_THAT_ARE_NONE)
+def test_models_that_cannot_be_made_are_named(changes, sentence, tmp_path):
+    if "model__fused_mlp" in changes:
+        pytest.importorskip("peft")
+    with pytest.raises(SettingError, match=sentence):
+        run_here(tmp_path, **changes)
+    assert not (tmp_path / "run").exists()
+
+
+SAMPLES = {
+    "prompt: ''": "prompt must have text, got ''",
+    "tokens: 0": "tokens must be an integer of at least 1, got 0",
+    "top_k: -1": "top_k must be an integer of at least 0, got -1",
+    "temperature: -1": "temperature must be finite and at least 0, got -1",
+    "prompt: aaaabbbbccccdddd": r"fewer than model.n_positions \(16\), got 16: 'aaaabbbbcc",
+}
+
+
+@pytest.mark.parametrize("options", SAMPLES)
+def test_samples_that_cannot_be_made_are_named(options, tmp_path):
+    callback = {"+callbacks__mine": f"{{_target_: training.callbacks.Samples, {options}}}"}
+    with pytest.raises(SettingError, match=SAMPLES[options]):
+        run_here(tmp_path, **callback)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

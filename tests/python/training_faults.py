@@ -79,3 +79,27 @@ class FullDisk(Callback):
 
     def on_end(self, trainer):
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+
+
+class Spoil(Callback):
+    """After a step, sets a learning rate whose step gives weights that are finite and no more."""
+
+    def __init__(self, step: int):
+        self._step = step
+
+    def on_step(self, trainer, metrics):
+        if trainer.step == self._step:
+            for group in trainer.optimizer.param_groups:
+                group["lr"] = 1e30
+
+
+class SpoilGradient(Callback):
+    """After a step, makes gradients infinite."""
+
+    def __init__(self, step: int):
+        self._step = step
+
+    def on_step(self, trainer, metrics):
+        if trainer.step == self._step:
+            parameter = next(trainer.model.parameters())
+            parameter.register_hook(lambda gradient: gradient + float("inf"))
