@@ -326,7 +326,7 @@ def test_step_that_spoils_the_weights_is_not_stored(tmp_path):
     """Its own loss is finite, and so are the weights after it: their loss is not."""
     options = {"trainer__checkpoint_every": 1, "scheduler__warmup_steps": 0}
     run_here(tmp_path, trainer__max_steps=2, **options)
-    spoilt = {"+callbacks__spoil": "{_target_: training_faults.Spoil, step: 3}"}
+    spoilt = {"+callbacks__spoil": "{_target_: training_faults.Spoil, step: 4}"}
     folder = tmp_path / "run" / "checkpoints"
     sentence = (
         rf"the loss with the weights of step 4 is (nan|inf); the last .* is {folder}/step-0+3"
