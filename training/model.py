@@ -176,6 +176,14 @@ def set_gradient_sync(model: nn.Module, enabled: bool) -> None:
         model.require_backward_grad_sync = enabled
 
 
+def reshard(model: nn.Module) -> None:
+    """Let FSDP gather parameters anew: after a forward without a backward it keeps some, which
+    then miss what changes the shards, such as averaged weights."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 class whole_parameters:
     """All parameters on every process for a while, for calls past ``LanguageModel.forward``."""
 

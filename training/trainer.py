@@ -24,6 +24,7 @@ from training.model import (
     LanguageModel,
     base_model,
     make_model,
+    reshard,
     set_gradient_sync,
     spread,
     unwrapped,
@@ -237,6 +238,7 @@ class Trainer:
                 loss = self.model(tokens).double()
             finally:
                 self.model.train()
+                reshard(self.model)
         dist.all_reduce(loss)
         if not math.isfinite(loss := loss.item() / self.world_size):
             raise FloatingPointError(f"the loss with the weights of step {self.step} is {loss}")
@@ -290,6 +292,7 @@ class Trainer:
                 yield
             finally:
                 self.model.train()
+                reshard(self.model)
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
