@@ -112,7 +112,20 @@ class _Sources:
         self._train = find_files("train", settings.train)
         self._validation = find_files("validation", settings.validation)
         self._hold_out = 0 if self._validation else settings.hold_out
+        if self._hold_out:
+            self._hold_out = self._at_most_all(self._hold_out)
         self.splits = ("train", "validation") if self._validation or self._hold_out else ("train",)
+
+    def _at_most_all(self, every: int) -> int:
+        """Return ``every``, or where there are fewer documents, how many: the last is held out."""
+        found = sum(1 for _ in islice(documents(self._train, self.settings), every))
+        if found == 1:
+            raise SettingError(
+                "data.hold_out must be 0 where data.train has one document, got "
+                f"{every}: set data.hold_out=0, data.validation, or data.separator (what parts the "
+                "documents of a file)"
+            )
+        return min(every, found)
 
     def digest(self) -> str:
         """Return what changes with the files and with how documents are made of them."""
@@ -168,8 +181,10 @@ def _is_whole(path: Path, tokenizer: TextTokenizer) -> bool:
 def _check_length(path: Path, split: str, seqlen: int) -> None:
     tokens = read_header(path).num_tokens
     if tokens < seqlen + 1:
-        which = "" if split == "train" else " (see data.hold_out)"
+        more = ""
+        if split == "validation":
+            more = "; a smaller data.hold_out holds out more documents, 0 none"
         raise TokenFileError(
-            f"data.seqlen must be below the {tokens} tokens of the {split} text{which}, "
-            f"got {seqlen}"
+            f"data.seqlen must be below the {tokens} tokens of the {split} text, "
+            f"got {seqlen}{more}"
         )

@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
-from training.model import base_model, unwrapped
+from flash_attn.models import to_hf
+from flash_attn.models._hf_fields import fields_of
+from training.model import unwrapped
 
 if TYPE_CHECKING:
     from training.trainer import Trainer
@@ -20,9 +23,12 @@ _WORDS = "transformer.embeddings.word_embeddings.weight"
 def export(trainer: Trainer) -> Path:
     """Write the weights, the averaged ones where there are, and return their folder.
 
-    ``model/``: config.json and model.safetensors, for ``from_pretrained`` of GPTLMHeadModel or of
-    transformers; with LoRA ``adapter/``, for PEFT's ``PeftModel.from_pretrained``. All processes
-    must call this; the first writes.
+    ``model/``: config.json, model.safetensors and the tokenizer. A fine-tuned model is of its
+    folder's kind, a new one GPT-2, Mistral or Qwen 3 where it has their shape, for transformers and
+    for flash_attn.models.from_hf; any other is for from_hf alone. With LoRA ``adapter/``, for
+    PEFT's ``PeftModel.from_pretrained``. All processes must call this; the first writes.
+
+    Raises RuntimeError for a head that is no longer the embedding it is tied to.
     """
     language_model = unwrapped(trainer.model)
     model, has_lora = language_model.model, trainer.settings.model.lora.rank > 0
@@ -33,23 +39,17 @@ def export(trainer: Trainer) -> Path:
     with trainer.averaged():  # until all is written: the state dict may be the model's own tensors
         state = get_model_state_dict(language_model, options=options)
         state = {name.removeprefix("model."): value for name, value in state.items()}
-        if trainer.is_first and hasattr(model, "save_pretrained"):
-            model.save_pretrained(folder, state_dict=state)
-        elif trainer.is_first:
-            _save(base_model(model).config, state, folder)
+        if trainer.is_first:
+            _save(trainer, model, state, folder)
+            trainer.corpus.tokenizer.save(folder)
     return folder
 
 
-def _save(config, state: dict[str, torch.Tensor], folder: Path) -> None:
-    from safetensors.torch import save_file
-
-    if config.tie_word_embeddings:  # the head's weight is the embedding's
-        head, words = state.pop("lm_head.weight", None), state.get(_WORDS)
-        if head is not None and words is not None and not torch.equal(head, words):
-            raise ValueError(
-                f"lm_head.weight must be {_WORDS} where config.tie_word_embeddings is True, and "
-                "they differ: the folder would have the embeddings alone"
-            )
-    config.save_pretrained(folder)
-    state = {name: value.contiguous() for name, value in state.items()}
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+def _save(trainer: Trainer, model: nn.Module, state: dict[str, torch.Tensor], folder: Path) -> None:
+    if hasattr(model, "save_pretrained"):  # PEFT's and transformers'
+        model.save_pretrained(folder, state_dict=state)
+        return
+    fields = getattr(model.config, "hf_config", None)
+    if fields is None:
+        fields = fields_of(model.config, trainer.settings.data.seqlen)
+    to_hf(model, folder, config=fields, state_dict=state)

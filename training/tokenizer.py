@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -10,6 +12,16 @@ from typing import Protocol
 import numpy as np
 
 from training.settings import DataSettings, SettingError
+
+
+# Of a tokenizer's folder.
+_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
 
 
 class TextTokenizer(Protocol):
@@ -22,6 +34,9 @@ class TextTokenizer(Protocol):
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]: ...
 
     def decode(self, tokens: Sequence[int]) -> str: ...
+
+    def save(self, folder: Path) -> None:
+        """Write what the tokenizers library and transformers read: tokenizer.json and more."""
 
 
 class ByteTokenizer:
@@ -37,6 +52,34 @@ class ByteTokenizer:
     def decode(self, tokens: Sequence[int]) -> str:
         return bytes(map(int, tokens)).decode("utf-8", errors="replace")
 
+    def save(self, folder: Path) -> None:
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+        characters = _byte_characters()
+        vocabulary = {character: byte for byte, character in enumerate(characters)}
+        tokenizer = Tokenizer(models.BPE(vocabulary, []))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        _write(folder, tokenizer.to_str(), characters[self.end_of_text])
+
+
+def _byte_characters() -> list[str]:
+    """The characters that stand for bytes in byte-level vocabularies: printable ones for
+    themselves, the others, in their order, from U+0100 on (Radford et al. 2019)."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = [byte for byte in range(256) if byte not in printable]
+    return [chr(b) if b in printable else chr(256 + others.index(b)) for b in range(256)]
+
+
+def _write(folder: Path, content: str, end_of_text: str) -> None:
+    fields = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": end_of_text,
+        "eos_token": end_of_text,
+    }
+    (folder / "tokenizer.json").write_text(content, encoding="utf-8")
+    (folder / "tokenizer_config.json").write_text(json.dumps(fields, indent=2) + "\n")
+
 
 class BpeTokenizer:
     """A tokenizer.json, run by the tokenizers library."""
@@ -45,6 +88,7 @@ class BpeTokenizer:
         from tokenizers import Tokenizer
 
         content = path.read_bytes()
+        self._path, self._text = path, end_of_text
         self._tokenizer = Tokenizer.from_str(content.decode())
         self.vocab_size = self._tokenizer.get_vocab_size()
         token = self._tokenizer.token_to_id(end_of_text)
@@ -59,6 +103,14 @@ class BpeTokenizer:
 
     def decode(self, tokens: Sequence[int]) -> str:
         return self._tokenizer.decode(list(tokens))
+
+    def save(self, folder: Path) -> None:
+        if self._path.name != "tokenizer.json":  # of the corpus
+            _write(folder, self._tokenizer.to_str(), self._text)
+            return
+        for name in _FILES:
+            if (file := self._path.with_name(name)).is_file():
+                shutil.copyfile(file, folder / name)
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, end_of_text: str, path: Path) -> None:

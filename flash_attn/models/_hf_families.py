@@ -9,7 +9,8 @@ from typing import NamedTuple, Optional
 from flash_attn.models._config import STOCK, GPTOptions
 from flash_attn.models._gpt2_names import gpt2
 from flash_attn.models._hf_config import gpt2_config
-from flash_attn.models._hf_folder import HFConfig
+from flash_attn.models._hf_folder import OWN_TYPE, HFConfig
+from flash_attn.models._hf_own import own_config, own_layout
 from flash_attn.models._state_dict import Layout
 
 
@@ -76,7 +77,9 @@ def _gpt2_itself(theirs: HFConfig):
 
 
 def family_of(model_type: str) -> Family:
-    """Return how models of a kind that ``_hf_defaults.DEFAULTS`` has are converted."""
+    """Return how models of a kind that ``_hf_folder.model_type_of`` returns are converted."""
+    if model_type == OWN_TYPE:
+        return Family(own_config, own_layout)
     if model_type == "gpt2":
         return Family(_gpt2_itself, gpt2)
     module, to_config, layout = _FUNCTIONS[model_type]

@@ -10,6 +10,7 @@ from typing import Any, Optional
 
 import torch
 
+from flash_attn.models._config import FIELDS
 from flash_attn.models._hf_defaults import DEFAULTS
 
 # architectures: model_type, of files that have no model_type.
@@ -41,6 +42,10 @@ _ARCHITECTURES = {
 _ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+# model_type of a model that is of no kind that Hugging Face has: config.json has the attributes of
+# this package, the files of weights its names.
+OWN_TYPE = "flash_attn_gpt"
 
 
 class MissingField(ValueError, AttributeError):
@@ -79,12 +84,17 @@ def model_type_of(fields: Mapping[str, Any]) -> str:
     kind, architectures = fields.get("model_type"), fields.get("architectures") or []
     if kind is None:
         kind = next((_ARCHITECTURES[a] for a in architectures if a in _ARCHITECTURES), None)
-    if kind in DEFAULTS:
+    if kind in DEFAULTS or kind == OWN_TYPE:
         return kind
     raise ValueError(
         f"config.json's model_type must be one of {', '.join(DEFAULTS)}, got {kind!r} "
         f"(architectures {architectures!r:.80})"
     )
+
+
+def _own_defaults() -> dict[str, Any]:
+    defaults = {name: default for name, (default, _) in FIELDS.items()}
+    return {**dict.fromkeys(TOKENS), **defaults}
 
 
 def _check_rope(kind: str, fields: Mapping[str, Any]) -> None:
@@ -143,6 +153,8 @@ def config_of(fields: Mapping[str, Any]) -> HFConfig:
             is of another type.
     """
     kind = model_type_of(fields)
+    if kind == OWN_TYPE:  # whose attributes are checked where the model is made
+        return HFConfig(**{**_own_defaults(), **fields})
     _check_types(kind, fields)
     _check_rope(kind, fields)
     given = {**fields, "model_type": kind}

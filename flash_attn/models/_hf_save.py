@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flash_attn._arguments import as_int
-from flash_attn.models._config import FIELDS, options_of
+from flash_attn.models._config import FIELDS, GPTOptions, options_of
 from flash_attn.models._hf import converted_config
 from flash_attn.models._hf_families import Family
 from flash_attn.models._hf_folder import TOKENS, model_type_of
@@ -25,7 +25,8 @@ from flash_attn.utils.distributed import group_rank, group_size
 
 __all__ = ["to_hf"]
 
-# Attributes that say how a model computes, or is trained, rather than what.
+# Attributes that say how a model computes, or is trained, rather than what; n_inner's width of the
+# MLP is compared with mlp_multiple_of in it.
 _FREE = {
     "attn_checkpointing",
     "attn_pdrop",
@@ -37,6 +38,7 @@ _FREE = {
     "fused_mlp",
     "initializer_range",
     "mlp_checkpoint_lvl",
+    "mlp_multiple_of",
     "pad_vocab_size_multiple",
     "process_group",
     "resid_pdrop",
@@ -78,16 +80,28 @@ def _fields_of(model: GPTLMHeadModel, config) -> dict[str, Any]:
     return dict(fields)
 
 
+def _values(options: GPTOptions) -> dict[str, Any]:
+    """What a model is, by attribute; the width of its MLP by what it comes to."""
+    values = {name: getattr(options, name) for name in FIELDS if name not in _FREE}
+    return {**values, "n_inner": options.hidden_features, "window_size": (*options.window_size,)}
+
+
+def difference(config, other) -> Optional[tuple[str, Any, Any]]:
+    """Return the first attribute by which two configurations are of different models, with both
+    values; None: they are of one."""
+    own, theirs = _values(options_of(config)), _values(options_of(other))
+    pairs = ((name, value, theirs[name]) for name, value in own.items())
+    return next((pair for pair in pairs if pair[1] != pair[2]), None)
+
+
 def _check_same(model: GPTLMHeadModel, converted) -> None:
     """Raise ValueError for a configuration that is not the model's."""
-    own, other = options_of(model.config), options_of(converted)
-    for name in FIELDS:
-        mine, theirs = getattr(own, name), getattr(other, name)
-        if name not in _FREE and mine != theirs:
-            raise ValueError(
-                f"the model's config.{name} is {mine!r:.80}, but {theirs!r:.80} by the "
-                "configuration of Hugging Face to write"
-            )
+    if (found := difference(model.config, converted)) is not None:
+        name, mine, theirs = found
+        raise ValueError(
+            f"the model's config.{name} is {mine!r:.80}, but {theirs!r:.80} by the "
+            "configuration of Hugging Face to write"
+        )
 
 
 def _whole_state_dict(model: GPTLMHeadModel) -> Optional[dict[str, Tensor]]:
