@@ -128,11 +128,13 @@ class TensorBoardLog(Callback):
 class Progress(Callback):
     """A bar of tqdm on a terminal; elsewhere, or without tqdm, a line every ``log_every`` steps.
 
+    The loss is the mean of the steps since the line before, those of metrics.csv are each step's.
+
     lines: at most so many lines in a run; null: all.
     """
 
     def __init__(self, lines: int | None = None):
-        self._lines, self._bar, self._smooth, self._steps = lines, None, 0.0, 0
+        self._lines, self._bar, self._losses = lines, None, []
 
     def on_start(self, trainer: Trainer) -> None:
         if trainer.is_first and sys.stdout.isatty():
@@ -144,27 +146,30 @@ class Progress(Callback):
             self._bar = tqdm(total=steps, initial=trainer.step, unit="step", dynamic_ncols=True)
 
     def on_step(self, trainer: Trainer, metrics: dict[str, float]) -> None:
-        self._steps += 1
-        self._smooth += max(0.05, 1 / self._steps) * (metrics["loss"] - self._smooth)
+        self._losses.append(metrics["loss"])
         if self._bar is not None:
             self._bar.update()
-        if "tokens_per_second" not in metrics:
+        if "tokens_per_second" not in metrics or (
+            self._bar is None and not self._is_due(trainer)
+        ):
             return
+        mean = sum(self._losses) / len(self._losses)
+        self._losses.clear()
         text = (
-            f"loss {self._smooth:.4f}  lr {metrics['lr']:.2e}  "
+            f"loss {mean:.4f}  lr {metrics['lr']:.2e}  "
             f"{metrics['tokens_per_second']:,.0f} tokens/s  MFU {metrics['mfu']:.1%}"
         )
         if self._bar is not None:
             self._bar.set_postfix_str(text)
-        else:
-            self._line(trainer, text)
+            return
+        steps = trainer.settings.trainer.max_steps
+        trainer.say(f"step {trainer.step:>{len(str(steps))}}/{steps}  {text}")
 
-    def _line(self, trainer: Trainer, text: str) -> None:
+    def _is_due(self, trainer: Trainer) -> bool:
         step, steps = trainer.step, trainer.settings.trainer.max_steps
         every = 1 if self._lines is None else max(steps // self._lines, 1)
         log_every = trainer.settings.trainer.log_every
-        if step // every > (step - log_every) // every:
-            trainer.say(f"step {step:>{len(str(steps))}}/{steps}  {text}")
+        return step // every > (step - log_every) // every
 
     def on_evaluation(self, trainer: Trainer, metrics: dict[str, float]) -> None:
         trainer.say(

@@ -94,7 +94,16 @@ def _pretrained(settings: ModelSettings) -> nn.Module:
     if settings.library == "flash_attn":
         from flash_attn.models import from_hf
 
-        return from_hf(settings.pretrained, dtype=torch.float32)
+        try:
+            model = from_hf(settings.pretrained, dtype=torch.float32)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise SettingError(
+                f"model.pretrained must be a folder that flash_attn.models.from_hf reads, got "
+                f"{settings.pretrained!r}: {error}; model.library=transformers takes transformers' "
+                "own model"
+            ) from None
+        model.name_or_path = settings.pretrained  # which PEFT notes with an adapter
+        return model
     from transformers import AutoModelForCausalLM
 
     from flash_attn import integrations

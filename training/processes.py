@@ -65,17 +65,20 @@ def set_rng_state(state: dict) -> None:
 
 
 class StopSignal:
-    """Whether SIGTERM or SIGUSR1 (of a cluster's scheduler) asks this process to end."""
+    """Whether SIGTERM or SIGUSR1 (of a cluster's scheduler), or SIGINT (Ctrl-C), asks this process
+    to end. A second SIGINT interrupts at once."""
 
     def __init__(self):
         self.arrived = False
         self._before = {
             number: signal.signal(number, self._arrive)
-            for number in (signal.SIGTERM, signal.SIGUSR1)
+            for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
         }
 
-    def _arrive(self, *_) -> None:
+    def _arrive(self, number: int, _) -> None:
         self.arrived = True
+        if number == signal.SIGINT:
+            signal.signal(number, signal.default_int_handler)
 
     def restore(self) -> None:
         """Let the signals do what they did before."""

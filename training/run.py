@@ -10,13 +10,16 @@ import os
 import sys
 import sysconfig
 import traceback
+from difflib import get_close_matches
 from pathlib import Path
 
 import hydra
 import torch.distributed as dist
 from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from training.callbacks import Callback
 from training.checkpoint import CheckpointError
@@ -36,6 +39,10 @@ ConfigStore.instance().store("schema", Settings)
 _REFUSALS = (SettingError, CorpusError, TokenFileError, CheckpointError, FloatingPointError)
 
 
+def _in_one_line(text: str) -> str:
+    return "; ".join(filter(None, (line.strip() for line in text.splitlines()))).replace(":;", ":")
+
+
 def make_callbacks(section: dict) -> list[Callback]:
     """Return the callbacks of the settings; null leaves one out. Raises SettingError."""
     callbacks = []
@@ -45,7 +52,7 @@ def make_callbacks(section: dict) -> list[Callback]:
         try:
             callbacks.append(instantiate(options))
         except Exception as error:
-            reason = str(error.__cause__ or error).splitlines()[0]
+            reason = _in_one_line(str(error.__cause__ or error))
             raise SettingError(
                 f"callbacks.{name} must be a callback, got {options}: {reason}"
             ) from None
@@ -98,6 +105,10 @@ def main(config: DictConfig) -> None:
         print(f"error: {error}", file=sys.stderr, flush=True)
         _leave()
         raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
+        _leave()
+        raise SystemExit(130) from None
     except Exception:
         traceback.print_exc()
         _leave()
@@ -114,5 +125,47 @@ def _leave() -> None:
         os._exit(1)
 
 
+def _refusal(error: Exception) -> str:
+    """Return one sentence of what Hydra does not compose."""
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else None
+    key = getattr(cause or error, "full_key", None)
+    if isinstance(cause, (ConfigKeyError, ConfigAttributeError)) and key:
+        section, _, _ = key.rpartition(".")
+        known = _field_names(section)
+        near = get_close_matches(key, known, 1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+        return f"{key} is no setting; {hint}"
+    if cause is not None and key:
+        return f"{key}: {str(cause.msg or cause).splitlines()[0]}"
+    text = str(error).removeprefix("In 'config': ")
+    name, found, options = text.partition("Available options in ")
+    if found:
+        known = ", ".join(options.partition("Config search path:")[0].partition(":")[2].split())
+        return f"{_in_one_line(name)}; there are {known}"
+    return _in_one_line(text)
+
+
+def _field_names(section: str) -> list[str]:
+    fields = as_dict(Settings())
+    for part in filter(None, section.split(".")):
+        fields = fields.get(part) or {}
+    return [f"{section}.{name}" if section else name for name in fields]
+
+
+def check_command_line(arguments: list[str]) -> None:
+    """Raise SettingError for what Hydra would refuse in several lines."""
+    if any(argument.startswith("-") for argument in arguments):  # Hydra's own
+        return
+    try:
+        with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            hydra.compose("config", overrides=arguments)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise SettingError(_refusal(error)) from None
+
+
 if __name__ == "__main__":
+    try:
+        check_command_line(sys.argv[1:])
+    except SettingError as error:
+        raise SystemExit(f"error: {error}") from None
     main()

@@ -162,6 +162,11 @@ class Trainer:
             self._checkpoints.wait()
             if not self.stop:
                 self.say(f"wrote {export(self)}")
+            else:
+                stored = self._checkpoints.newest()
+                self.say(
+                    f"stopped at step {self.step}, stored in {stored}; the same command goes on"
+                )
         finally:
             signals.restore()
             self._tell("on_end")

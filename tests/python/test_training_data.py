@@ -193,3 +193,16 @@ def test_loader_goes_on_where_it_was(tmp_path, workers, later_workers):
     batches = iter(later)
     for batch in expected:
         assert torch.equal(next(batches), batch)
+
+
+def test_fewer_documents_than_hold_out_hold_out_the_last(tmp_path):
+    for name in ("a", "b", "c"):
+        (tmp_path / f"{name}.txt").write_text(name * 9)
+    corpus = prepare(
+        settings(tmp_path, train=[f"{tmp_path}/*.txt"], hold_out=200, tokenizer="bytes")
+    )
+    assert bytes(open_tokens(corpus.train)[1].tolist()) == b"a" * 9 + b"\0" + b"b" * 9 + b"\0"
+    assert bytes(open_tokens(corpus.validation)[1].tolist()) == b"c" * 9 + b"\0"
+    one = settings(tmp_path, train=[f"{tmp_path}/a.txt"], hold_out=200, tokenizer="bytes")
+    with pytest.raises(SettingError, match=r"one document, got 200: set data\.hold_out=0, "):
+        prepare(one)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -160,3 +161,12 @@ def test_tokenizer_larger_than_the_model_is_refused(hugging_face_folder, tmp_pat
     with pytest.raises(SettingError, match=r"model.pretrained has a vocabulary of 300 tokens"):
         finetune(tmp_path, hugging_face_folder, "transformers", "q_proj",
                  data__tokenizer_folder=str(larger))  # fmt: skip
+
+
+def test_pretrained_model_of_an_unknown_kind_is_a_sentence(hugging_face_folder, tmp_path):
+    folder = tmp_path / "other"
+    shutil.copytree(hugging_face_folder, folder)
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**fields, "model_type": "mixtral"}))
+    with pytest.raises(SettingError, match=r"got .*'mixtral'.*; model\.library=transformers takes"):
+        finetune(tmp_path, folder, "flash_attn", "Wqkv")

@@ -11,7 +11,7 @@ from torch import nn
 from training_cases import command, overrides, run_here
 
 from training.optim import MovingAverage, make_optimizer, parameter_groups
-from training.run import CONFIGS, compose_settings, make_callbacks
+from training.run import CONFIGS, check_command_line, compose_settings, make_callbacks
 from training.schedules import factor, make_scheduler
 from training.settings import OptimizerSettings, SchedulerSettings, SettingError, settings_from
 
@@ -149,23 +149,45 @@ def test_samples_that_cannot_be_made_are_named(options, tmp_path):
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
-        ("trainer.max_steps=soon", "'soon' of type 'str' could not be converted to Integer"),
-        ("trainer.max_stepz=3", "Key 'max_stepz' not in 'TrainerSettings'"),
-        ("model=gpt5", "Could not find 'model/gpt5'"),
+        (
+            "trainer.max_steps=soon",
+            "trainer.max_steps: Value 'soon' of type 'str' could not be converted to Integer",
+        ),
+        ("trainer.max_step=3", "trainer.max_step is no setting; did you mean trainer.max_steps?"),
+        ("tainer.max_steps=3", "tainer is no setting; did you mean trainer?"),
+        ("trainer=fast", "Could not find 'trainer/fast'; there are cluster, default"),
+        ("data.train=[x", "no viable alternative at input '[x'; See https://hydra.cc"),
     ],
 )
-def test_wrong_type_and_unknown_names_are_refused(override, sentence, tmp_path):
-    from hydra.errors import HydraException
+def test_wrong_type_and_unknown_names_are_one_sentence(override, sentence, tmp_path):
+    with pytest.raises(SettingError) as caught:
+        check_command_line([*overrides(tmp_path), override])
+    assert str(caught.value).startswith(sentence)
+    assert "\n" not in str(caught.value)
+    check_command_line(overrides(tmp_path))
 
-    with pytest.raises(HydraException) as caught:
-        compose_settings([*overrides(tmp_path), override])
-    causes = [caught.value, caught.value.__cause__]
-    assert sentence in "\n".join(map(str, causes))
+
+def test_wrong_command_line_is_one_line(tmp_path):
+    result = command(tmp_path, "experiment=tinny")
+    assert result.returncode == 1
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: Could not find 'experiment/tinny'; there are finetune-lora, ")
+    assert line.endswith("tiny")
 
 
 def test_callback_that_is_none_is_refused():
     with pytest.raises(SettingError, match=r"callbacks.mine must be a callback, got .*no.such"):
         make_callbacks({"mine": {"_target_": "no.such"}, "other": None})
+
+
+class Particular:
+    def __init__(self):
+        raise ValueError("two things:\n  one\n  other")
+
+
+def test_reason_of_a_callback_is_whole():
+    with pytest.raises(SettingError, match="got .*: two things: one; other$"):
+        make_callbacks({"mine": {"_target_": f"{__name__}.Particular"}})
 
 
 def test_refusal_is_a_sentence_and_status_1_and_nothing_is_written(tmp_path):
