@@ -46,7 +46,10 @@ def export(trainer: Trainer) -> Path:
 
 
 def _save(trainer: Trainer, model: nn.Module, state: dict[str, torch.Tensor], folder: Path) -> None:
-    if hasattr(model, "save_pretrained"):  # PEFT's and transformers'
+    if trainer.settings.model.lora.rank:  # PEFT need not look whether the vocabulary has grown
+        model.save_pretrained(folder, state_dict=state, save_embedding_layers=False)
+        return
+    if hasattr(model, "save_pretrained"):  # transformers'
         model.save_pretrained(folder, state_dict=state)
         return
     fields = getattr(model.config, "hf_config", None)

@@ -163,10 +163,9 @@ class Trainer:
             if not self.stop:
                 self.say(f"wrote {export(self)}")
             else:
-                stored = self._checkpoints.newest()
-                self.say(
-                    f"stopped at step {self.step}, stored in {stored}; the same command goes on"
-                )
+                stored, resume = self._checkpoints.newest(), self.settings.trainer.resume
+                by = "the same command" if resume == "auto" else "trainer.resume=auto"
+                self.say(f"stopped at step {self.step}, stored in {stored}; {by} goes on")
         finally:
             signals.restore()
             self._tell("on_end")

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import signal
 
 import pytest
 import torch
 from training_cases import COURSE, command, rows, run_here
 
 from training.checkpoint import CheckpointError, verify
-from training.processes import start_processes
+from training.processes import StopSignal, start_processes
 from training.settings import SettingError
 
 # Dropout draws from the generators; a step has two micro batches; evaluation and the averaged
@@ -271,11 +272,38 @@ def test_stop_after_minutes_stores_a_checkpoint(whole, tmp_path):
     assert same(weights(trainer), weights(whole[1]))
 
 
-def test_signal_of_a_scheduler_ends_the_run_with_a_checkpoint(whole, tmp_path):
-    fault = {"+callbacks__end": "{_target_: training_faults.SignalAfter, step: 4}"}
-    assert run_here(tmp_path, **fault, **EVERYTHING).step == 5
-    assert (tmp_path / "run" / "checkpoints" / "step-00000005").is_dir()
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_ends_the_run_with_a_checkpoint(number, whole, tmp_path, capsys):
+    signals = f"{{_target_: training_faults.SignalAfter, step: 4, signal: {int(number)}}}"
+    assert run_here(tmp_path, **{"+callbacks__end": signals}, **EVERYTHING).step == 5
+    stored = tmp_path / "run" / "checkpoints" / "step-00000005"
+    assert stored.is_dir()
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == f"stopped at step 5, stored in {stored}; the same command goes on"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert same(weights(run_here(tmp_path, **EVERYTHING)), weights(whole[1]))
+
+
+def test_second_interrupt_ends_at_once():
+    before, signals = signal.getsignal(signal.SIGINT), StopSignal()
+    try:
+        signal.raise_signal(signal.SIGINT)
+        assert signals.arrived
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    finally:
+        signals.restore()
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_line_has_the_mean_loss_since_the_line_before(tmp_path, capsys):
+    progress = {"+callbacks__progress": "{_target_: training.callbacks.Progress}"}
+    run_here(tmp_path, trainer__max_steps=7, **progress)
+    losses = [float(loss) for (loss,) in rows(tmp_path / "run", "loss") if loss]
+    lines = [line for line in capsys.readouterr().out.splitlines() if " lr " in line]
+    printed = [float(line.split("loss ")[1].split()[0]) for line in lines]
+    means = [sum(part) / len(part) for part in (losses[:3], losses[3:6], losses[6:])]
+    assert printed == pytest.approx(means, abs=6e-5)
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path):

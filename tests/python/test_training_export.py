@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -124,3 +125,29 @@ def test_head_that_is_no_longer_the_embedding_is_not_dropped(tmp_path):
     with pytest.raises(RuntimeError, match=r"lm_head\.weight and .* differ"):
         to_hf(model, tmp_path / "x", config=fields_of(model.config, 16), state_dict=state)
     assert not (tmp_path / "x").exists()
+
+
+def test_adapter_of_a_converted_model_is_loaded_and_merged(hugging_face_folder, tmp_path, caplog):  # noqa: F811
+    from peft import PeftModel
+    from transformers import LlamaForCausalLM
+
+    from flash_attn.models import from_hf, to_hf
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*renamed")
+        trainer = finetune(
+            tmp_path, hugging_face_folder, "flash_attn", "Wqkv,out_proj", trainer__max_steps=4
+        )
+    assert "instantiate a model of type" not in caplog.text
+    folder = tmp_path / "run" / "adapter"
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(hugging_face_folder)
+    tokens = torch.stack([trainer.dataset[i] for i in range(3)])
+    expected = logits_of(trainer, tokens)
+    plain = from_hf(hugging_face_folder)
+    adapted = PeftModel.from_pretrained(from_hf(hugging_face_folder), folder).eval()
+    to_hf(adapted.merge_and_unload(), tmp_path / "merged")
+    theirs = LlamaForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    with torch.no_grad():
+        assert (plain(tokens).logits - expected).abs().max() > 1e-2
+        torch.testing.assert_close(theirs(tokens).logits, expected, rtol=1e-4, atol=1e-4)

@@ -42,12 +42,12 @@ class KillAfter(Callback):
 class SignalAfter(Callback):
     """Sends the process what a cluster's scheduler sends before it takes the machine."""
 
-    def __init__(self, step: int):
-        self._step = step
+    def __init__(self, step: int, signal: int = signal.SIGTERM):
+        self._step, self._signal = step, signal
 
     def on_step(self, trainer, metrics):
         if trainer.step == self._step:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), self._signal)
 
 
 class KillInCheckpoint(Callback):
