@@ -149,9 +149,7 @@ class Progress(Callback):
         self._losses.append(metrics["loss"])
         if self._bar is not None:
             self._bar.update()
-        if "tokens_per_second" not in metrics or (
-            self._bar is None and not self._is_due(trainer)
-        ):
+        if "tokens_per_second" not in metrics or (self._bar is None and not self._is_due(trainer)):
             return
         mean = sum(self._losses) / len(self._losses)
         self._losses.clear()

@@ -185,6 +185,5 @@ def _check_length(path: Path, split: str, seqlen: int) -> None:
         if split == "validation":
             more = "; a smaller data.hold_out holds out more documents, 0 none"
         raise TokenFileError(
-            f"data.seqlen must be below the {tokens} tokens of the {split} text, "
-            f"got {seqlen}{more}"
+            f"data.seqlen must be below the {tokens} tokens of the {split} text, got {seqlen}{more}"
         )

@@ -25,7 +25,7 @@ from training.callbacks import Callback
 from training.checkpoint import CheckpointError
 from training.corpus import Corpus, CorpusError, prepare
 from training.processes import start_processes
-from training.settings import SettingError, Settings, settings_from
+from training.settings import SettingError, Settings, as_dict, settings_from
 from training.token_file import TokenFileError
 from training.trainer import Trainer
 

@@ -13,7 +13,6 @@ import numpy as np
 
 from training.settings import DataSettings, SettingError
 
-
 # Of a tokenizer's folder.
 _FILES = (
     "tokenizer.json",

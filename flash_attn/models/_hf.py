@@ -166,8 +166,9 @@ def from_hf(
     """Make a model with the configuration and weights of a folder of Hugging Face.
 
     ``config.json``'s ``model_type`` says which kind of model it is; docs/models.md has those that
-    are converted. Weights are safetensors or ``.bin`` files, one or several with an index, and are
-    mapped into memory. No model code of transformers is run, and none of the folder's.
+    are converted, and ``flash_attn_gpt`` is this package's own. Weights are safetensors or ``.bin``
+    files, one or several with an index, and are mapped into memory. No model code of transformers is
+    run, and none of the folder's.
 
     Args:
         folder: with ``config.json`` and weights.

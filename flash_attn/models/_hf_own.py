@@ -1,5 +1,5 @@
-"""A ``config.json`` with the attributes of this package, and weights by its own names: of models that
-are of no kind that Hugging Face has."""
+"""A ``config.json`` with the attributes of this package, and weights by its own names: of models
+that are of no kind that Hugging Face has."""
 
 from __future__ import annotations
 

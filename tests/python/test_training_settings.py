@@ -186,7 +186,7 @@ class Particular:
 
 
 def test_reason_of_a_callback_is_whole():
-    with pytest.raises(SettingError, match="got .*: two things: one; other$"):
+    with pytest.raises(SettingError, match=r"got .*: two things: one; other$"):
         make_callbacks({"mine": {"_target_": f"{__name__}.Particular"}})
 
 
