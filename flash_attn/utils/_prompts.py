@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from operator import index
 from typing import Optional, Union
@@ -145,9 +145,30 @@ def position_limit(model: nn.Module) -> Optional[int]:
     return None
 
 
+# What libraries call arguments that are others here.
+_ELSEWHERE = {
+    "attention_mask": "give prompts of different lengths as a list of tensors, or filled up on the "
+    "right with lengths",
+    "do_sample": "top_k=0 draws from all tokens, top_k=1, the default, takes the most likely one",
+    "max_tokens": "max_new_tokens bounds those after the prompt",
+    "num_beams": "there is no beam search",
+    "num_return_sequences": "repeat the prompt",
+}
+
+
+def check_names(function: str, options: Collection[str], known: Collection[str]) -> None:
+    """Raise TypeError for an argument that a function does not have."""
+    unknown = next((name for name in options if name not in known), None)
+    if unknown is not None:
+        instead = _ELSEWHERE.get(unknown, f"it has {', '.join(sorted(known))}")
+        raise TypeError(f"{function} has no argument {unknown!r}: {instead}")
+
+
 def _limits(prompts: Prompts, max_length, max_new_tokens) -> list[int]:
     if (max_length is None) == (max_new_tokens is None):
-        raise ValueError("give either max_length or max_new_tokens")
+        raise ValueError(
+            f"give either max_length or max_new_tokens, got {max_length} and {max_new_tokens}"
+        )
     if max_length is None:
         new = as_int("max_new_tokens", max_new_tokens)
         if new < 1:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
+from inspect import signature
 from typing import Callable, Optional, Union
 
 import torch
@@ -18,7 +19,7 @@ from flash_attn.utils._cuda_graphs import DecodingCGCache, capture_graph, update
 from flash_attn.utils._decoding import Cached, Decoding, assembled
 from flash_attn.utils._generated import DecoderOnlyOutput, as_output, stream_to, timing
 from flash_attn.utils._inference_params import InferenceParams, Packing
-from flash_attn.utils._prompts import Prompts, Request, make_request
+from flash_attn.utils._prompts import Prompts, Request, check_names, make_request
 from flash_attn.utils._sampling import (
     Sampling,
     modify_logits_for_min_p_filtering,
@@ -132,6 +133,23 @@ def _decode(*call, enable_timing: bool = False, streamer=None, keep_scores: bool
     return assembled(prompts, steps, decoding.counts), tuple(step.logits for step in steps)
 
 
+def _sampling(top_k, top_p, temperature, *args, **options) -> Sampling:
+    """Return how tokens are chosen; warn the caller's caller, from one line once, of what
+    has no effect."""
+    sampling = Sampling(top_k, top_p, temperature, *args, **options)
+    if sampling.top_k == 1 and sampling.temperature != 0.0:
+        without_effect = {"temperature": (1.0,), "top_p": (0.0, 1.0), "min_p": (0.0,)}
+        values = {name: getattr(sampling, name) for name in without_effect}
+        given = [f"{n}={x}" for n, x in values.items() if x not in without_effect[n]]
+        if given:
+            warnings.warn(
+                f"{', '.join(given)} without effect: top_k=1, the default, takes the most likely "
+                "token; pass top_k=0 to draw from all tokens",
+                stacklevel=3,
+            )
+    return sampling
+
+
 def decode(
     input_ids: Union[Tensor, Sequence[Tensor]],
     model: nn.Module,
@@ -194,7 +212,7 @@ def decode(
         ValueError: an argument is out of range, or the sequences get longer than the model or the
             cache has room for.
     """
-    sampling = Sampling(top_k, top_p, temperature, min_p, repetition_penalty, generator)
+    sampling = _sampling(top_k, top_p, temperature, min_p, repetition_penalty, generator)
     return as_output(
         *_decode(
             input_ids,
@@ -256,7 +274,7 @@ def decode_speculative(
     """
     lookahead = checked_lookahead(speculative_lookahead)
     prompts = Prompts(input_ids, lengths)
-    sampling = Sampling(top_k, top_p, temperature, min_p, repetition_penalty, generator)
+    sampling = _sampling(top_k, top_p, temperature, min_p, repetition_penalty, generator)
     options = {"eos_token_id": eos_token_id, "pad_token_id": pad_token_id}
     options.update(vocab_size=vocab_size, max_new_tokens=max_new_tokens)
     request = make_request(model, prompts, max_length, sampling, **options)
@@ -308,10 +326,14 @@ def allocate_inference_cache(
     return {i: torch.empty(shape, device=device, dtype=dtype) for i in indices}
 
 
-def _sampling_of(top_k, top_p, temperature, options: dict) -> Sampling:
-    names = ("min_p", "repetition_penalty", "generator")
-    given = {name: options.pop(name) for name in names if name in options}
-    return Sampling(top_k, top_p, temperature, **given)
+def _taken(options: dict, *names: str) -> dict:
+    """Take options out of a dict, as far as it has them."""
+    return {name: options.pop(name) for name in names if name in options}
+
+
+_SAMPLING_OPTIONS = ("min_p", "repetition_penalty", "generator")
+# Those of ``decode`` that methods of a model pass on.
+_OPTIONS = frozenset(signature(decode).parameters) - {"input_ids", "model", "max_length"}
 
 
 class GenerationMixin:
@@ -333,7 +355,7 @@ class GenerationMixin:
     def generate(
         self,
         input_ids: Union[Tensor, Sequence[Tensor]],
-        max_length: Optional[int],
+        max_length: Optional[int] = None,
         top_k: int = 1,
         top_p: float = 0.0,
         temperature: float = 1.0,
@@ -344,13 +366,15 @@ class GenerationMixin:
         """Generate tokens after prompts; the arguments are those of ``decode``.
 
         Args:
+            max_length: or else ``max_new_tokens``, one of them is needed.
             return_dict_in_generate: whether to return what ``decode`` does.
             output_scores: whether that has ``scores``.
 
         Returns:
             ``sequences`` of ``decode``, or its output.
         """
-        sampling = _sampling_of(top_k, top_p, temperature, kwargs)
+        check_names("generate", kwargs, _OPTIONS)
+        sampling = _sampling(top_k, top_p, temperature, **_taken(kwargs, *_SAMPLING_OPTIONS))
         keeps = {"keep_scores": return_dict_in_generate and output_scores}
         call = (input_ids, self, max_length, sampling)
         sequences, scores = _decode(*call, **keeps, **self._with_vocab_size(kwargs))
@@ -361,7 +385,7 @@ class GenerationMixin:
     def stream(
         self,
         input_ids: Union[Tensor, Sequence[Tensor]],
-        max_length: Optional[int],
+        max_length: Optional[int] = None,
         top_k: int = 1,
         top_p: float = 0.0,
         temperature: float = 1.0,
@@ -372,7 +396,8 @@ class GenerationMixin:
         The arguments are those of ``decode``, without ``enable_timing`` and ``streamer``, and are
         checked at once. The cache goes when the iterator does.
         """
-        sampling = _sampling_of(top_k, top_p, temperature, kwargs)
+        check_names("stream", kwargs, _OPTIONS - {"enable_timing", "streamer"})
+        sampling = _sampling(top_k, top_p, temperature, **_taken(kwargs, *_SAMPLING_OPTIONS))
         _, decoding = _decoding(
             input_ids, self, max_length, sampling, **self._with_vocab_size(kwargs)
         )

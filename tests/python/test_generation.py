@@ -15,6 +15,7 @@ from flash_attn.utils.generation import (
     Packing,
     allocate_inference_cache,
     decode,
+    decode_speculative,
 )
 from flash_attn.utils.paged_cache import PagedKVCache
 
@@ -315,14 +316,38 @@ IDS = torch.tensor([[1, 2, 3]])
         ((IDS, POSITIONS + 1), {}, f"65 tokens .* exceed the {POSITIONS} positions"),
         ((IDS, None), {"max_new_tokens": 62}, f"65 tokens .* exceed the {POSITIONS} positions"),
         ((IDS, 9), {"cache": 5}, "cache must be a PagedKVCache, got int"),
+        ((IDS,), {}, "give either max_length or max_new_tokens, got None and None"),
+        ((IDS, 9), {"num_beams": 4}, "no argument 'num_beams': there is no beam search"),
+        ((IDS, 9), {"do_sample": True}, "no argument 'do_sample': top_k=0 draws"),
+        ((IDS, 9), {"attention_mask": IDS}, "no argument 'attention_mask': .* with lengths"),
+        ((IDS, 9), {"penalty": 1}, "no argument 'penalty': it has .*repetition_penalty"),
     ],
     ids=str,
 )
 def test_bad_arguments(args, options, message):
     model = TinyDecoder()
-    with pytest.raises((ValueError, TypeError), match=message):
-        model.generate(*args, **options)
+    for function in (model.generate, model.stream):
+        with pytest.raises((ValueError, TypeError), match=message):
+            function(*args, **options)
     assert not model.calls
+
+
+@pytest.mark.filterwarnings("error")
+def test_options_that_greedy_decoding_does_not_see(model):
+    calls = {
+        "generate": lambda **options: model.generate(IDS, 5, **options),
+        "stream": lambda **options: model.stream(IDS, 5, **options),
+        "decode": lambda **options: decode(IDS, model, 5, **options),
+        "speculative": lambda **options: decode_speculative(IDS, model, model, 5, **options),
+    }
+    for name, call in calls.items():
+        with pytest.warns(UserWarning, match="top_p=0.9 without effect: top_k=1") as caught:
+            call(temperature=0.8, top_p=0.9)
+        assert str(caught[0].message).startswith("temperature=0.8, top_p=0.9")
+        assert caught[0].filename == __file__, name
+        call(temperature=0.8, top_p=0.9, top_k=0)
+        call(temperature=0.0, top_p=0.9)  # asks for the likeliest
+        call(top_p=1.0, repetition_penalty=1.2)
 
 
 def test_all_positions_are_used():
