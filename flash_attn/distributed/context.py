@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
 from typing import Optional
 
 import torch
@@ -142,7 +144,9 @@ def share_sequences(model: torch.nn.Module, context: Optional[ContextParallel]) 
 
     Args:
         model: with ``MHA`` or ``ParallelMHA`` modules, such as ``GPTLMHeadModel``. It is then given
-            this process' tokens; where it has learned positions, ``position_ids``, too.
+            this process' tokens. Learned positions, of the model here or of ``GPT2Embeddings`` and
+            the like in another one, are those of the whole sequence without ``position_ids``; the
+            processes tell each other how many tokens they have.
         context: how; None: no longer.
 
     Returns:
@@ -168,7 +172,44 @@ def share_sequences(model: torch.nn.Module, context: Optional[ContextParallel]) 
                 raise ValueError(f"{where} must be {needed} to share sequences, got {value}")
     for module in modules.values():
         module.context_parallel = context
+    for module in model.modules():
+        _share_positions(module, context)
     return model
+
+
+def _share_positions(module: torch.nn.Module, context: Optional[ContextParallel]) -> None:
+    """Let a module of learned positions, if it is one, find those of its tokens in the whole."""
+    before = module.__dict__.pop("_shared_positions", None)
+    if before is not None:
+        before.remove()
+    counts = (getattr(module, n, None) for n in ("max_positions", "max_position_embeddings"))
+    most = next((n for n in counts if isinstance(n, int) and n > 0), None)
+    names = tuple(inspect.signature(module.forward).parameters)
+    if context is not None and most is not None and "position_ids" in names:
+        hook = functools.partial(_with_positions, context, names, most)
+        module._shared_positions = module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _with_positions(context: ContextParallel, names, most: int, module, args, kwargs):
+    """Add ``position_ids`` to a call that lacks them: a forward pre-hook.
+
+    Raises:
+        ValueError: the whole sequence has more tokens than positions.
+    """
+    given = {**dict(zip(names, args)), **kwargs}
+    ids = given.get("input_ids")
+    is_usual = given.get("position_ids") is None and given.get("inference_params") is None
+    if not is_usual or not isinstance(ids, Tensor) or ids.dim() != 2:
+        return None  # as it is asked, or an error of the module's own
+    if given.get("cu_seqlens") is not None:
+        positions = context.position_ids_varlen(given["cu_seqlens"])
+    else:
+        positions, seqlen = context.position_ids(ids.shape[1], ids.device)
+        if seqlen > most:
+            raise ValueError(
+                f"input_ids have {seqlen} tokens over all processes, the model has {most} positions"
+            )
+    return (), {**given, "position_ids": positions[None]}
 
 
 def _lengths(tokens: int, group, device) -> tuple[int, list[int]]:

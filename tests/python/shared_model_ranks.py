@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from flash_attn.distributed import ContextParallel, ring_attention, share_sequences
 from flash_attn.models.gpt import GPTLMHeadModel
+from flash_attn.modules.embedding import GPT2Embeddings
 from flash_attn.modules.mha import MHA, HeadOptions
 
 PROCESSES, BATCH, SEQLEN, DIM, HEADS, VOCABULARY = 2, 2, 24, 32, 4, 17
@@ -220,13 +221,62 @@ def check_gpt(mesh):
         mine = context.shard(tokens)
         positions, seqlen = context.position_ids(mine.shape[1])
         assert seqlen == SEQLEN
-        found = plain(model)(mine, positions[None]).logits
+        assert torch.equal(positions, positions_of(context, SEQLEN))
+        derived, found = model(mine).logits, plain(model)(mine, positions[None]).logits
+        assert torch.equal(derived, found)
         torch.testing.assert_close(found, context.shard(logits.detach()), rtol=1e-4, atol=1e-4)
         F.cross_entropy(found.flatten(0, 1), context.shard(labels).flatten()).backward()
         assert_same(gradients(model), gradients(whole))
 
 
-CHECKS = (check_gpt, check_wrappers, check_options, check_packed, check_autocast, check_compiled)
+def positions_of(context, seqlen):
+    return context.shard(torch.arange(seqlen)[None])[0]
+
+
+def check_learned_positions(mesh):
+    """Packed sequences, too many tokens, embeddings of another model, and the way back."""
+    torch.manual_seed(0)
+    model = GPTLMHeadModel(config(vocab_size=96, **CASES["gpt2"])).eval()
+    tokens, _ = texts()
+    row, most = tokens[:1], model.transformer.max_positions
+    whole = model(row).logits
+    cu_seqlens = torch.tensor([0, 5, SEQLEN], dtype=torch.int32)
+    packed = {"cu_seqlens": cu_seqlens, "max_seqlen": SEQLEN}
+    whole_packed = model(row, **packed).logits
+    context = ContextParallel(mesh, "ring", "zigzag")
+    share_sequences(share_sequences(model, context), context)  # the second time changes nothing
+    found = model(context.shard(row)).logits
+    torch.testing.assert_close(found, context.shard(whole), rtol=1e-4, atol=1e-4)
+    mine = context.shard(row[0], 0, cu_seqlens)[None]
+    expected = context.shard(whole_packed[0], 0, cu_seqlens)[None]
+    found = model(mine, **packed).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    too_many = torch.zeros(1, most + 1, dtype=torch.int64)
+    with pytest.raises(
+        ValueError, match=f"{most + 1} tokens over all processes.* {most} positions"
+    ):
+        model(context.shard(too_many))
+    other = torch.nn.ModuleDict({"embeddings": GPT2Embeddings(8, 96, 64), "mixer": MHA(8, 2)})
+    ids = torch.randint(0, 96, (2, SEQLEN), generator=torch.Generator().manual_seed(0))
+    expected = other["embeddings"](ids)
+    with pytest.raises(ValueError, match=r"mixer\.use_flash_attn must be True"):
+        share_sequences(other, context)
+    assert torch.equal(other["embeddings"](ids), expected)  # it was left as it was
+    other["mixer"] = MHA(8, 2, use_flash_attn=True)
+    share_sequences(other, context)
+    assert torch.equal(other["embeddings"](context.shard(ids)), context.shard(expected))
+    assert torch.equal(share_sequences(model, None)(row).logits, whole)
+
+
+CHECKS = (
+    check_gpt,
+    check_learned_positions,
+    check_wrappers,
+    check_options,
+    check_packed,
+    check_autocast,
+    check_compiled,
+)
 
 
 def run_rank(rank, port):
