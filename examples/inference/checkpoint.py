@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,6 +68,15 @@ def stop_tokens(folder: Path) -> frozenset[int]:
     return frozenset()
 
 
+def check_device(device: str) -> None:
+    """Raise ValueError for a device that cannot be used."""
+    try:
+        torch.empty(0, device=device)
+    except (AssertionError, RuntimeError) as error:  # torch has either, for one it is not made for
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device {device!r} cannot be used: {reason}") from None
+
+
 def load(folder: Path, dtype: str = "float32", device: str = "cpu") -> Checkpoint:
     """Load a folder.
 
@@ -76,11 +86,16 @@ def load(folder: Path, dtype: str = "float32", device: str = "cpu") -> Checkpoin
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file cannot be read, or the model is of a kind that is not known.
+        ValueError: a file cannot be read, the model is of a kind that is not known, or the device
+            is not there.
+        RuntimeError: weights do not fit ``config.json``.
     """
     from flash_attn.models import from_hf
 
     folder = Path(folder)
+    check_device(device)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not a folder")
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} has no config.json")
     tokenizer = read_tokenizer(folder)
@@ -90,3 +105,11 @@ def load(folder: Path, dtype: str = "float32", device: str = "cpu") -> Checkpoin
     names = ("max_position_embeddings", "n_positions")
     most = next((fields[name] for name in names if fields.get(name)), None)
     return Checkpoint(model, tokenizer, vocab_size, stop_tokens(folder), most)
+
+
+def load_or_exit(folder: Path, dtype: str, device: str = "cpu") -> Checkpoint:
+    """Load a folder for a program, which ends with a sentence and status 1 where it cannot."""
+    try:
+        return load(folder, dtype, device)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise SystemExit(f"{Path(sys.argv[0]).name}: {error}") from None

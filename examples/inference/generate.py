@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import torch
-from checkpoint import DTYPES, Checkpoint, load
+from checkpoint import DTYPES, Checkpoint, load_or_exit
 from serving.text import TokenText
 from tiny_checkpoint import folder_or_tiny
 
@@ -44,14 +44,17 @@ def generate(checkpoint: Checkpoint, options: argparse.Namespace, out=sys.stdout
     """Write the text after a prompt; return how many tokens it has."""
     prompt = sys.stdin.read() if options.prompt == "-" else options.prompt
     device = next(checkpoint.model.parameters()).device
-    tokens = torch.tensor([checkpoint.tokenizer.encode(prompt).ids], device=device)
+    ids = checkpoint.tokenizer.encode(prompt).ids
+    if not ids:
+        raise ValueError(f"--prompt must have at least one token, got {prompt!r}")
+    tokens = torch.tensor([ids], device=device)
     checkpoint.check_length(tokens.shape[1] + options.max_tokens)
     text, count = TokenText(checkpoint.tokenizer, tokens[0].tolist()), 0
     steps = checkpoint.model.stream(
         tokens,
         None,
         max_new_tokens=options.max_tokens,
-        temperature=options.temperature,
+        temperature=0.0 if options.top_k == 1 else options.temperature,
         top_k=options.top_k,
         top_p=options.top_p,
         min_p=options.min_p,
@@ -72,7 +75,7 @@ def generate(checkpoint: Checkpoint, options: argparse.Namespace, out=sys.stdout
 
 def main() -> None:
     options = parse_arguments()
-    checkpoint = load(folder_or_tiny(options.folder), options.dtype, options.device)
+    checkpoint = load_or_exit(folder_or_tiny(options.folder), options.dtype, options.device)
     start = time.perf_counter()
     try:
         count = generate(checkpoint, options)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 import uvicorn
-from checkpoint import DTYPES, Checkpoint, load
+from checkpoint import DTYPES, Checkpoint, load_or_exit
 from serving.app import Served, make_app
 from serving.engine import Engine
 from serving.scheduler import Scheduler
@@ -46,7 +46,7 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def served_of(checkpoint: Checkpoint, name: str, options: argparse.Namespace) -> Served:
     """Return what the application serves."""
-    num_blocks = options.cache_tokens // options.block_size
+    num_blocks = options.cache_tokens // max(options.block_size, 1)  # 0 is refused below
     # The last token of a sequence needs no place in the cache.
     most = None if checkpoint.max_seqlen is None else checkpoint.max_seqlen - 1
     limit = {} if most is None else {"max_seqlen": most}
@@ -70,8 +70,11 @@ def served_of(checkpoint: Checkpoint, name: str, options: argparse.Namespace) ->
 def main() -> None:
     options = parse_arguments()
     folder = folder_or_tiny(options.folder)
-    checkpoint = load(folder, options.dtype, options.device)
-    served = served_of(checkpoint, options.name or folder.resolve().name, options)
+    checkpoint = load_or_exit(folder, options.dtype, options.device)
+    try:
+        served = served_of(checkpoint, options.name or folder.resolve().name, options)
+    except ValueError as error:  # an option out of range
+        raise SystemExit(f"serve.py: {error}") from None
     # At SIGTERM or control-C it takes no more connections and ends what runs, or gives it up.
     uvicorn.run(
         make_app(served),

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from checkpoint import DTYPES, Checkpoint, load
+from checkpoint import DTYPES, Checkpoint, load_or_exit
 from tiny_checkpoint import make_checkpoint
 
 from flash_attn.utils.generation import decode, decode_speculative
@@ -116,8 +116,8 @@ def _folder(given: Path | None, tiny: Path, seconds: float) -> Path:
 
 def main() -> None:
     options = parse_arguments()
-    target = load(_folder(options.target, TARGET, options.seconds), options.dtype)
-    draft = load(_folder(options.draft, DRAFT, options.seconds), options.dtype)
+    target = load_or_exit(_folder(options.target, TARGET, options.seconds), options.dtype)
+    draft = load_or_exit(_folder(options.draft, DRAFT, options.seconds), options.dtype)
     is_greedy = options.temperature == 0.0
     sampling = {"temperature": options.temperature, "top_k": 1 if is_greedy else 0}
     result = compare(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from flash_attn.models._config import FIELDS, options_of
 from flash_attn.models._hf_families import Family, family_of
-from flash_attn.models._hf_folder import TOKENS, config_of, dtype_of, read_fields
+from flash_attn.models._hf_folder import TOKENS, as_dtype, config_of, dtype_of, read_fields
 from flash_attn.models._pretrained import WithoutRandomNumbers
 from flash_attn.models._state_dict import Layout
 from flash_attn.models._tensor_parallel import shard_state_dict_tp
@@ -157,7 +157,7 @@ def _copy(model: nn.Module, weights: _Weights, process_group) -> None:
 def from_hf(
     folder: Union[str, Path],
     *,
-    dtype: Optional[torch.dtype] = None,
+    dtype: Optional[Union[torch.dtype, str]] = None,
     device: Optional[Union[str, torch.device]] = None,
     strict: bool = True,
     process_group=None,
@@ -171,8 +171,9 @@ def from_hf(
     run, and none of the folder's.
 
     Args:
-        folder: with ``config.json`` and weights.
-        dtype: of the parameters; None: what ``config.json`` says, else that of the files.
+        folder: with ``config.json`` and weights, on this machine: nothing is downloaded.
+        dtype: of the parameters, or its name ("bfloat16"); None: what ``config.json`` says, else
+            that of the files.
         device: of the parameters; None: the CPU.
         strict: whether weights that are missing, or unknown, are an error. Without, parameters
             whose weights are missing have random ones.
@@ -193,7 +194,7 @@ def from_hf(
             value that the model here does not have.
         RuntimeError: a weight is missing or unknown, or its shape is wrong; the message names it.
     """
-    folder = Path(folder)
+    folder, dtype = Path(folder), as_dtype(dtype)
     fields, tokens = read_fields(folder)
     config, family = converted_config(fields, tokens)
     if process_group is not None:  # as generation needs it

@@ -10,6 +10,7 @@ from typing import Any, Optional
 
 import torch
 
+from flash_attn._arguments import wrong_kind
 from flash_attn.models._config import FIELDS
 from flash_attn.models._hf_defaults import DEFAULTS
 
@@ -168,6 +169,14 @@ def config_of(fields: Mapping[str, Any]) -> HFConfig:
     return HFConfig(**{**DEFAULTS[kind], **given})
 
 
+def _how_to_get(folder: Path) -> str:
+    """Return how to download what looks like the name of a model of the hub."""
+    if folder.is_absolute() or len(folder.parts) != 2 or ".." in folder.parts or folder.exists():
+        return ""
+    name = folder.as_posix()
+    return f"; if it is a model of the hub, first: hf download {name} --local-dir {folder.name}"
+
+
 def read_fields(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the fields of a folder's ``config.json``, and the tokens that start, end and pad
     sequences: of ``generation_config.json`` where that has them.
@@ -177,12 +186,27 @@ def read_fields(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         ValueError: a file is no JSON.
     """
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is not a folder")
+        raise FileNotFoundError(f"{folder} is not a folder{_how_to_get(folder)}")
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} has no config.json")
     fields, generation = _json(folder / "config.json"), folder / "generation_config.json"
     tokens = _json(generation) if generation.is_file() else {}
     return fields, {name: tokens[name] for name in TOKENS if tokens.get(name) is not None}
+
+
+def as_dtype(dtype) -> Optional[torch.dtype]:
+    """Return a dtype, also one given by name, or None.
+
+    Raises:
+        ValueError, TypeError: it is none that the models here have, or no dtype.
+    """
+    if dtype is None or dtype in _DTYPES.values():
+        return dtype
+    if not isinstance(dtype, (str, torch.dtype)):
+        raise wrong_kind("dtype", dtype, "a torch.dtype or its name")
+    if dtype in _DTYPES:
+        return _DTYPES[dtype]
+    raise ValueError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!s:.80}")
 
 
 def dtype_of(fields: Mapping[str, Any]) -> Optional[torch.dtype]:

@@ -191,7 +191,7 @@ def _save(folder: Path, *content) -> None:
     """Write beside the folder, then move: what fails in between leaves it as it was."""
     folder = folder.resolve()  # a folder can take the place of an empty one, not of a link to it
     if folder.exists() and not folder.is_dir():
-        raise NotADirectoryError(f"folder must be a folder, got the file {folder}")
+        raise NotADirectoryError(f"folder must be new or a folder, {folder} is a file")
     folder.parent.mkdir(parents=True, exist_ok=True)
     written = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
@@ -230,8 +230,8 @@ def to_hf(
     """Write a model as a folder that transformers loads: ``config.json``,
     ``generation_config.json`` and weights in safetensors files.
 
-    Weights are the model's bit by bit, in its dtype. Files of the folder that have other names,
-    such as a tokenizer's, stay.
+    Weights are the model's bit by bit, in its dtype. No tokenizer is written: it is in the folder
+    that the model comes from. Files of ``folder`` that have other names stay.
 
     Args:
         model: of ``from_hf``, or any whose configuration is that of a kind of model there is in
@@ -246,6 +246,7 @@ def to_hf(
         ValueError: ``config`` is missing, of an unknown kind, or not that of the model; the message
             names the attribute. The head and the word embeddings are to be one, and differ.
         RuntimeError: ``state_dict`` is not one of the model.
+        OSError: ``folder`` is a file, or cannot be written.
     """
     if not isinstance(model, GPTLMHeadModel):
         raise TypeError(f"model must be a GPTLMHeadModel, got {type(model).__name__}")

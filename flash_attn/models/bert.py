@@ -244,6 +244,9 @@ class BertModel(BertPreTrainedModel):
         return BertModelOutput(out[masked[subset]], pooled)
 
 
+_IGNORED = -100  # the label of tokens that do not count in Hugging Face's data collators
+
+
 class BertForPreTraining(BertPreTrainedModel):
     """``BertModel`` with both heads of pretraining and their losses."""
 
@@ -281,8 +284,8 @@ class BertForPreTraining(BertPreTrainedModel):
         """Run the model.
 
         Args:
-            labels: int64 ``(batch, seqlen)``, the masked tokens; 0: not masked, and those of
-                padding do not count.
+            labels: int64 ``(batch, seqlen)``, the masked tokens; 0 or -100: not masked, and those
+                of padding do not count.
             next_sentence_label: int64 ``(batch,)``, 0: the second sentence follows the first, 1: it
                 does not, -1: it does not count.
 
@@ -292,6 +295,8 @@ class BertForPreTraining(BertPreTrainedModel):
             ValueError: as for ``BertModel``.
         """
         check_optional(labels=labels, next_sentence_label=next_sentence_label)
+        if labels is not None:
+            labels = labels.masked_fill(labels == _IGNORED, 0)
         if labels is not None and attention_mask is not None:
             labels = labels.masked_fill(attention_mask == 0, 0)
         is_dense = self.dense_seq_output and labels is not None

@@ -77,6 +77,31 @@ def test_generate_samples_by_its_seed(folders):
         text("--top-p", "2")
     with pytest.raises(ValueError, match="exceed the 1024 that the model"):
         text("--max-tokens", "1024")
+    with pytest.raises(ValueError, match="--prompt must have at least one token, got ''"):
+        text("--prompt", "")
+
+
+@pytest.mark.parametrize("name", ["generate", "serve", "speculative"])
+def test_programs_end_with_a_sentence(name, folders, tmp_path, monkeypatch):
+    """What is wrong with a folder, a device or an option is told without a traceback."""
+    module = inference(name)
+
+    def error(*options):
+        arguments = ["--target", *options] if name == "speculative" else list(options)
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit:
+            module.main()
+        assert isinstance(exit.value.code, str)  # which Python prints, with status 1
+        return exit.value.code
+
+    assert error(tmp_path / "nowhere") == f"{name}.py: {tmp_path / 'nowhere'} is not a folder"
+    (tmp_path / "config.json").write_text("{}")
+    assert error(tmp_path) == f"{name}.py: {tmp_path} has no tokenizer.json"
+    if name != "speculative":
+        text = error(folders[0], "--device", "cuda:99")
+        assert text.startswith(f"{name}.py: device 'cuda:99' cannot be used: ")
+    if name == "serve":
+        assert error(folders[0], "--block-size", "0").startswith("serve.py: ")
 
 
 def test_folders_that_cannot_be_loaded(folders, tmp_path):

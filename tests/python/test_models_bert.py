@@ -196,7 +196,10 @@ def test_labels_of_padding_do_not_count(name, use_flash_attn):
     inputs, labels, _ = make_batch()
     more = labels.clone()
     more[1, LENGTHS[1] :] = 7
-    torch.testing.assert_close(ours(**inputs, labels=more).loss, ours(**inputs, labels=labels).loss)
+    loss = ours(**inputs, labels=labels).loss
+    torch.testing.assert_close(ours(**inputs, labels=more).loss, loss)
+    of_collators = labels.masked_fill(labels == 0, -100)
+    torch.testing.assert_close(ours(**inputs, labels=of_collators).loss, loss)
 
 
 def test_padding_does_not_matter_and_costs_nothing():

@@ -152,7 +152,8 @@ def test_dtype_and_device(tmp_path):
     assert from_hf(tmp_path).lm_head.weight.dtype == torch.bfloat16
     edit_config(tmp_path, dtype=None)
     assert from_hf(tmp_path).lm_head.weight.dtype == torch.float32  # of the files
-    assert from_hf(tmp_path, dtype=torch.float16).lm_head.weight.dtype == torch.float16
+    for dtype in (torch.float16, "float16"):
+        assert from_hf(tmp_path, dtype=dtype).lm_head.weight.dtype == torch.float16
     assert from_hf(tmp_path, device="meta").lm_head.weight.is_meta
     edit_config(tmp_path, dtype="float8_e4m3fn")
     with pytest.raises(ValueError, match=r"dtype must be one of float32.*'float8_e4m3fn'"):

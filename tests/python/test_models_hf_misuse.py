@@ -187,9 +187,20 @@ def test_more_problems_than_a_message_has(qwen3):
         from_hf(qwen3)
 
 
+def test_no_dtype(qwen3):
+    for dtype in ("half", torch.int8):
+        with pytest.raises(ValueError, match=rf"dtype must be one of float32, .* got {dtype}"):
+            from_hf(qwen3, dtype=dtype)
+    with pytest.raises(TypeError, match=r"dtype must be a torch.dtype or its name, got int"):
+        from_hf(qwen3, dtype=16)
+
+
 def test_no_folder(qwen3, tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere is not a folder"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere is not a folder$"):
         from_hf(tmp_path / "nowhere")
+    how = "first: hf download Qwen/Qwen3-0.6B --local-dir Qwen3-0.6B"
+    with pytest.raises(FileNotFoundError, match=f"Qwen/Qwen3-0.6B is not a folder; .*{how}$"):
+        from_hf("Qwen/Qwen3-0.6B")
     (qwen3 / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"has none of model\.safetensors"):
         from_hf(qwen3)

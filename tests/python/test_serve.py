@@ -282,7 +282,7 @@ def test_sampling_options(url, model):
 def test_other_pages(server, url):
     assert httpx.get(f"{url}/health").json() == {"status": "ok"}
     (model,) = httpx.get(f"{url}/v1/models").json()["data"]
-    assert model["id"] == "tiny" and model["max_model_len"] == 4 * BLOCKS
+    assert model["id"] == "tiny" and model["max_model_len"] == 4 * BLOCKS + 1
     post(url, prompt=[1, 2, 3], max_tokens=4)
     text = httpx.get(f"{url}/metrics").text
     values = dict(line.split() for line in text.splitlines() if not line.startswith("#"))

@@ -279,7 +279,8 @@ def _routes(served: Served) -> list[Route]:
 
     async def models(http: Request) -> Response:
         model = {"id": served.name, "object": "model", "owned_by": "local", "created": 0}
-        model["max_model_len"] = engine.scheduler.cache.max_seqlen
+        # The last token of a sequence needs no place in the cache.
+        model["max_model_len"] = engine.scheduler.cache.max_seqlen + 1
         return JSONResponse({"object": "list", "data": [model]})
 
     async def health(http: Request) -> Response:
