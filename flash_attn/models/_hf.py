@@ -167,8 +167,8 @@ def from_hf(
 
     ``config.json``'s ``model_type`` says which kind of model it is; docs/models.md has those that
     are converted, and ``flash_attn_gpt`` is this package's own. Weights are safetensors or ``.bin``
-    files, one or several with an index, and are mapped into memory. No model code of transformers is
-    run, and none of the folder's.
+    files, one or several with an index, and are mapped into memory. No code of transformers' models
+    is run, and none of the folder's.
 
     Args:
         folder: with ``config.json`` and weights, on this machine: nothing is downloaded.
