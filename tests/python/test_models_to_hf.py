@@ -133,7 +133,7 @@ def test_link_to_a_folder(exists, tmp_path):
 def test_file_in_the_folders_place(tmp_path):
     saved(CASES["mistral"], tmp_path / "there")
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(NotADirectoryError, match="folder must be new or a folder, .*is a file"):
+    with pytest.raises(NotADirectoryError, match=r"folder must be new or a folder, .*is a file"):
         to_hf(from_hf(tmp_path / "there"), tmp_path / "file")
     assert (tmp_path / "file").read_text() == "mine"
     assert {path.name for path in tmp_path.iterdir()} == {"there", "file"}
