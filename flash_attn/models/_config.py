@@ -297,12 +297,13 @@ def _check_layers(options: GPTOptions) -> None:
 def _check_rotary(options: GPTOptions) -> None:
     if options.alibi_scale != 1.0 and not options.use_alibi:
         raise _contradiction(options, "alibi_scale", "config.use_alibi=True")
-    is_none = options.rotary_emb_fraction > 0.0 and options.rotary_dim == 0
-    if options.rotary_dim % 2 or is_none:
+    part = f"config.rotary_emb_fraction ({options.rotary_emb_fraction}) must turn"
+    if options.rotary_dim % 2:
         raise ValueError(
-            f"config.rotary_emb_fraction ({options.rotary_emb_fraction}) must turn an even part "
-            f"of head_dim {options.head_dim}, at least 2 unless it is 0, it is {options.rotary_dim}"
+            f"{part} an even part of head_dim {options.head_dim}, it is {options.rotary_dim}"
         )
+    if options.rotary_emb_fraction > 0.0 and options.rotary_dim == 0:
+        raise ValueError(f"{part} 2 or more elements of head_dim {options.head_dim}, or be 0")
     elsewhere = ("rotary_emb_layers", "rotary_emb_scaling", "rotary_emb_local_base")
     for name in (*elsewhere, "rotary_emb_scale_base"):
         if getattr(options, name) is not None and options.rotary_dim == 0:
