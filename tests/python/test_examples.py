@@ -184,8 +184,8 @@ def test_vit():
     assert set(order[:2]) == {"disc", "square"} and order[2] == "ring"
     torch.manual_seed(0)
     model = vit.make_model(embed_dim=32, depth=2)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(60):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    for _ in range(120):
         loss = torch.nn.functional.cross_entropy(model(images), labels)
         optimizer.zero_grad()
         loss.backward()

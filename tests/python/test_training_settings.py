@@ -109,21 +109,11 @@ MODELS_THAT_ARE_NONE = [
         r"model.rotary_emb_fraction \(1.0\) must turn an even part of head_dim 7",
     ),
     ({"model__activation_function": "foo"}, r"model.activation_function must be one of .*'foo'"),
-    (
-        {
-            "model__lora.rank": 2,
-            "model__lora.target_modules": "[fc1,fc2]",
-            "model__fused_mlp": True,
-        },
-        r"model.lora.target_modules must be modules that the model calls, .* has no gradient",
-    ),
 ]
 
 
 @pytest.mark.parametrize(("changes", "sentence"), MODELS_THAT_ARE_NONE)
 def test_models_that_cannot_be_made_are_named(changes, sentence, tmp_path):
-    if "model__fused_mlp" in changes:
-        pytest.importorskip("peft")
     with pytest.raises(SettingError, match=sentence):
         run_here(tmp_path, **changes)
     assert not (tmp_path / "run").exists()
