@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import atexit
 import csv
 import faulthandler
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -89,9 +93,19 @@ _LIMIT_SECONDS = 240  # of processes that wait for each other
 COURSE = ("step", "loss", "lr", "grad_norm", "validation_loss")
 
 
+@cache
+def _folder_of_training() -> str:
+    """A folder that has ``training`` alone: beside it in the repository is a flash_attn without its
+    library, which PYTHONPATH would put before an installed one."""
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder)
+    (folder / "training").symlink_to(ROOT / "training", target_is_directory=True)
+    return str(folder)
+
+
 def environment(**more: str) -> dict[str, str]:
     """Of a process that imports this package, its training and the tests' helpers."""
-    paths = [os.environ.get("PYTHONPATH", ""), str(Path(__file__).parent), str(ROOT)]
+    paths = [os.environ.get("PYTHONPATH", ""), str(Path(__file__).parent), _folder_of_training()]
     paths = [path for path in paths if path]
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths), **more}
 
