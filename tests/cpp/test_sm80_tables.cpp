@@ -23,6 +23,7 @@
 #include "sm80/pipeline.h"
 #include "sm80/smem.h"
 #include "sm80/tile_table.h"
+#include "warp/smem_tile.h"
 
 namespace flash_test {
 namespace {
@@ -124,7 +125,7 @@ void expect_no_conflict(const std::array<int, 8>& offsets) {
 
 template <int kHeadDim>
 void check_swizzle() {
-  using Smem = flash::sm80::SmemTile<kHeadDim, 32>;
+  using Smem = flash::SmemTile<kHeadDim, 32>;
   for (Chunk (*chunk_of)(int) : {+kAChunk, +kKChunk}) {
     for (int column = 0; column < kHeadDim / 16; ++column) {
       for (int block = 0; block < 4; ++block) {
@@ -149,7 +150,7 @@ void check_swizzle() {
 
 template <int kHeadDim>
 void check_partition() {
-  using Smem = flash::sm80::SmemTile<kHeadDim, 32>;
+  using Smem = flash::SmemTile<kHeadDim, 32>;
   std::set<int> seen;
   for (int row = 0; row < 32; ++row)
     for (int chunk = 0; chunk < kHeadDim / 8; ++chunk) seen.insert(Smem::offset(row, chunk));
@@ -203,7 +204,7 @@ TEST(Pipeline, TheFreedSlotIsTheOneReadBefore) {
 }
 
 TEST(TileTable, HasABucketForEveryHeadDimAndClass) {
-  using flash::sm80::ScoreClass;
+  using flash::ScoreClass;
   for (auto scores : {ScoreClass::kUnmasked, ScoreClass::kMasked, ScoreClass::kModified}) {
     for (int d = 1; d <= 256; ++d) {
       for (int d_v : {1, 32, 33, 64, 65, 96, 128, 129, 192, 193, 256}) {
@@ -229,7 +230,7 @@ TEST(DecodeTable, HasTheSmallestBucketForAllHeadDims) {
 }
 
 TEST(TileTable, TakesTheSmallestBucket) {
-  using flash::sm80::ScoreClass;
+  using flash::ScoreClass;
   const auto dims = [](int d, int d_v) {
     const flash::sm80::Tile& tile = flash::sm80::tile_of(d, d_v, ScoreClass::kMasked);
     return Place{tile.head_dim, tile.head_dim_v};

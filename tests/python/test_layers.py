@@ -31,6 +31,8 @@ def test_every_include_points_downwards(lint):
         ("csrc/base/ptx/mma.h", "base/cuda_driver/device.h"),
         ("csrc/flash_attn/src/common/mask.h", "cpu/plan.h"),
         ("csrc/flash_attn/src/cpu/plan.h", "api/check.h"),
+        ("csrc/flash_attn/src/warp/rows.h", "sm80/smem.h"),
+        ("csrc/flash_attn/src/warp/rows.h", "base/cuda_driver/device.h"),
         ("csrc/flash_attn/src/sm80/smem.h", "cpu/plan.h"),
         ("csrc/ffi/flash_api.cpp", "common/flash.h"),
     ],

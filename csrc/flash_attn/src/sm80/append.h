@@ -9,7 +9,7 @@
 #include "base/row_config.h"
 #include "common/bounded_sequence.h"
 #include "sm80/append_rows.h"
-#include "sm80/report.h"
+#include "warp/report.h"
 
 namespace flash::sm80 {
 

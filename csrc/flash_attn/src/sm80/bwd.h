@@ -28,9 +28,9 @@
 #include "common/bwd_schedule.h"
 #include "sm80/bwd_gemm.h"
 #include "sm80/bwd_scores.h"
-#include "sm80/epilogue.h"
-#include "sm80/packed_tile.h"
-#include "sm80/report.h"
+#include "warp/packed_tile.h"
+#include "warp/report.h"
+#include "warp/store_rows.h"
 
 namespace flash::sm80 {
 

@@ -9,9 +9,9 @@
 #include "common/bounded_sequence.h"
 #include "sm80/bwd_params.h"
 #include "sm80/far_rows.h"
-#include "sm80/packed_tile.h"
 #include "sm80/query.h"
-#include "sm80/smem.h"
+#include "warp/packed_tile.h"
+#include "warp/smem_tile.h"
 
 namespace flash::sm80 {
 

@@ -3,8 +3,8 @@
 
 #include "common/block_range.h"
 #include "sm80/bwd_load.h"
-#include "sm80/score.h"
 #include "sm80/tile_gemm.h"
+#include "warp/score.h"
 
 namespace flash::sm80 {
 

@@ -2,8 +2,11 @@
 #pragma once
 
 #include "common/bwd_schedule.h"
+#include "common/mask.h"
+#include "common/seqlen.h"
 #include "sm80/bwd_table.h"
-#include "sm80/smem.h"
+#include "warp/packed_tiles.h"
+#include "warp/smem_tile.h"
 
 namespace flash::sm80 {
 

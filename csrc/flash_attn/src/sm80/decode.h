@@ -14,12 +14,12 @@
 // four slots of a ring, are 48 KiB for a CTA and cover the latency.
 #pragma once
 
-#include "sm80/contain.h"
 #include "sm80/decode_load.h"
 #include "sm80/decode_query.h"
 #include "sm80/decode_score.h"
 #include "sm80/decode_tile.h"
 #include "sm80/steps.h"
+#include "warp/contain.h"
 
 namespace flash::sm80 {
 
@@ -104,10 +104,11 @@ struct DecodeSteps {
   FLASH_DEVICE void accumulate(typename WarpTile<C>::Output& rO,
                                const typename WarpTile<C>::Probabilities& rP, uint32_t sV,
                                int key) const {
+    using V = typename SmemPlan<C>::V;
     if (!is_full(key) && !is_finite<C>(sV)) {
-      gemm_pv_by_keys<C>(rO, rP, sV, here.mask, here.first_row, key);
+      gemm_pv_by_keys<C, V>(rO, rP, sV, here.mask, here.first_row, key);
     } else {
-      gemm_pv<C>(rO, rP, lane_address<typename SmemPlan<C>::V>(sV, ptx::b_chunk_k_major(lane)));
+      gemm_pv<C>(rO, rP, lane_address<V>(sV, ptx::b_chunk_k_major(lane)));
     }
   }
 };

@@ -3,6 +3,8 @@
 
 #include "sm80/decode_place.h"
 #include "sm80/merge_units.h"
+#include "warp/sink.h"
+#include "warp/store_rows.h"
 
 namespace flash::sm80 {
 

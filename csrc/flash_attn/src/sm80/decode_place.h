@@ -7,7 +7,7 @@
 #include "common/split_heuristic.h"
 #include "sm80/decode_params.h"
 #include "sm80/decode_smem.h"
-#include "sm80/report.h"
+#include "warp/report.h"
 
 namespace flash::sm80 {
 

@@ -2,7 +2,8 @@
 #pragma once
 
 #include "sm80/decode_place.h"
-#include "sm80/score.h"
+#include "sm80/query.h"
+#include "warp/score.h"
 
 namespace flash::sm80 {
 

@@ -22,12 +22,13 @@
 // bytes for the exchange of scores; and, with V within K, 9 copies of 512 bytes.
 #pragma once
 
-#include "sm80/contain.h"
 #include "sm80/decode_query.h"
 #include "sm80/decode_score.h"
 #include "sm80/decode_tile.h"
 #include "sm80/decode_wide_load.h"
 #include "sm80/steps.h"
+#include "warp/contain.h"
+#include "warp/rows.h"
 
 namespace flash::sm80 {
 
@@ -210,7 +211,7 @@ struct WideSteps {
     using V = typename SmemPlan<C>::V;
     const uint32_t mine = sV + warp * (C.warp_columns() / V::kGroupCols) * V::kGroupBytes;
     if (!is_full(key) && !is_finite<C>(mine)) {
-      gemm_pv_by_keys<C>(unit.output, rP, mine, here.mask, here.first_row, key);
+      gemm_pv_by_keys<C, V>(unit.output, rP, mine, here.mask, here.first_row, key);
     } else {
       gemm_pv<C>(unit.output, rP, lane_address<V>(mine, ptx::b_chunk_k_major(lane)));
     }

@@ -9,11 +9,13 @@
 
 #include <cfloat>
 
+#include "base/ptx/fragments.h"
+#include "base/ptx/mma.h"
 #include "base/ptx/special_registers.h"
 #include "base/row_config.h"
 #include "sm80/bwd_params.h"
-#include "sm80/epilogue.h"
-#include "sm80/score.h"
+#include "warp/score.h"
+#include "warp/sink.h"
 
 namespace flash::sm80 {
 

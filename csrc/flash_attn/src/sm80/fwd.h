@@ -22,16 +22,18 @@
 #include "common/bounded_sequence.h"
 #include "common/flash.h"
 #include "common/tile_scheduler.h"
-#include "sm80/contain.h"
-#include "sm80/epilogue.h"
 #include "sm80/fwd_params.h"
 #include "sm80/load.h"
-#include "sm80/packed_tile.h"
 #include "sm80/pipeline.h"
 #include "sm80/query.h"
-#include "sm80/report.h"
-#include "sm80/score.h"
+#include "sm80/smem.h"
 #include "sm80/steps.h"
+#include "warp/contain.h"
+#include "warp/epilogue.h"
+#include "warp/mask.h"
+#include "warp/packed_tile.h"
+#include "warp/report.h"
+#include "warp/score.h"
 
 namespace flash::sm80 {
 
@@ -222,6 +224,7 @@ template <FwdConfig C>
 FLASH_DEVICE void epilogue(const FwdParams& p, const FwdLaunch& launch, const CtaTile& tile,
                            uint32_t sO, typename WarpTile<C>::Output& rO,
                            typename WarpTile<C>::Rows& rows) {
+  using O = typename SmemPlan<C>::O;
   const Place<C> here(p, launch, tile);
   const int valid_rows = min(C.rows_per_warp(), here.seq.seqlen_q - here.warp_row);
   const int64_t first_lse = here.batch * p.lse_batch_stride + here.head * p.lse_head_stride +
@@ -230,8 +233,9 @@ FLASH_DEVICE void epilogue(const FwdParams& p, const FwdLaunch& launch, const Ct
   const float rescale = C.scores == ScoreClass::kModified ? launch.dropout.rescale : 1.f;
   normalise_o<C>(rO, rows, lse, valid_rows, launch.scale, sink_logit(p, here.head), rescale);
   char* gO = operand_row(p.o, C.dtype, here.batch, here.seq.q_row + here.warp_row, here.head);
-  store_o<C>(rO, sO + here.warp * C.rows_per_warp() * SmemPlan<C>::O::kRowBytes, gO,
-             p.o.row_stride * kElementBytes, launch.o_aligned, valid_rows, static_cast<int>(p.d_v));
+  store_o<C, O>(rO, sO + here.warp * C.rows_per_warp() * O::kRowBytes, gO,
+                p.o.row_stride * kElementBytes, launch.o_aligned, valid_rows,
+                static_cast<int>(p.d_v));
 }
 
 // The blocks that a warp visits, among those of its CTA.
@@ -286,10 +290,11 @@ template <FwdConfig C>
 FLASH_DEVICE void accumulate(typename WarpTile<C>::Output& rO,
                              const typename WarpTile<C>::Probabilities& rP, const Place<C>& here,
                              uint32_t sV, int block, bool is_full) {
+  using V = typename SmemPlan<C>::V;
   if (C.scores != ScoreClass::kUnmasked && !is_full && !is_finite<C>(sV)) {
-    gemm_pv_by_keys<C>(rO, rP, sV, here.mask, here.warp_row, block * C.tile().n);
+    gemm_pv_by_keys<C, V>(rO, rP, sV, here.mask, here.warp_row, block * C.tile().n);
   } else {
-    gemm_pv<C>(rO, rP, lane_address<typename SmemPlan<C>::V>(sV, ptx::b_chunk_k_major(here.lane)));
+    gemm_pv<C>(rO, rP, lane_address<V>(sV, ptx::b_chunk_k_major(here.lane)));
   }
 }
 

@@ -7,10 +7,9 @@
 #include "sm80/kernel_list.h"
 #include "sm80/launch.h"
 #include "sm80/launch_decode.h"
-#include "sm80/launch_plan.h"
-#include "sm80/packed_tiles.h"
 #include "sm80/sm80_backend.h"
-#include "sm80/smem.h"
+#include "warp/launch_plan.h"
+#include "warp/packed_tiles.h"
 
 namespace flash::sm80 {
 namespace {
@@ -44,7 +43,7 @@ Tile_scheduler schedule(const Flash_fwd_params& p, const Tile& tile, int64_t l2_
 
 FwdLaunch plan(const Flash_fwd_params& p, const Tile& tile, int64_t l2_cache_bytes) {
   FwdLaunch launch{};
-  plan_attention(p, launch);
+  plan_attention(p, index_bounds(p), launch);
   launch.scheduler = schedule(p, tile, l2_cache_bytes);
   launch.heads = static_cast<int>(p.h);
   launch.group = static_cast<int>(p.h / p.h_k);

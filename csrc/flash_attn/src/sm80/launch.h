@@ -3,7 +3,6 @@
 
 #include <cstdint>
 
-#include "base/fast_divide.h"
 #include "base/target.h"
 #include "common/bounded_sequence.h"
 #include "sm80/append_params.h"
@@ -11,14 +10,8 @@
 
 namespace flash::sm80 {
 
-// Whether the rows of x are chunks of 16 bytes that start at multiples of 16.
-bool is_aligned(const Operand& x, int64_t head_dim);
-
 // Whether rows of the keys and the values x and y are the same distance from each other everywhere.
 bool same_rows(const Flash_fwd_params& p, const Operand& x, const Operand& y);
-
-// Of the call's pages; 1 without.
-FastDivide page_size(const SequenceGeometry& p);
 
 IndexBounds index_bounds(const Flash_fwd_params& p);
 IndexBounds index_bounds(const Flash_bwd_params& p);

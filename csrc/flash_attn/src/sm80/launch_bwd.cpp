@@ -7,10 +7,10 @@
 #include "sm80/bwd_params.h"
 #include "sm80/kernel_list.h"
 #include "sm80/launch.h"
-#include "sm80/launch_plan.h"
-#include "sm80/packed_tiles.h"
 #include "sm80/sm80_backend.h"
-#include "sm80/smem.h"
+#include "warp/launch_plan.h"
+#include "warp/packed_tiles.h"
+#include "warp/smem_tile.h"
 
 namespace flash::sm80 {
 namespace {

@@ -8,8 +8,8 @@
 #include "sm80/decode_params.h"
 #include "sm80/kernel_list.h"
 #include "sm80/launch.h"
-#include "sm80/launch_plan.h"
 #include "sm80/sm80_backend.h"
+#include "warp/launch_plan.h"
 
 namespace flash::sm80 {
 namespace {
@@ -91,7 +91,7 @@ void place_workspace(const Cut& c, const DecodeKernel& kernel, void* workspace,
 
 DecodeLaunch plan(const Flash_fwd_params& p, const Cut& c, const DecodeKernel& kernel) {
   DecodeLaunch launch{};
-  plan_attention(p, launch);
+  plan_attention(p, index_bounds(p), launch);
   launch.tiles = static_cast<int>(c.tiles_of_head);
   launch.ctas_per_tile = c.ctas_per_tile;
   launch.max_units = c.max_units;

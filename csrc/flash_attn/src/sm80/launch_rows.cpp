@@ -8,7 +8,8 @@
 #include "sm80/fwd_params.h"
 #include "sm80/launch.h"
 #include "sm80/sm80_backend.h"
-#include "sm80/smem.h"
+#include "warp/launch_plan.h"
+#include "warp/smem_tile.h"
 
 namespace flash::sm80 {
 namespace {
@@ -17,24 +18,12 @@ constexpr int kWarp = 32;
 
 }  // namespace
 
-bool is_aligned(const Operand& x, int64_t head_dim) {
-  bool aligned =
-      reinterpret_cast<uintptr_t>(x.ptr) % kChunkBytes == 0 && head_dim % kChunkElements == 0;
-  for (const int64_t stride : {x.batch_stride, x.row_stride, x.head_stride})
-    aligned &= stride % kChunkElements == 0;
-  return aligned;
-}
-
 // Strides may differ where there is one row.
 bool same_rows(const Flash_fwd_params& p, const Operand& x, const Operand& y) {
   const int64_t rows = p.block_table != nullptr ? p.page_size : p.seqlen_k;
   return (p.k_entries <= 1 || x.batch_stride == y.batch_stride) &&
          (rows <= 1 || x.row_stride == y.row_stride) &&
          (p.h_k <= 1 || x.head_stride == y.head_stride);
-}
-
-FastDivide page_size(const SequenceGeometry& p) {
-  return p.block_table != nullptr ? FastDivide::by(static_cast<int>(p.page_size)) : FastDivide{};
 }
 
 IndexBounds index_bounds(const Flash_fwd_params& p) {

@@ -9,7 +9,7 @@
 #include "base/static_for.h"
 #include "common/flash.h"
 #include "sm80/page_table.h"
-#include "sm80/smem.h"
+#include "warp/smem_tile.h"
 
 namespace flash::sm80 {
 

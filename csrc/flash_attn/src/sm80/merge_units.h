@@ -7,9 +7,12 @@
 #pragma once
 
 #include "base/ptx/atomic.h"
+#include "base/ptx/fragments.h"
+#include "base/ptx/special_registers.h"
+#include "base/static_for.h"
 #include "sm80/decode_params.h"
 #include "sm80/decode_smem.h"
-#include "sm80/epilogue.h"
+#include "warp/rows.h"
 
 namespace flash::sm80 {
 

@@ -8,7 +8,7 @@
 #include "base/ptx/shared_memory.h"
 #include "common/flash.h"
 #include "common/seqlen.h"
-#include "sm80/smem.h"
+#include "warp/smem_tile.h"
 
 namespace flash::sm80 {
 

@@ -3,10 +3,11 @@
 // own.
 #pragma once
 
+#include "base/ptx/special_registers.h"
 #include "base/row_config.h"
 #include "common/bounded_sequence.h"
 #include "sm80/bwd_params.h"
-#include "sm80/epilogue.h"
+#include "warp/sink.h"
 
 namespace flash::sm80 {
 

@@ -9,27 +9,12 @@
 #include "base/ptx/math.h"
 #include "base/ptx/mma.h"
 #include "base/ptx/shared_memory.h"
-#include "base/ptx/special_registers.h"
 #include "base/static_for.h"
-#include "common/mask.h"
-#include "common/softmax.h"
 #include "sm80/smem.h"
+#include "warp/rows.h"
+#include "warp/warp_tile.h"
 
 namespace flash::sm80 {
-
-// Accumulators of a warp: m16 tile, n8 tile, register (fragments.h: accumulator_element). A lane
-// holds two rows of each m16 tile, `half` 0 and 1: registers 2 half and 2 half + 1.
-template <auto C>
-struct WarpTile {
-  static constexpr int kM = C.row_tiles();
-  static constexpr int kS = C.warp_keys() / 8;
-  static constexpr int kO = C.warp_columns() / 8;
-
-  using Scores = float[kM][kS][4];
-  using Probabilities = uint32_t[kM][kS][2];  // packed pairs of Scores' registers
-  using Output = float[kM][kO][4];
-  using Rows = RowState[kM][2];
-};
 
 // A lane's address of a 16 x 16 block's row for ldmatrix.
 template <class Smem>
@@ -65,71 +50,6 @@ FLASH_DEVICE void gemm_qk(typename WarpTile<C>::Scores& rS, uint32_t sQ, uint32_
     });
   });
 }
-
-// -2^30..2^30, beyond which the ends of masks make no difference to a tile.
-FLASH_DEVICE int saturate(int64_t x) {
-  constexpr int64_t kFar = 1 << 30;
-  return static_cast<int>(x < -kFar ? -kFar : x > kFar ? kFar : x);
-}
-
-// Hides the scores of keys that their query does not see. `first_row` and `first_key` are those of
-// the warp's tile.
-template <auto C>
-FLASH_DEVICE void apply_mask(typename WarpTile<C>::Scores& rS, const Mask& mask, int first_row,
-                             int first_key) {
-  using W = WarpTile<C>;
-  constexpr bool kMasked = C.scores != ScoreClass::kUnmasked;
-  const ptx::Element first = ptx::accumulator_element(ptx::read_tid_x() % 32, 0);
-  // In columns from this lane's first on; the ends of its first row, from which a row's grow by
-  // one.
-  const int column = first_key + first.col;
-  const int64_t diagonal =
-      int64_t{ptx::opaque(first_row)} + first.row + mask.seqlen_k - mask.seqlen_q - column;
-  const int last = mask.seqlen_k - column;
-  const int first_begin = mask.left < 0 ? saturate(INT64_MIN) : saturate(diagonal - mask.left);
-  const int first_end = mask.right < 0 ? saturate(INT64_MAX) : saturate(diagonal + mask.right + 1);
-#pragma unroll
-  for (int m = 0; m < W::kM; ++m) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = m * 16 + half * 8;
-      const int begin = first_begin + row, end = kMasked ? min(first_end + row, last) : last;
-#pragma unroll
-      for (int n = 0; n < W::kS; ++n) {
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const int key = n * 8 + i;
-          const bool seen = key < end && (!kMasked || key >= begin);
-          if (!seen) rS[m][n][2 * half + i] = -INFINITY;
-        }
-      }
-    }
-  }
-}
-
-// The largest of the four lanes that share a row.
-FLASH_DEVICE float quad_max(float x) {
-  x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
-  return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
-}
-
-FLASH_DEVICE float quad_sum(float x) {
-  x += __shfl_xor_sync(0xffffffffu, x, 1);
-  return x + __shfl_xor_sync(0xffffffffu, x, 2);
-}
-
-// Rows that have seen nothing. By assignment: of a two-dimensional array nvcc 13.0 gives the
-// members' default values to the first row alone, and leaves 0 in the others.
-template <auto C>
-FLASH_DEVICE void clear_rows(typename WarpTile<C>::Rows& rows) {
-#pragma unroll
-  for (int m = 0; m < WarpTile<C>::kM; ++m)
-#pragma unroll
-    for (int half = 0; half < 2; ++half) rows[m][half] = RowState{-INFINITY, 0.f};
-}
-
-// Beyond this the rounding of scale_log2 * anchor would be seen in the probabilities.
-constexpr float kMaxFusedAnchor = 1024.f;
 
 // rP = 2^(scale_log2 (rS - anchor)), the unnormalised probabilities, and the rows' states with
 // these scores; `sum` counts this lane's columns alone. `rescale` is what outputs of earlier blocks

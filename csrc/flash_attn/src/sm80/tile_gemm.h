@@ -8,7 +8,7 @@
 #include "base/ptx/mma.h"
 #include "base/ptx/shared_memory.h"
 #include "base/static_for.h"
-#include "sm80/smem.h"
+#include "warp/smem_tile.h"
 
 namespace flash::sm80 {
 

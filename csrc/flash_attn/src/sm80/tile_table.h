@@ -5,15 +5,9 @@
 #include <iterator>
 
 #include "common/flash.h"
+#include "warp/score_class.h"
 
 namespace flash::sm80 {
-
-// What a kernel's scores go through, each with what the one before has.
-enum class ScoreClass {
-  kUnmasked,  // hides nothing but what lies beyond the last key
-  kMasked,    // causal masks, windows
-  kModified,  // softcap, ALiBi, bias; dropout
-};
 
 struct Tile {
   int head_dim, head_dim_v;  // smaller ones are filled up with zeros

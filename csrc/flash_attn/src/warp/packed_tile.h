@@ -4,9 +4,9 @@
 
 #include "base/ptx/special_registers.h"
 #include "common/seqlen.h"
-#include "sm80/packed_tiles.h"
+#include "warp/packed_tiles.h"
 
-namespace flash::sm80 {
+namespace flash {
 
 // Tile `number` of `tiles`. Lengths that cannot be count as 0.
 template <int kM>
@@ -54,4 +54,4 @@ FLASH_DEVICE PackedTile packed_tile(const int32_t* cu_seqlens, int64_t longest, 
   return {b, number, tiles};
 }
 
-}  // namespace flash::sm80
+}  // namespace flash

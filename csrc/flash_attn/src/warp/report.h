@@ -5,7 +5,7 @@
 #include "base/ptx/global_memory.h"
 #include "common/bounded_sequence.h"
 
-namespace flash::sm80 {
+namespace flash {
 
 // Of the pages that hold the keys of a sequence in pages: this thread's share, of the `threads` of
 // a CTA.
@@ -25,4 +25,4 @@ FLASH_DEVICE void report(const IndexBounds& bounds, IndexFaults faults) {
     if (faults >> i & 1u) ptx::store_relaxed_sys(bounds.faults + i, 1);
 }
 
-}  // namespace flash::sm80
+}  // namespace flash

@@ -2,11 +2,19 @@
 // dropout.
 #pragma once
 
-#include "sm80/fwd_params.h"
-#include "sm80/query.h"
-#include "sm80/steps.h"
+#include <cstdint>
 
-namespace flash::sm80 {
+#include "base/ptx/elements.h"
+#include "base/ptx/fragments.h"
+#include "base/ptx/math.h"
+#include "base/ptx/special_registers.h"
+#include "common/dropout.h"
+#include "common/flash.h"
+#include "common/mask.h"
+#include "warp/attention_launch.h"
+#include "warp/warp_tile.h"
+
+namespace flash {
 
 // What the modifiers of a warp's scores depend on.
 struct ScorePlace {
@@ -115,7 +123,7 @@ FLASH_DEVICE void modify_scores(typename WarpTile<C>::Scores& rS, const ScorePar
   if (p.bias.dtype == Dtype::kFloat32) {
     add_bias<C, float>(rS, scale, p.bias, place, first_key, [](float x) { return x; });
   } else {  // otherwise the dtype of q
-    add_bias<C, uint16_t>(rS, scale, p.bias, place, first_key, to_float<C.dtype>);
+    add_bias<C, uint16_t>(rS, scale, p.bias, place, first_key, ptx::to_float<C.dtype>);
   }
 }
 
@@ -182,7 +190,7 @@ FLASH_DEVICE void drop(typename WarpTile<C>::Probabilities& rP, const Kept<C>& k
   }
 }
 
-template <FwdConfig C>
+template <auto C>
 FLASH_DEVICE void drop(typename WarpTile<C>::Probabilities& rP, const Dropout& dropout,
                        uint32_t batch_head, int first_row, int first_key) {
   Kept<C> kept;
@@ -190,4 +198,4 @@ FLASH_DEVICE void drop(typename WarpTile<C>::Probabilities& rP, const Dropout& d
   drop<C>(rP, kept);
 }
 
-}  // namespace flash::sm80
+}  // namespace flash

@@ -2,17 +2,23 @@
 // not see the key.
 #pragma once
 
+#include <cstdint>
+
+#include "base/ptx/elements.h"
+#include "base/ptx/fragments.h"
 #include "base/ptx/math.h"
 #include "base/ptx/shared_memory.h"
 #include "base/ptx/special_registers.h"
-#include "sm80/query.h"
-#include "sm80/steps.h"
+#include "base/static_for.h"
+#include "common/mask.h"
+#include "warp/smem_tile.h"
+#include "warp/warp_tile.h"
 
-namespace flash::sm80 {
+namespace flash {
 
 template <Dtype kDtype>
 FLASH_DEVICE float unpack(uint32_t pair, int i) {
-  return to_float<kDtype>(static_cast<uint16_t>(i == 0 ? pair : pair >> 16));
+  return ptx::to_float<kDtype>(static_cast<uint16_t>(i == 0 ? pair : pair >> 16));
 }
 
 // Whether a warp's columns of a tile of V hold neither inf nor NaN. It reads them all: times 0 they
@@ -30,14 +36,13 @@ FLASH_DEVICE bool is_finite(uint32_t sV) {
   return __all_sync(0xffffffffu, is_zero);
 }
 
-// rO += rP V over the keys that each row sees, mask.keys(row), one key after another. `sV` is the
-// tile, from the warp's columns on.
-template <auto C, class RowMask>
+// rO += rP V over the keys that each row sees, mask.keys(row), one key after another. `sV` is a
+// tile V from the warp's columns on.
+template <auto C, class V, class RowMask>
 FLASH_DEVICE void gemm_pv_by_keys(typename WarpTile<C>::Output& rO,
                                   const typename WarpTile<C>::Probabilities& rP, uint32_t sV,
                                   const RowMask& mask, int first_row, int first_key) {
   using W = WarpTile<C>;
-  using V = typename SmemPlan<C>::V;
   const int lane = ptx::read_tid_x() % 32;
   static_for<W::kM * 2>([&](auto row_of_lane) {
     constexpr int m = row_of_lane / 2, half = row_of_lane % 2;
@@ -62,4 +67,4 @@ FLASH_DEVICE void gemm_pv_by_keys(typename WarpTile<C>::Output& rO,
   });
 }
 
-}  // namespace flash::sm80
+}  // namespace flash
