@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <array>
 
+#include "base/nested_strides.h"
 #include "base/tensor.h"
 
 namespace flash {
@@ -85,23 +86,10 @@ bool elements_meet(const Region& x, const Region& y) {
   return sums.contains(static_cast<int64_t>(y.end - x.begin) / unit - 1);
 }
 
-// Sorted by stride, each dimension steps over everything that the smaller ones span.
 bool is_nested(const Arg& x) {
-  std::array<std::pair<int64_t, int64_t>, FLASH_ATTN_MAX_NDIM> dims;  // stride, size
-  int count = 0;
-  for (int i = 0; i < x.t->ndim; ++i) {
-    if (x.size(i) <= 1) continue;
-    const std::pair<int64_t, int64_t> dim{x.stride(i), x.size(i)};
-    int at = count++;
-    for (; at > 0 && dims[at - 1] > dim; --at) dims[at] = dims[at - 1];
-    dims[at] = dim;
-  }
-  int64_t span = 0;
-  for (int i = 0; i < count; ++i) {
-    if (dims[i].first <= span) return false;
-    span += dims[i].first * (dims[i].second - 1);
-  }
-  return true;
+  NestedStrides<FLASH_ATTN_MAX_NDIM> dims;
+  for (int i = 0; i < x.t->ndim; ++i) dims.add(x.stride(i), x.size(i));
+  return dims.are_nested();
 }
 
 // Two elements that differ by at least one step in `dim`, and anyhow in the other dimensions, lie

@@ -54,11 +54,6 @@ class Device {
   // Waits for `stream`.
   void synchronise(void* stream);
 
-  // Makes host memory visible to kernels at its own address, until it is unregistered.
-  void register_host(const void* begin, size_t bytes);
-  void unregister_host(const void* begin) noexcept;
-
- private:
   // The device's primary context, current while this lives.
   class CurrentContext {
    public:
@@ -70,6 +65,12 @@ class Device {
    private:
     const Device& device_;
   };
+
+  // Makes host memory visible to kernels at its own address, until it is unregistered.
+  void register_host(const void* begin, size_t bytes);
+  void unregister_host(const void* begin) noexcept;
+
+ private:
   // Makes loading a module legal while some stream is being captured.
   class RelaxedCapture;
 

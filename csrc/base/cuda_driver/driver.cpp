@@ -15,8 +15,13 @@ namespace {
 }
 
 template <typename Function>
-void find(void* handle, const std::string& library, const char* name, Function& function) {
+void find_optional(void* handle, const char* name, Function& function) {
   function = reinterpret_cast<Function>(dlsym(handle, name));
+}
+
+template <typename Function>
+void find(void* handle, const std::string& library, const char* name, Function& function) {
+  find_optional(handle, name, function);
   if (function == nullptr)
     fail_device(library + " has no function " + name + ": the CUDA driver is too old");
 }
@@ -49,6 +54,7 @@ DriverApi find_all(void* handle, const std::string& library) {
   get(FLASH_DRIVER_NAME(cuStreamSynchronize), api.stream_synchronize);
   get(FLASH_DRIVER_NAME(cuThreadExchangeStreamCaptureMode),
       api.thread_exchange_stream_capture_mode);
+  find_optional(handle, FLASH_DRIVER_NAME(cuTensorMapEncodeTiled), api.tensor_map_encode_tiled);
   return api;
 }
 

@@ -31,6 +31,8 @@ struct DriverApi {
   decltype(&::cuMemHostUnregister) mem_host_unregister;
   decltype(&::cuStreamSynchronize) stream_synchronize;
   decltype(&::cuThreadExchangeStreamCaptureMode) thread_exchange_stream_capture_mode;
+  // Null in drivers before CUDA 12.0, which do without it: see tensor_map.h.
+  decltype(&::cuTensorMapEncodeTiled) tensor_map_encode_tiled;
 };
 
 class Driver {

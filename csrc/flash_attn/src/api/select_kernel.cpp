@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "base/call/target.h"
+#include "common/operand_views.h"
 #include "cpu/cpu_backend.h"
 #if defined(FLASH_ATTN_HAVE_CUDA)
 #include "sm80/bwd_table.h"
@@ -158,14 +159,6 @@ bool runs_on(const Kernel& kernel, int capability) {
   return kernel.min_capability <= capability && capability <= kernel.max_capability;
 }
 
-bool serves(const Kernel& kernel, const KernelRequest& request) {
-  return kernel.operation == request.operation &&
-         kernel.device_type == request.target.device_type &&
-         runs_on(kernel, request.target.compute_capability) &&
-         (kernel.dtypes & bit(request.dtype)) != 0 && request.d <= kernel.max_d &&
-         request.d_v <= kernel.max_d_v && (request.features & ~kernel.features) == 0;
-}
-
 // Of the CPU's kernels those of the instruction set in use.
 bool is_in_use(const Kernel& kernel) {
   return kernel.device_type != FLASH_ATTN_CPU ||
@@ -226,7 +219,8 @@ std::vector<std::string> missing(const Kernel* kernel, const KernelRequest& requ
   return words;
 }
 
-// The kernel of the request's operation that lacks least; null if the backend has none.
+// The kernel of the request's operation that lacks least, of equals the last: special ones come
+// before those that serve the rest. Null if the backend has none.
 const Kernel* best_candidate(const KernelRequest& request) {
   const Kernel* best = nullptr;
   size_t least = 0;
@@ -235,7 +229,7 @@ const Kernel* best_candidate(const KernelRequest& request) {
         !runs_on(kernel, request.target.compute_capability))
       continue;
     const size_t count = missing(&kernel, request).size();
-    if (best == nullptr || count < least) {
+    if (best == nullptr || count <= least) {
       best = &kernel;
       least = count;
     }
@@ -286,7 +280,13 @@ std::string wrong_capability(const KernelRequest& request) {
 }  // namespace
 
 KernelRequest request_of(Operation operation, const Flash_fwd_params& p) {
-  return {operation, p.target, p.dtype, p.d, p.d_v, features_of({p, p, p.num_splits})};
+  return {operation,
+          p.target,
+          p.dtype,
+          p.d,
+          p.d_v,
+          features_of({p, p, p.num_splits}),
+          can_map(operand_views(p))};
 }
 
 KernelRequest request_of(Operation operation, const Flash_bwd_params& p) {
@@ -295,6 +295,15 @@ KernelRequest request_of(Operation operation, const Flash_bwd_params& p) {
 
 KernelRequest request_of(Operation operation, const Combine_params& p) {
   return {operation, p.target, p.out_dtype, p.d_v, p.d_v};
+}
+
+bool serves(const Kernel& kernel, const KernelRequest& request) {
+  return kernel.operation == request.operation &&
+         kernel.device_type == request.target.device_type &&
+         runs_on(kernel, request.target.compute_capability) &&
+         (kernel.dtypes & bit(request.dtype)) != 0 && request.d <= kernel.max_d &&
+         request.d_v <= kernel.max_d_v && (request.features & ~kernel.features) == 0 &&
+         (request.has_tensor_maps || !kernel.needs_tensor_maps);
 }
 
 const Kernel& select_kernel(const KernelRequest& request) {

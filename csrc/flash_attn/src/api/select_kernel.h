@@ -32,8 +32,9 @@ struct KernelRequest {
   Operation operation;
   Target target;
   Dtype dtype;
-  int64_t d, d_v;         // head dims of q and k, of v
-  uint32_t features = 0;  // set of Feature
+  int64_t d, d_v;                // head dims of q and k, of v
+  uint32_t features = 0;         // set of Feature
+  bool has_tensor_maps = false;  // q, k, v and out can be described by tensor maps
 };
 
 // A checked call's.
@@ -51,7 +52,8 @@ struct Kernel {
   int min_capability = 0, max_capability = std::numeric_limits<int>::max();
   uint32_t dtypes;  // bit i: the Dtype of value i
   int64_t max_d, max_d_v;
-  uint32_t features;  // set of Feature
+  uint32_t features;               // set of Feature
+  bool needs_tensor_maps = false;  // serves calls whose tensors can be described by them
   // What its operation needs; the others are null.
   void (*mha_fwd)(const Flash_fwd_params&) = nullptr;
   void (*mha_bwd)(const Flash_bwd_params&) = nullptr;
@@ -60,6 +62,8 @@ struct Kernel {
   size_t (*fwd_workspace_bytes)(const Flash_fwd_params&) = nullptr;
   size_t (*bwd_workspace_bytes)(const Flash_bwd_params&) = nullptr;
 };
+
+bool serves(const Kernel& kernel, const KernelRequest& request);
 
 // The kernel that runs `request` on this machine now. Throws ApiError(FLASH_ATTN_UNSUPPORTED), with
 // a sentence that names what the best candidate lacks, if there is none.
