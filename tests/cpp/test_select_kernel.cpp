@@ -216,6 +216,58 @@ TEST(SelectKernel, FollowsTheInstructionSetInUse) {
   EXPECT_EQ(flash_attn_set_cpu_isa(nullptr), FLASH_ATTN_OK);
 }
 
+// A dense fp16 forward with rows of 16-byte pieces.
+FwdCall make_mappable_fwd() {
+  FwdCall c;
+  set_score(&c.args.score);
+  c.args.q = c.add("q", FLASH_ATTN_FLOAT16, {kBatch, kSq, kHeads, 40});
+  c.args.k = c.add("k", FLASH_ATTN_FLOAT16, {kBatch, kSk, kHeadsK, 40});
+  c.args.v = c.add("v", FLASH_ATTN_FLOAT16, {kBatch, kSk, kHeadsK, 24});
+  c.args.out = c.add("out", FLASH_ATTN_FLOAT16, {kBatch, kSq, kHeads, 24});
+  return c;
+}
+
+bool has_tensor_maps(const FwdCall& c) {
+  return flash::request_of(flash::Operation::kMhaFwd, check_mha_fwd(c.args)).has_tensor_maps;
+}
+
+TEST(SelectKernel, RequestsTellWhetherTensorMapsDescribeTheirTensors) {
+  EXPECT_TRUE(has_tensor_maps(make_mappable_fwd()));
+  EXPECT_FALSE(has_tensor_maps(make_fwd()));  // fp32
+  for (const char* name : {"q", "k", "v", "out"}) {
+    FwdCall shifted = make_mappable_fwd();
+    shifted[name].data = static_cast<char*>(shifted[name].data) + 2;
+    EXPECT_FALSE(has_tensor_maps(shifted)) << name;
+  }
+  FwdCall expanded = make_mappable_fwd();
+  expanded["k"].stride[0] = 0;
+  EXPECT_FALSE(has_tensor_maps(expanded));
+  FwdCall one_head = make_mappable_fwd();
+  for (const char* name : {"k", "v"}) {
+    one_head[name].shape[2] = 1;
+    one_head[name].stride[2] = 3;
+  }
+  EXPECT_TRUE(has_tensor_maps(one_head));
+  FwdCall empty = make_mappable_fwd();
+  empty["k"].shape[1] = empty["v"].shape[1] = 0;
+  EXPECT_FALSE(has_tensor_maps(empty));
+}
+
+TEST(SelectKernel, KernelsThatNeedTensorMapsServeOnlyWhatHasThem) {
+  const flash::Operation operation = flash::Operation::kMhaFwd;
+  flash::Kernel kernel = flash::select_kernel({operation, {}, flash::Dtype::kFloat16, 40, 24});
+  const auto serves = [&](bool has_tensor_maps) {
+    return flash::serves(kernel,
+                         {operation, {}, flash::Dtype::kFloat16, 40, 24, 0, has_tensor_maps});
+  };
+  EXPECT_FALSE(kernel.needs_tensor_maps);
+  EXPECT_TRUE(serves(true));
+  EXPECT_TRUE(serves(false));
+  kernel.needs_tensor_maps = true;
+  EXPECT_TRUE(serves(true));
+  EXPECT_FALSE(serves(false));
+}
+
 TEST(Calls, ValidOnesSucceed) {
   FwdCall fwd = make_fwd(), varlen = make_varlen_fwd(), paged = make_paged_varlen_fwd();
   EXPECT_EQ(flash_attn_mha_fwd(&fwd.args), FLASH_ATTN_OK) << flash_attn_last_error();

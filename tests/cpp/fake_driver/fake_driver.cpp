@@ -2,9 +2,12 @@
 // user need no GPU, and know every call.
 #include <cuda.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <string>
+
+#include "encoded_tiled.h"
 
 namespace {
 
@@ -13,6 +16,7 @@ std::string failing;  // the call that fails with CUDA_ERROR_ILLEGAL_ADDRESS
 CUstream last_stream;
 unsigned last_shape[3];  // CTAs, threads, bytes of shared memory
 int contexts = 0;        // pushed and not popped
+EncodedTiled last_encoded;
 
 CUresult note(const char* name) {
   calls += name;
@@ -32,6 +36,7 @@ const char* fake_calls() { return calls.c_str(); }
 void* fake_last_stream() { return last_stream; }
 const unsigned* fake_last_shape() { return last_shape; }
 int fake_contexts() { return contexts; }
+const EncodedTiled* fake_last_encoded() { return &last_encoded; }
 
 CUresult cuInit(unsigned) { return note("cuInit"); }
 CUresult cuGetErrorName(CUresult error, const char** text) {
@@ -106,5 +111,32 @@ CUresult cuStreamSynchronize(CUstream) { return note("cuStreamSynchronize"); }
 CUresult cuThreadExchangeStreamCaptureMode(CUstreamCaptureMode*) {
   return note("cuThreadExchangeStreamCaptureMode");
 }
+
+// A map that tells its address and box, by which tests know it.
+#if !defined(FAKE_DRIVER_BEFORE_CUDA_12)
+CUresult cuTensorMapEncodeTiled(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank,
+                                void* address, const cuuint64_t* extents, const cuuint64_t* strides,
+                                const cuuint32_t* box, const cuuint32_t* element_strides,
+                                CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
+                                CUtensorMapL2promotion promotion, CUtensorMapFloatOOBfill fill) {
+  if (rank < 1 || rank > 5) return CUDA_ERROR_INVALID_VALUE;
+  last_encoded = {};
+  last_encoded.type = type;
+  last_encoded.rank = static_cast<int>(rank);
+  last_encoded.address = address;
+  std::copy_n(extents, rank, last_encoded.extents);
+  std::copy_n(strides, rank - 1, last_encoded.strides);
+  std::copy_n(box, rank, last_encoded.box);
+  std::copy_n(element_strides, rank, last_encoded.element_strides);
+  last_encoded.interleave = interleave;
+  last_encoded.swizzle = swizzle;
+  last_encoded.promotion = promotion;
+  last_encoded.fill = fill;
+  *map = {};
+  map->opaque[0] = reinterpret_cast<uintptr_t>(address);
+  map->opaque[1] = box[0];
+  return contexts > 0 ? note("cuTensorMapEncodeTiled") : CUDA_ERROR_INVALID_CONTEXT;
+}
+#endif
 
 }  // extern "C"
