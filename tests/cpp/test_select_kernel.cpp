@@ -227,12 +227,16 @@ FwdCall make_mappable_fwd() {
   return c;
 }
 
-bool has_tensor_maps(const FwdCall& c) {
-  return flash::request_of(flash::Operation::kMhaFwd, check_mha_fwd(c.args)).has_tensor_maps;
+bool has_tensor_maps(const FwdCall& c, int compute_capability = 90) {
+  flash::Flash_fwd_params p = check_mha_fwd(c.args);
+  p.target.compute_capability = compute_capability;
+  return flash::request_of(flash::Operation::kMhaFwd, p).has_tensor_maps;
 }
 
 TEST(SelectKernel, RequestsTellWhetherTensorMapsDescribeTheirTensors) {
   EXPECT_TRUE(has_tensor_maps(make_mappable_fwd()));
+  EXPECT_TRUE(has_tensor_maps(make_mappable_fwd(), 120));
+  for (const int without : {0, 80, 89}) EXPECT_FALSE(has_tensor_maps(make_mappable_fwd(), without));
   EXPECT_FALSE(has_tensor_maps(make_fwd()));  // fp32
   for (const char* name : {"q", "k", "v", "out"}) {
     FwdCall shifted = make_mappable_fwd();

@@ -52,7 +52,9 @@ cuuint64_t smallest_stride(const StridedView& x) {
 
 Encoding encoding_of(const Device& device, const TensorBox& what) {
   const StridedView& x = what.tensor;
-  require(can_map(x), what.name, " cannot be described by a tensor map: ", text(x));
+  if (!can_map(x)) [[unlikely]] {
+    fail(what.name, " cannot be described by a tensor map: ", text(x));
+  }
   Encoding result{&device, x.address,
                   x.dtype == Dtype::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
                                              : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,

@@ -280,13 +280,11 @@ std::string wrong_capability(const KernelRequest& request) {
 }  // namespace
 
 KernelRequest request_of(Operation operation, const Flash_fwd_params& p) {
-  return {operation,
-          p.target,
-          p.dtype,
-          p.d,
-          p.d_v,
-          features_of({p, p, p.num_splits}),
-          can_map(operand_views(p))};
+  constexpr int kFirstWithTensorMaps = 90;
+  const bool has_tensor_maps =
+      p.target.compute_capability >= kFirstWithTensorMaps && can_map(operand_views(p));
+  return {operation,      p.target, p.dtype, p.d, p.d_v, features_of({p, p, p.num_splits}),
+          has_tensor_maps};
 }
 
 KernelRequest request_of(Operation operation, const Flash_bwd_params& p) {

@@ -32,9 +32,10 @@ struct KernelRequest {
   Operation operation;
   Target target;
   Dtype dtype;
-  int64_t d, d_v;                // head dims of q and k, of v
-  uint32_t features = 0;         // set of Feature
-  bool has_tensor_maps = false;  // q, k, v and out can be described by tensor maps
+  int64_t d, d_v;         // head dims of q and k, of v
+  uint32_t features = 0;  // set of Feature
+  // The device has tensor maps and they can describe q, k, v and out.
+  bool has_tensor_maps = false;
 };
 
 // A checked call's.
@@ -52,8 +53,8 @@ struct Kernel {
   int min_capability = 0, max_capability = std::numeric_limits<int>::max();
   uint32_t dtypes;  // bit i: the Dtype of value i
   int64_t max_d, max_d_v;
-  uint32_t features;               // set of Feature
-  bool needs_tensor_maps = false;  // serves calls whose tensors can be described by them
+  uint32_t features;  // set of Feature
+  bool needs_tensor_maps = false;
   // What its operation needs; the others are null.
   void (*mha_fwd)(const Flash_fwd_params&) = nullptr;
   void (*mha_bwd)(const Flash_bwd_params&) = nullptr;
