@@ -20,11 +20,11 @@ struct TensorBox {
   const char* name = "";                     // of the tensor, in error sentences
 };
 
-// The tensor map of `what` for kernels on `device`, its first kMaxMappedRank dimensions. Kept for
-// this thread's next calls with the same description, so that a training loop, whose tensors come
-// back at the same addresses, encodes once. The calling thread needs no current context. Throws
-// ApiError: FLASH_ATTN_DEVICE_ERROR if the driver has no tensor maps or refuses, and
-// FLASH_ATTN_INVALID_ARGUMENT unless can_map(what.tensor).
+// The tensor map of `what` for kernels on `device`. Kept for this thread's next calls with the same
+// description, so that a training loop, whose tensors come back at the same addresses, encodes
+// once. The calling thread needs no current context. Throws ApiError: FLASH_ATTN_DEVICE_ERROR if
+// the driver has no tensor maps or refuses, FLASH_ATTN_INVALID_ARGUMENT unless can_map(what.tensor)
+// and the swizzle is one of those above.
 CUtensorMap tensor_map(const Device& device, const TensorBox& what);
 
 }  // namespace flash::cuda
