@@ -45,27 +45,36 @@ class CacheKernelsOn : public testing::TestWithParam<NamedCache> {};
 INSTANTIATE_TEST_SUITE_P(All, CacheKernelsOn, testing::ValuesIn(all_cases()),
                          [](const auto& info) { return info.param.name; });
 
+// Rounding may differ by a step where keys were rotated.
+void expect_keys(const PoisonTensor& actual, const PoisonTensor& expected) {
+  const double step = std::ldexp(1., -format_of(actual.dtype()).mantissa_bits);
+  actual.for_each([&](const PoisonTensor::Index& i) {
+    const double x = actual.get(i), y = expected.get(i);
+    ASSERT_TRUE(std::isnan(y) ? std::isnan(x) : std::fabs(x - y) <= 4 * step)
+        << "k_cache at " << testing::PrintToString(i) << ": " << x << ", expected " << y;
+  });
+  EXPECT_TRUE(actual.untouched_between_elements());
+}
+
 TEST_P(CacheKernelsOn, MatchTheDefinition) {
   const CacheCase& c = GetParam().c;
   const CacheProblem before(c, 1);
+  const PoisonTensor expected_k = before.expected_k_cache();
+  const PoisonTensor expected_v = before.expected_v_cache();
+  PoisonTensor out(flash::Dtype::kFloat32, before.out.shape());
+  PoisonTensor lse(flash::Dtype::kFloat32, before.lse.shape());
+  std::vector<unsigned char> keys;  // those of these results
   for (const flash::cpu::Kernels* kernels : all_kernels()) {
     SCOPED_TRACE(kernels->isa);
     CacheProblem problem = before;
     problem.run(*kernels);
-    // Rounding may differ by a step where keys were rotated; values are copied.
-    const double step = std::ldexp(1., -format_of(c.dtype).mantissa_bits);
-    const PoisonTensor expected_k = before.expected_k_cache();
-    const PoisonTensor& k = problem.k_cache;
-    k.for_each([&](const PoisonTensor::Index& i) {
-      const double x = k.get(i), y = expected_k.get(i);
-      ASSERT_TRUE(std::isnan(y) ? std::isnan(x) : std::fabs(x - y) <= 4 * step)
-          << "k_cache at " << testing::PrintToString(i) << ": " << x << ", expected " << y;
-    });
-    EXPECT_TRUE(k.untouched_between_elements());
-    EXPECT_TRUE(problem.v_cache.bytes() == before.expected_v_cache().bytes());
-    PoisonTensor out(flash::Dtype::kFloat32, problem.out.shape());
-    PoisonTensor lse(flash::Dtype::kFloat32, problem.lse.shape());
-    problem.expected_outputs(out, lse);
+    EXPECT_TRUE(problem.v_cache.bytes() == expected_v.bytes());
+    // The definition takes the keys as they are stored, which instruction sets mostly round alike.
+    if (problem.k_cache.bytes() != keys) {
+      keys = problem.k_cache.bytes();
+      expect_keys(problem.k_cache, expected_k);
+      problem.expected_outputs(out, lse);
+    }
     expect_close("out", problem.out, out, tolerance(c.dtype));
     expect_close("lse", problem.lse, lse, tolerance(c.dtype));
   }
