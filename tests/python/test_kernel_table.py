@@ -131,7 +131,8 @@ def test_built_kernels(sass, sm_pipes):
     """Each has one inner loop, whose products fit its exponentials, and in which the pipe that
     docs/cuda.md names is an A100's bound."""
     library = next(_library.library_path().parent.glob("libflash_attn.so*"))
-    cubins = sass.cubins(library.read_bytes())
+    # Disassembling the others, too, would take minutes.
+    cubins = [x for x in sass.cubins(library.read_bytes()) if b"flash_fwd_sm80_" in x]
     functions = [function for cubin in cubins for function in sass.disassemble(cubin)]
     kernels = [function for function in functions if function.name.startswith("flash_fwd_sm80_")]
     assert kernels
