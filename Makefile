@@ -63,12 +63,12 @@ demo: $(INSTALLED) ## train a small GPT, generate text with it, compare speed an
 
 # Tests share the cores by processes: threads that wait must not take time from those of others. The CUDA kernels' tests
 # load a driver and run its threads: in processes of their own, in which torch needs one thread. worksteal leaves
-# neighbours to one process, so that what a module prepares is seldom prepared twice.
+# neighbours to one process, so that what a module prepares is seldom prepared twice; the longest tests come first.
 PYTEST := pytest --config-file=../pyproject.toml -n $(JOBS) --maxprocesses=8 --dist worksteal
 test: $(RELEASE) $(INSTALLED) ## C++ tests, then Python tests of the installed package
 	OMP_WAIT_POLICY=passive ctest --test-dir build/release --output-on-failure -j $(JOBS)
 	cd build && OMP_WAIT_POLICY=passive $(PYTEST) ../tests/python --ignore-glob='../tests/python/test_cuda*.py'
-	cd build && OMP_NUM_THREADS=1 $(PYTEST) ../tests/python/test_cuda*.py ../emulator/tests/mutation
+	cd build && OMP_NUM_THREADS=1 $(PYTEST) ../emulator/tests/mutation ../tests/python/test_cuda*.py
 
 bench: $(INSTALLED) ## time attention against PyTorch and the machine's limits (build/bench)
 	.venv/bin/python benchmarks/benchmark_attn.py --quick
