@@ -3,11 +3,9 @@ torch.compile, against one process."""
 
 from __future__ import annotations
 
-import socket
-
 import pytest
 import torch
-import torch.multiprocessing as mp
+from processes import on_processes
 from shared_model_ranks import PROCESSES, run_rank
 
 from flash_attn.distributed import ContextParallel, share_sequences
@@ -15,10 +13,7 @@ from flash_attn.modules.mha import MHA, HeadOptions
 
 
 def test_processes_are_one():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    mp.spawn(run_rank, (port,), PROCESSES)
+    on_processes(PROCESSES, run_rank)
 
 
 @pytest.mark.parametrize(

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import socket
-
 import pytest
 import torch
-import torch.multiprocessing as mp
 from gpt_cases import LLAMA, config
 from model_ranks import RANKS, run_rank
+from processes import on_processes
 
 from flash_attn.models.gpt import GPTLMHeadModel, combine_state_dicts_tp, shard_state_dict_tp
 
 
 def test_processes_are_one():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    mp.spawn(run_rank, (port,), RANKS)
+    on_processes(RANKS, run_rank)
 
 
 @pytest.fixture(scope="module")

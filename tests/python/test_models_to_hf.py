@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import socket
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 import transformers
 from hf_cases import CASES, CLASSIC_CASES, edit_config, saved, tokens
 from hf_ranks import RANKS, run_rank
+from processes import on_processes
 from safetensors.torch import load_file
 
 from flash_attn.models import from_hf, to_hf
@@ -184,7 +183,4 @@ def test_refused(tmp_path):
 def test_over_processes(tmp_path):
     for name in ("gemma2", "qwen3, biases, tied", "opt"):
         saved(_ALL[name], tmp_path / name)
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    mp.spawn(run_rank, (port, tmp_path), RANKS)
+    on_processes(RANKS, run_rank, tmp_path)

@@ -6,8 +6,9 @@ import os
 
 import pytest
 import torch.distributed as dist
+from processes import free_port
 from torch.distributed.tensor import DTensor
-from training_cases import COURSE, free_port, on_processes, overrides, rows, run_here, torchrun
+from training_cases import COURSE, on_processes, overrides, rows, run_here, torchrun
 
 STEPS = {
     "trainer__max_steps": 6,

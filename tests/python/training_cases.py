@@ -7,16 +7,15 @@ import csv
 import faulthandler
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
 from functools import cache
 from pathlib import Path
 
+import processes
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from scripts import ROOT
 
 if str(ROOT) not in sys.path:  # at its end: an installed flash_attn goes first
@@ -125,7 +124,7 @@ def torchrun(processes: int, arguments: list[str]) -> int:
     return subprocess.run(line, env=environment(), timeout=_LIMIT_SECONDS).returncode
 
 
-def _rank(rank: int, world_size: int, port: int, work, arguments: tuple) -> None:
+def _rank(rank: int, port: int, world_size: int, work, arguments: tuple) -> None:
     os.environ.update(
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank),
         WORLD_SIZE=str(world_size),
@@ -139,13 +138,6 @@ def _rank(rank: int, world_size: int, port: int, work, arguments: tuple) -> None
             dist.destroy_process_group()
 
 
-def free_port() -> int:
-    """A port that is free now."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
 def on_processes(world_size: int, work, *arguments) -> None:
     """Call ``work(*arguments)`` in processes that have the environment of torchrun's."""
-    mp.spawn(_rank, (world_size, free_port(), work, arguments), world_size)
+    processes.on_processes(world_size, _rank, world_size, work, arguments)
