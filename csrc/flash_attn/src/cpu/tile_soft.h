@@ -35,27 +35,40 @@ class TileSoft {
   // TDPBF16PS (Intel SDM volume 2): C[m][n] += sum over pairs k of A[m][k] . B[k][n], even and odd
   // elements summed apart.
   template <int kC, int kA, int kB>
-  [[gnu::noinline]] static void multiply() {
-    for (int m = 0; m < 16; ++m)
-      for (int n = 0; n < 16; n += kWidth) {
-        Vec even = FLASH_ATTN_ISA::zero(), odd = even;
-        for (int k = 0; k < 16; ++k) {
-          const VecU a = VecU{} + tile(kA)[m * 16 + k];
-          VecU b;
-          std::memcpy(&b, tile(kB) + k * 16 + n, sizeof(b));
-          even = fma(from_bits(a << 16), from_bits(b << 16), even);
-          odd = fma(from_bits(a & kHigh), from_bits(b & kHigh), odd);
-        }
-        float* c = reinterpret_cast<float*>(tile(kC)) + m * 16 + n;
-        FLASH_ATTN_ISA::store(c, FLASH_ATTN_ISA::load(c) + (even + odd));
-      }
+  static void multiply() {
+    multiply(tile(kC), tile(kA), tile(kB));
   }
 
  private:
-  static constexpr int kBytes = 1024;
-  static constexpr uint32_t kHigh = 0xffff0000u;
+  static constexpr int kBytes = 1024, kElements = 256;
+  static constexpr uint32_t kOdd = 0xffff0000u;  // of a pair, as the upper half of an fp32
+
+  // As wide as AVX2's: sums of wider vectors would be kept in memory.
+  typedef float Floats __attribute__((vector_size(32), may_alias));
+  typedef uint32_t Pairs __attribute__((vector_size(32), may_alias));
+
+  // Sanitizers would find nothing in registers of constant size, and take most of the tests' time.
+  [[gnu::noinline, gnu::no_sanitize("address", "undefined")]]
+  static void multiply(uint32_t* c, const uint32_t* a, const uint32_t* b) {
+    for (int m = 0; m < 16; ++m) {
+      Floats even[2] = {}, odd[2] = {};
+      for (int k = 0; k < 16; ++k) {
+        const Floats even_a = reinterpret_cast<Floats>(Pairs{} + (a[m * 16 + k] << 16));
+        const Floats odd_a = reinterpret_cast<Floats>(Pairs{} + (a[m * 16 + k] & kOdd));
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; ++half) {
+          const Pairs pairs = reinterpret_cast<const Pairs*>(b + k * 16)[half];
+          even[half] += even_a * reinterpret_cast<Floats>(pairs << 16);
+          odd[half] += odd_a * reinterpret_cast<Floats>(pairs & kOdd);
+        }
+      }
+      for (int half = 0; half < 2; ++half)
+        reinterpret_cast<Floats*>(c + m * 16)[half] += even[half] + odd[half];
+    }
+  }
+
   static uint32_t* tile(int i) {
-    alignas(64) static thread_local uint32_t tiles[8][256];
+    alignas(64) static thread_local uint32_t tiles[8][kElements];
     return tiles[i];
   }
 };
