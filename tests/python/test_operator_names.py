@@ -69,8 +69,7 @@ assert torch.equal(held(torch.ones(3), 2.0), torch.full((3,), 2.0))
 """
 
 ORDERS = {
-    "declared after the import": OURS_WORK + DECLARE + THEIRS_WORK + OURS_WORK,
-    "declared twice": OURS_WORK + DECLARE + DECLARE + THEIRS_WORK + OURS_WORK,
+    "declared twice, after the import": 2 * (OURS_WORK + DECLARE + THEIRS_WORK) + OURS_WORK,
     "declared before the import": DECLARE + OURS_WORK,
     "held": HELD + DECLARE + STALE + THEIRS_WORK,
 }
