@@ -73,7 +73,8 @@ function(flash_attn_add_cuda_kernels target)
     COMMENT "Summing up the CUDA kernels" VERBATIM)
   set_source_files_properties(${out}/generated/embedded_kernels.S PROPERTIES OBJECT_DEPENDS "${fatbins};${out}/kernels.csv")
 
-  file(GLOB host_sources CONFIGURE_DEPENDS ${csrc}/base/cuda_driver/*.cpp ${csrc}/flash_attn/src/sm80/*.cpp)
+  file(GLOB host_sources CONFIGURE_DEPENDS ${csrc}/base/cuda_driver/*.cpp ${csrc}/flash_attn/src/hopper/*.cpp
+                                           ${csrc}/flash_attn/src/sm80/*.cpp)
   foreach(operator IN LISTS FLASH_ATTN_OPERATORS)
     file(GLOB sources CONFIGURE_DEPENDS ${csrc}/${operator}/sm80/*.cpp)
     list(APPEND host_sources ${sources})

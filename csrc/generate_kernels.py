@@ -31,10 +31,14 @@ ALL_DTYPES = (*DTYPES, "fp32")
 @dataclass(frozen=True)
 class Architecture:
     name: str  # of compute_NAME and sm_NAME
-    ptx: bool  # embedded beside the machine code, for newer devices
+    label: str  # in the names of kernels
 
 
-ARCHITECTURES = {"sm80": Architecture("80", ptx=True)}
+# PTX is embedded beside the machine code: for newer devices, and for the emulated GPU.
+ARCHITECTURES = {
+    "sm80": Architecture("80", "sm80"),
+    "hopper": Architecture("90a", "sm90"),  # whose PTX is for compute capability 9.0 alone
+}
 
 
 @dataclass(frozen=True)
@@ -52,12 +56,14 @@ class Kind:
     dtypes: tuple[str, ...] = DTYPES
     # Of fused operators: a namespace, a folder of csrc/, and the header that has the entry.
     operator: str = ""
+    file: str = ""  # of the entry, if it is not that of ``name``
+    clusters: bool = False  # the config has cluster(), CTAs of a cluster
 
     @property
     def header(self) -> str:
         if self.operator:
             return f"{self.operator}/{self.backend}/{self.operator}.h"
-        return f"{self.backend}/{self.name}.h"
+        return f"{self.backend}/{self.file or self.name}.h"
 
     @property
     def namespace(self) -> str:
@@ -76,13 +82,14 @@ class Kernel:
 
     @property
     def name(self) -> str:
-        """flash_KIND_BACKEND_DTYPE, head dims if any and what follows: d128, d192x128."""
+        """flash_KIND_ARCHITECTURE_DTYPE, head dims if any and what follows: d128, d192x128."""
         dtype, *rest = self.values
         if rest:
             head_dim, head_dim_v, *rest = rest
             dims = f"d{head_dim}" if head_dim == head_dim_v else f"d{head_dim}x{head_dim_v}"
             rest = [dims, *(f"n{value}" if isinstance(value, int) else value for value in rest)]
-        return "_".join(["flash", self.kind.name, self.kind.backend, dtype, *rest])
+        architecture = ARCHITECTURES[self.kind.backend].label
+        return "_".join(["flash", self.kind.name, architecture, dtype, *rest])
 
     @property
     def config(self) -> str:
@@ -95,6 +102,7 @@ class Kernel:
         parameters = ",\n    ".join(
             f"const __grid_constant__ {type_} {name}" for type_, name in zip(kind.parameters, names)
         )
+        clusters = " __cluster_dims__(kConfig.cluster(), 1, 1)" if kind.clusters else ""
         return f"""// Made by generate_kernels.py.
 #include "{kind.header}"
 
@@ -102,7 +110,7 @@ namespace {kind.namespace} {{
 
 inline constexpr {self.config.replace(kind.config, kind.config + " kConfig", 1)};
 
-extern "C" __global__ void __launch_bounds__(kConfig.threads(), kConfig.ctas_per_sm()) {self.name}(
+extern "C" __global__ void __launch_bounds__(kConfig.threads(), kConfig.ctas_per_sm()){clusters} {self.name}(
     {parameters}) {{
   {kind.entry}<kConfig>({", ".join(names)});
 }}
@@ -134,6 +142,31 @@ KINDS = [
         ),
         parameters=("FwdParams", "FwdLaunch"),
         entry="mha_fwd",
+    ),
+    Kind(
+        backend="hopper",
+        name="fwd",
+        config="FwdConfig",
+        configs=(
+            (64, 64, "masked"),
+            (96, 96, "masked"),
+            (128, 128, "unmasked"),
+            (128, 128, "masked"),
+            (192, 128, "unmasked"),
+            (192, 128, "masked"),
+            (192, 192, "masked"),
+            (256, 256, "unmasked"),
+            (256, 256, "masked"),
+            (64, 64, "modified"),
+            (96, 96, "modified"),
+            (128, 128, "modified"),
+            (192, 192, "modified"),
+            (256, 256, "modified"),
+        ),
+        parameters=("FwdParams", "FwdLaunch"),
+        entry="mha_fwd",
+        file="fwd_kernel",
+        clusters=True,
     ),
     Kind(
         backend="sm80",
@@ -298,8 +331,7 @@ def cmake_list() -> str:
     text = f"set(FLASH_ATTN_KERNELS {' '.join(kernel.name for kernel in KERNELS)})\n"
     for kernel in KERNELS:
         architecture = ARCHITECTURES[kernel.kind.backend]
-        flags = f"-DARCH={architecture.name} -DPTX={'ON' if architecture.ptx else 'OFF'}"
-        text += f"set(FLASH_ATTN_FLAGS_OF_{kernel.name} {flags})\n"
+        text += f"set(FLASH_ATTN_FLAGS_OF_{kernel.name} -DARCH={architecture.name})\n"
     return text
 
 

@@ -3,7 +3,8 @@
     python tools/gpu_launches.py --dtype bf16                # on a GPU
     python tools/gpu_launches.py --device cpu --dtype fp16   # within FLASH_ATTENTION_EMULATOR=sm_80
 
-The head dims and classes of scores are those of csrc/generate_kernels.py. Of fp32 there are the
+The head dims and classes of scores are those of csrc/generate_kernels.py; which kernels serve them
+is the device's affair. Of fp32 there are the
 fused operators alone.
 """
 
@@ -233,13 +234,14 @@ def calls(dtype: str, device: str) -> dict[str, Callable[[], tuple[torch.Tensor,
 
 def calls_of_attention(dtype: str, device: str):
     """Return those of ``calls``, fused operators aside."""
-    kinds = {kind.name: kind for kind in generate_kernels.KINDS}
+    kinds = {kind.name: kind for kind in generate_kernels.KINDS if kind.backend == "sm80"}
+    forwards = [kind.configs for kind in generate_kernels.KINDS if kind.name == "fwd"]
 
     def call(function, *args, **options):
         return lambda: function(Inputs(DTYPES[dtype], device), *args, **options)
 
     found = {}
-    for d, dv, scores in kinds["fwd"].configs:
+    for d, dv, scores in dict.fromkeys(config for configs in forwards for config in configs):
         found[f"dense d={d}x{dv} {scores}"] = call(dense, (d, dv), scores)
     for dims in kinds["decode"].configs:
         found[f"decode d={dims[0]}"] = call(cache, dims)

@@ -1,13 +1,16 @@
-"""The tables of docs/cuda.md.
+"""The tables of docs/cuda.md and docs/hopper.md.
 
 `kernels`: what ptxas told the build of the CUDA kernels. `pipes`: what the inner loop of their
-machine code asks of an SM. `counters`: what they do on the emulated GPU.
+machine code asks of an SM. `counters`: what they do on the emulated GPU. `tiles`, `loops`, `speed`
+(hopper_table.py): the sm_90a kernels' tiles, what their loops ask of an SM, and how fast that makes
+them.
 
-    python tools/kernel_table.py build/release/cuda/kernels.csv            # rewrite docs/cuda.md
+    python tools/kernel_table.py build/release/cuda/kernels.csv            # rewrite both
     python tools/kernel_table.py build/release/cuda/kernels.csv --print pipes
+    python tools/kernel_table.py build/release/cuda/kernels.csv --only tiles loops speed
 
-The fatbins lie beside kernels.csv. `pipes` needs nvdisasm. The package must be importable, for
-`counters` with the emulated GPU beside it.
+The fatbins lie beside kernels.csv. All but `kernels` and `counters` need nvdisasm. The package must
+be importable, for `counters` with the emulated GPU beside it.
 """
 
 from __future__ import annotations
@@ -15,19 +18,21 @@ from __future__ import annotations
 import argparse
 import csv
 import itertools
-import re
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
+import hopper_table
 import sass
 import sm_pipes
 import torch
+import warpgroups
+from markdown_table import alike, markdown
 
 import flash_attn
 
-DOCUMENT = Path(__file__).resolve().parent.parent / "docs" / "cuda.md"
-DTYPES = ("fp16", "bf16")
+DOCUMENTS = Path(__file__).resolve().parent.parent / "docs"
 
 
 def section(text: str, name: str, content: str) -> str:
@@ -36,12 +41,6 @@ def section(text: str, name: str, content: str) -> str:
     end = f"<!-- end of {name} -->\n"
     head, rest = text.split(begin)
     return head + begin + content + end + rest.split(end)[1]
-
-
-def markdown(header: list[str], rows: list[list]) -> str:
-    """Return a table."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
 
 
 def resources(path: Path) -> str:
@@ -64,26 +63,21 @@ def cells(trip: sm_pipes.Trip) -> list[str]:
     return [*map("".join, zip(counts, busy)), str(cycles["issue"]), *bounds]
 
 
-def alike(rows: list[list[str]]) -> list[list[str]]:
-    """Return ``rows``, which begin with a kernel's name, with one for all dtypes if they agree."""
-    groups: dict[tuple, list[str]] = {}
-    for kernel, *rest in rows:
-        name = re.sub(f"_({'|'.join(DTYPES)})_", "_*_", kernel)
-        groups.setdefault((name, *rest), []).append(kernel)
-    return [
-        [kernel, *rest]
-        for (name, *rest), kernels in groups.items()
-        for kernel in ([name] if len(kernels) == len(DTYPES) else kernels)
-    ]
-
-
-def functions(path: Path) -> Iterator[sass.Function]:
-    """Yield the machine code of the kernels of a build's kernels.csv."""
+def functions(path: Path, prefix: str = "") -> Iterator[sass.Function]:
+    """Yield the machine code of the kernels of a build's kernels.csv that are called so."""
     with path.open() as file:
         for row in csv.DictReader(file):
+            if not row["kernel"].startswith(prefix):
+                continue
             fatbin = path.with_name(f"{row['kernel']}.fatbin").read_bytes()
             for cubin in sass.cubins(fatbin):
                 yield from sass.disassemble(cubin)
+
+
+@cache
+def hopper(path: Path) -> list[warpgroups.Kernel]:
+    """Return the loops of the sm_90a kernels of a build's kernels.csv."""
+    return [warpgroups.read(function) for function in functions(path, warpgroups.PREFIX)]
 
 
 def machine_code(path: Path) -> str:
@@ -180,11 +174,20 @@ def counters() -> str:
     return markdown(header, rows)
 
 
+# By document. The parts of machine code that tables share are read once.
 TABLES = {
-    "kernels": resources,
-    "pipes": machine_code,
-    "counters": lambda path: counters(),
+    "cuda.md": {
+        "kernels": resources,
+        "pipes": machine_code,
+        "counters": lambda path: counters(),
+    },
+    "hopper.md": {
+        "tiles": lambda path: hopper_table.tiles(hopper(path)),
+        "loops": lambda path: hopper_table.loops(hopper(path)),
+        "speed": lambda path: hopper_table.speeds(hopper(path)),
+    },
 }
+MAKERS = {name: make for tables in TABLES.values() for name, make in tables.items()}
 
 
 def main() -> int:
@@ -193,21 +196,25 @@ def main() -> int:
     parser.add_argument(
         "--print",
         nargs="*",
-        choices=TABLES,
-        help="these, or all, to the terminal, not into the file",
+        choices=MAKERS,
+        help="these, or all, to the terminal, not into the files",
     )
+    parser.add_argument("--only", nargs="+", choices=MAKERS, help="rewrite these and no others")
     options = parser.parse_args()
+    names = options.print or options.only or MAKERS
     try:
-        tables = {name: TABLES[name](options.csv) for name in options.print or TABLES}
+        tables = {name: MAKERS[name](options.csv) for name in names}
     except sass.NoDisassembler as error:
         parser.exit(1, f"{parser.prog}: {error}\n")
     if options.print is not None:
         print("\n".join(tables.values()), end="")
         return 0
-    text = DOCUMENT.read_text()
-    for name, content in tables.items():
-        text = section(text, name, content)
-    DOCUMENT.write_text(text)
+    for document, makers in TABLES.items():
+        path = DOCUMENTS / document
+        text = path.read_text()
+        for name in makers.keys() & tables.keys():
+            text = section(text, name, tables[name])
+        path.write_text(text)
     return 0
 
 

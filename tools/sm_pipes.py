@@ -10,10 +10,14 @@ integers, logic, comparisons and minima 64; exp2f 16; shuffles 32); which pipe a
 packing FP32 to FP16 included, in Nsight Compute's Profiling Guide; the 16-bit products, 1024 and
 2048 a cycle and SM, and shared memory's 128 bytes in the white papers of the A100 and the H100.
 arXiv:2206.02874 measures as much for mma.m16n8k16 on the A100.
+
+HGMMA.64xNx16, wgmma's instruction, is issued by the four warps of a warpgroup, one on each
+sub-partition, and is N / 8 times the m16n8k16 of each of them.
 """
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -22,20 +26,23 @@ from sass import Function, Instruction
 
 # Roots of opcodes by the pipe that runs them.
 OPCODES = {
-    "tensor": "HMMA",
-    "MUFU": "F2F F2I FLO FRND I2F MUFU POPC",
-    "FMA": "FADD FFMA FMUL IMAD IMUL",
-    "ALU": "F2FP FMNMX FSEL FSETP I2FP IABS IADD3 IMNMX ISETP LEA LOP3 P2R PLOP3 PRMT R2P SEL SGXT "
-    "SHF VIADD VIADDMNMX VIMNMX VOTE",
-    "LSU": "LDG LDGSTS LDS LDSM S2R SHFL STG STS",
-    "uniform": "R2UR S2UR UIADD3 UIMAD UISETP ULDC ULEA ULOP3 UPLOP3 USEL USHF VOTEU",
-    # What waits, barriers and fences among them, counts where it is issued.
-    "others": "BAR BRA BREAK BSSY BSYNC CALL CCTL DEPBAR ENDCOLLECTIVE ERRBAR EXIT LDC LDGDEPBAR "
-    "MEMBAR NOP RET WARPSYNC",
+    "tensor": "HGMMA HMMA",
+    "MUFU": "BREV F2F F2I FLO FRND I2F MUFU POPC",
+    "FMA": "FADD FFMA FMUL HADD2 HFMA2 HMUL2 IMAD IMUL",
+    "ALU": "F2FP FCHK FMNMX FSEL FSETP I2FP IABS IADD3 IMNMX ISETP LEA LOP3 P2R PLOP3 PRMT R2P SEL "
+    "SGXT SHF VIADD VIADDMNMX VIMNMX VOTE",
+    "LSU": "ATOMG LDG LDGSTS LDL LDS LDSM S2R SHFL ST STG STL STS STSM",
+    "uniform": "ELECT R2UR S2UR UIADD3 UIMAD UISETP ULDC ULEA ULOP3 UPLOP3 UPRMT USEL USHF VOTEU",
+    # What waits, barriers and fences among them, and what only starts a copy, counts where it is
+    # issued.
+    "others": "BAR BRA BREAK BSSY BSYNC CALL CCTL CGAERRBAR DEPBAR ENDCOLLECTIVE ERRBAR EXIT FENCE "
+    "LDC LDGDEPBAR MEMBAR NOP RET SYNCS UCGABAR_ARV UCGABAR_WAIT USETMAXREG UTMACCTL "
+    "UTMACMDFLUSH UTMALDG UTMASTG WARPGROUP WARPSYNC YIELD",
 }
 PIPE_OF = {root: pipe for pipe, roots in OPCODES.items() for root in roots.split()}
 MOVES = {"MOV": "ALU", "CS2R": "ALU", "IMAD.MOV": "FMA", "UMOV": "uniform"}
 WIDTHS = {"64": 2, "128": 4, "2": 2, "4": 4}  # bits of a lane, matrices of ldmatrix: wavefronts
+WGMMA = re.compile(r"^HGMMA\.64x(\d+)x16\.F32")  # fp16; bf16 has one modifier more
 COLUMNS = ("tensor", "MUFU", "FMA", "ALU", "LSU", "uniform", "moves", "others")
 
 # Cycles for each instruction, by compute capability; of the load/store pipe, for each 128 bytes.
@@ -61,9 +68,18 @@ def use(line: Instruction) -> Use:
         if f"{line.opcode}.".startswith(f"{opcode}."):
             return Use("moves", pipe)
     pipe = PIPE_OF.get(line.root)
-    if pipe is None or (pipe == "tensor" and ".16816." not in line.opcode):
+    turns = {"LSU": wavefronts, "tensor": products}.get(pipe, lambda line: 1)(line)
+    if pipe is None or turns is None:
         raise ValueError(f"tools/sm_pipes.py does not know the pipe or the rate of {line.opcode}")
-    return Use(pipe, pipe, wavefronts(line) if pipe == "LSU" else 1)
+    return Use(pipe, pipe, turns)
+
+
+def products(line: Instruction) -> int | None:
+    """Return how many m16n8k16 a warp's share of a product is, ``None`` for other shapes."""
+    if ".16816." in line.opcode:
+        return 1
+    shape = WGMMA.search(line.opcode)
+    return int(shape[1]) // 8 if shape else None
 
 
 def wavefronts(line: Instruction) -> int:

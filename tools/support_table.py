@@ -4,7 +4,7 @@
     python tools/support_table.py --check    # exit with status 1 if it is out of date
 
 The list leaves out instruction sets that this machine's CPU lacks; all of them do the same, so the
-table has a line for each backend and operation and none for instruction sets.
+table has a line for each operation of the CPU. Of CUDA it has one for each generation of kernels.
 """
 
 from __future__ import annotations
@@ -21,14 +21,16 @@ END = "<!-- end of support table -->\n"
 
 
 def table(text: str) -> str:
-    """Return the table in Markdown, one line for each backend and operation.
+    """Return the table in Markdown, one line for each backend, generation and operation.
 
     A backend that this build lacks keeps the lines that it has in ``text``.
     """
     rows = {}
     built = {line.split()[0] for line in lib.kernels().splitlines()}
     for line in lib.kernels().splitlines():
-        backend, _isa, operation, dtypes, head_dims = line.split()
+        backend, isa, operation, dtypes, head_dims = line.split()
+        if backend != "cpu":
+            backend = f"{backend} {isa}"
         rows[backend, operation] = (dtypes.replace(",", ", "), head_dims.replace(",v:", ", v "))
     lines = ["| backend | operation | dtypes | head dims |", "| --- | --- | --- | --- |"]
     for (backend, operation), (dtypes, head_dims) in rows.items():

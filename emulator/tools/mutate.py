@@ -6,9 +6,9 @@ CASE.py defines ``run() -> bool``: it launches kernels through the CUDA driver t
 library is, and says whether their results are right; an exception counts as a report. First it runs
 as it is, with all checks, and must pass in every mode. Then each synchronising instruction that it
 executed (barriers, fences, waits, commits, mbarrier operations, bar.warp.sync) is left out in
-turn, and it runs again: eager, late and in random schedules of several seeds. A deletion that no
-run notices, by a report or by a wrong result, must stand in the list of equivalent ones,
-CASE.equivalent beside CASE.py, with the reason:
+turn (a wait for an mbarrier is made to find its phase complete), and it runs again: eager, late and
+in random schedules of several seeds. A deletion that no run notices, by a report or by a wrong
+result, must stand in the list of equivalent ones, CASE.equivalent beside CASE.py, with the reason:
 
     cp.async.commit_group #3 of flash_fwd: the last group holds no copy
 
@@ -36,7 +36,7 @@ DEFAULT_LIBRARY = os.environ.get("GPU_EMULATOR_LIBRARY", "libgpu_emulator.so")
 SYNCHRONISING = re.compile(
     r"(bar|barrier)\.|bar\.warp\.sync|fence|membar|mbarrier\.(?!init|inval|pending)"
     r"|cp\.async\.(wait|commit|mbarrier|bulk\.(wait|commit))|wgmma\.(fence|commit|wait)"
-    r"|griddepcontrol"
+    r"|griddepcontrol|setmaxnreg"
 )
 
 
@@ -55,6 +55,7 @@ class Mutant:
     line: int
     opcode: str
     number: int  # among those with this opcode in the kernel
+    instead: str  # the text that takes its place
 
     @property
     def key(self) -> str:
@@ -93,6 +94,12 @@ class Emulator:
         return text.value.decode()
 
 
+def without_wait(text: str) -> str:
+    """A wait for an mbarrier's phase that finds it complete."""
+    predicate = re.search(r"_wait\S*\s+([^,\s]+)", text).group(1)
+    return f"setp.eq.s32 {predicate}, 0, 0;"
+
+
 def find_mutants(counters: dict, kernel: Optional[str]) -> list[Mutant]:
     """One for each synchronising instruction that was executed."""
     mutants = []
@@ -106,27 +113,28 @@ def find_mutants(counters: dict, kernel: Optional[str]) -> list[Mutant]:
             if not SYNCHRONISING.match(opcode):
                 continue
             seen[opcode] += 1
-            mutants.append(Mutant(name, line["line"], opcode, seen[opcode]))
+            instead = without_wait(line["text"]) if "_wait.parity" in opcode else ""
+            mutants.append(Mutant(name, line["line"], opcode, seen[opcode], instead))
     return mutants
 
 
-def attempt(case, emulator: Emulator, mode: Mode, line: int = 0, kernel: str = "") -> Optional[str]:
-    """What was noticed without a line of a kernel; None: nothing."""
-    emulator.set(mode=mode.name, seed=mode.seed, delete_line=line, delete_in=kernel)
+def attempt(case, emulator: Emulator, mode: Mode, kernel: str = "", lines="") -> Optional[str]:
+    """What was noticed with other ``lines`` of a kernel, "NUMBER TEXT" each; None: nothing."""
+    emulator.set(mode=mode.name, seed=mode.seed, replace_lines=lines, delete_in=kernel)
     try:
         right = case.run()
     except Exception as error:
         report = emulator.report() or str(error)
         return report.splitlines()[0][:100]
     finally:
-        emulator.set(delete_line=0)
+        emulator.set(replace_lines="")
     return None if right else "wrong result"
 
 
 def read_equivalents(path: Path) -> dict[str, str]:
     if not path.exists():
         return {}
-    entries = [line.split(":", 1) for line in path.read_text().splitlines() if ":" in line]
+    entries = [line.split(": ", 1) for line in path.read_text().splitlines() if ": " in line]
     return {key.strip(): reason.strip() for key, reason in entries if not key.startswith("#")}
 
 
@@ -145,7 +153,8 @@ def run_mutants(case, emulator: Emulator, mutants: list[Mutant], modes: list[Mod
     for mutant in mutants:
         noticed = None
         for mode in modes:
-            noticed = attempt(case, emulator, mode, mutant.line, mutant.kernel)
+            lines = f"{mutant.line} {mutant.instead}"
+            noticed = attempt(case, emulator, mode, mutant.kernel, lines)
             if noticed:
                 by_mode[str(mode)] += 1
                 print(f"  line {mutant.line}: {mutant.key}: {mode}: {noticed}", flush=True)
@@ -161,14 +170,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("case", type=Path)
     parser.add_argument("--library", default=DEFAULT_LIBRARY)
-    parser.add_argument("--device", type=int, default=0, help="0: sm_80, 1: sm_90a, 2: sm_86")
+    parser.add_argument("--device", type=int, help="0: sm_80, 1: sm_90a, 2: sm_86; else the case's")
     parser.add_argument("--kernel", help="regular expression: only kernels of such names")
     parser.add_argument("--seeds", type=int, default=2, help="random schedules")
     arguments = parser.parse_args()
 
     os.environ["GPU_EMULATOR_LIBRARY"] = arguments.library
     case = load_case(arguments.case)
-    emulator = Emulator(arguments.library, arguments.device)
+    device = getattr(case, "DEVICE", 0) if arguments.device is None else arguments.device
+    emulator = Emulator(arguments.library, device)
     emulator.set(checks="all", max_instructions=2_000_000)
     modes = [Mode("eager"), Mode("late"), *(Mode("random", s + 1) for s in range(arguments.seeds))]
     emulator.set(count=1)

@@ -55,9 +55,17 @@ class Backend:
         return {"dtype": self.dtype, "grad": True}
 
 
+@dataclasses.dataclass(frozen=True)
 class EmulatedBackend(Backend):
+    arch: str = "sm_80"
+
+    __str__ = Backend.__str__
+
     def calls(self, seed=0):
-        return flash_attn.emulator(mode=("eager", "late", "random")[seed % 3], seed=seed)
+        return self.emulator(mode=("eager", "late", "random")[seed % 3], seed=seed)
+
+    def emulator(self, **options):
+        return flash_attn.emulator(arch=self.arch, **options)
 
 
 class GpuBackend(Backend):
@@ -101,9 +109,56 @@ CUDA = {
 CPU = Backend("cpu")  # on the instruction set in use: the fixture `isa`
 EMULATOR = EmulatedBackend("emulator", **CUDA)
 GPU = GpuBackend("gpu", **CUDA)
+# Whose kernels are those of csrc/flash_attn/src/hopper where they have what a call asks for: most
+# of these.
+HOPPER = EmulatedBackend(
+    "hopper",
+    **{
+        **CUDA,
+        "choices": {
+            **CUDA["choices"],
+            "seqlens": [
+                (65, 70),
+                (17, 64),
+                (64, 17),
+                (65, 129),
+                (128, 128),
+                (129, 257),
+                (200, 30),
+                (131, 400),
+                (130, 1),
+                (257, 190),
+                (128, 65),
+                (150, 150),
+                (400, 129),
+                (70, 512),
+            ],
+            "dims": [
+                (64, 64),
+                (128, 128),
+                (96, 96),
+                (192, 128),
+                (192, 192),
+                (256, 256),
+                (32, 32),
+                (64, 128),
+                (80, 80),
+                (40, 72),
+                (8, 120),
+                (128, 64),
+                (160, 160),
+                (248, 8),
+                (56, 56),
+            ],
+        },
+        "max_backward_dim": 0,  # the backward is sm80's
+    },
+    arch="sm_90a",
+)
 
 # Those that take CPU tensors, as parameters of a test.
 OF_CPU_TENSORS = [CPU, pytest.param(EMULATOR, marks=needs_emulator)]
+on_each_emulated = pytest.mark.parametrize("backend", [EMULATOR, HOPPER], ids=str)
 on_each_backend = pytest.mark.parametrize("backend", OF_CPU_TENSORS, ids=str)
 
 

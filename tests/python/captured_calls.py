@@ -1,16 +1,17 @@
 """Calls that are captured into CUDA graphs, on the emulated GPU, and replayed on other contents of
 the same tensors.
 
-    FLASH_ATTENTION_CUDA_DRIVER=libgpu_emulator.so python captured_calls.py
+    FLASH_ATTENTION_CUDA_DRIVER=libgpu_emulator.so python captured_calls.py [DEVICE CALLS...]
 
-makes unchecked_indices.CALLS and prints a JSON object: for each what was wrong; and the error of
-the call after a replay that met a page that does not exist.
+makes those of unchecked_indices.CALLS, by default all, and prints a JSON object: for each what was
+wrong; and the error of the call after a replay that met a page that does not exist.
 """
 
 from __future__ import annotations
 
 import ctypes
 import json
+import sys
 from ctypes import c_void_p
 
 import torch
@@ -104,10 +105,11 @@ def error_after_bad_page(runner, stream):
 
 
 def main():
-    runner = Runner()
+    device, *chosen = sys.argv[1:] or [0, *CALLS]
+    runner = Runner(int(device))
     stream = c_void_p()
     runner.device("cuStreamCreate", ctypes.byref(stream), 0)
-    report = {name: faults(runner, stream, make) for name, make in CALLS.items()}
+    report = {name: faults(runner, stream, CALLS[name]) for name in chosen}
     print(json.dumps({**report, "bad page": error_after_bad_page(runner, stream)}))
 
 

@@ -12,7 +12,7 @@ import threading
 import pytest
 import torch
 from attention_cases import BF16, FP16, check, cuda_case, qkv, sampled_cases
-from backends import EMULATOR, needs_emulator, needs_kernels
+from backends import EMULATOR, needs_emulator, needs_kernels, on_each_emulated
 from reference import attention
 
 import flash_attn
@@ -34,14 +34,15 @@ def test_feature_product_at_length(case):
 
 
 @needs_emulator
+@on_each_emulated
 @pytest.mark.parametrize("mode", ["eager", "late", "random"])
 @pytest.mark.parametrize("seed", [1, 2])
-def test_schedules_agree_bitwise(mode, seed):
+def test_schedules_agree_bitwise(backend, mode, seed):
     """The order of warps and the time of copies change nothing."""
     q, k, v = qkv(cuda_case(seqlens=(200, 260), heads=(2, 1), dims=(128, 128)))
     results = []
     for options in ({}, {"mode": mode, "seed": seed}):
-        with flash_attn.emulator(**options):
+        with backend.emulator(**options):
             results.append(flash_attn_func(q, k, v, causal=True, return_attn_probs=True)[:2])
     (out, lse), (other_out, other_lse) = results
     assert torch.equal(out, other_out)
@@ -49,25 +50,28 @@ def test_schedules_agree_bitwise(mode, seed):
 
 
 @needs_emulator
-def test_out_is_the_same_without_softmax_lse():
+@on_each_emulated
+def test_out_is_the_same_without_softmax_lse(backend):
     q, k, v = qkv(cuda_case(seqlens=(70, 70), heads=(2, 1)))
-    with flash_attn.emulator():
+    with backend.emulator():
         together = flash_attn_func(q, k, v, causal=True, return_attn_probs=True)[0]
         assert torch.equal(flash_attn_func(q, k, v, causal=True), together)
 
 
 @needs_emulator
+@on_each_emulated
 @pytest.mark.parametrize("dtype", [FP16, BF16])
 @pytest.mark.parametrize("scale", [8.0, -8.0])
-def test_large_scores(dtype, scale):
-    check(cuda_case(dtype=dtype, softmax_scale=scale), backend=EMULATOR)
+def test_large_scores(backend, dtype, scale):
+    check(cuda_case(dtype=dtype, softmax_scale=scale), backend=backend)
 
 
 @needs_emulator
+@on_each_emulated
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize(("dtype", "exponents"), [(FP16, (4, 12, 16, 22)), (BF16, (4, 12, 22, 60))])
-def test_scores_far_from_0(dtype, exponents, sign, causal):
+def test_scores_far_from_0(backend, dtype, exponents, sign, causal):
     """They weigh by their distances, which are multiples of what fp32 holds of them."""
     *_, v = qkv(cuda_case(dtype=dtype, seqlens=(150, 300), heads=(1, 1)))
     for exponent in exponents:
@@ -77,7 +81,7 @@ def test_scores_far_from_0(dtype, exponents, sign, causal):
         q[..., 0], k[..., 0] = 2.0 ** (exponent // 2), sign * 8 * 2.0 ** (exponent - exponent // 2)
         q[..., 1], k[0, :, 0, 1] = 1.0, torch.arange(300) * 7 % 16 * step * 8
         exact_out, exact_lse = attention(q.double(), k.double(), v.double(), causal=causal)
-        with flash_attn.emulator():
+        with backend.emulator():
             out, lse, _ = flash_attn_func(
                 q.to(dtype), k.to(dtype), v, causal=causal, return_attn_probs=True
             )
@@ -86,11 +90,12 @@ def test_scores_far_from_0(dtype, exponents, sign, causal):
 
 
 @needs_emulator
+@on_each_emulated
 @pytest.mark.parametrize("causal", [False, True])
-def test_nan_reaches_the_rows_that_see_it(causal):
+def test_nan_reaches_the_rows_that_see_it(backend, causal):
     q, k, v = qkv(cuda_case(dtype=FP16, heads=(1, 1), seqlens=(70, 70)))
     k[0, 40] = float("nan")
-    with flash_attn.emulator():
+    with backend.emulator():
         out, lse, _ = flash_attn_func(q, k, v, causal=causal, return_attn_probs=True)
     sees = torch.arange(70) >= 40 if causal else torch.ones(70, dtype=torch.bool)
     assert torch.equal(lse[0, 0].isnan(), sees)
@@ -98,14 +103,15 @@ def test_nan_reaches_the_rows_that_see_it(causal):
 
 
 @needs_emulator
+@on_each_emulated
 @pytest.mark.parametrize("softcap", [1e-3, 0.5, 63.0, 65.0, 1e3, 1e5, 1e8])
 @pytest.mark.parametrize(("seqlens", "kernel"), [((128, 192), "fwd"), ((3, 600), "decode")])
-def test_softcaps_of_any_size(seqlens, kernel, softcap):
+def test_softcaps_of_any_size(backend, seqlens, kernel, softcap):
     """A large one leaves scores as they are, a small one leaves their signs."""
     case = cuda_case(dtype=FP16, seqlens=seqlens, softcap=softcap, softmax_scale=0.5)
-    check(case, backend=dataclasses.replace(EMULATOR, max_backward_dim=0))
-    check(dataclasses.replace(case, dtype=BF16), backend=EMULATOR)  # torch's fp16 overflows
-    with flash_attn.emulator() as gpu:
+    check(case, backend=dataclasses.replace(backend, max_backward_dim=0))
+    check(dataclasses.replace(case, dtype=BF16), backend=backend)  # torch's fp16 overflows
+    with backend.emulator() as gpu:
         flash_attn_func(*qkv(case), softcap=softcap)
     assert [name.split("_")[1] for name in gpu.counters] == [kernel]
 
@@ -114,20 +120,21 @@ BAD_VALUES = {"nan": float("nan"), "inf": float("inf"), "-inf": float("-inf")}
 
 
 @needs_emulator
+@on_each_emulated
 @pytest.mark.parametrize("bad", BAD_VALUES)
 @pytest.mark.parametrize("options", [{"causal": True}, {"window_size": (20, 5)}, {"softcap": 3.0}])
 @pytest.mark.parametrize(
     ("dtype", "dims"), [(FP16, (64, 64)), (BF16, (128, 128)), (BF16, (192, 192))]
 )
-def test_bad_values_in_v_reach_the_rows_that_see_them(dtype, dims, options, bad):
+def test_bad_values_in_v_reach_the_rows_that_see_them(backend, dtype, dims, options, bad):
     """And of those the columns that hold them: bitwise what all others are without them."""
     q, k, v = qkv(cuda_case(dtype=dtype, heads=(2, 1), seqlens=(150, 170), dims=dims))
-    with flash_attn.emulator(mode="random", seed=3):
+    with backend.emulator(mode="random", seed=3):
         clean = flash_attn_func(q, k, v, **options)
     for key, column in ((0, 3), (90, 17), (169, 0)):
         v[0, key, 0, column] = BAD_VALUES[bad]
     expected = flash_attn_func(q.float(), k.float(), v.float(), **options)
-    with flash_attn.emulator(mode="random", seed=3):
+    with backend.emulator(mode="random", seed=3):
         out = flash_attn_func(q, k, v, **options)
     assert torch.equal(out.isfinite(), expected.isfinite())
     assert torch.equal(out.isnan(), expected.isnan())
@@ -137,9 +144,10 @@ def test_bad_values_in_v_reach_the_rows_that_see_them(dtype, dims, options, bad)
 
 
 @needs_emulator
+@on_each_emulated
 @pytest.mark.parametrize("shift", [0, 1, 2, 4])
 @pytest.mark.parametrize("headdims", [(50, 50), (64, 40), (7, 130), (192, 128)])
-def test_rows_at_any_address(headdims, shift):
+def test_rows_at_any_address(backend, headdims, shift):
     """Rows that are no multiples of 16 bytes apart or start elsewhere are read where they are; what
     lies between them is NaN and is not."""
     d, dv = headdims
@@ -154,7 +162,7 @@ def test_rows_at_any_address(headdims, shift):
     q, k, v, out = rows(90, 2, d), rows(130, 1, d), rows(130, 1, dv), rows(90, 2, dv)
     expected = flash_attn_func(q, k, v, causal=True)
     memory = out._base.clone()
-    with flash_attn.emulator(mode="late"):
+    with backend.emulator(mode="late"):
         flash_attn_2_cuda.fwd(q, k, v, out, None, 0.0, d**-0.5, True, -1, -1, 0.0, False, None)
     torch.testing.assert_close(out, expected, atol=2e-2, rtol=0)
     out.fill_(float("nan"))
@@ -163,9 +171,10 @@ def test_rows_at_any_address(headdims, shift):
 
 
 @needs_emulator
+@on_each_emulated
 @pytest.mark.parametrize("dtype", [FP16, BF16])
 @pytest.mark.parametrize("headdim", [32, 64, 96, 128, 256])
-def test_dropout_drops_what_the_cpu_drops(dtype, headdim):
+def test_dropout_drops_what_the_cpu_drops(backend, dtype, headdim):
     """With V the unit matrix, out is the probabilities."""
     shape = (2, 200, 2, headdim)
     gen = torch.Generator().manual_seed(0)
@@ -178,19 +187,20 @@ def test_dropout_drops_what_the_cpu_drops(dtype, headdim):
         torch.manual_seed(5)
         expected = flash_attn_func(q, k, v, dropout_p=0.3)
         torch.manual_seed(5)
-        with flash_attn.emulator():
+        with backend.emulator():
             out = flash_attn_func(q, k, v, dropout_p=0.3)
         assert torch.equal(out == 0, expected == 0)
         torch.testing.assert_close(out, expected, atol=1e-4, rtol=2e-2)
 
 
 @needs_emulator
-def test_out_of_the_caller_and_overlapping_views():
+@on_each_emulated
+def test_out_of_the_caller_and_overlapping_views(backend):
     """All of q, k, v and out in one tensor."""
     memory = torch.randn(1, 96, 4, 64).to(FP16)
     q, k, v = memory[:, :, 0:1], memory[:, :, 1:2], memory[:, :, 2:3]
     expected = flash_attn_func(q, k, v)
-    with flash_attn.emulator():
+    with backend.emulator():
         out = torch.ops.flash_attn._flash_attn_forward(
             q, k, v, 0.0, 0.125, False, -1, -1, 0.0, None, False
         )[0]
@@ -198,9 +208,10 @@ def test_out_of_the_caller_and_overlapping_views():
 
 
 @needs_emulator
-def test_batch_of_no_sequences():
+@on_each_emulated
+def test_batch_of_no_sequences(backend):
     q, k = torch.zeros(0, 3, 4, 64, dtype=FP16), torch.zeros(0, 5, 2, 64, dtype=FP16)
-    with flash_attn.emulator() as gpu:
+    with backend.emulator() as gpu:
         out, lse, _ = flash_attn_func(q, k, k, return_attn_probs=True)
         assert out.shape == q.shape and lse.shape == (0, 4, 3)
         assert gpu.counters == {}  # nothing is launched

@@ -1,4 +1,4 @@
-"""Every CUDA kernel on emulated devices with less shared memory: tools/gpu_launches.py's calls."""
+"""Every CUDA kernel on emulated devices of all kinds: tools/gpu_launches.py's calls."""
 
 from __future__ import annotations
 
@@ -45,12 +45,13 @@ def test_results_are_the_cpus(dtype, name):
 
 
 def test_every_kernel_is_called():
-    """Of those that generate_kernels.py lists, some by devices with little memory."""
+    """Of those that generate_kernels.py lists, some by devices with little memory, some by H100."""
+    others = {"backward d": ["sm_86"], "dense d": ["sm_90a"]}
     launched = {
         kernel
         for dtype in NAMES
         for name in NAMES[dtype]
-        for arch in (("sm_80", "sm_86") if name.startswith("backward d=") else ("sm_80",))
+        for arch in ["sm_80", *others.get(name.split("=")[0], [])]
         for kernel in on_device(dtype, name, arch)[1]
     }
     assert launched == {kernel.name for kernel in launches.generate_kernels.KERNELS}
@@ -58,11 +59,12 @@ def test_every_kernel_is_called():
 
 @CALLS_OF_BF16
 @pytest.mark.parametrize(
-    ("arch", "dtype"), [("sm_86", "bf16"), ("sm_89", "fp16"), ("sm_120", "bf16")]
+    ("arch", "dtype"),
+    [("sm_86", "bf16"), ("sm_89", "fp16"), ("sm_120", "bf16"), ("sm_90a", "bf16")],
 )
-def test_smaller_devices(name, arch, dtype):
-    """They have 99 KiB of shared memory for a CTA; sm_120 has no machine code of its own. The same
-    kernels give the same bits."""
+def test_other_devices(name, arch, dtype):
+    """Smaller ones have 99 KiB of shared memory for a CTA; sm_120 has no machine code of its own;
+    sm_90a has kernels of its own for a part. The same kernels give the same bits."""
     actual, counters = on_device(dtype, name, arch, "late")
     expected, kernels = on_device(dtype, name)
     if counters.keys() != kernels.keys():

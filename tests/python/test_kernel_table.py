@@ -93,7 +93,7 @@ def test_cycles_of_a_trip(sass, sm_pipes):
     assert sm_pipes.bound(full.cycles("8.0")) == "LSU 72, 33%"
 
 
-@pytest.mark.parametrize("opcode", ["HMMA.1688.F32", "HGMMA.64x128x16.F32", "TEX.LL"])
+@pytest.mark.parametrize("opcode", ["HMMA.1688.F32", "HGMMA.64x128x8.F32.TF32", "TEX.LL"])
 def test_an_unknown_instruction_is_no_guess(sass, sm_pipes, opcode):
     kernel, _ = sass.parse(LOOP.replace("MUFU.EX2", opcode))
     with pytest.raises(ValueError, match=re.escape(opcode)):

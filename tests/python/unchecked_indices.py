@@ -1,11 +1,11 @@
 """Calls of the C interface with CUDA tensors, some of whose index tensors have an element out of
 range: the host cannot see it, the kernels must.
 
-    FLASH_ATTENTION_CUDA_DRIVER=libgpu_emulator.so python unchecked_indices.py
+    FLASH_ATTENTION_CUDA_DRIVER=libgpu_emulator.so python unchecked_indices.py [DEVICE CALLS...]
 
-runs all of CASES on the emulated GPU, whose memory ends with each tensor, and prints a JSON object:
-for each name of a case what three calls returned, one with the bad element and two without, and
-what was wrong with their results.
+runs the cases of CALLS, by default all, on an emulated GPU, whose memory ends with each tensor, and
+prints a JSON object: for each name of a case what three calls returned, one with the bad element
+and two without, and what was wrong with their results.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import sys
 from ctypes import POINTER, c_double, c_int, c_int32, c_int64, c_size_t, c_void_p
 
 import torch
@@ -79,13 +80,14 @@ class Cache(ctypes.Structure):
 
 
 class Device:
-    """Device 0 of the driver, through its own functions."""
+    """A device of the driver, through its own functions."""
 
-    def __init__(self):
+    def __init__(self, number=0):
+        self.number = number
         self.driver = ctypes.CDLL(os.environ["FLASH_ATTENTION_CUDA_DRIVER"])
         context = c_void_p()
         self("cuInit", 0)
-        self("cuDevicePrimaryCtxRetain", ctypes.byref(context), 0)
+        self("cuDevicePrimaryCtxRetain", ctypes.byref(context), number)
         self("cuCtxPushCurrent_v2", context)
         self.allocations = []
 
@@ -99,7 +101,8 @@ class Device:
         self("cuMemAlloc_v2", ctypes.byref(pointer), c_size_t(x.numel() * x.element_size()))
         self.allocations.append(pointer)
         stride = tuple(x.contiguous().stride())
-        tensor = Tensor(pointer, DTYPES[x.dtype], 2, 0, x.dim(), tuple(x.shape), stride)
+        place = 2, self.number
+        tensor = Tensor(pointer, DTYPES[x.dtype], *place, x.dim(), tuple(x.shape), stride)
         self.write(tensor, x)
         return tensor
 
@@ -115,7 +118,7 @@ class Device:
         return x
 
     def checks(self, kinds):
-        self("gpuEmulatorSetOption", 0, b"checks", kinds.encode())
+        self("gpuEmulatorSetOption", self.number, b"checks", kinds.encode())
 
     def free(self):
         while self.allocations:
@@ -318,19 +321,20 @@ OVERLAPPING = [
 ]
 
 
-def cases():
-    """``{name: (call, tensor, index, value, sequences)}``."""
+def cases(chosen=CALLS):
+    """Those of some calls: ``{name: (call, tensor, index, value, sequences)}``."""
     return {
         f"{call}-{tensor}{list(index)}={value}": (call, tensor, index, value, sequences)
         for calls, tensor, index, values, sequences in MALFORMED
         for call in calls.split()
+        if call in chosen
         for value in values
     }
 
 
 class Runner:
-    def __init__(self):
-        self.device = Device()
+    def __init__(self, device=0):
+        self.device = Device(device)
         self.library = ctypes.CDLL(str(_library.library_path().parent / "libflash_attn.so.2"))
         self.library.flash_attn_last_error.restype = ctypes.c_char_p
         self.state = torch.tensor([1, 2])  # of dropout's generator
@@ -398,13 +402,15 @@ def complaints(call, results, expected, tensor, sequences):
 
 
 def main():
-    runner = Runner()
+    device, *chosen = sys.argv[1:] or [0, *CALLS]
+    runner = Runner(int(device))
     expected = {}
-    for name, make in CALLS.items():
+    for name in chosen:
+        make = CALLS[name]
         status, sentence, expected[name] = runner.run(make())
         assert status == 0, sentence
     report = {}
-    for name, (kind, tensor, index, value, sequences) in cases().items():
+    for name, (kind, tensor, index, value, sequences) in cases(chosen).items():
         call = CALLS[kind]()
         call.tensors[tensor][index] = value
         *bad, results = runner.run(call)
@@ -414,6 +420,14 @@ def main():
         if not all(torch.equal(results[n], expected[kind][n]) for n in results):
             wrong.append("a later call differs")
         report[name] = {"calls": [bad, second, third], "wrong": wrong}
+    if chosen == [*CALLS]:
+        report |= overlapping(runner)
+    print(json.dumps(report))
+
+
+def overlapping(runner):
+    """Reports of sequences that overlap."""
+    report = {}
     # Two sequences write the same rows.
     runner.device.checks("all-race")
     call = CALLS["varlen"]()
@@ -424,7 +438,7 @@ def main():
         call.tensors[tensor] = int32(*entries)
         results = [runner.run(call)[:2], runner.run(CALLS["varlen_bwd"]())[:2]]
         report[f"overlapping_bwd-{tensor}={entries}"] = results
-    print(json.dumps(report))
+    return report
 
 
 if __name__ == "__main__":

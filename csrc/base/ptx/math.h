@@ -24,6 +24,13 @@ FLASH_DEVICE float rcp(float x) {
   return y;
 }
 
+// max.NaN.f32: NaN if x or y is (PTX ISA, "Floating Point Instructions: max").
+FLASH_DEVICE float max_nan(float x, float y) {
+  float z;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+  return z;
+}
+
 // fma.rn.{f16x2, bf16x2}: a b + c of both halves; inf and NaN times 0 are NaN (PTX ISA, "Half
 // Precision Floating Point Instructions: fma").
 template <Dtype kDtype>

@@ -33,6 +33,15 @@ FLASH_DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], uint32_t row) {
                : "memory");
 }
 
+// stmatrix.sync.aligned.m8n8.x4: the way back; `row` + kOffset is where this lane's 16-byte row
+// goes (PTX ISA, "Warp-level matrix store instruction: stmatrix"; sm_90).
+template <int kOffset>
+FLASH_DEVICE void stmatrix_x4(uint32_t row, const uint32_t (&r)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0 + %1], {%2, %3, %4, %5};" ::"r"(row),
+               "n"(kOffset), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+               : "memory");
+}
+
 // ld.shared, st.shared (PTX ISA, "Data Movement and Conversion Instructions: ld", "st").
 FLASH_DEVICE void store_shared(uint32_t address, uint32_t x) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(x) : "memory");

@@ -29,7 +29,11 @@ extern "C" {
 //   max_instructions  integer                of a warp, after which a launch fails; 0 = no limit
 //   delete_line       integer                a line of PTX whose instruction launches leave out,
 //                                            for mutation tests; 0 = none
-//   delete_in         kernel's name          whose launches leave it out; empty = those of any
+//   replace_lines     text                   the same with other text: lines "NUMBER TEXT", each of
+//                                            which takes the place of that line; empty = none
+//   delete_in         kernel's name          whose launches do either; empty = those of any
+//   sms               integer                multiprocessors that the device has, at least 1. A
+//                                            program may ask for their number once: set it before
 // Returns a CUresult: CUDA_ERROR_INVALID_VALUE for an unknown name or value (gpuEmulatorLastReport
 // lists the kinds then), CUDA_ERROR_INVALID_DEVICE.
 //

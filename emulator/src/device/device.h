@@ -47,9 +47,9 @@ struct Options {
   bool count = true;
   int threads = 0;               // CPU threads that run CTAs; 0 = all
   int64_t max_instructions = 0;  // per warp; 0 = no limit
-  // Launches execute the module without the instruction of this line of its PTX; 0 = all of it. For
-  // mutation tests: does the deletion of a synchronisation instruction show?
-  int delete_line = 0;
+  // Launches execute the module with these texts in place of the lines of its PTX with these
+  // numbers, from 1. For mutation tests: does the deletion of a synchronisation instruction show?
+  std::map<int, std::string> replaced_lines;
   std::string delete_in;  // the kernel whose launches do; "": those of any
 };
 

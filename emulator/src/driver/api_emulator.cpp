@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <charconv>
+#include <sstream>
 #include <stdexcept>
 
 #include "arguments.h"
@@ -47,6 +48,18 @@ void set_checks(Options& options, const std::string& value) {
   }
 }
 
+// Texts by the numbers before them: "12 bar.sync 0;", a line each.
+std::map<int, std::string> lines_of(const std::string& value) {
+  std::map<int, std::string> lines;
+  std::istringstream text(value);
+  for (std::string entry; std::getline(text, entry);) {
+    const size_t space = entry.find(' ');
+    const auto line = static_cast<int>(number_of(entry.substr(0, space), INT32_MAX));
+    lines[line] = space == std::string::npos ? "" : entry.substr(space + 1);
+  }
+  return lines;
+}
+
 void set_option(Options& options, const std::string& name, const std::string& value) {
   if (name == "mode") {
     set_mode(options, value);
@@ -59,7 +72,12 @@ void set_option(Options& options, const std::string& name, const std::string& va
   } else if (name == "count") {
     options.count = number_of(value, 1) == 1;
   } else if (name == "delete_line") {
-    options.delete_line = static_cast<int>(number_of(value, INT32_MAX));
+    options.replaced_lines.clear();
+    if (const int line = static_cast<int>(number_of(value, INT32_MAX))) {
+      options.replaced_lines[line] = "";
+    }
+  } else if (name == "replace_lines") {
+    options.replaced_lines = lines_of(value);
   } else if (name == "delete_in") {
     options.delete_in = value;
   } else if (name == "max_instructions") {
@@ -104,7 +122,12 @@ int gpuEmulatorSetOption(int device, const char* name, const char* value) {
     const auto key = take_string(name, "name"), text = take_string(value, "value");
     Device& target = state.device(device);
     try {
-      set_option(target.options, key, text);
+      if (key == "sms") {
+        if (number_of(text, 1024) == 0) fail(CUDA_ERROR_INVALID_VALUE, "A device has an SM.");
+        target.set_sms(static_cast<int>(number_of(text, 1024)));
+      } else {
+        set_option(target.options, key, text);
+      }
     } catch (const ApiError& error) {
       target.report = error.text;
       throw;

@@ -126,6 +126,14 @@ struct Device {
   CUcontext primary = nullptr;
   int primary_references = 0;
   unsigned primary_flags = 0;
+  Arch changed = {};  // by set_sms: what `arch` is then
+
+  // As many multiprocessors instead of the board's.
+  void set_sms(int count) {
+    changed = *arch;
+    changed.sm_count = count;
+    arch = &changed;
+  }
 };
 
 // Lets go of a mutex that this thread holds, while it lives.

@@ -207,11 +207,13 @@ Report run_grid(LaunchState& state, Counters* counters) {
 
 namespace {
 
-// The module without the instruction of one line of its text.
-std::unique_ptr<exec::Program> without_line(const exec::Program& program, int line) {
+// The module with other texts in place of some lines of its own.
+std::unique_ptr<exec::Program> with_lines(const exec::Program& program,
+                                          const std::map<int, std::string>& replaced) {
   std::string text;
   for (size_t i = 0; i < program.source_lines->size(); ++i) {
-    text += (static_cast<int>(i) == line ? "" : (*program.source_lines)[i]) + "\n";
+    const auto other = replaced.find(static_cast<int>(i) + 1);
+    text += (other == replaced.end() ? (*program.source_lines)[i] : other->second) + "\n";
   }
   return exec::decode(ptx::parse(text));
 }
@@ -222,11 +224,11 @@ Report run(const Arch& arch, const Options& options, const MemoryMap& memory, co
            Counters* counters) {
   const exec::Function& function = launch.program->functions.at(launch.function);
   const bool is_meant = options.delete_in.empty() || options.delete_in == function.name;
-  if (options.delete_line > 0 && is_meant) {
+  if (!options.replaced_lines.empty() && is_meant) {
     Options whole = options;
-    whole.delete_line = 0;
+    whole.replaced_lines.clear();
     try {
-      const auto program = without_line(*launch.program, options.delete_line - 1);
+      const auto program = with_lines(*launch.program, options.replaced_lines);
       Launch changed = launch;
       changed.program = program.get();
       return run(arch, whole, memory, changed, counters);

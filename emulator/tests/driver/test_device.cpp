@@ -171,6 +171,10 @@ TEST_F(DriverDevice, OptionsAreChecked) {
   EXPECT_EQ(gpuEmulatorSetOption(kA100, "delete_line", "100000"), CUDA_SUCCESS);
   EXPECT_EQ(gpuEmulatorSetOption(kA100, "delete_line", "2147483648"), CUDA_ERROR_INVALID_VALUE);
   EXPECT_EQ(gpuEmulatorSetOption(kA100, "delete_line", "0"), CUDA_SUCCESS);
+  EXPECT_EQ(gpuEmulatorSetOption(kA100, "sms", "0"), CUDA_ERROR_INVALID_VALUE);
+  EXPECT_EQ(gpuEmulatorSetOption(kA100, "sms", "3"), CUDA_SUCCESS);
+  EXPECT_EQ(attribute(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, kA100), 3);
+  EXPECT_EQ(gpuEmulatorSetOption(kA100, "sms", "108"), CUDA_SUCCESS);
   EXPECT_EQ(gpuEmulatorSetOption(kA100, "checks", "all,-proxy_fence-init_fence"), CUDA_SUCCESS);
   EXPECT_EQ(gpuEmulatorSetOption(kA100, "checks", "memory+race"), CUDA_SUCCESS);
   EXPECT_EQ(gpuEmulatorSetOption(kA100, "checks", "none"), CUDA_SUCCESS);

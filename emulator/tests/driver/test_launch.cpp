@@ -67,6 +67,23 @@ TEST_F(DriverLaunch, LeavesOutALineOfTheNamedKernelAlone) {
   expect_result(2);
 }
 
+TEST_F(DriverLaunch, PutsOtherTextInPlaceOfLines) {
+  const int store = 18;  // its line in kAxpy
+  const auto set = [](const std::string& lines) {
+    return static_cast<CUresult>(gpuEmulatorSetOption(kA100, "replace_lines", lines.c_str()));
+  };
+  ASSERT_CU(CUDA_SUCCESS, set(std::to_string(store) + " // nothing\n1"));
+  EXPECT_CU(CUDA_ERROR_INVALID_SOURCE, run());  // line 1 is the version
+  ASSERT_CU(CUDA_SUCCESS, set(std::to_string(store) + " // nothing"));
+  ASSERT_CU(CUDA_SUCCESS, run()) << report();
+  EXPECT_CU(CUDA_ERROR_INVALID_VALUE, set("eighteen // nothing"));
+  ASSERT_CU(CUDA_SUCCESS, set(std::to_string(store) + " trap;"));
+  EXPECT_CU(CUDA_ERROR_LAUNCH_FAILED, run());
+  ASSERT_CU(CUDA_SUCCESS, set(""));
+  ASSERT_CU(CUDA_SUCCESS, run()) << report();
+  expect_result(1);
+}
+
 TEST_F(DriverLaunch, ComputesWithAParameterBuffer) {
   struct {
     CUdeviceptr y, x;

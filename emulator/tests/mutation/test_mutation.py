@@ -14,7 +14,7 @@ HERE = Path(__file__).parent
 def mutate(case: str, library: str, *options: str) -> subprocess.CompletedProcess:
     tool = HERE.parent.parent / "tools" / "mutate.py"
     command = [sys.executable, str(tool), str(HERE / f"{case}.py"), "--library", library, *options]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600)
+    return subprocess.run(command, capture_output=True, text=True, timeout=1800)
 
 
 @pytest.mark.parametrize(
@@ -28,6 +28,10 @@ def mutate(case: str, library: str, *options: str) -> subprocess.CompletedProces
         "sm80_decode_wide",
         "sm80_pages",
         "sm80_cache",
+        "hopper_fwd",
+        "hopper_packed",
+        "hopper_in_place",
+        "hopper_unmasked",
     ],
 )
 def test_no_deletion_survives(case, emulator_library):

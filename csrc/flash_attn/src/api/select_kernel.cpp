@@ -8,6 +8,7 @@
 #include "common/operand_views.h"
 #include "cpu/cpu_backend.h"
 #if defined(FLASH_ATTN_HAVE_CUDA)
+#include "hopper/hopper_backend.h"
 #include "sm80/bwd_table.h"
 #include "sm80/decode_table.h"
 #include "sm80/sm80_backend.h"
@@ -101,8 +102,41 @@ void add_cpu_kernels(std::vector<Kernel>& kernels) {
   }
 }
 
+#if defined(FLASH_ATTN_HAVE_CUDA)
+// Hopper's kernels share queries among their warps. Few of them over many keys, appending to a
+// cache and the debugging output S_dmask are left to sm80's.
+bool hopper_takes(const Flash_fwd_params& p) { return !sm80::takes_decode(p) && hopper::takes(p); }
+
+void hopper_mha_fwd(const Flash_fwd_params& p) {
+  if (!hopper_takes(p)) return sm80::mha_fwd(p);
+  if (p.knew.ptr != nullptr) sm80::append_kv(p);
+  hopper::mha_fwd(p);
+  if (p.s_dmask != nullptr) sm80::store_dmask(p);
+}
+
+size_t hopper_mha_fwd_workspace_bytes(const Flash_fwd_params& p) {
+  return hopper_takes(p) ? hopper::mha_fwd_workspace_bytes(p) : sm80::mha_fwd_workspace_bytes(p);
+}
+#endif
+
 void add_cuda_kernels([[maybe_unused]] std::vector<Kernel>& kernels) {
 #if defined(FLASH_ATTN_HAVE_CUDA)
+  for (const Operation operation :
+       {Operation::kMhaFwd, Operation::kMhaVarlenFwd, Operation::kMhaFwdKvcache}) {
+    kernels.push_back({.operation = operation,
+                       .device_type = FLASH_ATTN_CUDA,
+                       .backend = "cuda",
+                       .isa = "sm90",
+                       .min_capability = hopper::kComputeCapability,
+                       .max_capability = hopper::kComputeCapability,
+                       .dtypes = bit(Dtype::kFloat16) | bit(Dtype::kBFloat16),
+                       .max_d = hopper::kMaxHeadDim,
+                       .max_d_v = hopper::kMaxHeadDim,
+                       .features = kAllFeatures,
+                       .needs_tensor_maps = true,
+                       .mha_fwd = hopper_mha_fwd,
+                       .fwd_workspace_bytes = hopper_mha_fwd_workspace_bytes});
+  }
   for (const Operation operation :
        {Operation::kMhaFwd, Operation::kMhaVarlenFwd, Operation::kMhaFwdKvcache}) {
     kernels.push_back({.operation = operation,

@@ -38,7 +38,7 @@ FLASH_DEVICE void prepare_q(const FwdParams& p, const DecodeLaunch& launch,
   }
   if (p.rotary_dim == 0) return;
   const bool positions_differ = p.window_left >= 0 || p.window_right >= 0;
-  rotate_q<C.dtype, Q, C.threads()>(p, sQ, here.rows, [&](int row) {
+  rotate_q<C.dtype, Q, C.threads()>(p, sQ, here.rows, threadIdx.x, [&](int row) {
     return here.seq.cached + (positions_differ ? here.query(row) : 0);
   });
   __syncthreads();

@@ -214,7 +214,7 @@ FLASH_DEVICE void prepare_q(const FwdParams& p, const FwdLaunch& launch, const P
   if (launch.negate_q) __syncthreads();
   const bool positions_differ = p.window_left >= 0 || p.window_right >= 0;
   rotate_q<C.dtype, Q, C.threads()>(
-      p, sQ, min(C.tile().m, here.seq.seqlen_q - here.cta_row),
+      p, sQ, min(C.tile().m, here.seq.seqlen_q - here.cta_row), threadIdx.x,
       [&](int row) { return here.seq.cached + (positions_differ ? here.cta_row + row : 0); });
 }
 

@@ -19,10 +19,4 @@ IndexBounds index_bounds(const Flash_bwd_params& p);
 // How new rows go into the cache, of a call that appends some.
 AppendPlan plan_append(const Flash_fwd_params& p);
 
-// Enqueues what is to be appended to the cache; nothing if that is nothing. Throws ApiError.
-void append_kv(const Flash_fwd_params& p);
-
-// Enqueues what writes p.s_dmask. Throws ApiError.
-void store_dmask(const Flash_fwd_params& p);
-
 }  // namespace flash::sm80

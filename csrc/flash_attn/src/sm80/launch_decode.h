@@ -7,10 +7,6 @@
 
 namespace flash::sm80 {
 
-// Whether the decode kernel is the one for a call: few queries over many keys, or over a cache. A
-// function of shapes, not of the lengths within a batch.
-bool takes_decode(const Flash_fwd_params& p);
-
 // Of a call with new rows for the cache: whether launch_decode appends them. It does where a head's
 // queries are one tile and new rows are few.
 bool decode_appends(const Flash_fwd_params& p);

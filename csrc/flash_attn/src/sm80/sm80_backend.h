@@ -14,6 +14,17 @@ inline constexpr int kMinComputeCapability = 80;
 // ApiError.
 void mha_fwd(const Flash_fwd_params& p);
 
+// Whether the kernels of decoding, which share keys among warps and CTAs, are those for a forward:
+// few queries over many keys, or over a cache. A function of shapes, not of the lengths within a
+// batch.
+bool takes_decode(const Flash_fwd_params& p);
+
+// Enqueues what is to be appended to the cache; nothing if that is nothing. Throws ApiError.
+void append_kv(const Flash_fwd_params& p);
+
+// Enqueues what writes p.s_dmask. Throws ApiError.
+void store_dmask(const Flash_fwd_params& p);
+
 // Backward of a dense or packed batch, enqueued on p.target. As mha_fwd, bit for bit the same
 // whenever it runs; head dims at most kMaxBwdHeadDim (bwd_table.h). Throws ApiError.
 void mha_bwd(const Flash_bwd_params& p);

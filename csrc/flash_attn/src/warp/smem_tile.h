@@ -18,9 +18,12 @@ inline constexpr int kChunkElements = kChunkBytes / kElementBytes;
 // Of a tile: the permutation of chunks is one of address bits below it.
 inline constexpr int kSmemAlignment = 128;
 
+// Of a group.
+FLASH_INLINE constexpr int group_columns(int head_dim) { return head_dim % 64 == 0 ? 64 : 32; }
+
 template <int kHeadDim, int kRows>
 struct SmemTile {
-  static constexpr int kGroupCols = kHeadDim % 64 == 0 ? 64 : 32;
+  static constexpr int kGroupCols = group_columns(kHeadDim);
   static constexpr int kGroups = kHeadDim / kGroupCols;
   static constexpr int kRowBytes = kGroupCols * kElementBytes;  // of a group
   static constexpr int kChunks = kRowBytes / kChunkBytes;       // of a group's row
