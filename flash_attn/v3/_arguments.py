@@ -1,0 +1,141 @@
+"""What FlashAttention-3's functions take: scores, switches, and what this package refuses of it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Optional
+
+import torch
+from torch import Tensor
+
+from flash_attn._arguments import as_int, flag, is_plain, wrong_kind
+from flash_attn.flash_attn_interface import _score
+
+_MOST_SPLITS = 256  # that FlashAttention-3 takes
+_MOST_SPLITS_HERE = 128
+
+
+class Score(NamedTuple):
+    """What becomes of a product of a query and a key.
+
+    ``left``, ``right``: the window, negative: no limit. ``attention_chunk``: 0, or the number of
+    positions of a chunk; a query sees the keys of its own chunk alone.
+    """
+
+    softmax_scale: float
+    causal: bool
+    left: int
+    right: int
+    softcap: float
+    attention_chunk: int = 0
+    s_aux: Optional[Tensor] = None
+
+    @property
+    def operators(self) -> tuple:
+        """The operators' arguments from dropout_p to softcap."""
+        return (0.0, *self[:5])
+
+    @property
+    def last_ahead(self) -> Optional[int]:
+        """How far ahead of a query its last key may lie; None: any distance."""
+        if self.causal:
+            return 0
+        return self.right if self.right >= 0 else None
+
+    @property
+    def is_by_row(self) -> bool:
+        """Whether each query of a sequence is rotated by a position of its own."""
+        return self.causal or self.left >= 0 or self.right >= 0
+
+
+def make_score(q, qv, softmax_scale, causal, window_size, softcap, attention_chunk, s_aux) -> Score:
+    """Return the score of public arguments; ``qv`` (..., headdim_v) enters the default scale."""
+    if softmax_scale is None and isinstance(qv, Tensor) and isinstance(q, Tensor):
+        softmax_scale = (q.shape[-1] + qv.shape[-1]) ** -0.5
+    _, *score = _score(q, 0.0, softmax_scale, causal, window_size, softcap)
+    chunk = as_int("attention_chunk", attention_chunk)
+    if chunk < 0:
+        raise ValueError(f"attention_chunk must not be negative, got {chunk}")
+    return Score(*score, chunk, s_aux)
+
+
+def check_schedule(num_splits, pack_gqa=None, sm_margin=0, scheduler_metadata=None) -> int:
+    """Check what decides how a call is computed and not what; return the operators' num_splits."""
+    splits = as_int("num_splits", num_splits)
+    if not 0 <= splits <= _MOST_SPLITS:
+        raise ValueError(f"num_splits must be from 0 to {_MOST_SPLITS}, got {splits}")
+    if pack_gqa is not None:
+        flag("pack_gqa", pack_gqa)
+    margin = as_int("sm_margin", sm_margin)
+    if margin < 0:
+        raise ValueError(f"sm_margin must not be negative, got {margin}")
+    if scheduler_metadata is not None:
+        if not isinstance(scheduler_metadata, Tensor):
+            raise wrong_kind("scheduler_metadata", scheduler_metadata)
+        if scheduler_metadata.dtype != torch.int32:
+            raise ValueError(f"scheduler_metadata must be int32, got {scheduler_metadata.dtype}")
+    return min(splits, _MOST_SPLITS_HERE)
+
+
+def is_readable(x: Tensor) -> bool:
+    """Whether a tensor's values can be looked at without waiting for a device or breaking a graph.
+
+    Malformed values on a GPU are not reported, as in this package's other functions.
+    """
+    return x.is_cpu and is_plain(x) and not torch.compiler.is_compiling()
+
+
+def _check_descale(name: str, x) -> None:
+    if x is None:
+        return
+    if not isinstance(x, Tensor):
+        raise wrong_kind(name, x)
+    if x.dtype != torch.float32:
+        raise ValueError(f"{name} must be fp32, got {x.dtype}")
+    if is_readable(x) and not bool((x == 1.0).all()):
+        raise NotImplementedError(
+            f"{name} belongs to fp8 tensors, which flash_attn does not have: only 1.0 is accepted "
+            "beside fp16, bf16 and fp32"
+        )
+
+
+def refuse_fp8(tensors: dict, q_descale=None, k_descale=None, v_descale=None) -> None:
+    """Raise NotImplementedError for an fp8 tensor, or for a descale that would change something.
+
+    A serving engine passes descales of 1.0 whatever the dtype is; on a GPU they are not looked at.
+    """
+    for name, x in tensors.items():
+        if isinstance(x, Tensor) and x.dtype.itemsize == 1 and x.dtype.is_floating_point:
+            raise NotImplementedError(
+                f"{name} has dtype {x.dtype}: flash_attn computes fp16, bf16 and fp32 and has no "
+                "fp8; convert it, and multiply by its descale"
+            )
+    _check_descale("q_descale", q_descale)
+    _check_descale("k_descale", k_descale)
+    _check_descale("v_descale", v_descale)
+
+
+def check_int32(name: str, x: Optional[Tensor], length: Optional[int] = None) -> Optional[Tensor]:
+    """Return ``x`` if it is None or int32 with one dimension, of the given length; else raise."""
+    if x is None:
+        return None
+    if not isinstance(x, Tensor):
+        raise wrong_kind(name, x)
+    if x.dtype != torch.int32 or x.dim() != 1 or (length is not None and x.shape[0] != length):
+        expected = "" if length is None else f" of {length} elements"
+        raise ValueError(
+            f"{name} must be int32 with one dimension{expected}, got {x.dtype} of shape "
+            f"{tuple(x.shape)}"
+        )
+    return x
+
+
+def check_used(name: str, used: Tensor, lengths: Tensor) -> None:
+    """Raise ValueError for a sequence of which more is used than there is."""
+    if not (is_readable(used) and is_readable(lengths)):
+        return
+    outside = ((used < 0) | (used > lengths)).nonzero()
+    if outside.numel():
+        i = int(outside[0])
+        raise ValueError(
+            f"{name}[{i}] = {int(used[i])} is outside the sequence's {int(lengths[i])} rows"
+        )
