@@ -23,7 +23,12 @@ def __getattr__(name: str):
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def register(name: str = "exact_attention", *, flash_attention_2: bool = False) -> str:
+def register(
+    name: str = "exact_attention",
+    *,
+    flash_attention_2: bool = False,
+    flash_attention_3: bool = False,
+) -> str:
     """Make this package an attention implementation of Hugging Face transformers.
 
     Afterwards ``AutoModel.from_pretrained(..., attn_implementation=name)`` and
@@ -37,14 +42,16 @@ def register(name: str = "exact_attention", *, flash_attention_2: bool = False) 
         flash_attention_2: let transformers' own ``attn_implementation="flash_attention_2"`` run on
             the CPU, too, which it refuses without CUDA. It calls this package. Continuous batching
             and a few models' own layers (Falcon, GPT-J) know no other name.
+        flash_attention_3: the same for ``"flash_attention_3"``; it needs the distribution
+            flash-attn-3 (``hopper/`` of the sources).
 
     Returns:
         ``name``.
 
     Raises:
-        ImportError: transformers is missing, or older than its version 5.
+        ImportError: transformers is missing, or older than its version 5; or flash-attn-3 is.
         ValueError: ``name`` contains "flash".
     """
     from flash_attn.integrations import huggingface
 
-    return huggingface.register(name, flash_attention_2)
+    return huggingface.register(name, flash_attention_2, flash_attention_3)

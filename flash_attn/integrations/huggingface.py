@@ -336,7 +336,9 @@ def attention_forward(
     return _pattern_attention(q, k, v, pattern, bias, dropout, sinks, **options), None
 
 
-def register(name: str = "exact_attention", flash_attention_2: bool = False) -> str:
+def register(
+    name: str = "exact_attention", flash_attention_2: bool = False, flash_attention_3: bool = False
+) -> str:
     """Register this package with transformers; see ``flash_attn.integrations.register``."""
     if "flash" in name:
         raise ValueError(
@@ -353,5 +355,7 @@ def register(name: str = "exact_attention", flash_attention_2: bool = False) -> 
     masking_utils.AttentionMaskInterface.register(name, attention_mask)
     huggingface_models.use_eager_layers(name)
     if flash_attention_2:
-        huggingface_models.allow_flash_attention_2()
+        huggingface_models.allow_flash_attention(2)
+    if flash_attention_3:
+        huggingface_models.allow_flash_attention(3)
     return name

@@ -2,20 +2,21 @@
 
 Most models call the registered attention function. Some compute attention themselves, and some of
 these look their layers up in a table by the implementation's name. ``use_eager_layers`` lets both
-kinds run on their eager layers, and says so. ``allow_flash_attention_2`` opens transformers' own
-``"flash_attention_2"``, which calls this package, on the CPU.
+kinds run on their eager layers, and says so. ``allow_flash_attention`` opens transformers' own
+``"flash_attention_2"`` or ``"flash_attention_3"``, which call this package, on the CPU.
 """
 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import re
 import sys
 import warnings
 from types import ModuleType
 from typing import Any, Callable
 
-__all__ = ["allow_flash_attention_2", "use_eager_layers"]
+__all__ = ["allow_flash_attention", "use_eager_layers"]
 
 _ATTENTION_CLASS = re.compile(
     r"^class (\w*Attention\w*)\((?:nn|torch\.nn)\.Module\):", re.MULTILINE
@@ -110,11 +111,20 @@ def use_eager_layers(implementation: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------
-# transformers' own "flash_attention_2"
+# transformers' own "flash_attention_2" and "flash_attention_3"
+
+_allowed: set[int] = set()  # versions
 
 
 def _is_flash_attn_2_available(kernels_fallback_ok: bool = False) -> bool:
     return True
+
+
+def _is_flash_attn_3_available(kernels_fallback_ok: bool = False) -> bool:
+    return True
+
+
+_AVAILABILITY = {2: _is_flash_attn_2_available, 3: _is_flash_attn_3_available}
 
 
 def _is_flash_attn_greater_or_equal(library_version: str) -> bool:
@@ -149,17 +159,25 @@ def _complete_imported_models() -> None:
             vars(module).setdefault("_flash_attention_forward", _flash_attention_forward)
 
 
-def _refuse_ignored_windows(model: Any) -> None:
+def _refuse_ignored_windows(model: Any, version: int) -> None:
     """Raise ValueError for GPT-Neo: transformers forgets the window in its flash layers."""
     if "local" in (getattr(model.config, "attention_layers", None) or ()):
         raise ValueError(
             f"the local layers of {type(model).__name__} lose their window under transformers' "
-            'own "flash_attention_2": load the model with attn_implementation="eager"'
+            f'own "flash_attention_{version}": load the model with attn_implementation="eager"'
         )
 
 
-def allow_flash_attention_2() -> None:
-    """Let ``attn_implementation="flash_attention_2"`` run on the CPU, in fp32 as well."""
+def allow_flash_attention(version: int) -> None:
+    """Let ``attn_implementation="flash_attention_<version>"`` run on the CPU, in fp32 as well.
+
+    Raises ImportError for version 3 without the module that transformers imports.
+    """
+    if version == 3 and importlib.util.find_spec("flash_attn_interface") is None:
+        raise ImportError(
+            'transformers\' "flash_attention_3" imports flash_attn_interface, which the '
+            "distribution flash-attn-3 has: pip install ./hopper, in flash_attn's sources"
+        )
     from transformers import PreTrainedModel, modeling_flash_attention_utils
 
     def make(method: Callable) -> Callable:
@@ -167,16 +185,18 @@ def allow_flash_attention_2() -> None:
             self, flash_attn_version: int, *args: Any, **kwargs: Any
         ) -> bool:
             # Past these two checks the method looks for a GPU and for half precision.
-            if flash_attn_version != 2 or not self._supports_flash_attn:
+            if flash_attn_version not in _allowed or not self._supports_flash_attn:
                 return method(self, flash_attn_version, *args, **kwargs)
-            _refuse_ignored_windows(self)
+            _refuse_ignored_windows(self, flash_attn_version)
             return True
 
         return _flash_attn_can_dispatch
 
+    _allowed.add(version)
+    is_available = _AVAILABILITY[version]
     matrix = modeling_flash_attention_utils.FLASH_ATTENTION_COMPATIBILITY_MATRIX
-    matrix[2]["general_availability_check"] = _is_flash_attn_2_available
-    _replace_everywhere("is_flash_attn_2_available", _is_flash_attn_2_available)
+    matrix[version]["general_availability_check"] = is_available
+    _replace_everywhere(f"is_flash_attn_{version}_available", is_available)
     _replace_everywhere("is_flash_attn_greater_or_equal", _is_flash_attn_greater_or_equal)
     _replace_method(PreTrainedModel, "_flash_attn_can_dispatch", make)
     _complete_imported_models()
