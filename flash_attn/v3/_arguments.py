@@ -139,3 +139,26 @@ def check_used(name: str, used: Tensor, lengths: Tensor) -> None:
         raise ValueError(
             f"{name}[{i}] = {int(used[i])} is outside the sequence's {int(lengths[i])} rows"
         )
+
+
+def check_cumulative(name: str, cu_seqlens: Tensor, max_seqlen: int, rows: int) -> None:
+    """Raise ValueError for cu_seqlens that do not describe sequences of a tensor with ``rows``."""
+    if not is_readable(cu_seqlens) or not cu_seqlens.shape[0]:
+        return
+    values = cu_seqlens.tolist()
+    if values[0] != 0:
+        raise ValueError(f"cu_seqlens_{name} must start at 0, got {values[0]}")
+    for i, (before, after) in enumerate(zip(values, values[1:])):
+        if after < before:
+            raise ValueError(
+                f"cu_seqlens_{name} must not decrease: entry {i + 1} is {after} after {before}"
+            )
+        if after - before > max_seqlen:
+            raise ValueError(
+                f"max_seqlen_{name} = {max_seqlen} is less than the {after - before} rows of "
+                f"sequence {i}"
+            )
+    if values[-1] > rows:
+        raise ValueError(
+            f"cu_seqlens_{name} ends at {values[-1]}, beyond the {rows} rows of {name}"
+        )

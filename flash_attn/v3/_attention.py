@@ -11,7 +11,7 @@ from flash_attn._arguments import as_int, check_tensors, wrong_kind
 from flash_attn._eager import run
 from flash_attn._functions import BACKWARD, FORWARD, VARLEN_BACKWARD, VARLEN_FORWARD
 from flash_attn.v3 import _sequences as sequences_of
-from flash_attn.v3._arguments import Score, check_int32, check_used
+from flash_attn.v3._arguments import Score, check_cumulative, check_int32, check_used
 from flash_attn.v3._sequences import Lengths, Sequences, used_lengths
 
 _NO_DMASK_NOR_PAGES = (False, None, None, None, False)  # to zero_tensors
@@ -91,6 +91,18 @@ def _lengths(sequences: Sequences, seqused_q, seqused_k) -> Lengths:
     return used_lengths(sequences, seqused_q, seqused_k)
 
 
+def _cut(sequences: Sequences, rows: tuple, lengths, all_used: bool, chunk: int) -> Sequences:
+    """Return ``sequences_of.cut`` of sequences in tensors with ``rows``, q and k.
+
+    The operators check what they get: where that is cut, what it is cut from is checked here.
+    """
+    cut = sequences_of.cut(sequences, lengths, all_used, chunk)
+    if cut is not sequences:
+        for name, x, cu_seqlens, longest in zip("qk", rows, sequences[:2], sequences[2:]):
+            check_cumulative(name, cu_seqlens, longest, x.shape[0])
+    return cut
+
+
 # ------------------------------------------------------------------------------------------------
 # Forward
 
@@ -145,7 +157,7 @@ def _attend_packed(
     lengths = None
     if not all_used or score.attention_chunk or wants_lse:
         lengths = _lengths(sequences, seqused_q, seqused_k)
-    cut = sequences_of.cut(sequences, lengths, all_used, score.attention_chunk)
+    cut = _cut(sequences, (q, k), lengths, all_used, score.attention_chunk)
     args = (
         *(q, k, v, *cut, *score.operators, None, *_NO_DMASK_NOR_PAGES, num_splits),
         *(score.s_aux, None),
@@ -224,7 +236,7 @@ def _differentiate_packed(dout, tensors, gradients, numbers, sequences) -> Tenso
     given = Sequences(starts_q, starts_k, max_q, max_k)
     all_used = seqused_q is None and seqused_k is None
     lengths = None if all_used else _lengths(given, seqused_q, seqused_k)
-    cut = sequences_of.cut(given, lengths, all_used, 0)
+    cut = _cut(given, (rows, keys), lengths, all_used, 0)
     if not all_used:
         # Rows that are not used have no key: what lies in softmax_lse there must say so.
         sequence, row = sequences_of.place_of_rows(lse.shape[1], starts_q)

@@ -18,7 +18,13 @@ from flash_attn._eager import run
 from flash_attn._functions import KVCACHE, KVCACHE_APPEND, VARLEN_FORWARD
 from flash_attn.layers.rotary import apply_rotary_emb
 from flash_attn.v3 import _sequences as sequences_of
-from flash_attn.v3._arguments import Score, check_int32, check_used, is_readable
+from flash_attn.v3._arguments import (
+    Score,
+    check_cumulative,
+    check_int32,
+    check_used,
+    is_readable,
+)
 from flash_attn.v3._attention import with_query_of_values
 from flash_attn.v3._sequences import Lengths
 
@@ -86,6 +92,16 @@ def attend_cache(
         return _by_pages(queries, cache, new, rotary, score, num_splits, wants_lse)
 
 
+def _run(operator, args, wants_all: bool):
+    """Run an operator, which knows the page table by another name."""
+    try:
+        return run(operator, args, wants_all)
+    except RuntimeError as error:
+        if "block_table" not in str(error):
+            raise
+        raise type(error)(str(error).replace("block_table", "page_table")) from None
+
+
 def _by_cache_operators(q, cache: Cache, new, rotary, score: Score, num_splits, wants_lse):
     is_appending = new.k is not None or new.v is not None
     _, *numbers = score.operators
@@ -94,7 +110,7 @@ def _by_cache_operators(q, cache: Cache, new, rotary, score: Score, num_splits, 
         *(cache.seqlens, rotary.cos, rotary.sin, cache.batch_idx, cache.leftpad),
         *(cache.page_table, None, *numbers, rotary.interleaved, num_splits, score.s_aux),
     )
-    out, lse = run(KVCACHE_APPEND if is_appending else KVCACHE, args, wants_lse)
+    out, lse = _run(KVCACHE_APPEND if is_appending else KVCACHE, args, wants_lse)
     if not wants_lse:
         return out, None
     if cache.seqlens is None and cache.leftpad is None:
@@ -130,8 +146,11 @@ def _by_pages(queries: Queries, cache: Cache, new, rotary, score: Score, num_spl
         seqlens = torch.full((batch,), _capacity(cache), dtype=torch.int32, device=q.device)
     check_int32("cache_leftpad", cache.leftpad, batch)
     check_used("cache_seqlens", seqlens, torch.full_like(seqlens, _capacity(cache)))
+    if cache.leftpad is not None:
+        check_used("cache_leftpad", cache.leftpad, seqlens)
     check_int32("rotary_seqlens", rotary.seqlens, batch)
     rows = q if q.dim() == 3 else q.flatten(0, 1)
+    check_cumulative("q", cu_seqlens_q, max_seqlen_q, rows.shape[0])
     if new.k is not None or new.v is not None:
         rows, seqlens = _append(
             rows, cu_seqlens_q, cache, table, seqlens, new, rotary, score.is_by_row
@@ -190,7 +209,11 @@ def _pages_of(cache: Cache, batch: int) -> Tensor:
             )
         return table
     if cache.batch_idx is not None:
-        return check_int32("cache_batch_idx", cache.batch_idx, batch)[:, None]
+        table = check_int32("cache_batch_idx", cache.batch_idx, batch)
+        rows = cache.k.shape[0]
+        if is_readable(table) and not all(0 <= row < rows for row in table.tolist()):
+            raise ValueError(f"cache_batch_idx must be from 0 to {rows - 1}, got {table.tolist()}")
+        return table[:, None]
     if cache.k.shape[0] < batch:
         raise ValueError(
             f"k_cache has {cache.k.shape[0]} rows for a batch size of {batch}: cache_batch_idx "
@@ -220,7 +243,7 @@ def _attend_pages(
         *(table.shape[1] * k.shape[1], *score.operators, None, False, table.contiguous()),
         *(begins, None, False, num_splits, score.s_aux, None),
     )
-    out, lse, *_ = run(VARLEN_FORWARD, args, wants_lse)
+    out, lse, *_ = _run(VARLEN_FORWARD, args, wants_lse)
     if not wants_lse:
         return out, None
     return out, sequences_of.mark_packed(lse, score, cu_seqlens_q, lengths)
