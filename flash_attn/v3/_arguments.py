@@ -12,6 +12,11 @@ from flash_attn.flash_attn_interface import _score
 
 _MOST_SPLITS = 256  # that FlashAttention-3 takes
 _MOST_SPLITS_HERE = 128
+_FP8 = frozenset(
+    dtype
+    for name, dtype in vars(torch).items()
+    if name.startswith("float8") and isinstance(dtype, torch.dtype)
+)
 
 
 class Score(NamedTuple):
@@ -49,7 +54,12 @@ class Score(NamedTuple):
 
 def make_score(q, qv, softmax_scale, causal, window_size, softcap, attention_chunk, s_aux) -> Score:
     """Return the score of public arguments; ``qv`` (..., headdim_v) enters the default scale."""
-    if softmax_scale is None and isinstance(qv, Tensor) and isinstance(q, Tensor):
+    if (
+        qv is not None
+        and softmax_scale is None
+        and isinstance(qv, Tensor)
+        and isinstance(q, Tensor)
+    ):
         softmax_scale = (q.shape[-1] + qv.shape[-1]) ** -0.5
     _, *score = _score(q, 0.0, softmax_scale, causal, window_size, softcap)
     chunk = as_int("attention_chunk", attention_chunk)
@@ -60,12 +70,12 @@ def make_score(q, qv, softmax_scale, causal, window_size, softcap, attention_chu
 
 def check_schedule(num_splits, pack_gqa=None, sm_margin=0, scheduler_metadata=None) -> int:
     """Check what decides how a call is computed and not what; return the operators' num_splits."""
-    splits = as_int("num_splits", num_splits)
+    splits = num_splits if num_splits.__class__ is int else as_int("num_splits", num_splits)
     if not 0 <= splits <= _MOST_SPLITS:
         raise ValueError(f"num_splits must be from 0 to {_MOST_SPLITS}, got {splits}")
     if pack_gqa is not None:
         flag("pack_gqa", pack_gqa)
-    margin = as_int("sm_margin", sm_margin)
+    margin = sm_margin if sm_margin.__class__ is int else as_int("sm_margin", sm_margin)
     if margin < 0:
         raise ValueError(f"sm_margin must not be negative, got {margin}")
     if scheduler_metadata is not None:
@@ -98,17 +108,23 @@ def _check_descale(name: str, x) -> None:
         )
 
 
-def refuse_fp8(tensors: dict, q_descale=None, k_descale=None, v_descale=None) -> None:
-    """Raise NotImplementedError for an fp8 tensor, or for a descale that would change something.
+def refuse_fp8(names: str, tensors: tuple) -> None:
+    """Raise NotImplementedError for a tensor of 8 bits, by its name among ``names``."""
+    for place, x in enumerate(tensors):
+        if x is not None and isinstance(x, Tensor) and x.dtype in _FP8:
+            raise NotImplementedError(
+                f"{names.split()[place]} has dtype {x.dtype}: flash_attn computes fp16, bf16 and "
+                "fp32 and has no fp8; convert it, and multiply by its descale"
+            )
+
+
+def refuse_descales(q_descale, k_descale, v_descale) -> None:
+    """Raise NotImplementedError for a descale that would change something.
 
     A serving engine passes descales of 1.0 whatever the dtype is; on a GPU they are not looked at.
     """
-    for name, x in tensors.items():
-        if isinstance(x, Tensor) and x.dtype.itemsize == 1 and x.dtype.is_floating_point:
-            raise NotImplementedError(
-                f"{name} has dtype {x.dtype}: flash_attn computes fp16, bf16 and fp32 and has no "
-                "fp8; convert it, and multiply by its descale"
-            )
+    if q_descale is None and k_descale is None and v_descale is None:
+        return
     _check_descale("q_descale", q_descale)
     _check_descale("k_descale", k_descale)
     _check_descale("v_descale", v_descale)

@@ -215,7 +215,7 @@ def differentiate(
     """
     q, k, v, out, lse = tensors
     check_tensors(dout=dout, q=q, k=k, v=v, out=out, softmax_lse=lse)
-    lse = lse.masked_fill(lse == -torch.inf, torch.inf)
+    lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # what the operators' forward has
     numbers = (*score.operators, None, bool(deterministic), None)
     with torch.no_grad():
         if all(x is None for x in sequences[:2] + sequences[4:]):
@@ -237,10 +237,6 @@ def _differentiate_packed(dout, tensors, gradients, numbers, sequences) -> Tenso
     all_used = seqused_q is None and seqused_k is None
     lengths = None if all_used else _lengths(given, seqused_q, seqused_k)
     cut = _cut(given, (rows, keys), lengths, all_used, 0)
-    if not all_used:
-        # Rows that are not used have no key: what lies in softmax_lse there must say so.
-        sequence, row = sequences_of.place_of_rows(lse.shape[1], starts_q)
-        lse = lse.masked_fill(row >= lengths.q[sequence], torch.inf)
     buffers = [
         _buffer(f"d{name}", grad, x)
         for name, grad, x in zip("qkv", gradients, (rows, keys, values))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flash_attn._arguments import check_tensors, flag, wrong_kind
 from flash_attn._library import bind
-from flash_attn.v3._arguments import check_schedule, make_score, refuse_fp8
+from flash_attn.v3._arguments import check_schedule, make_score, refuse_descales, refuse_fp8
 from flash_attn.v3._attention import attend, differentiate, with_query_of_values
 from flash_attn.v3._cache import Cache, NewTokens, Queries, Rotary, attend_cache
 
@@ -61,10 +61,8 @@ def forward(
     New tokens, pages, rows of a cache and left padding make a call one over a cache, which has no
     derivative; every other call has. ``is_cache`` says that k and v are one in any case.
     """
-    refuse_fp8(
-        {"q": q, "k": k, "v": v, "k_new": k_new, "v_new": v_new, "qv": qv},
-        *(q_descale, k_descale, v_descale),
-    )
+    refuse_fp8("q k v k_new v_new qv", (q, k, v, k_new, v_new, qv))
+    refuse_descales(q_descale, k_descale, v_descale)
     num_splits = check_schedule(num_splits, pack_gqa, sm_margin, scheduler_metadata)
     score = make_score(q, qv, softmax_scale, causal, window_size, softcap, attention_chunk, s_aux)
     of_cache = (k_new, v_new, page_table, kv_batch_idx, leftpad_k, rotary_cos, rotary_sin)
@@ -128,7 +126,7 @@ def backward(
     sm_margin: int = 0,
 ) -> Tensor:
     """Write the gradients of a call without a cache where they are given; return softmax_d."""
-    refuse_fp8({"q": q, "k": k, "v": v, "dout": dout})
+    refuse_fp8("q k v dout", (q, k, v, dout))
     check_schedule(0, None, sm_margin)
     score = make_score(q, None, softmax_scale, is_causal, window_size, softcap, 0, None)
     return differentiate(
