@@ -7,7 +7,7 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from flash_attn._arguments import as_int, check_tensors, wrong_kind
+from flash_attn._arguments import as_int, check_tensors, is_plain, wrong_kind
 from flash_attn._eager import run
 from flash_attn._functions import BACKWARD, FORWARD, VARLEN_BACKWARD, VARLEN_FORWARD
 from flash_attn.v3 import _sequences as sequences_of
@@ -17,35 +17,55 @@ from flash_attn.v3._sequences import Lengths, Sequences, used_lengths
 _NO_DMASK_NOR_PAGES = (False, None, None, None, False)  # to zero_tensors
 
 
-def with_query_of_values(q: Tensor, k: Tensor, v: Tensor, qv: Optional[Tensor]):
-    """Return q and k of scores ``q @ k.T + qv @ v.T``.
-
-    k and v that lie side by side in memory, as in a cache of latent attention, become one view; a
-    gradient, or another place in memory, takes a copy of them.
-    """
-    if qv is None:
-        return q, k
+def check_query_of_values(q: Tensor, k: Tensor, v: Tensor, qv: Tensor) -> None:
+    """Raise for a ``qv`` that does not belong to q and v."""
     check_tensors(q=q, k=k, v=v, qv=qv)
     if qv.shape != (*q.shape[:-1], v.shape[-1]):
         raise ValueError(
             f"qv must have shape {(*q.shape[:-1], v.shape[-1])}, as q with the head dimension of "
             f"v, got {tuple(qv.shape)}"
         )
-    if qv.dtype != q.dtype:
-        raise ValueError(f"qv must have the dtype of q, {q.dtype}, got {qv.dtype}")
+    if qv.dtype != q.dtype or qv.device != q.device:
+        raise ValueError(
+            f"qv must have the dtype and device of q, {q.dtype} on {q.device}, got {qv.dtype} on "
+            f"{qv.device}"
+        )
     if k.shape[:-1] != v.shape[:-1]:
         raise ValueError(
             f"with qv, v must have the rows and heads of k, {tuple(k.shape[:-1])}, got "
             f"{tuple(v.shape[:-1])}"
         )
-    needs_grad = torch.is_grad_enabled() and (k.requires_grad or v.requires_grad)
-    if not needs_grad and torch._C._is_alias_of(k, v) and k.stride() == v.stride():
+
+
+def with_query_of_values(q: Tensor, k: Tensor, v: Tensor, qv: Optional[Tensor]):
+    """Return q and k of scores ``q @ k.T + qv @ v.T``.
+
+    k and v that lie side by side in memory, as in a cache of latent attention, become one view; a
+    gradient, torch.compile, or another place in memory, takes a copy of them.
+    """
+    if qv is None:
+        return q, k
+    check_query_of_values(q, k, v, qv)
+    if _share_memory(k, v):
         shape = (*k.shape[:-1], k.shape[-1] + v.shape[-1])
-        if v.storage_offset() + v.shape[-1] == k.storage_offset() and v.stride(-1) == 1:
+        if v.storage_offset() + v.shape[-1] == k.storage_offset():
             return torch.cat([qv, q], -1), v.as_strided(shape, v.stride())
-        if k.storage_offset() + k.shape[-1] == v.storage_offset() and k.stride(-1) == 1:
+        if k.storage_offset() + k.shape[-1] == v.storage_offset():
             return torch.cat([q, qv], -1), k.as_strided(shape, k.stride())
     return torch.cat([q, qv], -1), torch.cat([k, v], -1)
+
+
+def _share_memory(k: Tensor, v: Tensor) -> bool:
+    """Whether k and v may be read as one tensor: compiled graphs and gradients know them apart."""
+    if torch.compiler.is_compiling() or not (is_plain(k) and is_plain(v)):
+        return False
+    if torch.is_grad_enabled() and (k.requires_grad or v.requires_grad):
+        return False
+    if k.dtype != v.dtype or not torch._C._is_alias_of(k, v):
+        return False
+    # A dimension of one element has any stride: that of unsqueeze() is the length of the next.
+    sizes, steps = k.shape[:-1], zip(k.stride(), v.stride())
+    return k.stride(-1) == 1 and all(n == 1 or a == b for n, (a, b) in zip((*sizes, 2), steps))
 
 
 # ------------------------------------------------------------------------------------------------

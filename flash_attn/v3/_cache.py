@@ -25,7 +25,7 @@ from flash_attn.v3._arguments import (
     check_used,
     is_readable,
 )
-from flash_attn.v3._attention import with_query_of_values
+from flash_attn.v3._attention import check_query_of_values, with_query_of_values
 from flash_attn.v3._sequences import Lengths
 
 
@@ -151,7 +151,11 @@ def _by_pages(queries: Queries, cache: Cache, new, rotary, score: Score, num_spl
     check_int32("rotary_seqlens", rotary.seqlens, batch)
     rows = q if q.dim() == 3 else q.flatten(0, 1)
     check_cumulative("q", cu_seqlens_q, max_seqlen_q, rows.shape[0])
+    qv = None if queries.qv is None else queries.qv.reshape(-1, *queries.qv.shape[-2:])
+    if qv is not None:
+        check_query_of_values(rows, cache.k, cache.v, qv)
     if new.k is not None or new.v is not None:
+        _check_attention(rows, qv, cache, table, score, num_splits)
         rows, seqlens = _append(
             rows, cu_seqlens_q, cache, table, seqlens, new, rotary, score.is_by_row
         )
@@ -159,7 +163,6 @@ def _by_pages(queries: Queries, cache: Cache, new, rotary, score: Score, num_spl
         raise ValueError(
             "rotary_cos and rotary_sin rotate new keys and the queries: k and v must be given"
         )
-    qv = None if queries.qv is None else queries.qv.reshape(-1, *queries.qv.shape[-2:])
     rows, keys = with_query_of_values(rows, cache.k, cache.v, qv)
     seqused = check_int32("seqused_q", queries.seqused, batch)
     given_q = cu_seqlens_q.diff()
@@ -275,6 +278,15 @@ def _cut(cu_seqlens_q, max_seqlen_q, first, lengths: Lengths, all_used: bool, ch
 # Appending
 
 
+def _check_attention(q, qv, cache: Cache, table, score: Score, num_splits: int) -> None:
+    """Raise what the attention would raise after the cache is written: ask for that of no query."""
+    none = table.new_zeros(table.shape[0] + 1)
+    k, v = cache.k[:1], cache.v[:1]
+    q, keys = with_query_of_values(q[:0], k, v, None if qv is None else qv[:0])
+    nothing = (none[1:], Lengths(none[1:], none[1:]))
+    _attend_pages(q, (keys, v, table), none, 0, nothing, True, score, num_splits, False)
+
+
 def _append(q, cu_seqlens_q, cache: Cache, table, seqlens, new, rotary: Rotary, by_row: bool):
     """Write new tokens to the cache: (queries, rotated, and the sequences' lengths after it)."""
     k, v, cu_seqlens_new = _packed_tokens(new, cache, cu_seqlens_q.shape[0] - 1)
@@ -305,6 +317,8 @@ def _packed_tokens(new: NewTokens, cache: Cache, batch: int) -> tuple[Tensor, Te
                 f"{name} must be {rows.dtype} of shape ({shape}, {rows.shape[-2]}, "
                 f"{rows.shape[-1]}), got {x.dtype} of shape {tuple(x.shape)}"
             )
+        if x.device != rows.device:
+            raise ValueError(f"{name} must be on {rows.device}, as the cache, got {x.device}")
     if new.k.shape[:-1] != new.v.shape[:-1]:
         raise ValueError(
             f"v must have as many tokens as k, {tuple(new.k.shape[:-2])}, got "

@@ -63,6 +63,8 @@ def forward(
     """
     refuse_fp8("q k v k_new v_new qv", (q, k, v, k_new, v_new, qv))
     refuse_descales(q_descale, k_descale, v_descale)
+    if out is not None:
+        _check_out(out, q, v)
     num_splits = check_schedule(num_splits, pack_gqa, sm_margin, scheduler_metadata)
     score = make_score(q, qv, softmax_scale, causal, window_size, softcap, attention_chunk, s_aux)
     of_cache = (k_new, v_new, page_table, kv_batch_idx, leftpad_k, rotary_cos, rotary_sin)
@@ -88,18 +90,18 @@ def forward(
             num_splits,
             wants_lse,
         )
-    return (result if out is None else _into(out, result)), lse
+    return (result if out is None else out.copy_(result)), lse
 
 
-def _into(out: Tensor, result: Tensor) -> Tensor:
-    """Return the caller's ``out`` with the result in it."""
-    check_tensors(out=out)
-    if out.shape != result.shape or out.dtype != result.dtype or out.device != result.device:
+def _check_out(out: Tensor, q: Tensor, v: Tensor) -> None:
+    """Raise for an ``out`` that cannot hold the result."""
+    check_tensors(out=out, q=q, v=v)
+    shape = (*q.shape[:-1], v.shape[-1])
+    if out.shape != shape or out.dtype != q.dtype or out.device != q.device:
         raise ValueError(
-            f"out must be {result.dtype} of shape {tuple(result.shape)} on {result.device}, got "
-            f"{out.dtype} of shape {tuple(out.shape)} on {out.device}"
+            f"out must be {q.dtype} of shape {shape} on {q.device}, got {out.dtype} of shape "
+            f"{tuple(out.shape)} on {out.device}"
         )
-    return out.copy_(result)
 
 
 def backward(

@@ -15,7 +15,13 @@ import transformers
 from scripts import ROOT, import_script
 from test_models_formats import meta_model, write_meta
 
-PAGES = ["README.md", "docs/models.md", "docs/generation.md", "docs/distributed.md"]
+PAGES = [
+    "README.md",
+    "docs/models.md",
+    "docs/generation.md",
+    "docs/distributed.md",
+    "docs/flash_attention_3.md",
+]
 TEXT = "Once upon a time there was\na reader of lines.\n" * 60
 TOO_LARGE = ("VisionTransformer(",)  # 86 million parameters; the conversion has tests of its own
 

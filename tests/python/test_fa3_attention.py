@@ -76,10 +76,12 @@ def test_queries_of_values(fields):
 def test_neighbouring_keys_and_values_are_read_where_they_are():
     """k and v of one latent cache: no copy, on either side, and the same result."""
     latent = torch.randn(2, 30, 1, 40)
+    rows = latent.squeeze(2)
     q, qv = torch.randn(2, 5, 4, 8), torch.randn(2, 5, 4, 32)
     for k, v in (
         (latent[..., 32:], latent[..., :32]),
         (latent[..., :8], latent[..., 8:]),
+        (rows[..., 32:].unsqueeze(2), rows[..., :32].unsqueeze(2)),
     ):
         together = v3.flash_attn_func(q, k, v, qv=qv, causal=True)
         apart = v3.flash_attn_func(q, k.clone(), v.clone(), qv=qv, causal=True)

@@ -423,6 +423,20 @@ def test_compile_packed_and_cache():
         torch.testing.assert_close(actual, expected)
 
 
+@pytest.mark.parametrize("is_latent", [False, True])
+def test_compile_queries_of_values(is_latent):
+    latent = torch.randn(2, 9, 1, 40)
+    q, qv = torch.randn(2, 9, 4, 8), torch.randn(2, 9, 4, 32)
+    k, v = latent[..., 32:], latent[..., :32]
+    if not is_latent:
+        k, v = k.clone(), v.clone()
+
+    def f(q, k, v, qv):
+        return v3.flash_attn_func(q, k, v, qv=qv, causal=True)
+
+    torch.testing.assert_close(compiled(f)(q, k, v, qv), f(q, k, v, qv))
+
+
 def test_compile_operators():
     q, k, v, dout = torch.randn(4, 2, 9, 2, 16)
 
@@ -514,7 +528,7 @@ REFUSED = [
     (cache, {"scheduler_metadata": torch.zeros(3)}, ValueError, "scheduler_metadata must be int32"),
     (cache, {"scheduler_metadata": 3}, TypeError, "scheduler_metadata must be a torch.Tensor"),
     (dense, {"qv": torch.zeros(2, 6, 4, 8)}, ValueError, "qv must have shape (2, 6, 4, 16)"),
-    (dense, {"qv": Q.double()}, ValueError, "qv must have the dtype of q"),
+    (dense, {"qv": Q.double()}, ValueError, "qv must have the dtype and device of q"),
     (varlen, {"max_seqlen_q": None}, ValueError, "max_seqlen_q must be provided"),
     (varlen, {"cu_seqlens_q": CU_Q.long()}, ValueError, "cu_seqlens_q must be int32"),
     (varlen, {"cu_seqlens_k": CU_K[:2]}, RuntimeError, "cu_seqlens_k"),
@@ -614,6 +628,41 @@ def test_refused(function, given, error, text):
     with pytest.raises(error, match=re.escape(text)):
         function(**given)
     assert torch.equal(K, before)
+
+
+@pytest.mark.parametrize(
+    ("more", "text"),
+    [
+        ({"s_aux": torch.zeros(3)}, "s_aux"),
+        ({"qv": torch.zeros(12, 4, 8)}, "qv must have shape (12, 4, 16)"),
+        ({"q": Q.flatten(0, 1).half()}, "same dtype"),
+        ({"rotary_cos": torch.ones(4, 8), "rotary_sin": torch.ones(4, 8)}, "rotary_cos has 4 rows"),
+    ],
+    ids=lambda x: str(x)[:40],
+)
+def test_refused_before_the_cache_is_written(more, text):
+    """What only attention finds wrong is found before new tokens are in the cache."""
+    k_cache, v_cache = K.clone(), K.clone()
+    caches = {"k_cache": k_cache, "v_cache": v_cache}
+    new = {"k": torch.ones(3, 2, 16), "v": torch.ones(3, 2, 16)}
+    packed_cache(**caches, **{**NEW, **new})  # is a call that works
+    assert not torch.equal(k_cache, K)
+    k_cache.copy_(K)
+    v_cache.copy_(K)
+    with pytest.raises((RuntimeError, ValueError), match=re.escape(text)):
+        packed_cache(**caches, **{**NEW, **new, **more})
+    assert torch.equal(k_cache, K)
+    assert torch.equal(v_cache, K)
+
+
+def test_an_out_that_does_not_fit():
+    cache = K.clone()
+    new = torch.ones(2, 1, 2, 16)
+    with pytest.raises(ValueError, match="out must be"):
+        torch.ops.flash_attn_3.fwd(
+            Q, cache, cache.clone(), new, new, None, Q[:1], seqused_k=LENGTHS
+        )
+    assert torch.equal(cache, K)
 
 
 @pytest.mark.skipif(FP8 is None, reason="a torch without fp8")
