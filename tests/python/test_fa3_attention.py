@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from backends import BF16, EMULATOR, FP16, FP32, needs_emulator
+from backends import BF16, FP16, FP32
 from fa3_cases import Case, Problem, check
 from reference import INF
 
@@ -73,7 +73,7 @@ def test_queries_of_values(fields):
     check(Case(qv=True, causal=True, dims=(16, 48), **fields))
 
 
-def test_neighbouring_keys_and_values_are_read_where_they_are():
+def test_neighbouring_keys_and_values_are_read_where_they_are(monkeypatch):
     """k and v of one latent cache: no copy, on either side, and the same result."""
     latent = torch.randn(2, 30, 1, 40)
     rows = latent.squeeze(2)
@@ -86,24 +86,13 @@ def test_neighbouring_keys_and_values_are_read_where_they_are():
         together = v3.flash_attn_func(q, k, v, qv=qv, causal=True)
         apart = v3.flash_attn_func(q, k.clone(), v.clone(), qv=qv, causal=True)
         torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-6)
-        with torch.profiler.profile() as profile:
+        joined = []
+        with monkeypatch.context() as patch:
+            cat = torch.cat
+            patch.setattr(torch, "cat", lambda x, dim: joined.append(x) or cat(x, dim))
             v3.flash_attn_func(q, k, v, qv=qv)
-        copies = [e for e in profile.events() if e.name == "aten::cat"]
-        assert len(copies) == 1  # of the queries
-
-
-@needs_emulator
-@pytest.mark.parametrize(
-    "case",
-    [
-        Case(dtype=BF16, causal=True, lengths=((64, 70), (30, 20))),
-        Case(dtype=BF16, attention_chunk=32, causal=True, lengths=((70, 70), (20, 50))),
-        Case(dtype=FP16, used=True, lengths=((40, 60), (30, 31))),
-    ],
-    ids=str,
-)
-def test_on_the_emulated_gpu(case):
-    check(case, EMULATOR)
+        assert len(joined) == 1  # the queries alone
+        assert {id(x) for x in joined[0]} == {id(q), id(qv)}
 
 
 def test_schedules_change_nothing():

@@ -8,8 +8,8 @@ import dataclasses
 import cache_cases
 import pytest
 import torch
-from backends import BF16, CPU, EMULATOR, FP16, FP32, needs_emulator
-from cache_cases import GUARD, Case, sampled_cases
+from backends import CPU, FP32
+from cache_cases import GUARD, sampled_cases
 from fa3_cases import Case as Mask
 from fa3_cases import as_reference, reference
 from reference import assert_attention_close
@@ -92,20 +92,6 @@ def check(case, backend=CPU, packed=False):
 @pytest.mark.parametrize("case", sampled_cases(40, seed=11), ids=str)
 def test_feature_product(case, packed):
     check(case, packed=packed)
-
-
-@needs_emulator
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize(
-    "case",
-    [
-        Case(dtype=BF16, capacity=70, page_size=16, seqlen_q=3, seqlen_new=3, causal=True),
-        Case(dtype=FP16, capacity=60, leftpad=True, batch_idx=True, window_size=(20, 0)),
-    ],
-    ids=str,
-)
-def test_on_the_emulated_gpu(case, packed):
-    check(case, EMULATOR, packed)
 
 
 def cache_of(lengths, capacity=60, heads=2, dim=16):
