@@ -78,6 +78,7 @@ def test_neighbouring_keys_and_values_are_read_where_they_are(monkeypatch):
     latent = torch.randn(2, 30, 1, 40)
     rows = latent.squeeze(2)
     q, qv = torch.randn(2, 5, 4, 8), torch.randn(2, 5, 4, 32)
+    cat, joined = torch.cat, []
     for k, v in (
         (latent[..., 32:], latent[..., :32]),
         (latent[..., :8], latent[..., 8:]),
@@ -86,9 +87,8 @@ def test_neighbouring_keys_and_values_are_read_where_they_are(monkeypatch):
         together = v3.flash_attn_func(q, k, v, qv=qv, causal=True)
         apart = v3.flash_attn_func(q, k.clone(), v.clone(), qv=qv, causal=True)
         torch.testing.assert_close(together, apart, rtol=1e-5, atol=1e-6)
-        joined = []
+        joined.clear()
         with monkeypatch.context() as patch:
-            cat = torch.cat
             patch.setattr(torch, "cat", lambda x, dim: joined.append(x) or cat(x, dim))
             v3.flash_attn_func(q, k, v, qv=qv)
         assert len(joined) == 1  # the queries alone
