@@ -102,7 +102,9 @@ class Kernel:
         parameters = ",\n    ".join(
             f"const __grid_constant__ {type_} {name}" for type_, name in zip(kind.parameters, names)
         )
-        clusters = " __cluster_dims__(kConfig.cluster(), 1, 1)" if kind.clusters else ""
+        bounds = "__launch_bounds__(kConfig.threads(), kConfig.ctas_per_sm())"
+        if kind.clusters:
+            bounds += " __cluster_dims__(kConfig.cluster(), 1, 1)"
         return f"""// Made by generate_kernels.py.
 #include "{kind.header}"
 
@@ -110,7 +112,7 @@ namespace {kind.namespace} {{
 
 inline constexpr {self.config.replace(kind.config, kind.config + " kConfig", 1)};
 
-extern "C" __global__ void __launch_bounds__(kConfig.threads(), kConfig.ctas_per_sm()){clusters} {self.name}(
+extern "C" __global__ void {bounds} {self.name}(
     {parameters}) {{
   {kind.entry}<kConfig>({", ".join(names)});
 }}
