@@ -275,5 +275,41 @@ TEST_F(NotFinite, QueriesAndTheirGradients) {
   }
 }
 
+// Numbers in terms: of one that is infinite their products are inf - inf. NaN, inf and -inf stand
+// where they do without AVX.
+TEST(InfiniteNumbers, AreThoseOfFp32InTerms) {
+  for (const Dtype dtype : {Dtype::kFloat32, Dtype::kFloat16, Dtype::kBFloat16}) {
+    AttentionCase c = dense(1, 70, 90, 2, 1, 40, 40);
+    c.dtype = dtype;
+    for (const double softcap : {0., 5.}) {
+      c.softcap = softcap;
+      for (const int which : {0, 1, 2, 3}) {
+        if (softcap > 0. && which < 2) continue;  // slopes that are 0 but for rounding, times inf
+        AttentionProblem spoilt(c, 4);
+        PoisonTensor* const tensors[] = {&spoilt.q, &spoilt.k, &spoilt.v, &spoilt.dout};
+        for (const double bad : {HUGE_VAL, -HUGE_VAL}) {
+          tensors[which]->set({0, 33, 0, 5}, bad);
+          AttentionOutputs expected = spoilt.run(*all_kernels().front());
+          const auto wanted = expected.written(c);
+          for (const flash::cpu::Kernels* kernels : all_kernels()) {
+            SCOPED_TRACE(testing::Message() << kernels->isa << " " << c << " " << which << bad);
+            AttentionOutputs outputs = spoilt.run(*kernels);
+            const auto actual = outputs.written(c);
+            for (size_t n = 0; n < actual.size(); ++n) {
+              int different = 0;
+              wanted[n].tensor->for_each([&](const Place& i) {
+                const double x = actual[n].tensor->get(i), y = wanted[n].tensor->get(i);
+                different += std::isnan(x) != std::isnan(y) ||
+                             ((std::isinf(x) || std::isinf(y)) && x != y && !std::isnan(x));
+              });
+              EXPECT_EQ(different, 0) << actual[n].name;
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
 }  // namespace
 }  // namespace flash_test

@@ -20,6 +20,10 @@
 // softmax_scale enters after the products: Q is packed as it is, since a scaled bf16 number is not
 // one. P is made of score_scale times a product, or of a score that has been multiplied before its
 // modifiers (softmax_bwd_step); dK and dQ are multiplied as they are written. (bwd.h scales Q.)
+//
+// Where an operand is not finite, or so large that products overflow, S and dP that came out as inf
+// or NaN are made again (mend_products.h). What inf and NaN of operands and, of several terms, of P
+// and dS add to gradients is left out of the tile products and added to the sums.
 #pragma once
 
 #include "cpu/bwd_modified.h"
@@ -77,6 +81,7 @@ class BwdTilesRunner {
         const Unit unit = make_unit(block, sub, key);
         Nothing nothing;
         multiply_scores(unit, q_, k_t_, unit.s, nothing);
+        mend(unit, ctx_.p.q, ctx_.p.k, ctx_.d, unit.s);
         for (int r = 0; r < unit.rows; ++r)
           ctx_.add_row(unit.row[r], unit.s + r * kUnitKeys, {0, kUnitKeys, unit.first_key},
                        states[sub * kBlockRows + r]);
@@ -105,10 +110,10 @@ class BwdTilesRunner {
   void pack_chunk() {
     const Flash_bwd_params& p = ctx_.p;
     const auto k_rows = ctx_.key_rows(p.k, ctx_.key), v_rows = ctx_.key_rows(p.v, ctx_.key);
-    k_finite_ = true;
+    k_finite_ = v_finite_ = true;
     for (int i = 0; i < ctx_.keys; i += kTileDepth) {
       const RowGroup v_group{p.dtype, i, kTileDepth, ctx_.keys, ctx_.d_v};
-      stage_rows<kTerms>(x_.staging, v_group, v_rows, nullptr);
+      v_finite_ &= stage_rows<kTerms>(x_.staging, v_group, v_rows, nullptr);
       pack_key_columns<kTerms>(v_t_, i, x_.staging);
       const RowGroup k_group{p.dtype, i, kTileDepth, ctx_.keys, ctx_.d};
       const bool finite = stage_rows<kTerms>(x_.staging, k_group, k_rows, nullptr);
@@ -180,12 +185,14 @@ class BwdTilesRunner {
   }
   void load_rows(const RowBlock& block) {
     any_far_ = false;
+    bool weights_finite = true;  // P and dS of finite products
     const bool natural = is_modified() && ModifiedPairs<Terms, 0>::kNatural;
     for (int& key : random_key_) key = -1;
     for (int r = 0; r < block.rows; ++r) {
       x_.rows[r] = ctx_.map.row(block.row0 + r);
       const float lse = ctx_.lse(block.row0 + r), delta = ctx_.delta(x_.rows[r]);
       any_far_ |= is_far(lse);
+      weights_finite &= is_finite(delta) && lse > -kInf;
       x_.lse[r] = plain_nan(natural ? -lse : -lse * kLog2e);
       x_.lse[kRows + r] = plain_nan(delta);
     }
@@ -196,6 +203,7 @@ class BwdTilesRunner {
     }
     finite_ = pack_block(ctx_.p.q, block, ctx_.d, q_, q_t_, x_.spoilt_q);
     finite_ &= pack_block(ctx_.p.dout, block, ctx_.d_v, dout_, dout_t_, x_.spoilt_dout);
+    mends_ = !(finite_ && k_finite_ && v_finite_ && weights_finite);
   }
 
   void take_turn(const RowBlock& block) {
@@ -256,14 +264,31 @@ class BwdTilesRunner {
     Unit done = make_unit(block, seeing.begin, key);
     Nothing nothing;
     multiply_unit(done, nothing);
+    if (mends_) mend(done);
     for (int sub = seeing.begin + 1; sub < seeing.end; ++sub) {
       const Unit unit = make_unit(block, sub, key);
       beside_rows(done, unit_calls(),
                   [&](auto& rows) __attribute__((always_inline)) { multiply_unit(unit, rows); });
+      if (mends_) mend(unit);
       done = unit;
     }
-    add_dv_and_dk(done, seeing);
-    if (!finite_) sums_.add_spoilt_rows(block, key);
+    const bool weights_finite = add_dv_and_dk(done, seeing);
+    if (!finite_ || !weights_finite) sums_.add_spoilt_rows(block, key, !weights_finite);
+  }
+
+  // Products that came out as inf or NaN.
+  void mend(const Unit& unit) const {
+    mend(unit, ctx_.p.q, ctx_.p.k, ctx_.d, unit.s);
+    mend(unit, ctx_.p.dout, ctx_.p.v, ctx_.d_v, unit.s + kUnitScores);
+  }
+  void mend(const Unit& unit, const Operand& a, const Operand& b, int d, float* products) const {
+    const int padded = round_up(d, kTileN);
+    const auto read = [&](int r) {
+      read_row(ctx_.p.dtype, x_.row, ctx_.map.tensor_row(a, unit.row0 + r), d, padded);
+    };
+    mend_products(products, unit.row, unit.rows, unit.first_key,
+                  {x_.row, x_.staging.buffer, ctx_.p.dtype, d, padded}, read,
+                  ctx_.key_rows(b, unit.first_key));
   }
 
   // c = a b^T of a unit.
@@ -390,21 +415,29 @@ class BwdTilesRunner {
   }
 
   // dV^T += dO^T P and dK^T += Q^T dS over the rows that see 32 keys, the rows of the last unit
-  // beside the first product.
-  void add_dv_and_dk(const Unit& last, const KeyRange& seeing) {
+  // beside the first product. False if inf and NaN of P and dS are left out.
+  bool add_dv_and_dk(const Unit& last, const KeyRange& seeing) {
     const int column = last.key / kUnitKeys, others = seeing.end - seeing.begin - 1;
-    const Packed p{x_.pairs, Output::kPairsTerm, kDepth};
-    const Packed ds{x_.pairs + Output::ds_pairs(), Output::kPairsTerm, kDepth};
+    Packed p{x_.pairs, Output::kPairsTerm, kDepth};
+    Packed ds{x_.pairs + Output::ds_pairs(), Output::kPairsTerm, kDepth};
+    bool left_out = false;
     float *dv = sums_.dv(column), *dk = sums_.dk(column);
     const bool add = x_.begun[column];
     x_.begun[column] = true;
-    beside_rows(last, others > 0 ? kCalls * others : 1,
+    const bool rows_first = others == 0 || (kTerms > 1 && mends_);
+    beside_rows(last, rows_first ? 1 : kCalls * others,
                 [&](auto& rows) __attribute__((always_inline)) {
-                  if (others == 0) rows();
+                  if (rows_first) rows();
+                  if (kTerms > 1 && mends_ && sums_.copy_finite_pairs()) {
+                    left_out = true;
+                    p.data = x_.finite;
+                    ds.data = x_.finite + Output::ds_pairs();
+                  }
                   add_group(dout_t_, p, 0, seeing, dv, add, rows);
                 });
     add_groups(dout_t_, p, 2, ctx_.d_v_pad, seeing, dv, add, dk);
     add_groups(q_t_, ds, 0, ctx_.d_pad, seeing, dk, add, dv + kUnitKeys * ctx_.d_v_pad);
+    return !left_out;
   }
   // Rows of tiles [m, d / 16) of c = or += a b; `next` is what follows.
   void add_groups(const Packed& a, const Packed& b, int m, int d, const KeyRange& k, float* c,
@@ -427,10 +460,12 @@ class BwdTilesRunner {
   // dQ += dS K of a block of rows and a block of keys.
   void add_dq_block(const RowBlock& block, int first) {
     const Packed k = k_block(first);
+    const bool left_out = kTerms > 1 && mends_ && sums_.copy_finite_ds();
+    uint32_t* const weights = left_out ? x_.finite : x_.ds;
     for (int sub = 0; sub < subs(block.rows); ++sub) {
       const TileColumns& t = columns_[sub];
       if (t.begin == t.end) continue;
-      const Packed ds{x_.ds + 2 * sub * Output::kDsRows, Output::kDsTerm, kKeyDepth};
+      const Packed ds{weights + 2 * sub * Output::kDsRows, Output::kDsTerm, kKeyDepth};
       const KeyRange keys{t.begin / kTileDepth, t.end / kTileDepth};
       float* c = ctx_.dq_row(block.row0 + sub * kBlockRows);
       const bool add = dq_begun_[sub];
@@ -445,7 +480,7 @@ class BwdTilesRunner {
           add_group(ds, columns, 0, keys, c, add, prefetch);
         }
       }
-      if (!k_finite_) sums_.add_spoilt_keys(block, sub, first, t);
+      if (!k_finite_ || left_out) sums_.add_spoilt_keys(block, sub, first, t, left_out);
     }
   }
 
@@ -458,7 +493,8 @@ class BwdTilesRunner {
   bool dq_begun_[kRows / kBlockRows];        // for each 32 rows: dq holds sums
   bool any_far_ = false;                     // of the block of rows
   bool finite_ = true;                       // its q and dout
-  bool k_finite_ = true;
+  bool k_finite_ = true, v_finite_ = true;   // of the chunk
+  bool mends_ = false;                       // products or weights of the block may not be finite
 };
 
 }  // namespace flash::cpu::FLASH_ATTN_ISA

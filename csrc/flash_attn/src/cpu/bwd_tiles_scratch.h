@@ -24,6 +24,8 @@ struct BwdTilesScratch {
   float* cap_slope;        // [kUnitKeys]
   uint8_t* random;         // [tile.rows][kBwdRandomKeys], with dropout
   uint8_t *spoilt_q, *spoilt_dout, *spoilt_k;
+  uint32_t* finite;  // copies of `pairs` or `ds`
+  float* row;
   Staging staging;
 };
 
@@ -71,6 +73,8 @@ inline BwdTilesScratch carve_bwd_tiles(Carver& c, const Flash_bwd_params& p, con
   x.spoilt_q = c.take<uint8_t>(tile.rows);
   x.spoilt_dout = c.take<uint8_t>(tile.rows);
   x.spoilt_k = c.take<uint8_t>(tile.keys);
+  x.finite = grid(tile.rows, kBwdBlockKeys);
+  x.row = c.take<float>(dims.largest_pad());
   return x;
 }
 

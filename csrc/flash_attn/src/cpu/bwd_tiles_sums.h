@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cpu/bwd_tiles_scratch.h"
+#include "cpu/mend_products.h"
 
 namespace flash::cpu::FLASH_ATTN_ISA {
 
@@ -33,35 +34,43 @@ class BwdTilesSums {
     return x_.staging.buffer;
   }
 
-  // What the zeros in place of inf and NaN of rows left out, for 32 keys of the chunk.
-  void add_spoilt_rows(const RowBlock& block, int key) const {
+  // Copies of P and dS, or of dS as A of dQ, with zeros in place of inf and NaN. False if there
+  // are none.
+  bool copy_finite_pairs() const { return copy_finite(x_.pairs, 2 * Output::ds_pairs()); }
+  bool copy_finite_ds() const { return copy_finite(x_.ds, kTerms * Output::kDsTerm); }
+
+  // What the zeros in place of inf and NaN of rows left out, for 32 keys of the chunk; and those of
+  // weights, if products were made of copy_finite_pairs.
+  void add_spoilt_rows(const RowBlock& block, int key, bool weights_too) const {
     const int column = key / kUnitKeys * kUnitKeys;
     for (int r = 0; r < block.rows; ++r) {
       const int row = block.row0 + r;
-      if (x_.spoilt_dout[r])
+      if (x_.spoilt_dout[r] || weights_too)
         add_spoilt_row(r, key, ctx_.map.tensor_row(ctx_.p.dout, row), x_.pairs,
-                       x_.dv + int64_t{column} * ctx_.d_v_pad, ctx_.d_v);
-      if (x_.spoilt_q[r])
+                       x_.dv + int64_t{column} * ctx_.d_v_pad, ctx_.d_v, weights_too);
+      if (x_.spoilt_q[r] || weights_too)
         add_spoilt_row(r, key, ctx_.map.tensor_row(ctx_.p.q, row), x_.pairs + Output::ds_pairs(),
-                       x_.dk + int64_t{column} * ctx_.d_pad, ctx_.d);
+                       x_.dk + int64_t{column} * ctx_.d_pad, ctx_.d, weights_too);
     }
   }
   // The same of keys, for 32 rows and a block of keys from key `first` of the chunk on.
-  void add_spoilt_keys(const RowBlock& block, int sub, int first,
-                       const TileColumns& columns) const {
+  void add_spoilt_keys(const RowBlock& block, int sub, int first, const TileColumns& columns,
+                       bool weights_too) const {
     const auto k_rows = ctx_.key_rows(ctx_.p.k, ctx_.key);
     const int64_t bytes = dtype_bytes(ctx_.p.dtype);
     float* dq = ctx_.dq_row(block.row0 + sub * kBlockRows);
     for (int r = 0; r < rows_of_sub(block.rows, sub); ++r) {
       const KeyRange seen = visible(x_.rows[sub * kBlockRows + r], columns);
       for (int j = seen.begin; j < seen.end; ++j) {
-        if (!x_.spoilt_k[first + j]) continue;
+        if (!x_.spoilt_k[first + j] && !weights_too) continue;
         const uint32_t* word = x_.ds + (2 * sub + r / kHalf) * Output::kDsRows +
                                j / kTileDepth * kTileWords + r % kHalf * kTileSide + j % kHalf;
         const float weight = sum_of_terms(word, j % kTileDepth / kHalf, Output::kDsTerm);
+        const bool all = weights_too && !is_finite(weight);
+        if (!x_.spoilt_k[first + j] && !all) continue;
         for (int i = 0; i < ctx_.d; i += kTileSide)
           add_not_finite(element(dq, r, i), 1, weight, ctx_.p.dtype, k_rows(first + j) + i * bytes,
-                         ctx_.d - i < kTileSide ? ctx_.d - i : kTileSide);
+                         ctx_.d - i < kTileSide ? ctx_.d - i : kTileSide, all);
       }
     }
   }
@@ -89,16 +98,32 @@ class BwdTilesSums {
     return sums + column / 32 * kSumGroup + i / kTileSide * 2 * kTileWords +
            column % 32 / kTileSide * kTileWords + i % kTileSide * kTileSide + column % kTileSide;
   }
+  // src without inf and NaN. False if it has none.
+  [[gnu::noinline]] bool copy_finite(const uint32_t* src, int64_t words) const {
+    VecI found = set1i(0);
+    for (int64_t i = 0; i < words; i += kWidth) {
+      VecU pairs;
+      std::memcpy(&pairs, src + i, sizeof(pairs));
+      const VecI low = (pairs & 0x7f80u) == 0x7f80u, high = (pairs & 0x7f800000u) == 0x7f800000u;
+      found |= low | high;
+      pairs = low ? pairs & 0xffff0000u : pairs;
+      store_pairs(x_.finite + i, high ? pairs & 0xffffu : pairs);
+    }
+    return !all_of(found == 0);
+  }
+
   // The sum of the terms of a row's element in pairs of rows, or in pairs of keys.
   static float sum_of_terms(const uint32_t* word, int half, int64_t term_words) {
+    const float first = load_scalar(word, Dtype::kBFloat16, half);
+    if (!is_finite(first)) return first;  // others may be inf - inf
     float sum = 0.f;
     for (int t = kTerms - 1; t >= 0; --t)
       sum += load_scalar(word + t * term_words, Dtype::kBFloat16, half);
     return sum;
   }
 
-  void add_spoilt_row(int r, int key, const char* row, const uint32_t* weights, float* c,
-                      int d) const {
+  void add_spoilt_row(int r, int key, const char* row, const uint32_t* weights, float* c, int d,
+                      bool weights_too) const {
     const KeyRange seen = visible(x_.rows[r], {0, kUnitKeys, ctx_.key + key});
     const int64_t bytes = dtype_bytes(ctx_.p.dtype);
     for (int j = seen.begin; j < seen.end; ++j) {
@@ -108,7 +133,7 @@ class BwdTilesSums {
       for (int i = 0; i < d; i += kTileSide)
         add_not_finite(c + (i / kTileSide * 2 + j / kTileSide) * kTileWords + j % kTileSide,
                        kTileSide, weight, ctx_.p.dtype, row + i * bytes,
-                       d - i < kTileSide ? d - i : kTileSide);
+                       d - i < kTileSide ? d - i : kTileSide, weights_too && !is_finite(weight));
     }
   }
 

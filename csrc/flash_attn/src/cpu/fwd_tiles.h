@@ -18,7 +18,8 @@
 // with higher references, from sums as they were before it. By then the pieces before it are in O.
 // One FMA scales a score and subtracts the reference, which costs the weights a relative error of
 // 2^-24 of it; where it is large, it is subtracted first. Row sums stay one vector a row until the
-// end.
+// end. A score that is NaN makes its weight NaN, which counts as too large: so scores that terms
+// have wrong are found without a look at them (mend_products.h).
 //
 // softmax_scale enters with that FMA: Q is packed as it is, and S holds products. Modifiers want
 // scores: products are then multiplied by it before them (finish_products), and so where it is not
@@ -31,6 +32,7 @@
 #include <type_traits>
 
 #include "cpu/fwd_references.h"
+#include "cpu/mend_products.h"
 
 namespace flash::cpu::FLASH_ATTN_ISA {
 
@@ -431,7 +433,16 @@ class FwdTilesRunner {
     }
   }
 
-  // The weights of the piece that ends with `last`, some of which were too large.
+  void mend(const Unit& unit, float* scores) const {
+    const auto read = [&](int r) {
+      read_query(ctx_.p, ctx_.seq, ctx_.map, task_.row_begin + unit.row + r, x_.buffer, ctx_.d_pad);
+    };
+    mend_products(scores, x_.rows + unit.row, unit.rows, unit.key(),
+                  {x_.buffer, x_.staging.buffer, ctx_.p.dtype, ctx_.d, ctx_.d_pad}, read,
+                  ctx_.key_rows(ctx_.p.k, unit.key()));
+  }
+
+  // The weights of the piece that ends with `last`, some of which were too large or NaN.
   [[gnu::noinline]] void weigh_again(const Unit& last) {
     Unit unit = last;
     const auto for_units = [&](auto f) {
@@ -443,6 +454,7 @@ class FwdTilesRunner {
     };
     for_units([&](float* scores) {
       multiply<Tile, Inputs>(scores_product(unit, scores), row_tiles(unit.rows), 0, 2);
+      mend(unit, scores);
       if (!is_plain(unit)) finish_products(unit, scores);
     });
     for (int r = 0; r < last.rows; ++r) {

@@ -16,6 +16,7 @@ inline constexpr int kTileSide = 16;    // rows of any tile, columns of fp32 til
 inline constexpr int kTileDepth = 32;   // bf16 elements along the sum
 inline constexpr int kTileWords = 256;  // pairs, or fp32 elements, of a tile
 inline constexpr float kLargestBf16 = 0x1.fep127f;
+inline constexpr float kTame = 0x1p50f;  // no sum of products of smaller numbers overflows
 static_assert(kTileSide == kWidth);
 
 struct Packed {
@@ -83,14 +84,19 @@ FLASH_INLINE void split(Vec a, Vec b, F f) {
 }
 
 // Rows as bf16 terms: dst[term * term_stride + i] for i < padded, a multiple of 32; zeros from d
-// on. False if any element is inf or NaN. buffer holds padded floats.
+// on. Whether all are tame.
 template <int kTerms>
-inline void split_row(uint16_t* dst, int64_t term_stride, const float* src, int padded) {
-  for (int i = 0; i < padded; i += 2 * kWidth)
-    split<kTerms, false>(load(src + i), load(src + i + kWidth), [&](int t, VecU16 a, VecU16 b) {
+inline bool split_row(uint16_t* dst, int64_t term_stride, const float* src, int padded) {
+  VecI tame = set1i(-1);
+  for (int i = 0; i < padded; i += 2 * kWidth) {
+    const Vec low = load(src + i), high = load(src + i + kWidth);
+    tame &= (abs(low) < kTame) & (abs(high) < kTame);
+    split<kTerms, false>(low, high, [&](int t, VecU16 a, VecU16 b) {
       store_u16(dst + t * term_stride + i, a);
       store_u16(dst + t * term_stride + i + kWidth, b);
     });
+  }
+  return all_of(tame);
 }
 // d is a multiple of 32.
 inline bool all_finite_bf16(const uint16_t* row, int d) {
@@ -102,13 +108,15 @@ inline bool all_finite_bf16(const uint16_t* row, int d) {
   const VecU pairs = reinterpret_cast<VecU>(largest);
   return all_of(((pairs & 0xffffu) != 0x7f80u) & ((pairs >> 16) != 0x7f80u));
 }
+// The terms of a row of any dtype. False if products of its terms may be NaN where those of its
+// elements are not: one is inf or NaN or, of several terms, not tame. buffer holds padded floats.
 template <int kTerms>
 inline bool read_terms(Dtype type, uint16_t* dst, int64_t term_stride, const void* src, int d,
                        int padded, float* buffer) {
   if (kTerms > 1 || type != Dtype::kBFloat16) {
     const bool finite = read_row(type, buffer, src, d, padded);
-    split_row<kTerms>(dst, term_stride, buffer, padded);
-    return finite;
+    const bool tame = split_row<kTerms>(dst, term_stride, buffer, padded);
+    return kTerms > 1 ? tame : finite;
   }
   const auto* row = static_cast<const uint16_t*>(src);
   const int whole = d / (2 * kWidth) * (2 * kWidth);
@@ -228,7 +236,8 @@ inline void clear_not_finite(uint16_t* row, int64_t term_stride, int padded) {
 
 // Stages rows [first, first + count) of a group, missing ones as zeros. Rows that a sum
 // runs over may hold inf and NaN that a mask hides: with `spoilt` given, zeros take their place
-// and spoilt[i] says whether row first + i had any. True if it had none anywhere.
+// and spoilt[i] says whether row first + i may have had any. False if terms of any row may not do
+// (read_terms).
 template <int kTerms, class Row>  // Row(i) -> const void*
 inline bool stage_rows(const Staging& s, const RowGroup& g, Row row, uint8_t* spoilt) {
   const int padded = (g.d + kTileDepth - 1) / kTileDepth * kTileDepth;
@@ -262,12 +271,14 @@ inline bool stage_rows(const Staging& s, const RowGroup& g, Row row, uint8_t* sp
   return all_finite;
 }
 
-// c[i * stride] += weight * x for the elements x of a row that are inf or NaN.
+inline bool is_finite(float x) { return __builtin_fabsf(x) < __builtin_inff(); }
+
+// c[i * stride] += weight * x for the elements x of a row that are inf or NaN, or for all.
 inline void add_not_finite(float* c, int64_t stride, float weight, Dtype type, const void* row,
-                           int d) {
+                           int d, bool all = false) {
   for (int i = 0; i < d; ++i) {
     const float x = load_scalar(row, type, i);
-    if (!(__builtin_fabsf(x) < __builtin_inff())) c[i * stride] += weight * x;
+    if (all || !is_finite(x)) c[i * stride] += weight * x;
   }
 }
 
