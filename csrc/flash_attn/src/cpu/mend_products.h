@@ -1,6 +1,6 @@
 // Products of numbers in terms (pack_bf16.h) where they came out as inf or NaN. Terms are right
-// there only by chance: those of inf times a number's terms of both signs, or 0, are NaN, and so are
-// those of products too large for fp32. The numbers themselves say what it is.
+// there only by chance: those of inf times a number's terms of both signs, or 0, are NaN, and so
+// are those of products too large for fp32. The numbers themselves say what it is.
 #pragma once
 
 #include "cpu/tile_units.h"

@@ -7,6 +7,8 @@
 // two for fp16 (exact), three for fp32 (exact but for the last bit).
 #pragma once
 
+#include <bit>
+
 #include "base/cpu/rows.h"
 #include "base/cpu/scratch.h"
 
@@ -87,16 +89,18 @@ FLASH_INLINE void split(Vec a, Vec b, F f) {
 // on. Whether all are tame.
 template <int kTerms>
 inline bool split_row(uint16_t* dst, int64_t term_stride, const float* src, int padded) {
-  VecI tame = set1i(-1);
+  VecU largest{};  // magnitudes are ordered as their bits, NaN last
+  const auto add = [&](VecU x) { largest = x << 1 > largest ? x << 1 : largest; };
   for (int i = 0; i < padded; i += 2 * kWidth) {
     const Vec low = load(src + i), high = load(src + i + kWidth);
-    tame &= (abs(low) < kTame) & (abs(high) < kTame);
+    add(bits(low));
+    add(bits(high));
     split<kTerms, false>(low, high, [&](int t, VecU16 a, VecU16 b) {
       store_u16(dst + t * term_stride + i, a);
       store_u16(dst + t * term_stride + i + kWidth, b);
     });
   }
-  return all_of(tame);
+  return all_of(largest < std::bit_cast<uint32_t>(kTame) << 1);
 }
 // d is a multiple of 32.
 inline bool all_finite_bf16(const uint16_t* row, int d) {
