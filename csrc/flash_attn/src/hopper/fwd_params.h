@@ -15,8 +15,8 @@ struct FwdParams : Operands, SequenceGeometry, ScoreParams, AppendParams {};
 
 // The host's plan of the launch.
 struct FwdLaunch : AttentionLaunch {
-  // Of common/operand_views.h.
-  // Boxes: a tile of Q, a block of K and of V, a warpgroup's rows of O, a group of columns each.
+  // Of the views in common/operand_views.h. A box is a group of columns of a tile of Q, of box_keys
+  // rows of K or V, of a warpgroup's rows of O.
   CUtensorMap q, k, v, o;
   int box_keys;  // rows of a box of K and V: a CTA's share of a block, or a part of a page
   Tile_scheduler scheduler;  // heads of all sequences; of a packed batch see warp/packed_tile.h

@@ -184,9 +184,9 @@ class Mainloop {
     release_v();
   }
 
-  // From products to unnormalised probabilities. rO goes along with the references, once P V that
-  // may be under way has finished.
-  // `kMayHide`: some may be hidden, and are if `hides`. `kBesidePv`: P V is under way.
+  // From products to unnormalised probabilities. rO goes along with the references.
+  // `kMayHide`: some may be hidden, and are if `hides`. `kBesidePv`: P V is under way, which ends
+  // before rO is touched.
   template <bool kMayHide, bool kBesidePv>
   FLASH_DEVICE void weigh(Scores& rS, Output& rO, Softmax<C>& softmax, const Place<C>& here,
                           int block, bool hides) {

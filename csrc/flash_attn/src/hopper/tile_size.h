@@ -18,9 +18,8 @@ enum class Overlap {
   // one behind the other, so that the tensor core has two products of one warpgroup while another
   // is at its exponentials.
   kPingPong,
-  // Warpgroups take turns at issuing. Q K^T of a block goes first, P V of the one before runs
-  // beside
-  // the block's softmax.
+  // Warpgroups take turns at issuing. Q K^T of a block goes first, and P V of the one before runs
+  // beside the block's softmax.
   kWithin,
 };
 
