@@ -197,6 +197,11 @@ TEST(SelectKernel, TableHasEveryOperationOfEveryInstructionSet) {
     EXPECT_NE(table.find(std::string("cuda sm80 ") + line + "\n"), std::string::npos) << table;
     ++lines;
   }
+  for (const char* operation : {"mha_fwd", "mha_varlen_fwd", "mha_fwd_kvcache"}) {
+    const std::string line = std::string("cuda sm90 ") + operation + " fp16,bf16 1-256\n";
+    EXPECT_NE(table.find(line), std::string::npos) << table;
+    ++lines;
+  }
 #endif
   EXPECT_EQ(std::count(table.begin(), table.end(), '\n'), lines);
 }
