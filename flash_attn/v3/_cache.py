@@ -168,8 +168,9 @@ def _by_pages(queries: Queries, cache: Cache, new, rotary, score: Score, num_spl
     given_q = cu_seqlens_q.diff()
     if seqused is not None:
         check_used("seqused_q", seqused, given_q)
-    first = torch.zeros_like(seqlens) if cache.leftpad is None else cache.leftpad
-    lengths = Lengths(given_q if seqused is None else seqused, seqlens - first)
+    first = cache.leftpad
+    given_k = seqlens if first is None else seqlens - first
+    lengths = Lengths(given_q if seqused is None else seqused, given_k)
     out, lse = _attend_pages(
         rows, (keys, cache.v, table), cu_seqlens_q, max_seqlen_q, (first, lengths),
         seqused is None, score, num_splits, wants_lse,
@@ -232,7 +233,8 @@ def _attend_pages(
 
     Args:
         pages: k, v, and the table.
-        keys: (first, lengths): where each sequence's keys start, and how many there are.
+        keys: (first, lengths): where each sequence's keys start, None: at 0, and how many there
+            are.
     """
     k, v, table = pages
     first, lengths = keys
@@ -255,10 +257,11 @@ def _attend_pages(
 def _cut(cu_seqlens_q, max_seqlen_q, first, lengths: Lengths, all_used: bool, chunk: int):
     """As ``sequences_of.cut`` for keys in pages: (cu_seqlens_q, leftpad_k, ends of keys, pieces).
 
-    The pieces of a sequence share its row of the table, and each begins and ends in it.
+    The pieces of a sequence share its row of the table, and each begins and ends in it. Where all
+    begin at 0 leftpad_k is None, which more kernels take.
     """
     if all_used and not chunk:
-        return cu_seqlens_q, first, first + lengths.k, 1
+        return cu_seqlens_q, first, lengths.k if first is None else first + lengths.k, 1
     if chunk:
         queries, keys = sequences_of.chunk_bounds(lengths, max_seqlen_q, chunk)
         queries, begins, ends = queries[:, 1:], keys[:, :-1], keys[:, 1:]
@@ -270,8 +273,10 @@ def _cut(cu_seqlens_q, max_seqlen_q, first, lengths: Lengths, all_used: bool, ch
         queries = torch.cat([queries, cu_seqlens_q[1:, None]], 1)
         begins, ends = (torch.cat([x, torch.zeros_like(x[:, :1])], 1) for x in (begins, ends))
     cut_q = torch.cat([queries.new_zeros(1), queries.flatten()])
-    begins, ends = ((first[:, None] + x).flatten() for x in (begins, ends))
-    return cut_q, begins, ends, queries.shape[1]
+    if first is not None:
+        begins, ends = (first[:, None] + x for x in (begins, ends))
+    begins, ends = (x.flatten().contiguous() for x in (begins, ends))
+    return cut_q, None if first is None and not chunk else begins, ends, queries.shape[1]
 
 
 # ------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import fa3_cases
 import pytest
 import test_fa3_kvcache
 import torch
-from backends import BF16, EMULATOR, FP16, GPU, needs_emulator, needs_kernels
+from backends import BF16, EMULATOR, FP16, GPU, HOPPER, needs_emulator, needs_kernels
 from cache_cases import Case as CacheCase
 from cache_cases import sampled_cases
 from fa3_cases import Case
@@ -31,6 +31,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 )
 def test_attention(case):
     fa3_cases.check(case, EMULATOR)
+    fa3_cases.check(case, HOPPER)
 
 
 @needs_emulator
@@ -45,6 +46,28 @@ def test_attention(case):
 )
 def test_cache(case, packed):
     test_fa3_kvcache.check(case, EMULATOR, packed)
+
+
+@needs_emulator
+@pytest.mark.parametrize("page_size", [16, 64])
+def test_packed_prefill_over_pages_is_hoppers(page_size):
+    """As serving engines call it: nothing keeps it from the kernels of compute capability 9.0."""
+    generator = torch.Generator().manual_seed(0)
+    k_cache, v_cache = torch.randn(2, 12, page_size, 1, 64, generator=generator).to(BF16)
+    table = torch.randperm(12, generator=generator).view(2, 6).to(torch.int32)
+    q = torch.randn(200, 2, 64, generator=generator).to(BF16)
+    options = {
+        "cache_seqlens": torch.tensor([6 * page_size, 70], dtype=torch.int32),
+        "page_table": table,
+        "cu_seqlens_q": torch.tensor([0, 130, 200], dtype=torch.int32),
+        "max_seqlen_q": 130,
+        "causal": True,
+    }
+    expected = v3.flash_attn_with_kvcache(q, k_cache, v_cache, **options)
+    with HOPPER.calls() as gpu:
+        out = v3.flash_attn_with_kvcache(q, k_cache, v_cache, **options)
+    assert [name.rsplit("_", 3)[0] for name in gpu.counters] == ["flash_fwd_sm90"]
+    torch.testing.assert_close(out, expected, rtol=0, atol=2e-2)
 
 
 @needs_gpu
