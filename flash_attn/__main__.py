@@ -92,10 +92,12 @@ def every_kernel() -> str:
 
 
 def _kernels() -> str:
-    """Return a line for each backend."""
+    """Return a line for each backend, of CUDA for each generation of kernels."""
     backends = {}
     for line in str(_library.lib.kernels()).strip().splitlines():
-        backend, _isa, operation, dtypes, head_dims = line.split()
+        backend, isa, operation, dtypes, head_dims = line.split()
+        if backend != "cpu":
+            backend = f"{backend} {isa}"
         backends.setdefault((backend, dtypes, head_dims), {})[operation] = None
     return "".join(
         f"\n  {backend}: {', '.join(operations)} ({dtypes}; head dims {head_dims})"

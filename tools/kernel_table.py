@@ -5,7 +5,7 @@ machine code asks of an SM. `counters`: what they do on the emulated GPU. `tiles
 (hopper_table.py): the sm_90a kernels' tiles, what their loops ask of an SM, and how fast that makes
 them.
 
-    python tools/kernel_table.py build/release/cuda/kernels.csv            # rewrite both
+    python tools/kernel_table.py build/release/cuda/kernels.csv            # rewrite all
     python tools/kernel_table.py build/release/cuda/kernels.csv --print pipes
     python tools/kernel_table.py build/release/cuda/kernels.csv --only tiles loops speed
 
