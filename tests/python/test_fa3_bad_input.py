@@ -160,7 +160,12 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("function", "given", "error", "text"), REFUSED, ids=lambda x: str(x)[:60])
+def numbered(cases):
+    """As parameters, whose names are the same in every process."""
+    return [pytest.param(*case, id=f"{i}-{case[-1]}") for i, case in enumerate(cases)]
+
+
+@pytest.mark.parametrize(("function", "given", "error", "text"), numbered(REFUSED))
 def test_refused(function, given, error, text):
     before = K.clone()
     with pytest.raises(error, match=re.escape(text)):
@@ -176,7 +181,7 @@ def test_refused(function, given, error, text):
         ({"q": Q.flatten(0, 1).half()}, "same dtype"),
         ({"rotary_cos": torch.ones(4, 8), "rotary_sin": torch.ones(4, 8)}, "rotary_cos has 4 rows"),
     ],
-    ids=lambda x: str(x)[:40],
+    ids=["sinks", "qv", "dtype", "rotary"],
 )
 def test_refused_before_the_cache_is_written(more, text):
     """What only attention finds wrong is found before new tokens are in the cache."""
