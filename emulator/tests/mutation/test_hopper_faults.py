@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
-import hopper_faults
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+import hopper_faults
 
 
 @pytest.fixture(scope="module")
