@@ -19,7 +19,7 @@ def find_library() -> str | None:
     return os.environ.get("GPU_EMULATOR_LIBRARY") or found
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def emulator_library() -> str:
     """The library's path; skips the test where it or the CUDA kernels were not built."""
     library = find_library()
