@@ -1,6 +1,7 @@
 """README.md's support table is the library's, and its pictures are the ones that are kept."""
 
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -30,7 +31,7 @@ def test_pictures_in_git_are_those_of_the_readme():
 
 
 def test_switches_of_integrations_run_as_typed():
-    """After ``import flash_attn`` alone."""
+    """After ``import flash_attn`` alone, FlashAttention-3's names installed."""
     calls = []
     for page in ("README.md", "docs/integrations.md"):
         text = (ROOT / page).read_text()
@@ -40,7 +41,9 @@ def test_switches_of_integrations_run_as_typed():
     if importlib.util.find_spec("transformers") is None:
         calls = [call for call in calls if "sdpa" in call]
     program = "\n".join(["import flash_attn", *calls])
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    paths = [str(ROOT / "hopper"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=env)
     assert run.returncode == 0, run.stderr
 
 
