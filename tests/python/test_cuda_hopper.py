@@ -4,6 +4,9 @@ CUDA backend must do is in test_cuda.py and test_cuda_varlen.py, which run on it
 from __future__ import annotations
 
 import dataclasses
+import os
+import subprocess
+import sys
 
 import captured_calls
 import pytest
@@ -133,6 +136,23 @@ def test_tiles_of_one_cta_after_another(causal, dims):
         alone = on_hopper(q[one], k[one], v[one], causal=causal, mode="random", seed=head)
         assert torch.equal(out[one], alone[0])
         assert torch.equal(lse[batch, head], alone[1][0, 0])
+
+
+def test_clusters_on_a_device_with_one_multiprocessor():
+    """At least one of them is launched."""
+    program = """
+import torch, flash_attn
+q, k, v = torch.randn(3, 1, 250, 1, 128).bfloat16()
+expected = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)))
+torch.testing.assert_close(
+    flash_attn.flash_attn_func(q, k, v), expected.transpose(1, 2), rtol=0, atol=2e-2
+)
+"""
+    env = {**os.environ, "FLASH_ATTENTION_EMULATOR": "sm_90a,sms=1"}
+    result = subprocess.run(
+        [sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.parametrize("dims", [(64, 64), (256, 256)])

@@ -12,11 +12,7 @@
 
 namespace flash::ptx {
 
-// A matrix in shared memory, its rows swizzled as TMA does it by kSwizzle, 128 or 64, bytes (PTX
-// ISA, "Shared Memory Matrix Layout", "Matrix Descriptor Format"). Consecutive rows are kSwizzle
-// bytes apart; `address` is a multiple of 16, the rows' pattern begins at a multiple of 8 kSwizzle.
-// `leading` is of consequence where sums run down the columns: the distance of the groups of
-// kSwizzle bytes that a row is cut into.
+// A matrix in shared memory (PTX ISA, "Matrix Descriptor Format").
 struct WgmmaMatrix {
   uint32_t low, high;  // of the descriptor
 
@@ -25,6 +21,10 @@ struct WgmmaMatrix {
   FLASH_DEVICE WgmmaMatrix operator+(int bytes) const { return {low + (bytes >> 4), high}; }
 };
 
+// One whose rows are swizzled as TMA does it by kSwizzle, 128 or 64, bytes (PTX ISA, "Shared Memory
+// Matrix Layout"). Consecutive rows are kSwizzle bytes apart; `address` is a multiple of 16, the
+// rows' pattern begins at a multiple of 8 kSwizzle. `leading` is of consequence where sums run down
+// the columns: the distance of the groups of kSwizzle bytes that a row is cut into.
 template <int kSwizzle>
 FLASH_DEVICE WgmmaMatrix wgmma_matrix(uint32_t address, int leading = 16) {
   static_assert(kSwizzle == 128 || kSwizzle == 64);

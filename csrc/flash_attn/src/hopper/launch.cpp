@@ -35,6 +35,12 @@ void plan_maps(const Flash_fwd_params& p, const FwdConfig& config, const Tile& t
   launch.o = map_of(device, views.o, config.head_dim_v, kWarpgroupRows, "out");
 }
 
+// Clusters that run at a time; at least one.
+int64_t cluster_slots(const Flash_fwd_params& p, const FwdKernel& kernel, const Tile& tile) {
+  const int64_t ctas = p.target.device->cta_slots(1, kernel.shared_bytes);
+  return std::max<int64_t>(ctas / tile.cluster, 1);
+}
+
 struct Plan {
   const FwdKernel& kernel;
   const Tile& tile;
@@ -46,9 +52,7 @@ struct Plan {
       : kernel(choose(p)),
         tile(tile_of(kernel.config.head_dim, kernel.config.head_dim_v, kernel.config.scores)),
         scheduler(schedule(p, tile, p.target.device->l2_cache_bytes())),
-        ctas(tile.cluster *
-             std::min(scheduler.tiles(),
-                      p.target.device->cta_slots(1, kernel.shared_bytes) / tile.cluster)),
+        ctas(tile.cluster * std::min(scheduler.tiles(), cluster_slots(p, kernel, tile))),
         counts_tiles(takes_tiles_by_counter(p, scheduler.tiles(), ctas)) {}
 };
 
