@@ -4,7 +4,6 @@ CUDA backend must do is in test_cuda.py and test_cuda_varlen.py, which run on it
 from __future__ import annotations
 
 import dataclasses
-import os
 import subprocess
 import sys
 
@@ -141,16 +140,19 @@ def test_tiles_of_one_cta_after_another(causal, dims):
 def test_clusters_on_a_device_with_one_multiprocessor():
     """At least one of them is launched."""
     program = """
-import torch, flash_attn
+import ctypes, torch, flash_attn
+from flash_attn import _library
+library = str(_library.library_path().parent / "libgpu_emulator.so")
+assert ctypes.CDLL(library).gpuEmulatorSetOption(1, b"sms", b"1") == 0
 q, k, v = torch.randn(3, 1, 250, 1, 128).bfloat16()
 expected = torch.nn.functional.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)))
-torch.testing.assert_close(
-    flash_attn.flash_attn_func(q, k, v), expected.transpose(1, 2), rtol=0, atol=2e-2
-)
+with flash_attn.emulator("sm_90a", library=library) as gpu:
+    out = flash_attn.flash_attn_func(q, k, v)
+assert list(gpu.counters) == ["flash_fwd_sm90_bf16_d128_unmasked"], gpu.counters
+torch.testing.assert_close(out, expected.transpose(1, 2), rtol=0, atol=2e-2)
 """
-    env = {**os.environ, "FLASH_ATTENTION_EMULATOR": "sm_90a,sms=1"}
     result = subprocess.run(
-        [sys.executable, "-c", program], env=env, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=300
     )
     assert result.returncode == 0, result.stderr
 
