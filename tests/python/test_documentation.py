@@ -21,6 +21,7 @@ PAGES = [
     "docs/generation.md",
     "docs/distributed.md",
     "docs/flash_attention_3.md",
+    "docs/serving.md",
 ]
 TEXT = "Once upon a time there was\na reader of lines.\n" * 60
 TOO_LARGE = ("VisionTransformer(",)  # 86 million parameters; the conversion has tests of its own
@@ -78,6 +79,8 @@ def undefined(block):
         if isinstance(node, (ast.Import, ast.ImportFrom))
         for alias in node.names
     }
+    made |= {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
+    made |= {node.arg for node in nodes if isinstance(node, ast.arg)}
     return {node.id for node in names} - made - set(dir(builtins))
 
 
@@ -97,5 +100,6 @@ def test_block_runs_as_typed(block, folder, one_process, restore_threads, monkey
 
 
 def test_pages_have_blocks():
-    assert [len(blocks(page)) for page in PAGES] == [1, 5, 3, 2, 1]
+    assert [len(blocks(page)) for page in PAGES] == [1, 5, 3, 2, 1, 2]
     assert undefined("import a.b\nx = a.c(y)\nprint([z for z in x])") == {"y"}
+    assert undefined("def f(x):\n    return x + y\nf(1)") == {"y"}
