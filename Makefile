@@ -89,7 +89,7 @@ asan: $(LIBRARIES) ## C++ tests under the address and undefined behaviour saniti
 tsan: SANITIZE := thread
 tsan: $(LIBRARIES) ## C++ tests under the thread sanitizer
 asan tsan: # the CUDA kernels are those of build/release: nothing sanitizes them
-	cmake -S . -B build/$@ $(CMAKE_FLAGS) -DCMAKE_BUILD_TYPE=Debug -DFLASH_ATTN_PYTHON=OFF \
+	cmake -S . -B build/$@ $(CMAKE_FLAGS) -DCMAKE_BUILD_TYPE=Debug -DFLASH_ATTN_PYTHON=OFF -DFLASH_ATTN_RUNNABLE_ISAS=ON \
 	  -DFLASH_ATTN_FATBINS=$(CURDIR)/build/release/cuda \
 	  -DFLASH_ATTN_SANITIZE=$(SANITIZE) $(SANITIZE_FLAGS)
 	cmake --build build/$@ -j $(JOBS)
