@@ -1,12 +1,19 @@
-"""A small Llama of transformers on the CUDA kernels, emulated: the CPU backend's tokens."""
+"""Models on the CUDA kernels, emulated, beside the CPU backend.
+
+A small Llama of transformers has the same tokens, a GPT is trained.
+"""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import pytest
 import torch
 from backends import needs_emulator
 
 import flash_attn
+from flash_attn.losses.cross_entropy import CrossEntropyLoss
+from flash_attn.models.gpt import GPTLMHeadModel
 
 pytestmark = needs_emulator
 transformers = pytest.importorskip("transformers")
@@ -100,3 +107,49 @@ def test_generation_with_a_paged_cache():
     expected, actual, kinds = _both(generate)
     assert kinds == {"append", "fwd", "decode"}
     assert torch.equal(actual, expected)
+
+
+class Trained(NamedTuple):
+    losses: list[float]
+    gradients: dict[str, torch.Tensor]  # of the last step
+
+
+def train(steps: int) -> Trained:
+    """A GPT of one layer, every part of it fused, from the same start each time."""
+    torch.manual_seed(0)
+    sizes = {"n_positions": 80, "n_embd": 128, "n_layer": 1, "n_head": 2, "n_inner": 128}
+    drops = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
+    fused = dict.fromkeys(
+        ("use_flash_attn", "fused_bias_fc", "fused_mlp", "fused_dropout_add_ln"), True
+    )
+    ends = {"bos_token_id": 0, "eos_token_id": 0}
+    config = transformers.GPT2Config(vocab_size=96, **sizes, **drops, **fused, **ends)
+    model, loss_of = GPTLMHeadModel(config).half(), CrossEntropyLoss()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    tokens = torch.randint(96, (2, 71), generator=torch.Generator().manual_seed(1))
+    losses = []
+    for _ in range(steps):
+        logits = model(tokens[:, :-1]).logits
+        loss = loss_of(logits.flatten(0, 1).float(), tokens[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return Trained(losses, {name: p.grad.float() for name, p in model.named_parameters()})
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
+def test_training(arch):
+    """The second loss depends on the first step's gradients; it has moved by 7 %."""
+    expected = train(steps=2)
+    assert expected.losses[1] < 0.95 * expected.losses[0]
+    with flash_attn.emulator(arch=arch) as gpu:
+        actual = train(steps=2)
+    label = {"sm_80": "sm80", "sm_90a": "sm90"}[arch]
+    assert {f"flash_{kind}_{label}_fp16_d64_masked" for kind in ("fwd", "bwd")} <= {
+        name.removesuffix("_n128") for name in gpu.counters
+    }
+    assert actual.losses == pytest.approx(expected.losses, rel=1e-4)
+    for name, gradient in expected.gradients.items():
+        error = (actual.gradients[name] - gradient).norm() / gradient.norm()
+        assert error < 5e-3, name
