@@ -5,9 +5,9 @@
 
 Operations (--op): dense and packed prefill; forward and backward; decode, also as a share of the
 bandwidth of a copy on the device; latency, the time from a call of one sequence's decode to its
-result. Peers take turns and medians are compared. But for latency each call is timed by events on
-the device after the L2 cache has been overwritten. Writes cuda.csv and, with matplotlib, cuda.png
-into --out.
+result; decode_grid, if it is asked for, many shapes of decode. Peers take turns and medians are
+compared. But for latency each call is timed by events on the device after the L2 cache has been
+overwritten. Writes cuda.csv and, with matplotlib, cuda.png into --out.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 from cases.case import Case, make_inputs
-from cases.gpu import CASES, shrunk
+from cases.gpu import CASES, GRIDS, shrunk
 from peers.gpu import OURS, PEERS
 from peers.registry import Run
 from peers.unsupported import Unsupported
@@ -46,7 +46,7 @@ def parse_arguments(argv=None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--device", choices=("cuda", "cpu"), default="cuda")
-    add("--op", nargs="+", choices=list(CASES), default=list(CASES))
+    add("--op", nargs="+", choices=[*CASES, *GRIDS], default=list(CASES))
     add("--headdim", nargs="+", type=int, help="these alone")
     add("--shrink", type=int, default=1, help="divide lengths and heads by this")
     add("--samples", type=int, default=20)
@@ -166,7 +166,7 @@ def cell(row: dict) -> str:
     ms = row["median_ms"]
     time = f"{ms:.3f} ms" if ms >= 1 else f"{1e3 * ms:.1f} us"
     rate = f"{row['tflops']:.1f}"
-    if row["op"] in ("decode", "latency"):
+    if row["op"] not in ("fwd", "fwd_bwd", "varlen"):
         rate = f"{row['gbytes']:.0f} GB/s"
     share = f" {100 * row['share_of_copy']:.0f}% of a copy" if row["share_of_copy"] else ""
     return f"{row['peer']} {time} {rate}{share}"
@@ -174,7 +174,7 @@ def cell(row: dict) -> str:
 
 def cases_of(options) -> list[tuple[str, Case]]:
     """``(op, case)`` of all that the options ask for."""
-    cases = [(op, case) for op in options.op for case in CASES[op]()]
+    cases = [(op, case) for op in options.op for case in {**CASES, **GRIDS}[op]()]
     if options.headdim:
         cases = [(op, case) for op, case in cases if case.headdim in options.headdim]
     if options.shrink > 1:

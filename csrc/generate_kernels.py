@@ -19,6 +19,7 @@ CPP = {
     "fp16": "Dtype::kFloat16",
     "bf16": "Dtype::kBFloat16",
     "fp32": "Dtype::kFloat32",
+    "e4m3": "Dtype::kFloat8E4M3",
     "unmasked": "ScoreClass::kUnmasked",
     "masked": "ScoreClass::kMasked",
     "modified": "ScoreClass::kModified",
@@ -171,6 +172,33 @@ KINDS = [
         clusters=True,
     ),
     Kind(
+        backend="hopper",
+        name="fwd",
+        config="FwdConfig",
+        configs=(
+            (64, 64, "masked"),
+            (128, 128, "masked"),
+            (192, 128, "masked"),
+            (256, 256, "masked"),
+            (64, 64, "modified"),
+            (128, 128, "modified"),
+            (256, 256, "modified"),
+        ),
+        parameters=("FwdParams", "FwdLaunch"),
+        entry="mha_fwd",
+        dtypes=("e4m3",),
+        file="fwd_kernel",
+        clusters=True,
+    ),
+    Kind(
+        backend="hopper",
+        name="decode",
+        config="DecodeConfig",
+        configs=((64, 64), (128, 128), (256, 256), (576, 512)),
+        parameters=("FwdParams", "DecodeLaunch"),
+        entry="mha_decode",
+    ),
+    Kind(
         backend="sm80",
         name="bwd",
         config="BwdConfig",
@@ -191,6 +219,15 @@ KINDS = [
         entry="mha_bwd",
     ),
     Kind(
+        backend="hopper",
+        name="bwd",
+        config="BwdConfig",
+        configs=tuple((d, d, "masked") for d in (64, 96, 128, 192, 256)),
+        parameters=("BwdParams", "BwdLaunch"),
+        entry="mha_bwd",
+        file="bwd_kernel",
+    ),
+    Kind(
         backend="sm80",
         name="bias_gradient",
         config="BwdConfig",
@@ -200,6 +237,13 @@ KINDS = [
     ),
     Kind(
         backend="sm80",
+        name="bwd_prepare",
+        config="RowConfig",
+        parameters=("BwdParams", "BwdPrepareLaunch"),
+        entry="prepare",
+    ),
+    Kind(
+        backend="hopper",
         name="bwd_prepare",
         config="RowConfig",
         parameters=("BwdParams", "BwdPrepareLaunch"),
@@ -311,12 +355,13 @@ KINDS = [
     ),
 ]
 
+HEADER = "// Made by generate_kernels.py.\n"
 KERNELS = [kernel for kind in KINDS for kernel in kind.kernels()]
 
 
 def table(kind: Kind) -> str:
     lines = (f"FLASH_KERNEL({kernel.name}, {kernel.config})\n" for kernel in kind.kernels())
-    return "// Made by generate_kernels.py.\n" + "".join(lines)
+    return "".join(lines)
 
 
 def embedding(fatbins: Path) -> str:
@@ -340,7 +385,10 @@ def cmake_list() -> str:
 def files(out: Path) -> dict[str, str]:
     """Return what is written into ``out / "generated"``, by file name."""
     sources = {f"{kernel.name}.cu": kernel.source() for kernel in KERNELS}
-    tables = {f"{kind.backend}_{kind.name}.inc": table(kind) for kind in KINDS}
+    tables: dict[str, str] = {}
+    for kind in KINDS:
+        name = f"{kind.backend}_{kind.name}.inc"
+        tables[name] = tables.get(name, HEADER) + table(kind)
     return {
         **sources,
         **tables,

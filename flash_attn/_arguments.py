@@ -16,6 +16,7 @@ from torch import Tensor
 _INTEGERS = (int, torch.SymInt)
 _PLAIN = (Tensor, torch.nn.Parameter)
 _INT64 = range(-(2**63), 2**63)
+FP8 = getattr(torch, "float8_e4m3fn", None)  # with factors, which most operators do not take
 
 # What torch and the library raise for arguments that they cannot take.
 ERRORS = (BufferError, NotImplementedError, OverflowError, RuntimeError, TypeError, ValueError)
@@ -179,6 +180,15 @@ def four_dims(attn_bias: Any) -> Any:
     if attn_bias is None or not isinstance(attn_bias, Tensor) or attn_bias.dim() >= 4:
         return attn_bias
     return attn_bias[(None,) * (4 - attn_bias.dim())]
+
+
+def refuse_fp8_keys(name: str, k: Tensor) -> None:
+    """Raise RuntimeError for keys in fp8, of an operator that takes no factors of them."""
+    if k.dtype is FP8 is not None:
+        raise RuntimeError(
+            f"{name} has dtype {FP8}: these functions take fp16, bf16 and fp32; those of "
+            "flash_attn.v3 take fp8, with q_descale, k_descale and v_descale"
+        )
 
 
 def without_negation(name: str, x: Tensor, is_written: bool) -> Tensor:

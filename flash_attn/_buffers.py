@@ -44,14 +44,14 @@ def raise_versions(*written: Optional[Tensor]) -> None:
             torch.autograd.graph.increment_version(x)
 
 
-def dense_out(q: Tensor, v: Tensor) -> Tensor:
-    """Return an uninitialised out, (batch, seqlen_q, nheads, headdim_v)."""
+def dense_out(q: Tensor, v: Tensor, dtype: Optional[torch.dtype] = None) -> Tensor:
+    """Return an uninitialised out, (batch, seqlen_q, nheads, headdim_v), default dtype of q."""
     shape, shape_v = q.shape, v.shape
     if len(shape) != 4 or len(shape_v) != 4:
         return torch.empty(0)
     if q.__class__ is Tensor and shape[3] == shape_v[3] and q.is_contiguous():
-        return torch.empty_like(q)  # the quickest
-    return q.new_empty((*shape[:3], shape_v[3]))
+        return torch.empty_like(q, dtype=dtype)  # the quickest
+    return q.new_empty((*shape[:3], shape_v[3]), dtype=dtype)
 
 
 def dense_lse(q: Tensor) -> Tensor:
@@ -81,14 +81,17 @@ def dense_softmax_d(q: Tensor) -> Tensor:
     return q.new_empty((batch, nheads, round_multiple(seqlen_q, 128)), dtype=torch.float32)
 
 
-def varlen_out(q: Tensor, v: Tensor) -> Tensor:
-    """Return an uninitialised out, (total_q, nheads, headdim_v); v may be paged."""
+def varlen_out(q: Tensor, v: Tensor, dtype: Optional[torch.dtype] = None) -> Tensor:
+    """Return an uninitialised out, (total_q, nheads, headdim_v), default dtype of q.
+
+    v may be paged.
+    """
     shape, shape_v = q.shape, v.shape
     if len(shape) != 3 or not shape_v:
         return torch.empty(0)
     if q.__class__ is Tensor and shape[2] == shape_v[-1] and q.is_contiguous():
-        return torch.empty_like(q)  # the quickest
-    return q.new_empty((*shape[:2], shape_v[-1]))
+        return torch.empty_like(q, dtype=dtype)  # the quickest
+    return q.new_empty((*shape[:2], shape_v[-1]), dtype=dtype)
 
 
 def varlen_lse(q: Tensor) -> Tensor:
@@ -129,7 +132,7 @@ class Layout(NamedTuple):
     ``sequences``: nothing, or cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k.
     """
 
-    out: Callable[..., Tensor]  # (q, v)
+    out: Callable[..., Tensor]  # (q, v, dtype=None)
     lse: Callable[..., Tensor]  # (q)
     s_dmask: Callable[..., Tensor]  # (q, k, *sequences)
     softmax_d: Callable[..., Tensor]  # (q, *sequences)

@@ -12,12 +12,15 @@ function's body: it converts the arguments and calls the operator.
   dattn_bias), return softmax_d.
 - ``_flash_attn_kvcache_forward``, ``_flash_attn_kvcache_append_forward``: (out, softmax_lse); the
   second first appends k and v to the cache in place. Without gradient.
+- ``_flash_attn_fp8_*``: (out, softmax_lse) of tensors in fp8, which come with factors. Without
+  gradient.
 """
 
 from __future__ import annotations
 
 from typing import Optional
 
+import torch
 from torch import Tensor
 
 from flash_attn._schema import Operator, declare
@@ -214,11 +217,124 @@ def _flash_attn_kvcache_append_forward(
     """Append k and v to the cache in place and attend over it: (out, softmax_lse)."""
 
 
+@declare(_CACHE_RESULTS)
+def _flash_attn_fp8_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    softmax_scale: float,
+    causal: bool,
+    window_size_left: int,
+    window_size_right: int,
+    softcap: float,
+    *,
+    s_aux: Optional[Tensor] = None,
+    q_descale: Optional[Tensor] = None,
+    k_descale: Optional[Tensor] = None,
+    v_descale: Optional[Tensor] = None,
+    out_dtype: Optional[torch.dtype] = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention of a dense batch with k and v, or q as well, in float8_e4m3fn: (out, softmax_lse).
+
+    They stand for ``q * q_descale``, ``k * k_descale``, ``v * v_descale``: fp32 (batch, nheads_k),
+    or (batch, nheads_k, ceil(seqlen / 128)) with a factor for each 128 rows. out has the dtype of
+    q; of q in fp8 ``out_dtype``, default bf16.
+    """
+
+
+@declare(_CACHE_RESULTS)
+def _flash_attn_fp8_varlen_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    softmax_scale: float,
+    causal: bool,
+    window_size_left: int,
+    window_size_right: int,
+    softcap: float,
+    block_table: Optional[Tensor],
+    leftpad_k: Optional[Tensor],
+    seqused_k: Optional[Tensor],
+    num_splits: int,
+    *,
+    s_aux: Optional[Tensor] = None,
+    q_descale: Optional[Tensor] = None,
+    k_descale: Optional[Tensor] = None,
+    v_descale: Optional[Tensor] = None,
+    out_dtype: Optional[torch.dtype] = None,
+) -> tuple[Tensor, Tensor]:
+    """The same of a packed batch, whose rows count from their sequence's own start."""
+
+
+@declare(_CACHE_RESULTS)
+def _flash_attn_fp8_kvcache_forward(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_seqlens: Optional[Tensor],
+    cache_batch_idx: Optional[Tensor],
+    cache_leftpad: Optional[Tensor],
+    block_table: Optional[Tensor],
+    softmax_scale: float,
+    causal: bool,
+    window_size_left: int,
+    window_size_right: int,
+    softcap: float,
+    num_splits: int,
+    *,
+    s_aux: Optional[Tensor] = None,
+    q_descale: Optional[Tensor] = None,
+    k_descale: Optional[Tensor] = None,
+    v_descale: Optional[Tensor] = None,
+    out_dtype: Optional[torch.dtype] = None,
+) -> tuple[Tensor, Tensor]:
+    """The same over a cache that stays as it is, whose rows count from a sequence's first."""
+
+
+@declare(_CACHE_RESULTS, written="k_cache v_cache")
+def _flash_attn_fp8_kvcache_append_forward(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Optional[Tensor],
+    v: Optional[Tensor],
+    cache_seqlens: Optional[Tensor],
+    cache_batch_idx: Optional[Tensor],
+    cache_leftpad: Optional[Tensor],
+    block_table: Optional[Tensor],
+    softmax_scale: float,
+    causal: bool,
+    window_size_left: int,
+    window_size_right: int,
+    softcap: float,
+    num_splits: int,
+    *,
+    s_aux: Optional[Tensor] = None,
+    q_descale: Optional[Tensor] = None,
+    k_descale: Optional[Tensor] = None,
+    v_descale: Optional[Tensor] = None,
+    out_dtype: Optional[torch.dtype] = None,
+) -> tuple[Tensor, Tensor]:
+    """The same after k and v, in the cache's dtype, are appended to it in place."""
+
+
 FORWARD: Operator = _flash_attn_forward.operator
 VARLEN_FORWARD: Operator = _flash_attn_varlen_forward.operator
 BACKWARD: Operator = _flash_attn_backward.operator
 VARLEN_BACKWARD: Operator = _flash_attn_varlen_backward.operator
 KVCACHE: Operator = _flash_attn_kvcache_forward.operator
 KVCACHE_APPEND: Operator = _flash_attn_kvcache_append_forward.operator
+FP8_FORWARD: Operator = _flash_attn_fp8_forward.operator
+FP8_VARLEN_FORWARD: Operator = _flash_attn_fp8_varlen_forward.operator
+FP8_KVCACHE: Operator = _flash_attn_fp8_kvcache_forward.operator
+FP8_KVCACHE_APPEND: Operator = _flash_attn_fp8_kvcache_append_forward.operator
 
-OPERATORS = (FORWARD, VARLEN_FORWARD, BACKWARD, VARLEN_BACKWARD, KVCACHE, KVCACHE_APPEND)
+FP8_OPERATORS = (FP8_FORWARD, FP8_VARLEN_FORWARD, FP8_KVCACHE, FP8_KVCACHE_APPEND)
+OPERATORS = (
+    *(FORWARD, VARLEN_FORWARD, BACKWARD, VARLEN_BACKWARD, KVCACHE, KVCACHE_APPEND),
+    *FP8_OPERATORS,
+)

@@ -11,12 +11,25 @@ from __future__ import annotations
 from operator import itemgetter
 from typing import Callable
 
+import torch
+
 from flash_attn import _buffers as buffers
-from flash_attn._arguments import ERRORS, check_tensors, explained, without_negation
+from flash_attn._arguments import (
+    ERRORS,
+    FP8,
+    check_tensors,
+    explained,
+    refuse_fp8_keys,
+    without_negation,
+)
 from flash_attn._buffers import maybe_contiguous
 from flash_attn._functions import (
     BACKWARD,
     FORWARD,
+    FP8_FORWARD,
+    FP8_KVCACHE,
+    FP8_KVCACHE_APPEND,
+    FP8_VARLEN_FORWARD,
     KVCACHE,
     KVCACHE_APPEND,
     VARLEN_BACKWARD,
@@ -33,6 +46,7 @@ _LIBRARY_NAMES = {
     "window_size_right": "window_right",
     "rotary_interleaved": "is_rotary_interleaved",
     "return_softmax": "_",
+    "out_dtype": "_",
 }
 
 
@@ -71,6 +85,7 @@ def _attend(operator: Operator, args, wants_all: bool = True, out=None, rng_stat
     """
     args = _readable(operator, args)
     q, k, v = args[:3]
+    refuse_fp8_keys("k", k)
     if out is None:
         out = operator.layout.out(q, v)
     else:
@@ -112,12 +127,32 @@ def _append(operator: Operator, args, wants_all: bool = True, out=None):
 def _attend_cache(operator: Operator, args, wants_all: bool = True, out=None):
     """Attention over a cache, after appending to it: (out, softmax_lse), None if not wanted."""
     args = _readable(operator, args)
-    q, _, v_cache = args[:3]
+    q, k_cache, v_cache = args[:3]
+    refuse_fp8_keys("k_cache", k_cache)
     if out is None:
         out = buffers.dense_out(q, v_cache)
     else:
         _check_out(out)
     softmax_lse = buffers.dense_lse(q) if wants_all else None
+    operator.function(*args, out, softmax_lse)
+    if operator.written:
+        buffers.raise_versions(*(args[place] for place in operator.written))
+    return out, softmax_lse
+
+
+def fp8_results(operator: Operator, args, wants_lse: bool = True):
+    """Return uninitialised (out, softmax_lse) of an operator with factors."""
+    q, _, v = args[:3]
+    dtype = args[operator.place["out_dtype"]]
+    if dtype is None and q.dtype is FP8:
+        dtype = torch.bfloat16
+    return operator.layout.out(q, v, dtype), operator.layout.lse(q) if wants_lse else None
+
+
+def _attend_fp8(operator: Operator, args, wants_all: bool = True):
+    """Attention with factors, after appending to a cache if it has one: (out, softmax_lse)."""
+    args = _readable(operator, args)
+    out, softmax_lse = fp8_results(operator, args, wants_all)
     operator.function(*args, out, softmax_lse)
     if operator.written:
         buffers.raise_versions(*(args[place] for place in operator.written))
@@ -161,3 +196,8 @@ _implement(VARLEN_BACKWARD, _differentiate, "mha_varlen_bwd", "softmax_d", copie
 _CACHE = ("mha_fwd_kvcache", "out softmax_lse")
 _implement(KVCACHE, _attend_cache, *_CACHE, copied=f"q {_CACHE_TENSORS}")
 _implement(KVCACHE_APPEND, _append, *_CACHE, copied=f"q k v {_CACHE_TENSORS}")
+_FP8_CACHE_TENSORS = "cache_seqlens cache_batch_idx cache_leftpad block_table"
+_implement(FP8_FORWARD, _attend_fp8, "mha_fwd", "out softmax_lse", copied="q k v")
+_implement(FP8_VARLEN_FORWARD, _attend_fp8, "mha_varlen_fwd", "out softmax_lse", copied="q k v")
+_implement(FP8_KVCACHE, _attend_fp8, *_CACHE, copied=f"q {_FP8_CACHE_TENSORS}")
+_implement(FP8_KVCACHE_APPEND, _attend_fp8, *_CACHE, copied=f"q k v {_FP8_CACHE_TENSORS}")

@@ -13,10 +13,12 @@ from typing import Callable
 import torch
 
 from flash_attn import _buffers as buffers
-from flash_attn import _kernels  # noqa: F401  (gives the operators their kernels)
+from flash_attn import _kernels  # gives the operators their kernels
+from flash_attn._arguments import refuse_fp8_keys
 from flash_attn._functions import (
     BACKWARD,
     FORWARD,
+    FP8_OPERATORS,
     KVCACHE,
     KVCACHE_APPEND,
     VARLEN_BACKWARD,
@@ -30,6 +32,7 @@ from flash_attn._schema import Operator
 
 def _fake_attend(operator: Operator, args):
     q, k, v = args[:3]
+    refuse_fp8_keys("k", k)
     s_dmask = q.new_empty(0)
     if args[operator.return_softmax]:
         s_dmask = operator.layout.s_dmask(q, k, *args[operator.sequences])
@@ -42,7 +45,8 @@ def _fake_differentiate(operator: Operator, args):
 
 
 def _fake_attend_cache(operator: Operator, args):
-    q, _, v_cache = args[:3]
+    q, k_cache, v_cache = args[:3]
+    refuse_fp8_keys("k_cache", k_cache)
     return buffers.dense_out(q, v_cache), buffers.dense_lse(q)
 
 
@@ -131,4 +135,7 @@ for _operator in (BACKWARD, VARLEN_BACKWARD):
     _register(_operator, _fake_differentiate)
 for _operator in (KVCACHE, KVCACHE_APPEND):
     _register(_operator, _fake_attend_cache)
+for _operator in FP8_OPERATORS:
+    _register(_operator, _kernels.fp8_results)
+for _operator in (KVCACHE, KVCACHE_APPEND, *FP8_OPERATORS):
     registered[_operator.name].set_autograd(torch.library.fallthrough_kernel)

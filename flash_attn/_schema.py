@@ -22,6 +22,7 @@ _SCHEMA_TYPES = {
     "float": "float",
     "bool": "bool",
     "int": "SymInt",
+    "Optional[torch.dtype]": "ScalarType?",
 }
 _NUMBERS = {"float": (float, number), "bool": (bool, flag), "int": (int, as_int)}
 _MISSING = object()

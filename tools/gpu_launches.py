@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Callable
 
 import torch
 
-from flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
+from flash_attn import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache, v3
 from flash_attn._library import bind
 from flash_attn.layers import rotary
 from flash_attn.ops import activations
@@ -105,8 +106,11 @@ def packed(inputs: Inputs, paged: bool):
     )[:2]
 
 
-def cache(inputs: Inputs, dims=(64, 64), queries=1, new=0, paged=False, num_splits=0):
-    """Three sequences of a cache; if rows are appended they are rotated, and so are queries."""
+def cache(inputs: Inputs, dims=(64, 64), queries=1, new=0, paged=False, num_splits=0, within=False):
+    """Three sequences of a cache; if rows are appended they are rotated, and so are queries.
+
+    ``within``: V is the first columns of K.
+    """
     table = None
     rows = (3, CAPACITY)
     if paged:
@@ -115,6 +119,8 @@ def cache(inputs: Inputs, dims=(64, 64), queries=1, new=0, paged=False, num_spli
         order = torch.randperm(3 * pages, generator=inputs.generator)
         table = inputs.int32(*order.tolist()).view(3, pages)
     q, k_cache, v_cache = inputs.qkv((3, queries), rows, dims, (4, 2))
+    if within:
+        v_cache = k_cache[..., : dims[1]]
     options = {}
     if new:
         options["k"], options["v"] = (inputs.normal(3, new, 2, d) for d in dims)
@@ -248,8 +254,12 @@ def calls_of_attention(dtype: str, device: str):
         found[f"decode d={dims[0]}, 1 split"] = call(cache, dims, num_splits=1)
         found[f"decode d={dims[0]}, pages"] = call(cache, dims, paged=True, queries=3)
         found[f"decode d={dims[0]}, append"] = call(cache, dims, new=2, queries=2, paged=True)
+        found[f"decode of 20 rows d={dims[0]}"] = call(cache, dims, queries=10)
     for dims in kinds["decode_wide"].configs:
         found[f"decode d={dims[0]}x{dims[1]}"] = call(cache, dims, paged=True, queries=3)
+        found[f"latent decode d={dims[0]}x{dims[1]}"] = call(
+            cache, dims, paged=True, queries=10, within=True
+        )
     for d, dv, scores, _ in kinds["bwd"].configs:  # the device has one of each
         found.setdefault(f"backward d={d} {scores}", call(backward, (d, dv), scores))
     for d, dv, *_ in kinds["bias_gradient"].configs:
@@ -267,6 +277,21 @@ def calls_of_attention(dtype: str, device: str):
     }
 
 
+def calls_of_fp8(device: str) -> dict[str, Callable[[], tuple[torch.Tensor, ...]]]:
+    """Return functions as ``calls`` does: those that need compute capability 9.0."""
+
+    def call(dims, scores):
+        inputs = Inputs(torch.float8_e4m3fn, device)
+        half = torch.full((1, 1), 0.5, device=device)
+        factors = {f"{x}_descale": half for x in "qkv"}
+        options = {**SCORES[scores], **factors, "return_attn_probs": True}
+        return v3.flash_attn_func(*inputs.qkv((1, 200), (1, 330), dims), **options)
+
+    kinds = [kind for kind in generate_kernels.KINDS if kind.dtypes == ("e4m3",)]
+    configs = [config for kind in kinds for config in kind.configs]
+    return {f"fp8 d={d}x{dv} {scores}": partial(call, (d, dv), scores) for d, dv, scores in configs}
+
+
 def main() -> None:
     """Make all calls, one after another."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -276,6 +301,10 @@ def main() -> None:
     for dtype in options.dtype:
         for name, function in calls(dtype, options.device).items():
             print(dtype, name, flush=True)
+            function()
+    if options.device == "cuda" and torch.cuda.get_device_capability() == (9, 0):
+        for name, function in calls_of_fp8(options.device).items():
+            print(name, flush=True)
             function()
     if options.device == "cuda":
         torch.cuda.synchronize()

@@ -9,7 +9,7 @@ from pathlib import Path
 import sm_pipes
 import warpgroups
 from markdown_table import markdown
-from warpgroups import ELEMENT_BYTES, ROWS, Kernel
+from warpgroups import ROWS, Kernel
 
 TILE_SIZE = Path(__file__).resolve().parent.parent / "csrc/flash_attn/src/hopper/tile_size.h"
 
@@ -34,13 +34,13 @@ def members(text: str) -> dict[str, str]:
 
 
 @cache
-def tile_table() -> dict[tuple[int, int, str], dict[str, str]]:
-    """Return the rows of kTiles by head dims and class of scores, with struct Tile's defaults."""
+def tile_table(name: str = "kTiles") -> dict[tuple[int, int, str], dict[str, str]]:
+    """Return the rows of a table by head dims and class of scores, with struct Tile's defaults."""
     text = TILE_SIZE.read_text()
     struct = text.split("struct Tile {")[1].split("\n};")[0]
     defaults = dict(re.findall(r"(\w+) = ([\w:]+);", struct))
     rows = {}
-    for row in re.findall(r"\{([^{}]*)\}", text.split("kTiles[] = {")[1].split("\n};")[0]):
+    for row in re.findall(r"\{([^{}]*)\}", text.split(f" {name}[] = {{")[1].split("\n};")[0]):
         tile = {**defaults, **members(row)}
         scores = tile["scores"].split("::k")[1].lower()
         rows[int(tile["head_dim"]), int(tile["head_dim_v"]), scores] = tile
@@ -49,28 +49,40 @@ def tile_table() -> dict[tuple[int, int, str], dict[str, str]]:
 
 def tile_of(kernel: Kernel) -> dict[str, str]:
     """Return a kernel's row."""
-    return tile_table()[kernel.head_dim, kernel.head_dim_v, kernel.name.rsplit("_", 1)[1]]
+    table = tile_table("kFp8Tiles" if is_fp8(kernel) else "kTiles")
+    return table[kernel.head_dim, kernel.head_dim_v, kernel.name.rsplit("_", 1)[1]]
+
+
+def is_fp8(kernel: Kernel) -> bool:
+    return kernel.element_bytes == 1
+
+
+def listed(kernels: list[Kernel]) -> list[Kernel]:
+    """Return those of one 16-bit dtype, and of fp8."""
+    return [kernel for kernel in kernels if "_bf16_" in kernel.name or is_fp8(kernel)]
 
 
 def tiles(kernels: list[Kernel]) -> str:
     """Return the table of tiles, with what they take of registers and shared memory."""
     rows = []
-    for kernel in (kernel for kernel in kernels if "_bf16_" in kernel.name):
+    for kernel in listed(kernels):
         scores = kernel.name.rsplit("_", 1)[1]
         tile = tile_of(kernel)
         d, dv, m, n = kernel.head_dim, kernel.head_dim_v, kernel.m, kernel.n
         q_slots, slots = int(tile["q_stages"]), int(tile["stages"])
         o_rows = m if tile["o_apart"] == "true" else 0
-        elements = (q_slots * m * d, slots * n * d, slots * n * dv, o_rows * dv)
-        kib = [count * ELEMENT_BYTES / 1024 for count in elements]
-        held = (n // 2, dv // 2, n // 4)
+        elements = (q_slots * m * d, slots * n * d, slots * n * dv)
+        kib = [count * kernel.element_bytes / 1024 for count in elements] + [o_rows * dv * 2 / 1024]
+        held = [n // 2, dv // 2, n // 4 * kernel.element_bytes // 2]
+        if is_fp8(kernel) and overlap(tile) != "apart":  # P V has accumulators of its own
+            held.insert(2, int(tile["pv_columns"]) // 2)
         shares = (
             f"{kernel.registers}",
             " + ".join(map(str, held)),
             str(kernel.registers - sum(held)),
         )
         rows.append(
-            [f"{d}/{dv}" if d != dv else d, scores, f"{kernel.warpgroups} * {ROWS}", n, *shares]
+            [dims(kernel), scores, f"{kernel.warpgroups} * {ROWS}", n, *shares]
             + [f"{part:g}" if part else "Q's" for part in kib]
             + [f"{sum(kib):g}", tile["cluster"], overlap(tile), polynomial(tile)]
         )
@@ -89,6 +101,11 @@ def tiles(kernels: list[Kernel]) -> str:
     return markdown([*header, "O", "all", "cluster", "overlap", "exp2 by FMA"], rows)
 
 
+def dims(kernel: Kernel) -> str:
+    d, dv = kernel.head_dim, kernel.head_dim_v
+    return (f"{d}/{dv}" if d != dv else f"{d}") + (", fp8" if is_fp8(kernel) else "")
+
+
 def overlap(tile: dict[str, str]) -> str:
     return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", tile["overlap"].split("::k")[1]).lower()
 
@@ -100,7 +117,7 @@ def polynomial(tile: dict[str, str]) -> str:
 def loops(kernels: list[Kernel]) -> str:
     """Return the table of what a warpgroup's block asks of an SM, in bf16."""
     rows = []
-    for kernel in (kernel for kernel in kernels if "_bf16_" in kernel.name):
+    for kernel in listed(kernels):
         for block, lines in (("full", kernel.full), ("cut", kernel.cut)):
             trip = sm_pipes.trip(lines)
             cycles = trip.cycles("9.0")
@@ -130,11 +147,7 @@ def speeds(kernels: list[Kernel]) -> str:
         *(f"full, {n}" for n in LENGTHS),
         *(f"causal, {n}" for n in LENGTHS),
     ]
-    plain = [
-        kernel
-        for kernel in kernels
-        if "_bf16_" in kernel.name and not kernel.name.endswith("_modified")
-    ]
+    plain = [kernel for kernel in listed(kernels) if not kernel.name.endswith("_modified")]
     return markdown(header, [speed_row(kernel) for kernel in plain])
 
 
@@ -144,7 +157,7 @@ def speed_row(kernel: Kernel) -> list:
     cycles = sm_pipes.trip(kernel.full).cycles("9.0")
     others = {pipe: count * kernel.warpgroups for pipe, count in cycles.items() if pipe != "tensor"}
     busiest = max(others, key=others.get)
-    known = BEST_KNOWN.get((kernel.head_dim, kernel.head_dim_v), {})
+    known = {} if is_fp8(kernel) else BEST_KNOWN.get((kernel.head_dim, kernel.head_dim_v), {})
     rates = []
     for causal in (False, True):
         if causal and kernel.name.endswith("_unmasked"):

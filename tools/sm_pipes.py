@@ -12,7 +12,8 @@ packing FP32 to FP16 included, in Nsight Compute's Profiling Guide; the 16-bit p
 arXiv:2206.02874 measures as much for mma.m16n8k16 on the A100.
 
 HGMMA.64xNx16, wgmma's instruction, is issued by the four warps of a warpgroup, one on each
-sub-partition, and is N / 8 times the m16n8k16 of each of them.
+sub-partition, and is N / 8 times the m16n8k16 of each of them. QGMMA.64xNx32, that of 8 bits, does
+twice as much in as many cycles.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from sass import Function, Instruction
 
 # Roots of opcodes by the pipe that runs them.
 OPCODES = {
-    "tensor": "HGMMA HMMA",
+    "tensor": "HGMMA HMMA QGMMA",
     "MUFU": "BREV F2F F2I FLO FRND I2F MUFU POPC",
     "FMA": "FADD FFMA FMUL HADD2 HFMA2 HMUL2 IMAD IMUL",
     "ALU": "F2FP FCHK FMNMX FSEL FSETP I2FP IABS IADD3 IMNMX ISETP LEA LOP3 P2R PLOP3 PRMT R2P SEL "
@@ -42,7 +43,7 @@ OPCODES = {
 PIPE_OF = {root: pipe for pipe, roots in OPCODES.items() for root in roots.split()}
 MOVES = {"MOV": "ALU", "CS2R": "ALU", "IMAD.MOV": "FMA", "UMOV": "uniform"}
 WIDTHS = {"64": 2, "128": 4, "2": 2, "4": 4}  # bits of a lane, matrices of ldmatrix: wavefronts
-WGMMA = re.compile(r"^HGMMA\.64x(\d+)x16\.F32")  # fp16; bf16 has one modifier more
+WGMMA = re.compile(r"^(?:H|Q)GMMA\.64x(\d+)x(?:16|32)\.F32")  # bf16 and e4m3 have modifiers more
 COLUMNS = ("tensor", "MUFU", "FMA", "ALU", "LSU", "uniform", "moves", "others")
 
 # Cycles for each instruction, by compute capability; of the load/store pipe, for each 128 bytes.

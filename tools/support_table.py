@@ -31,9 +31,14 @@ def table(text: str) -> str:
         backend, isa, operation, dtypes, head_dims = line.split()
         if backend != "cpu":
             backend = f"{backend} {isa}"
-        rows[backend, operation] = (dtypes.replace(",", ", "), head_dims.replace(",v:", ", v "))
+        limits = head_dims.replace(",v:", ", v ")
+        others = rows.get((backend, operation, limits))
+        dtypes = dtypes.replace(",", ", ")
+        rows[backend, operation, limits] = (
+            f"{others}, {dtypes}" if others and dtypes not in others else dtypes
+        )
     lines = ["| backend | operation | dtypes | head dims |", "| --- | --- | --- | --- |"]
-    for (backend, operation), (dtypes, head_dims) in rows.items():
+    for (backend, operation, head_dims), dtypes in rows.items():
         lines.append(f"| {backend} | {operation} | {dtypes} | {head_dims} |")
     for line in text.split(BEGIN)[1].split(END)[0].splitlines()[2:]:
         if line.split()[1] not in built:

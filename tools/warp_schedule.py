@@ -84,7 +84,7 @@ def decode(line: Instruction) -> Op:
     """Return ``line`` as the scheduler sees it."""
     use = sm_pipes.use(line)
     reads = tuple(named(line.guard.lstrip("@!"))) + tuple(named(line.operands))
-    if line.root == "HGMMA":
+    if line.root in ("HGMMA", "QGMMA"):
         parts = [part.strip() for part in line.operands.split(",")]
         a = following(parts[1], 4) if parts[1].startswith("R") and parts[1] != "RZ" else []
         busy = use.turns * RATES["tensor"]

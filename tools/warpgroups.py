@@ -19,17 +19,17 @@ import warp_schedule
 from sass import Function, Instruction
 
 PREFIX = "flash_fwd_sm90_"
-PRODUCT = frozenset({"HGMMA"})
+PRODUCT = frozenset({"HGMMA", "QGMMA"})
 REGISTERS = 64 << 10  # of an SM
 WARPGROUP = 128  # threads
 SHARED_BYTES = 128  # a cycle and SM
-ELEMENT_BYTES = 2
+PRODUCT_BYTES = 32  # of a row of an operand of a product
 ROWS = 64  # of a warpgroup
 MASK = 8  # selects in a row are a mask's, fewer are a row's
 SMS = 132  # of an H100 SXM
 GHZ = 1.755  # its boost clock under load: without a limit by power
-OPERATIONS = 4096  # of 16-bit products, a cycle and SM
-PEAK = SMS * GHZ * OPERATIONS / 1000  # TFLOP/s
+OPERATIONS = 4096  # of 16-bit products, a cycle and SM; of those of 8 bits twice as many
+PEAK = SMS * GHZ * OPERATIONS / 1000  # TFLOP/s of 16-bit products
 EPILOGUE_LATENCY = 300  # cycles: the sum's shuffles, a division, a logarithm, a barrier, in a row
 
 
@@ -50,6 +50,11 @@ class Kernel(NamedTuple):
         return REGISTERS // (self.registers * WARPGROUP)
 
     @property
+    def element_bytes(self) -> int:
+        """Bytes of an element of Q, K and V."""
+        return 1 if "_e4m3_" in self.name else 2
+
+    @property
     def m(self) -> int:
         """Queries of a tile."""
         return self.warpgroups * ROWS
@@ -57,12 +62,18 @@ class Kernel(NamedTuple):
     @property
     def products(self) -> int:
         """Cycles of the tensor pipe for one warpgroup's block, at least."""
-        return ROWS * self.n * (self.head_dim + self.head_dim_v) * 2 // OPERATIONS
+        operations = ROWS * self.n * (self.head_dim + self.head_dim_v) * 2
+        return operations * self.element_bytes // (2 * OPERATIONS)
 
     @property
     def copied(self) -> int:
         """Bytes of K and V of a block."""
-        return self.n * (self.head_dim + self.head_dim_v) * ELEMENT_BYTES
+        return self.n * (self.head_dim + self.head_dim_v) * self.element_bytes
+
+    @property
+    def transposed(self) -> int:
+        """Bytes of V of a block that a warp reads and writes again."""
+        return self.n * self.head_dim_v if self.element_bytes == 1 else 0
 
 
 def value(cut: bool) -> Callable[[list[Instruction]], tuple[int, ...]]:
@@ -128,9 +139,10 @@ def shared_memory(kernel: Kernel) -> int:
     for line in kernel.full:
         if line.root in PRODUCT:
             rows = width(line) + (0 if from_registers(line) else ROWS)
-            bytes_read += rows * 16 * ELEMENT_BYTES
+            bytes_read += rows * PRODUCT_BYTES
     warps = sm_pipes.trip(kernel.full).cycles("9.0")["LSU"]
-    return kernel.warpgroups * (bytes_read // SHARED_BYTES + warps) + kernel.copied // SHARED_BYTES
+    moved = kernel.copied + 2 * kernel.transposed
+    return kernel.warpgroups * (bytes_read // SHARED_BYTES + warps) + moved // SHARED_BYTES
 
 
 def minimum(n: int) -> dict[str, int]:

@@ -41,8 +41,9 @@ def varlen() -> list[Case]:
     ]
 
 
-def _decode(batch: int, seqlen: int, headdim: int = 128, page_size: int = 0) -> Case:
-    heads = (32, 8)
+def _decode(
+    batch: int, seqlen: int, headdim: int = 128, page_size: int = 0, heads: tuple = (32, 8)
+) -> Case:
     return Case(
         "decode", "bfloat16", batch, 1, seqlen, *heads, headdim, headdim, False, page_size=page_size
     )
@@ -54,6 +55,16 @@ def decode() -> list[Case]:
     cases = [_decode(*shape) for shape in shapes]
     cases += [_decode(16, 8192, page_size=size) for size in (16, 64, 256)]
     return [*cases, _decode(16, 8192, 64), _decode(16, 8192, 256)]
+
+
+def decode_grid() -> list[Case]:
+    """Batches of 1 to 128, 1k to 64k keys, at most 2M in all; three numbers of heads; pages."""
+    batches, seqlens = (1, 4, 16, 64, 128), (1024, 4096, 16384, 65536)
+    shapes = [(b, n) for b, n in itertools.product(batches, seqlens) if b * n <= 1 << 21]
+    heads = ((32, 8), (32, 4), (32, 1))
+    cases = [_decode(*shape, heads=pair) for shape, pair in itertools.product(shapes, heads)]
+    pages = itertools.product(((1, 16384), (64, 4096)), (1, 16, 64, 256))
+    return [*cases, *(_decode(*shape, page_size=size) for shape, size in pages)]
 
 
 def latency() -> list[Case]:
@@ -68,6 +79,7 @@ CASES = {
     "decode": decode,
     "latency": latency,
 }
+GRIDS = {"decode_grid": decode_grid}  # measured if they are asked for
 
 
 def shrunk(case: Case, factor: int) -> Case:

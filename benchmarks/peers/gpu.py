@@ -65,4 +65,5 @@ PEERS = {
     "decode": {"flash_attn": flash_attn, "sdpa": sdpa, **SDPA, "copy": copy},
     "latency": {"flash_attn": flash_attn, "flash_attn_graph": flash_attn_graph, "sdpa": sdpa},
 }
+PEERS["decode_grid"] = PEERS["decode"]
 OURS = frozenset(("flash_attn", "flash_attn_graph"))

@@ -32,11 +32,11 @@ inline bool has_legal_stride(const StridedView& x, int dim) {
 
 }  // namespace mapped
 
-// cuTensorMapEncodeTiled takes `x`, 16-bit floats, whatever the box and without interleave. The
-// conditions are those of its description in the CUDA driver API, "Tensor Map Object Management":
-// the address and the strides beyond the innermost are multiples of 16 bytes, the latter below
-// 2^40; extents are from 1 to 2^32. The stride of an extent of 1 is of no consequence: torch puts
-// anything there.
+// cuTensorMapEncodeTiled takes `x`, floats of 8 or 16 bits, whatever the box and without
+// interleave. The conditions are those of its description in the CUDA driver API, "Tensor Map
+// Object Management": the address and the strides beyond the innermost are multiples of 16 bytes,
+// the latter below 2^40; extents are from 1 to 2^32. The stride of an extent of 1 is of no
+// consequence: torch puts anything there.
 //
 // Two elements at one address, be it by a stride of 0 (an expanded tensor) or by one smaller than
 // what lies below it (sliding windows), are not what that description is of: there each stride is
@@ -46,7 +46,8 @@ inline bool has_legal_stride(const StridedView& x, int dim) {
 // rows inside heads of tensors that have heads inside rows are common (CUTLASS makes them).
 inline bool can_map(const StridedView& x) {
   constexpr int64_t kMaxExtent = int64_t{1} << 32;
-  if (x.dtype != Dtype::kFloat16 && x.dtype != Dtype::kBFloat16) return false;
+  if (x.dtype != Dtype::kFloat16 && x.dtype != Dtype::kBFloat16 && x.dtype != Dtype::kFloat8E4M3)
+    return false;
   if (x.rank < 1 || x.rank > kMaxMappedRank || x.address == nullptr ||
       reinterpret_cast<uintptr_t>(x.address) % mapped::kPieceBytes != 0)
     return false;

@@ -7,16 +7,37 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from flash_attn._arguments import as_int, flag, is_plain, wrong_kind
+from flash_attn._arguments import FP8, as_int, flag, is_plain, wrong_kind
 from flash_attn.flash_attn_interface import _score
 
 _MOST_SPLITS = 256  # that FlashAttention-3 takes
 _MOST_SPLITS_HERE = 128
-_FP8 = frozenset(
+_OTHER_FP8 = frozenset(
     dtype
     for name, dtype in vars(torch).items()
-    if name.startswith("float8") and isinstance(dtype, torch.dtype)
+    if name.startswith("float8") and isinstance(dtype, torch.dtype) and dtype is not FP8
 )
+
+
+_TENSORS = ("q", "k", "v", "k_new", "v_new", "qv")
+_DESCALES = ("q_descale", "k_descale", "v_descale")
+
+
+class Quantization(NamedTuple):
+    """Factors of fp8 tensors, (batch, nheads_k) or (batch, nheads_k, blocks of 128 rows).
+
+    ``out_dtype``: of out, where q is in fp8; None: bf16.
+    """
+
+    q_descale: Optional[Tensor] = None
+    k_descale: Optional[Tensor] = None
+    v_descale: Optional[Tensor] = None
+    out_dtype: Optional[torch.dtype] = None
+
+    def repeated(self, pieces: int) -> Quantization:
+        """Return the factors of as many pieces of each sequence."""
+        repeated = (x if x is None else x.repeat_interleave(pieces, 0) for x in self[:3])
+        return Quantization(*repeated, self.out_dtype)
 
 
 class Score(NamedTuple):
@@ -33,6 +54,7 @@ class Score(NamedTuple):
     softcap: float
     attention_chunk: int = 0
     s_aux: Optional[Tensor] = None
+    quantization: Optional[Quantization] = None  # None: no tensor is in fp8
 
     @property
     def operators(self) -> tuple:
@@ -94,40 +116,87 @@ def is_readable(x: Tensor) -> bool:
     return x.is_cpu and is_plain(x) and not torch.compiler.is_compiling()
 
 
-def _check_descale(name: str, x) -> None:
+def _check_descale(name: str, x, is_used: bool) -> None:
     if x is None:
         return
     if not isinstance(x, Tensor):
         raise wrong_kind(name, x)
     if x.dtype != torch.float32:
         raise ValueError(f"{name} must be fp32, got {x.dtype}")
-    if is_readable(x) and not bool((x == 1.0).all()):
+    if not is_used and is_readable(x) and not bool((x == 1.0).all()):
         raise NotImplementedError(
-            f"{name} belongs to fp8 tensors, which flash_attn does not have: only 1.0 is accepted "
-            "beside fp16, bf16 and fp32"
+            f"{name} belongs to fp8 tensors: only 1.0 is accepted beside fp16, bf16 and fp32"
         )
 
 
 def refuse_fp8(names: str, tensors: tuple) -> None:
     """Raise NotImplementedError for a tensor of 8 bits, by its name among ``names``."""
     for place, x in enumerate(tensors):
-        if x is not None and isinstance(x, Tensor) and x.dtype in _FP8:
+        if x is not None and isinstance(x, Tensor) and (x.dtype in _OTHER_FP8 or x.dtype is FP8):
             raise NotImplementedError(
-                f"{names.split()[place]} has dtype {x.dtype}: flash_attn computes fp16, bf16 and "
-                "fp32 and has no fp8; convert it, and multiply by its descale"
+                f"{names.split()[place]} has dtype {x.dtype}: the backward computes fp16, bf16 and "
+                "fp32 and has no fp8"
             )
 
 
-def refuse_descales(q_descale, k_descale, v_descale) -> None:
-    """Raise NotImplementedError for a descale that would change something.
+def make_quantization(tensors: tuple, descales: tuple, out) -> Optional[Quantization]:
+    """Return the factors of a call's tensors in fp8, None if there is no such tensor.
 
-    A serving engine passes descales of 1.0 whatever the dtype is; on a GPU they are not looked at.
+    Args:
+        tensors: q, k, v, k_new, v_new and qv.
+        descales: of q, k and v. A serving engine passes 1.0 whatever the dtype is: raises
+            NotImplementedError for another value beside a wider tensor; a GPU's are not looked at.
+        out: the caller's tensor for the result, or None.
     """
-    if q_descale is None and k_descale is None and v_descale is None:
+    dtypes = [getattr(x, "dtype", None) for x in tensors]  # isinstance takes longer
+    for name, dtype in zip(_TENSORS, dtypes):
+        if dtype in _OTHER_FP8:
+            raise NotImplementedError(
+                f"{name} has dtype {dtype}: of the dtypes of 8 bits flash_attn computes {FP8}"
+            )
+    of_q, of_k = dtypes[0] is FP8 is not None, dtypes[1] is FP8 is not None
+    q_descale, k_descale, v_descale = descales
+    has_none = q_descale is None and k_descale is None and v_descale is None
+    if has_none and not of_q and not of_k:
+        return None
+    is_used = (of_q, of_k, of_k)
+    for name, x, used in zip(_DESCALES, descales, is_used):
+        _check_descale(name, x, used)
+    if not of_q and not of_k:
+        return None
+    for name, x in zip(_TENSORS, tensors):
+        if isinstance(x, Tensor) and x.requires_grad and torch.is_grad_enabled():
+            raise NotImplementedError(
+                f"{name} requires a gradient: attention with fp8 tensors has none; call it under "
+                "torch.no_grad()"
+            )
+    kept = (x if used else None for x, used in zip(descales, is_used))
+    return Quantization(*kept, None if out is None or not of_q else out.dtype)
+
+
+def check_blocks(quantization: Optional[Quantization]) -> None:
+    """Raise NotImplementedError for factors of 128 rows beside attention_chunk."""
+    for name, x in () if quantization is None else zip("qkv", quantization):
+        if x is not None and x.dim() == 3 and x.shape[2] > 1:
+            raise NotImplementedError(
+                f"attention_chunk with a {name}_descale for each 128 rows: one for each head is "
+                "accepted"
+            )
+
+
+def check_factors_of_values(quantization: Quantization) -> None:
+    """Raise NotImplementedError for factors that differ where qv makes one tensor of k and v."""
+    k, v = quantization.k_descale, quantization.v_descale
+    if k is v or (k is not None and v is not None and _are_equal(k, v)):
         return
-    _check_descale("q_descale", q_descale)
-    _check_descale("k_descale", k_descale)
-    _check_descale("v_descale", v_descale)
+    raise NotImplementedError(
+        "qv with k_descale and v_descale that differ: with qv k and v are read as one tensor, of "
+        "one factor"
+    )
+
+
+def _are_equal(x: Tensor, y: Tensor) -> bool:
+    return is_readable(x) and is_readable(y) and x.shape == y.shape and bool((x == y).all())
 
 
 def check_int32(name: str, x: Optional[Tensor], length: Optional[int] = None) -> Optional[Tensor]:

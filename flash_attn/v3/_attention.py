@@ -9,9 +9,22 @@ from torch import Tensor
 
 from flash_attn._arguments import as_int, check_tensors, is_plain, wrong_kind
 from flash_attn._eager import run
-from flash_attn._functions import BACKWARD, FORWARD, VARLEN_BACKWARD, VARLEN_FORWARD
+from flash_attn._functions import (
+    BACKWARD,
+    FORWARD,
+    FP8_FORWARD,
+    FP8_VARLEN_FORWARD,
+    VARLEN_BACKWARD,
+    VARLEN_FORWARD,
+)
 from flash_attn.v3 import _sequences as sequences_of
-from flash_attn.v3._arguments import Score, check_cumulative, check_int32, check_used
+from flash_attn.v3._arguments import (
+    Quantization,
+    Score,
+    check_cumulative,
+    check_int32,
+    check_used,
+)
 from flash_attn.v3._sequences import Lengths, Sequences, used_lengths
 
 _NO_DMASK_NOR_PAGES = (False, None, None, None, False)  # to zero_tensors
@@ -151,8 +164,12 @@ def attend(
     check_tensors(q=q, k=k, v=v)
     is_dense = cu_seqlens_q is None and cu_seqlens_k is None
     if is_dense and seqused_q is None and seqused_k is None and not score.attention_chunk:
-        args = (q, k, v, *score.operators, None, False, score.s_aux, None)
-        out, lse, *_ = run(FORWARD, args, wants_lse)
+        if score.quantization is None:
+            args = (q, k, v, *score.operators, None, False, score.s_aux, None)
+            out, lse, *_ = run(FORWARD, args, wants_lse)
+        else:
+            args = (q, k, v, *score.operators[1:], score.s_aux, *score.quantization)
+            out, lse = run(FP8_FORWARD, args, wants_lse)
         if wants_lse and lse.dim() == 3:
             lse = sequences_of.mark_dense(lse, score, k.shape[1])
         return out, lse if wants_lse else None
@@ -178,16 +195,30 @@ def _attend_packed(
     if not all_used or score.attention_chunk or wants_lse:
         lengths = _lengths(sequences, seqused_q, seqused_k)
     cut = _cut(sequences, (q, k), lengths, all_used, score.attention_chunk)
-    args = (
-        *(q, k, v, *cut, *score.operators, None, *_NO_DMASK_NOR_PAGES, num_splits),
-        *(score.s_aux, None),
-    )
-    out, lse, *_ = run(VARLEN_FORWARD, args, wants_lse)
+    if score.quantization is None:
+        args = (
+            *(q, k, v, *cut, *score.operators, None, *_NO_DMASK_NOR_PAGES, num_splits),
+            *(score.s_aux, None),
+        )
+        out, lse, *_ = run(VARLEN_FORWARD, args, wants_lse)
+    else:
+        factors = factors_of_pieces(score, sequences.cu_seqlens_q, cut.cu_seqlens_q)
+        args = (
+            *(q, k, v, *cut, *score.operators[1:], None, None, None, num_splits),
+            *(score.s_aux, *factors),
+        )
+        out, lse = run(FP8_VARLEN_FORWARD, args, wants_lse)
     if not wants_lse:
         return out, None
     if sequences.max_seqlen_k:  # else no key at all: +inf
         lse = sequences_of.mark_packed(lse, score, sequences.cu_seqlens_q, lengths)
     return out, lse
+
+
+def factors_of_pieces(score: Score, cu_seqlens: Tensor, cut: Tensor) -> Quantization:
+    """Return the factors of sequences that were cut into pieces, as many of each."""
+    batch, pieces = cu_seqlens.shape[0] - 1, cut.shape[0] - 1
+    return score.quantization if pieces == batch else score.quantization.repeated(pieces // batch)
 
 
 # ------------------------------------------------------------------------------------------------

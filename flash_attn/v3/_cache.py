@@ -13,9 +13,16 @@ from typing import NamedTuple, Optional
 import torch
 from torch import Tensor
 
-from flash_attn._arguments import as_int, check_optional, check_tensors
+from flash_attn._arguments import FP8, as_int, check_optional, check_tensors
 from flash_attn._eager import run
-from flash_attn._functions import KVCACHE, KVCACHE_APPEND, VARLEN_FORWARD
+from flash_attn._functions import (
+    FP8_KVCACHE,
+    FP8_KVCACHE_APPEND,
+    FP8_VARLEN_FORWARD,
+    KVCACHE,
+    KVCACHE_APPEND,
+    VARLEN_FORWARD,
+)
 from flash_attn.layers.rotary import apply_rotary_emb
 from flash_attn.v3 import _sequences as sequences_of
 from flash_attn.v3._arguments import (
@@ -25,7 +32,11 @@ from flash_attn.v3._arguments import (
     check_used,
     is_readable,
 )
-from flash_attn.v3._attention import check_query_of_values, with_query_of_values
+from flash_attn.v3._attention import (
+    check_query_of_values,
+    factors_of_pieces,
+    with_query_of_values,
+)
 from flash_attn.v3._sequences import Lengths
 
 
@@ -105,12 +116,21 @@ def _run(operator, args, wants_all: bool):
 def _by_cache_operators(q, cache: Cache, new, rotary, score: Score, num_splits, wants_lse):
     is_appending = new.k is not None or new.v is not None
     _, *numbers = score.operators
-    args = (
-        *((q, cache.k, cache.v, new.k, new.v) if is_appending else (q, cache.k, cache.v)),
-        *(cache.seqlens, rotary.cos, rotary.sin, cache.batch_idx, cache.leftpad),
-        *(cache.page_table, None, *numbers, rotary.interleaved, num_splits, score.s_aux),
-    )
-    out, lse = _run(KVCACHE_APPEND if is_appending else KVCACHE, args, wants_lse)
+    tensors = (q, cache.k, cache.v, new.k, new.v) if is_appending else (q, cache.k, cache.v)
+    if score.quantization is None:
+        args = (
+            *(*tensors, cache.seqlens, rotary.cos, rotary.sin, cache.batch_idx, cache.leftpad),
+            *(cache.page_table, None, *numbers, rotary.interleaved, num_splits, score.s_aux),
+        )
+        operator = KVCACHE_APPEND if is_appending else KVCACHE
+    else:
+        _refuse_rotary(rotary)
+        args = (
+            *(*tensors, cache.seqlens, cache.batch_idx, cache.leftpad, cache.page_table),
+            *(*numbers, num_splits, score.s_aux, *score.quantization),
+        )
+        operator = FP8_KVCACHE_APPEND if is_appending else FP8_KVCACHE
+    out, lse = _run(operator, args, wants_lse)
     if not wants_lse:
         return out, None
     if cache.seqlens is None and cache.leftpad is None:
@@ -123,6 +143,14 @@ def _by_cache_operators(q, cache: Cache, new, rotary, score: Score, num_splits, 
     if cache.leftpad is not None:
         seqlens = seqlens - cache.leftpad
     return out, sequences_of.mark_padded(lse, score, seqlens)
+
+
+def _refuse_rotary(rotary: Rotary) -> None:
+    if rotary.cos is not None or rotary.sin is not None:
+        raise NotImplementedError(
+            "rotary_cos and rotary_sin do not rotate fp8 tensors: rotate q and k before they are "
+            "converted"
+        )
 
 
 def _capacity(cache: Cache) -> int:
@@ -243,12 +271,20 @@ def _attend_pages(
     )
     if pieces > 1:
         table = table.repeat_interleave(pieces, 0)
-    args = (
-        *(q, k, v, cut_q, sequences_of.cumulative(ends), max_seqlen_q),
-        *(table.shape[1] * k.shape[1], *score.operators, None, False, table.contiguous()),
-        *(begins, None, False, num_splits, score.s_aux, None),
-    )
-    out, lse, *_ = _run(VARLEN_FORWARD, args, wants_lse)
+    tensors = (q, k, v, cut_q, sequences_of.cumulative(ends), max_seqlen_q)
+    capacity, table = table.shape[1] * k.shape[1], table.contiguous()
+    if score.quantization is None:
+        args = (
+            *(*tensors, capacity, *score.operators, None, False, table, begins, None, False),
+            *(num_splits, score.s_aux, None),
+        )
+        out, lse, *_ = _run(VARLEN_FORWARD, args, wants_lse)
+    else:
+        args = (
+            *(*tensors, capacity, *score.operators[1:], table, begins, None, num_splits),
+            *(score.s_aux, *factors_of_pieces(score, cu_seqlens_q, cut_q)),
+        )
+        out, lse = _run(FP8_VARLEN_FORWARD, args, wants_lse)
     if not wants_lse:
         return out, None
     return out, sequences_of.mark_packed(lse, score, cu_seqlens_q, lengths)
@@ -298,14 +334,21 @@ def _append(q, cu_seqlens_q, cache: Cache, table, seqlens, new, rotary: Rotary, 
     sequence, row = sequences_of.place_of_rows(k.shape[0], cu_seqlens_new)
     lengths = seqlens + cu_seqlens_new.diff()
     page, slot = _places(cache, table, seqlens, lengths, sequence, row)
+    if k.dtype is FP8:
+        _refuse_rotary(rotary)
     if rotary.cos is not None or rotary.sin is not None:
         starts = seqlens if rotary.seqlens is None else rotary.seqlens
         k = _rotated("k", k, starts[sequence] + row, rotary)
         of_q, row_of_q = sequences_of.place_of_rows(q.shape[0], cu_seqlens_q)
         q = _rotated("q", q, starts[of_q] + (row_of_q if by_row else 0), rotary)
-    cache.k[page, slot] = k
-    cache.v[page, slot] = v
+    _as_stored(cache.k)[page, slot] = _as_stored(k)
+    _as_stored(cache.v)[page, slot] = _as_stored(v)
     return q, lengths
+
+
+def _as_stored(x: Tensor) -> Tensor:
+    """Return fp8 numbers as bytes, which torch can index."""
+    return x.view(torch.uint8) if x.dtype is FP8 else x
 
 
 def _packed_tokens(new: NewTokens, cache: Cache, batch: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,9 +7,16 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from flash_attn._arguments import check_tensors, flag, wrong_kind
+from flash_attn._arguments import FP8, check_tensors, flag, wrong_kind
 from flash_attn._library import bind
-from flash_attn.v3._arguments import check_schedule, make_score, refuse_descales, refuse_fp8
+from flash_attn.v3._arguments import (
+    check_blocks,
+    check_factors_of_values,
+    check_schedule,
+    make_quantization,
+    make_score,
+    refuse_fp8,
+)
 from flash_attn.v3._attention import attend, differentiate, with_query_of_values
 from flash_attn.v3._cache import Cache, NewTokens, Queries, Rotary, attend_cache
 
@@ -61,12 +68,19 @@ def forward(
     New tokens, pages, rows of a cache and left padding make a call one over a cache, which has no
     derivative; every other call has. ``is_cache`` says that k and v are one in any case.
     """
-    refuse_fp8("q k v k_new v_new qv", (q, k, v, k_new, v_new, qv))
-    refuse_descales(q_descale, k_descale, v_descale)
     if out is not None:
         _check_out(out, q, v)
+    quantization = make_quantization(
+        (q, k, v, k_new, v_new, qv), (q_descale, k_descale, v_descale), out
+    )
     num_splits = check_schedule(num_splits, pack_gqa, sm_margin, scheduler_metadata)
     score = make_score(q, qv, softmax_scale, causal, window_size, softcap, attention_chunk, s_aux)
+    if quantization is not None:
+        score = score._replace(quantization=quantization)
+        if score.attention_chunk:
+            check_blocks(quantization)
+        if qv is not None:
+            check_factors_of_values(quantization)
     of_cache = (k_new, v_new, page_table, kv_batch_idx, leftpad_k, rotary_cos, rotary_sin)
     if not is_cache and all(x is None for x in of_cache):
         q, k = with_query_of_values(q, k, v, qv)
@@ -97,10 +111,11 @@ def _check_out(out: Tensor, q: Tensor, v: Tensor) -> None:
     """Raise for an ``out`` that cannot hold the result."""
     check_tensors(out=out, q=q, v=v)
     shape = (*q.shape[:-1], v.shape[-1])
-    if out.shape != shape or out.dtype != q.dtype or out.device != q.device:
+    dtypes = _DTYPES if q.dtype is FP8 else (q.dtype,)
+    if out.shape != shape or out.dtype not in dtypes or out.device != q.device:
         raise ValueError(
-            f"out must be {q.dtype} of shape {shape} on {q.device}, got {out.dtype} of shape "
-            f"{tuple(out.shape)} on {out.device}"
+            f"out must be {' or '.join(map(str, dtypes))} of shape {shape} on {q.device}, got "
+            f"{out.dtype} of shape {tuple(out.shape)} on {out.device}"
         )
 
 

@@ -3,13 +3,16 @@
 Notation and shapes are those of ``flash_attn.flash_attn_interface``; masks are aligned to the
 bottom right corner, too. Arguments shared by all functions:
 
-- q, k, v: fp16, bf16 or fp32, all the same, on a CPU or a CUDA device; head dims 1 to 576, that of
-  v may differ. fp8 raises NotImplementedError.
+- q, k, v: fp16, bf16, fp32 or float8_e4m3fn, all the same, or k and v alone in fp8, on a CPU or a
+  CUDA device; head dims 1 to 576, that of v may differ. With fp8 there is no gradient, and out is
+  bf16 if q has it.
 - softmax_scale: default ``headdim ** -0.5``, with qv ``(headdim + headdim_v) ** -0.5``.
 - causal: a query sees no later key.
 - qv: shape of out; scores are ``q @ k.T + qv @ v.T``. k and v that lie side by side in memory are
   read there, else they are copied into one tensor.
-- q_descale, k_descale, v_descale: fp32 scales of fp8 tensors; None or 1.0 here.
+- q_descale, k_descale, v_descale: fp32 factors of fp8 tensors, (batch, nheads_k) or (batch,
+  nheads_k, ceil(seqlen / 128)) with one for each 128 rows of a sequence, of any strides; None: 1.
+  Beside other tensors None or 1.0.
 - window_size: (left, right), -1: no limit.
 - attention_chunk: n > 0: a query sees keys of its own chunk of n positions alone, besides what
   causal and window_size say. The last query has the position of the last key.

@@ -221,7 +221,7 @@ void AttentionProblem::set_score(flash::Flash_bwd_params& p, AttentionOutputs& r
 flash::Flash_bwd_params AttentionProblem::params(AttentionOutputs& r) {
   const AttentionCase& c = case_;
   flash::Flash_bwd_params p;
-  p.dtype = c.dtype;
+  p.dtype = p.kv_dtype = p.o_dtype = c.dtype;
   p.b = c.sequences();
   p.h = c.h;
   p.h_k = c.h_k;

@@ -161,7 +161,7 @@ flash::Flash_fwd_params CacheProblem::params() {
   flash::Flash_fwd_params p;
   p.q = c.packed ? q.packed_operand() : q.operand();
   p.o = c.packed ? out.packed_operand() : out.operand();
-  p.dtype = c.dtype;
+  p.dtype = p.kv_dtype = p.o_dtype = c.dtype;
   p.b = c.sequences();
   p.h = c.h;
   p.h_k = c.h_k;

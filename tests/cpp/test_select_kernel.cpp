@@ -183,7 +183,9 @@ TEST(SelectKernel, TableHasEveryOperationOfEveryInstructionSet) {
   for (std::string isa; isas >> isa;) {
     for (const char* operation :
          {"mha_fwd", "mha_varlen_fwd", "mha_bwd", "mha_varlen_bwd", "mha_fwd_kvcache", "combine"}) {
-      const std::string line = "cpu " + isa + " " + operation + " fp16,bf16,fp32 1-576\n";
+      const bool is_forward = std::string(operation).find("fwd") != std::string::npos;
+      const std::string dtypes = is_forward ? "fp16,bf16,fp32,fp8" : "fp16,bf16,fp32";
+      const std::string line = "cpu " + isa + " " + operation + " " + dtypes + " 1-576\n";
       EXPECT_NE(table.find(line), std::string::npos) << line << "is missing in\n" << table;
       ++lines;
     }
@@ -198,6 +200,13 @@ TEST(SelectKernel, TableHasEveryOperationOfEveryInstructionSet) {
     ++lines;
   }
   for (const char* operation : {"mha_fwd", "mha_varlen_fwd", "mha_fwd_kvcache"}) {
+    for (const char* rest : {" fp16,bf16 1-576,v:1-512\n", " fp8 1-256\n"}) {
+      const std::string line = std::string("cuda sm90 ") + operation + rest;
+      EXPECT_NE(table.find(line), std::string::npos) << table;
+      ++lines;
+    }
+  }
+  for (const char* operation : {"mha_bwd", "mha_varlen_bwd"}) {
     const std::string line = std::string("cuda sm90 ") + operation + " fp16,bf16 1-256\n";
     EXPECT_NE(table.find(line), std::string::npos) << table;
     ++lines;

@@ -1,6 +1,7 @@
 // How decoding cuts keys into units, and how many CTAs share a tile.
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <vector>
 
 #include "common/split_heuristic.h"
@@ -17,6 +18,19 @@ TEST(UnitKeys, AreThoseOfTheSequencesOwnLength) {
   EXPECT_EQ(flash::unit_keys(32 * 128 + 1, 0, kBlock), 256);
   EXPECT_EQ(flash::unit_keys(32 * 1024, 0, kBlock), 1024);
   EXPECT_EQ(flash::unit_keys(1 << 20, 0, kBlock), 1024);
+}
+
+TEST(UnitKeys, AreLongerWhereResultsOfUnitsAreLarge) {
+  constexpr flash::UnitSizes kLong{.least = 512, .most = 4096, .few = 16};
+  EXPECT_EQ(flash::unit_keys(1, 0, kBlock, kLong), 512);
+  EXPECT_EQ(flash::unit_keys(16 * 512 + 1, 0, kBlock, kLong), 1024);
+  EXPECT_EQ(flash::unit_keys(1 << 20, 0, kBlock, kLong), 4096);
+  EXPECT_EQ(flash::unit_keys(1000, 3, kBlock, kLong), 384);
+  int most = 0;
+  for (int keys = 0; keys <= 200000; keys += 61) {
+    most = std::max(most, flash::unit_count(keys, 0, kBlock, kLong));
+    EXPECT_LE(most, flash::max_unit_count(keys, 0, kBlock, kLong)) << keys;
+  }
 }
 
 TEST(UnitKeys, ObeyTheCallersNumberOfSplits) {

@@ -151,7 +151,6 @@ HOPPER = EmulatedBackend(
                 (56, 56),
             ],
         },
-        "max_backward_dim": 0,  # the backward is sm80's
     },
     arch="sm_90a",
 )

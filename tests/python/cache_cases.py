@@ -40,6 +40,7 @@ class Case:
     leftpad: bool = False
     page_size: int = 0  # 0: not paged
     num_splits: int = 0
+    latent: bool = False  # values are the first columns of keys, in the same memory
     seed: int = 0
 
     def __str__(self):
@@ -124,13 +125,18 @@ class Problem:
         if case.seqlen_new:
             self.k = self.normal(case.batch, case.seqlen_new, hk, d)
             self.v = self.normal(case.batch, case.seqlen_new, hk, dv)
+            if case.latent:
+                self.v = self.k[..., :dv]
         self.lengths = self.random_lengths()
         self.first = [0] * case.batch
         if case.leftpad:
             self.first = [min(n, self.random_int(0, 40)) for n in self.lengths]
         self.make_places()
         self.k_buffer, self.k_cache = self.make_cache(hk, d)
-        self.v_buffer, self.v_cache = self.make_cache(hk, dv)
+        if case.latent:
+            self.v_buffer, self.v_cache = self.k_buffer[..., :dv], self.k_cache[..., :dv]
+        else:
+            self.v_buffer, self.v_cache = self.make_cache(hk, dv)
         self.slopes = None
         if case.alibi:
             shape = (case.batch, h) if case.alibi == "bh" else (h,)
@@ -219,7 +225,8 @@ class Problem:
         elif case.lengths == "tensor" or case.page_size:
             arguments["cache_seqlens"] = torch.tensor(self.lengths, dtype=torch.int32)
         arguments = {name: here(x) for name, x in (arguments | changes).items()}
-        buffers = here(self.k_buffer), here(self.v_buffer)
+        buffers = [here(self.k_buffer)]
+        buffers.append(buffers[0][..., : case.dims[1]] if case.latent else here(self.v_buffer))
         caches = (buffer[:, GUARD:-GUARD] for buffer in buffers)
         with self.backend.calls(case.seed):
             results = flash_attn_with_kvcache(

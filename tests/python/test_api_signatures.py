@@ -209,11 +209,10 @@ def test_report(monkeypatch):
     assert items["library"].startswith(str(_library.lib.version()))
     assert items["torch"].startswith(torch.__version__)
     assert items["instruction sets"].endswith(f"in use: {_library.cpu_isa()}")
-    (cpu,) = (line for line in lines if line.startswith("  cpu: "))
-    assert cpu == (
-        "  cpu: mha_fwd, mha_varlen_fwd, mha_bwd, mha_varlen_bwd, mha_fwd_kvcache, combine "
-        "(fp16,bf16,fp32; head dims 1-576)"
-    )
+    assert [line for line in lines if line.startswith("  cpu: ")] == [
+        "  cpu: mha_fwd, mha_varlen_fwd, mha_fwd_kvcache (fp16,bf16,fp32,fp8; head dims 1-576)",
+        "  cpu: mha_bwd, mha_varlen_bwd, combine (fp16,bf16,fp32; head dims 1-576)",
+    ]
     assert "libgomp" in items["OpenMP"]
 
     two = ["/usr/lib/libgomp.so.1", "/opt/torch/lib/libgomp-0123abcd.so.1"]

@@ -29,14 +29,24 @@ PACKED_FORWARD_ONLY = {
 PACKED_BACKWARD_ONLY = {
     *("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "zero_tensors")
 }
+FACTORS = {"q_descale", "k_descale", "v_descale"}
+WITHOUT_FACTORS = {"p_dropout", "rng_state", "s_dmask", "alibi_slopes", "attn_bias"}
+CACHE_WITHOUT_FACTORS = {
+    *("alibi_slopes", "attn_bias", "rotary_cos", "rotary_sin", "is_rotary_interleaved")
+}
+RESULTS = {"out", "softmax_lse"}
 # operator, function of the library, buffers of results, and what the function knows besides
 LISTS = [
-    (functions.FORWARD, "mha_fwd", FORWARD_RESULTS, PACKED_FORWARD_ONLY),
-    (functions.VARLEN_FORWARD, "mha_varlen_fwd", FORWARD_RESULTS, set()),
+    (functions.FORWARD, "mha_fwd", FORWARD_RESULTS, PACKED_FORWARD_ONLY | FACTORS),
+    (functions.VARLEN_FORWARD, "mha_varlen_fwd", FORWARD_RESULTS, FACTORS),
     (functions.BACKWARD, "mha_bwd", {"softmax_d"}, PACKED_BACKWARD_ONLY),
     (functions.VARLEN_BACKWARD, "mha_varlen_bwd", {"softmax_d"}, set()),
-    (functions.KVCACHE, "mha_fwd_kvcache", {"out", "softmax_lse"}, {"k", "v", "attn_bias"}),
-    (functions.KVCACHE_APPEND, "mha_fwd_kvcache", {"out", "softmax_lse"}, {"attn_bias"}),
+    (functions.KVCACHE, "mha_fwd_kvcache", RESULTS, {"k", "v", "attn_bias", *FACTORS}),
+    (functions.KVCACHE_APPEND, "mha_fwd_kvcache", RESULTS, {"attn_bias", *FACTORS}),
+    (functions.FP8_FORWARD, "mha_fwd", RESULTS, PACKED_FORWARD_ONLY | WITHOUT_FACTORS),
+    (functions.FP8_VARLEN_FORWARD, "mha_varlen_fwd", RESULTS, {"zero_tensors", *WITHOUT_FACTORS}),
+    (functions.FP8_KVCACHE, "mha_fwd_kvcache", RESULTS, {"k", "v", *CACHE_WITHOUT_FACTORS}),
+    (functions.FP8_KVCACHE_APPEND, "mha_fwd_kvcache", RESULTS, CACHE_WITHOUT_FACTORS),
 ]
 # public function, operator, parameters of one without counterpart in the other
 PUBLIC = [
@@ -60,7 +70,8 @@ PUBLIC = [
     ("operator", "function", "results", "besides"), LISTS, ids=lambda x: getattr(x, "name", "")
 )
 def test_library_has_the_operators_arguments(operator, function, results, besides):
-    names = {LIBRARY_NAMES.get(name, name) for name in operator.names} - {"return_softmax"}
+    names = {LIBRARY_NAMES.get(name, name) for name in operator.names}
+    names -= {"return_softmax", "out_dtype"}
     known = arguments(function)
     assert len(known) == len(set(known))
     assert names | results == set(known) - besides

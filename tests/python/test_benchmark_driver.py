@@ -344,6 +344,21 @@ def test_cases_of_a_gpu_run_on_the_emulated_one(tmp_path, benchmark_modules):
     assert all(float(row["share_of_copy"]) == 1 for row in rows if row["peer"] == "copy")
 
 
+@needs_emulator
+def test_a_grid_is_measured_if_it_is_asked_for(tmp_path, benchmark_modules, monkeypatch):
+    import benchmark_cuda
+    from cases import gpu
+
+    grid = gpu.decode_grid()
+    assert len({(c.batch, c.seqlen_k, c.nheads_k, c.page_size) for c in grid}) == len(grid)
+    monkeypatch.setitem(gpu.GRIDS, "decode_grid", lambda: grid[-2:])
+    options = ["--device", "cpu", "--shrink", "64", "--samples", "1", "--out", str(tmp_path)]
+    with flash_attn.emulator(checks="memory"):
+        assert benchmark_cuda.main([*options, "--op", "decode_grid"]) == 0
+    rows = read_rows(tmp_path / "cuda.csv")
+    assert [row["page_size"] for row in rows if row["peer"] == "flash_attn"] == ["64", "256"]
+
+
 def test_a_peer_that_differs_is_not_measured(benchmark_modules, monkeypatch, capsys):
     import benchmark_cuda
     from cases import gpu

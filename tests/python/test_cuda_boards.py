@@ -46,7 +46,8 @@ def test_results_are_the_cpus(dtype, name):
 
 def test_every_kernel_is_called():
     """Of those that generate_kernels.py lists, some by devices with little memory, some by H100."""
-    others = {"backward d": ["sm_86"], "dense d": ["sm_90a"]}
+    of_hopper = {key: ["sm_90a"] for key in ("dense d", "decode of 20 rows d", "latent decode d")}
+    others = {"backward d": ["sm_86", "sm_90a"], **of_hopper}
     launched = {
         kernel
         for dtype in NAMES
@@ -54,6 +55,10 @@ def test_every_kernel_is_called():
         for arch in ["sm_80", *others.get(name.split("=")[0], [])]
         for kernel in on_device(dtype, name, arch)[1]
     }
+    for call in launches.calls_of_fp8("cpu").values():
+        with flash_attn.emulator("sm_90a") as gpu:
+            call()
+        launched |= gpu.counters.keys()
     assert launched == {kernel.name for kernel in launches.generate_kernels.KERNELS}
 
 

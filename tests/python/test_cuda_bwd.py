@@ -18,7 +18,7 @@ from attention_cases import (
     flash_forward_backward,
     make_tensors,
 )
-from backends import EMULATOR, needs_emulator
+from backends import EMULATOR, HOPPER, needs_emulator, on_each_emulated
 from reference import INF, attention_and_gradients, gradient_slack
 from test_dropout import documented_mask
 from test_varlen import TAIL, flash_varlen, one_by_one, pack, sampled_lengths, varlen_cases
@@ -111,46 +111,51 @@ EDGES = [
 ]
 
 
+@on_each_emulated
 @pytest.mark.parametrize("dtype", [FP16, BF16])
 @pytest.mark.parametrize("case", EDGES, ids=str)
-def test_edges(case, dtype):
-    check(dataclasses.replace(case, dtype=dtype), backend=EMULATOR)
+def test_edges(case, dtype, backend):
+    check(dataclasses.replace(case, dtype=dtype), backend=backend)
 
 
+@on_each_emulated
 @pytest.mark.parametrize("sinks", [None, FP32])
-def test_rows_that_see_no_key(sinks):
+def test_rows_that_see_no_key(sinks, backend):
     """Queries 0..129, whole blocks of them and part of one."""
     case = cuda_case(seqlens=(300, 170), heads=(4, 2), causal=True, sinks=sinks, dlse=True)
-    with flash_attn.emulator():
+    with backend.emulator():
         actual = differentiate(case)
     assert (actual["out"][:, :130] == 0).all()
     assert (actual["dq"][:, :130] == 0).all()
     assert actual["dq"][:, 130:].any(-1).all()
 
 
+@on_each_emulated
 @pytest.mark.parametrize("dtype", [FP16, BF16])
 @pytest.mark.parametrize("seqlen_q", [3, 300])
-def test_no_keys_at_all(seqlen_q, dtype):
+def test_no_keys_at_all(seqlen_q, dtype, backend):
     case = cuda_case(dtype=dtype, batch=2, seqlens=(seqlen_q, 0), heads=(4, 2), dims=(40, 24))
-    with flash_attn.emulator():
+    with backend.emulator():
         actual = differentiate(case)
     assert (actual["lse"] == INF).all()
     assert (actual["dq"] == 0).all()
     assert actual["dk"].shape == (2, 0, 2, 40)
 
 
-def test_no_queries_at_all():
+@on_each_emulated
+def test_no_queries_at_all(backend):
     case = cuda_case(batch=2, seqlens=(0, 5), heads=(4, 2), sinks=FP32)
-    with flash_attn.emulator():
+    with backend.emulator():
         actual = differentiate(case)
     for name in ("dk", "dv", "ds_aux"):
         assert (actual[name] == 0).all(), name
 
 
-def test_keys_that_no_query_sees():
+@on_each_emulated
+def test_keys_that_no_query_sees(backend):
     """Of a window, whole blocks of them."""
     case = cuda_case(seqlens=(20, 400), window_size=(30, 0))
-    with flash_attn.emulator():
+    with backend.emulator():
         actual = differentiate(case)
     for name in ("dk", "dv"):
         assert (actual[name][:, :350] == 0).all()
@@ -220,28 +225,31 @@ SCHEDULES = [
 ]
 
 
+@on_each_emulated
 @pytest.mark.parametrize("index", range(len(REPEATED)))
-def test_schedules_agree_bitwise(index):
+def test_schedules_agree_bitwise(index, backend):
     """The order of warps and CTAs, the time of copies and the emulator's threads change nothing:
     dQ's sums have one order."""
-    with flash_attn.emulator():
+    with backend.emulator():
         expected = differentiate(REPEATED[index])
     for options in SCHEDULES:
-        with flash_attn.emulator(**options):
+        with backend.emulator(**options):
             assert_equal(differentiate(REPEATED[index]), expected)
 
 
-def test_deterministic_changes_nothing():
-    with flash_attn.emulator(mode="random", seed=4):
+@on_each_emulated
+def test_deterministic_changes_nothing(backend):
+    with backend.emulator(mode="random", seed=4):
         expected = differentiate(REPEATED[0])
         assert_equal(differentiate(REPEATED[0], deterministic=True), expected)
 
 
+@on_each_emulated
 @pytest.mark.parametrize("index", range(len(REPEATED)))
-def test_sequence_does_not_depend_on_its_batch(index):
+def test_sequence_does_not_depend_on_its_batch(index, backend):
     case = dataclasses.replace(REPEATED[index], batch=3)
     tensors, options, dout, dlse = make_tensors(case)
-    with EMULATOR.calls(index):
+    with backend.calls(index):
         together = flash_forward_backward(tensors, options, dout, dlse)
         for i in range(3):
             own = {n: x if n == "s_aux" else x[i : i + 1] for n, x in tensors.items()}
@@ -252,35 +260,43 @@ def test_sequence_does_not_depend_on_its_batch(index):
 
 
 @pytest.mark.parametrize(
-    "case",
-    [c for c in varlen_cases(14, seed=6, backend=EMULATOR) if EMULATOR.has_backward(c.dims)],
+    ("backend", "case"),
+    [
+        (backend, case)
+        for backend in (EMULATOR, HOPPER)
+        for case in varlen_cases(14, seed=6, backend=backend)
+        # Alone, a few queries over more keys are a call of decoding, whose sums are of units.
+        if backend.has_backward(case.dims) and case.seqlens[1] < 512
+    ],
     ids=str,
 )
-def test_packed_equals_each_sequence_alone(case):
+def test_packed_equals_each_sequence_alone(backend, case):
     """Bitwise; what sequences share (sinks, broadcast bias) is summed over the batch."""
     lengths = sampled_lengths(case, case.seed)
     problem = make_tensors(case)
 
-    with EMULATOR.calls(case.seed):
+    with backend.calls(case.seed):
         together = flash_varlen(lengths, *problem)
         alone = one_by_one(flash_forward_backward, lengths, problem)
     for name in ("out", "lse", *GRADIENTS):
         assert torch.equal(together[name], alone[name]), name
 
 
+@on_each_emulated
 @pytest.mark.parametrize("dtype", [FP16, BF16])
 @pytest.mark.parametrize("lengths", [[(40, 70), (5, 9)], [(0, 70), (5, 0)], [(0, 0), (0, 0)]])
-def test_rows_of_no_sequence_are_zero(lengths, dtype):
+def test_rows_of_no_sequence_are_zero(lengths, dtype, backend):
     """They hold NaN in q, k, v and dout."""
     case = Case(dtype=dtype, batch=2, seqlens=(40, 70), heads=(4, 2), dims=(72, 40))
-    with flash_attn.emulator(mode="late"):
+    with backend.emulator(mode="late"):
         actual = flash_varlen(lengths, *make_tensors(case))
     for name in ("out", *GRADIENTS):
         assert (actual[name][-TAIL:] == 0).all(), name
         assert actual[name].isfinite().all(), name
 
 
-def test_more_rows_of_no_sequence_than_in_sequences():
+@on_each_emulated
+def test_more_rows_of_no_sequence_than_in_sequences(backend):
     case = Case(dtype=BF16, batch=1, seqlens=(40, 70), heads=(4, 2))
     tensors, _, dout, _ = make_tensors(case)
     cu_q, cu_k = (torch.tensor([0, n], dtype=torch.int32) for n in (40, 70))
@@ -290,7 +306,7 @@ def test_more_rows_of_no_sequence_than_in_sequences():
         more = x.new_full((rows[name], *x.shape[2:]), NAN)
         leaves[name] = torch.cat([x[0], more]).requires_grad_()
     dout = torch.cat([dout[0], dout.new_full((300, *dout.shape[2:]), NAN)])
-    with flash_attn.emulator(mode="late"):
+    with backend.emulator(mode="late"):
         expected = flash_varlen([(40, 70)], *make_tensors(case))
         out = flash_attn.flash_attn_varlen_func(*leaves.values(), cu_q, cu_k, 40, 70)
         actual = torch.autograd.grad(out, list(leaves.values()), dout)
@@ -308,9 +324,10 @@ def rows_of_memory(length, heads, size, shift, gen=None):
     return view if gen is None else view.copy_(torch.randn(view.shape, generator=gen))
 
 
+@on_each_emulated
 @pytest.mark.parametrize("shift", [0, 1, 2, 4])
 @pytest.mark.parametrize("headdims", [(50, 50), (64, 40), (7, 130), (192, 128)])
-def test_rows_at_any_address(headdims, shift):
+def test_rows_at_any_address(headdims, shift, backend):
     """Rows that are no multiples of 16 bytes apart or start elsewhere are read and written where
     they are; what lies between them is NaN, is not read and stays."""
     d, dv = headdims
@@ -324,7 +341,7 @@ def test_rows_at_any_address(headdims, shift):
         flash_attn_func(*leaves.values(), causal=True), list(leaves.values()), dout.float()
     )
     score = (d**-0.5, True, -1, -1, 0.0)
-    with flash_attn.emulator(mode="late"):
+    with backend.emulator(mode="late"):
         _, lse, *_ = flash_attn_2_cuda.fwd(q, k, v, out, None, 0.0, *score, False, None)
         flash_attn_2_cuda.bwd(
             dout, q, k, v, out, lse, *gradients, None, 0.0, *score, False, None, None
@@ -336,12 +353,13 @@ def test_rows_at_any_address(headdims, shift):
         assert actual._base.isnan().all()  # nothing else was written to
 
 
+@on_each_emulated
 @pytest.mark.parametrize("layout", ["packed", "bhsd", "sbhd"])
-def test_strided_tensors(layout):
+def test_strided_tensors(layout, backend):
     heads = (2, 2) if layout == "packed" else (4, 2)
     case = cuda_case(seqlens=(150, 150), heads=heads, batch=2, layout=layout, dlse=True)
-    check(case, backend=EMULATOR)
-    with flash_attn.emulator():
+    check(case, backend=backend)
+    with backend.emulator():
         expected = differentiate(dataclasses.replace(case, layout="bshd"))
         assert_equal(differentiate(case), expected)
 
@@ -349,17 +367,18 @@ def test_strided_tensors(layout):
 BAD_VALUES = {"nan": NAN, "inf": INF, "-inf": -INF}
 
 
+@on_each_emulated
 @pytest.mark.parametrize("bad", BAD_VALUES)
 @pytest.mark.parametrize("name", ["q", "k", "v", "dout"])
 @pytest.mark.parametrize("options", [{"causal": True}, {"window_size": (20, 5)}])
-def test_bad_values_stay_with_those_that_see_them(name, options, bad):
+def test_bad_values_stay_with_those_that_see_them(name, options, bad, backend):
     """Gradients of queries and keys that have nothing to do with a row that is not finite are
     bitwise those without it."""
     case = cuda_case(seqlens=(150, 170), heads=(1, 1), **options)
     tensors, given, dout, _ = make_tensors(case)
     tensors = {**tensors, "dout": dout}
     row = 90
-    with flash_attn.emulator(mode="random", seed=3):
+    with backend.emulator(mode="random", seed=3):
         clean = flash_forward_backward({n: tensors[n] for n in "qkv"}, given, dout)
         tensors[name] = tensors[name].clone()
         tensors[name][0, row, 0, 3] = BAD_VALUES[bad]
@@ -378,12 +397,13 @@ def test_bad_values_stay_with_those_that_see_them(name, options, bad):
     assert not actual["dq"][:, bad_queries].isfinite().all()
 
 
-def test_packed_rows_of_neighbours_are_not_read():
+@on_each_emulated
+def test_packed_rows_of_neighbours_are_not_read(backend):
     """Every other sequence is NaN."""
     lengths = [(70, 90), (40, 30), (65, 130), (33, 20)]
     case = Case(dtype=BF16, batch=4, seqlens=(70, 130), heads=(2, 1), causal=True)
     tensors, options, dout, dlse = make_tensors(case)
-    with flash_attn.emulator(mode="late"):
+    with backend.emulator(mode="late"):
         clean = flash_varlen(lengths, tensors, options, dout, dlse)
         for x in (*tensors.values(), dout):
             x[1::2] = NAN
@@ -418,12 +438,13 @@ def test_padding_by_a_low_bias(causal, lowest):
         torch.testing.assert_close(x, y, rtol=1.6e-2, atol=1.6e-2)
 
 
+@on_each_emulated
 @pytest.mark.parametrize("size", [30, 1e3, 1e4])
-def test_scores_far_from_0(size):
+def test_scores_far_from_0(size, backend):
     """Where one key has all of a row's weight dV is the sum of rows of dout."""
     q, k, v, dout = (torch.randn(1, 130, 2, 64, dtype=BF16) for _ in range(4))
     leaves = (q * size, k * size, v)
     expected = _gradients_of(leaves, dout)[2]
-    with flash_attn.emulator():
+    with backend.emulator():
         actual = _gradients_of(leaves, dout)[2]
     torch.testing.assert_close(actual, expected, rtol=1.6e-2, atol=1.6e-2)

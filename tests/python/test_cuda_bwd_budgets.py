@@ -30,7 +30,7 @@ TILES = {
 # Warp instructions for each mma of visits that need no mask, moves not counted.
 BUDGET = {
     (32, "masked"): 13.8,
-    (64, "masked"): 8.0,
+    (64, "masked"): 8.1,
     (96, "masked"): 6.5,
     (128, "masked"): 5.3,
     (192, "masked"): 9.4,

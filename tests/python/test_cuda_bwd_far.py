@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 from attention_cases import BF16, FP16, FP32, cuda_case, flash_forward_backward, make_tensors
-from backends import EMULATOR, needs_emulator
+from backends import EMULATOR, HOPPER, needs_emulator, on_each_emulated
 from reference import attention_and_gradients
 from test_cuda_bwd import GRADIENTS, SCHEDULES, assert_equal
 from test_far_scores import (
@@ -79,20 +79,25 @@ def assert_gradients_close(actual, exact, q, dtype):
 
 
 @pytest.mark.parametrize(
-    ("kind", "exponent", "sign", "dtype", "dims"),
+    ("backend", "kind", "exponent", "sign", "dtype", "dims"),
     [
-        *(("bias", *x, dims) for x in BIAS for dims in MODIFIED_DIMS),
-        *(("products", *x, dims) for x in PRODUCTS for dims in DIMS),
+        *((EMULATOR, "bias", *x, dims) for x in BIAS for dims in MODIFIED_DIMS),
+        *(
+            (backend, "products", *x, dims)
+            for backend in (EMULATOR, HOPPER)
+            for x in PRODUCTS
+            for dims in DIMS
+        ),
     ],
     ids=str,
 )
-def test_weights_by_distances(kind, exponent, sign, dtype, dims):
+def test_weights_by_distances(backend, kind, exponent, sign, dtype, dims):
     """With a gradient of lse up to where the exact one loses itself in fp64."""
     dlse = exponent < 40
     case = cuda_case(dtype=dtype, batch=2, seqlens=(70, 140), dims=dims, causal=True, dlse=dlse)
     tensors, *rest = far_problem(kind, exponent, sign, case)
     exact = attention_and_gradients(tensors, *rest)
-    with EMULATOR.calls(exponent):
+    with backend.calls(exponent):
         actual = flash_forward_backward(tensors, *rest)
     assert_gradients_close(actual, exact, tensors["q"], dtype)
 
@@ -151,14 +156,16 @@ def test_dropout_leaves_a_far_row_its_weights():
     assert 40 < kept.min() < 60 < 68 < kept.max() < 90
 
 
+@on_each_emulated
 @pytest.mark.parametrize("seqlen_q", [3, 100])
-def test_huge_random_scores_choose_one_key(seqlen_q):
-    with flash_attn.emulator():
+def test_huge_random_scores_choose_one_key(seqlen_q, backend):
+    with backend.emulator():
         assert_winners_take_all(BF16, seqlen_q)
 
 
-def test_keys_in_parts():
-    with flash_attn.emulator():
+@on_each_emulated
+def test_keys_in_parts(backend):
+    with backend.emulator():
         assert_parts_add_up(BF16)
 
 

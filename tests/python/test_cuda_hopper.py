@@ -4,6 +4,7 @@ CUDA backend must do is in test_cuda.py and test_cuda_varlen.py, which run on it
 from __future__ import annotations
 
 import dataclasses
+import re
 import subprocess
 import sys
 
@@ -51,9 +52,11 @@ class Recording(EmulatedBackend):
         self.contexts.append(super().emulator(**options))
         return self.contexts[-1]
 
-    def kernels(self):
-        """Of the latest call, by operation and backend: {"fwd_sm90"}."""
-        return {"_".join(name.split("_")[1:3]) for name in self.contexts[-1].counters}
+    def kernels(self, kind="fwd"):
+        """Backends of the kernels of that kind that the latest call launched: {"sm90"}."""
+        pattern = re.compile(rf"flash_{kind}_(sm\d+)_")
+        found = map(pattern.match, self.contexts[-1].counters)
+        return {match[1] for match in found if match}
 
 
 @pytest.fixture
@@ -61,6 +64,11 @@ def hopper():
     backend = Recording(**vars(HOPPER))
     object.__setattr__(backend, "contexts", [])
     return backend
+
+
+def modifies(case):
+    """Whether a case's scores are more than products: its backward is sm80's."""
+    return bool(case.softcap or case.alibi or case.bias)
 
 
 def on_hopper(*args, mode="eager", seed=0, function=flash_attn_func, **options):
@@ -74,7 +82,8 @@ def on_hopper(*args, mode="eager", seed=0, function=flash_attn_func, **options):
 @pytest.mark.parametrize("case", sampled_cases(45, seed=21, backend=HOPPER), ids=str)
 def test_feature_product(case, hopper):
     check(case, backend=hopper)
-    assert hopper.kernels() == {"fwd_sm90"}
+    assert hopper.kernels() == {"sm90"}
+    assert hopper.kernels("bwd") == {"sm80" if modifies(case) else "sm90"}
 
 
 @pytest.mark.slow
@@ -86,7 +95,8 @@ def test_feature_product_at_length(case):
 @pytest.mark.parametrize("case", varlen_cases(20, seed=24, backend=HOPPER), ids=str)
 def test_packed_feature_product(case, hopper):
     check_varlen(case, backend=hopper)
-    assert hopper.kernels() == {"fwd_sm90"}
+    assert hopper.kernels() == {"sm90"}
+    assert hopper.kernels("bwd") == {"sm80" if modifies(case) else "sm90"}
 
 
 @pytest.mark.slow
@@ -102,7 +112,7 @@ def test_every_kernel(dims, scores, dtype, hopper):
     options = SCORES[scores]
     seed = HEADDIMS.index(dims)
     check(cuda_case(dtype=dtype, dims=dims, seed=seed, seqlens=(150, 200), **options), 2, 0, hopper)
-    (kernel,) = hopper.contexts[-1].counters
+    (kernel,) = (x for x in hopper.contexts[-1].counters if x.startswith("flash_fwd"))
     prefix = f"flash_fwd_sm90_{DTYPES[dtype]}_d"
     assert kernel.startswith(prefix)
     # Modified scores of 192/128 take the kernel of 192.
@@ -256,7 +266,7 @@ def test_layouts(layout, dims, hopper):
         cuda_case(layout=layout, dims=dims, batch=2, seqlens=(130, 130), causal=True),
         backend=hopper,
     )
-    assert hopper.kernels() == {"fwd_sm90"}
+    assert hopper.kernels() == {"sm90"}
 
 
 @pytest.mark.parametrize(

@@ -100,6 +100,6 @@ def test_block_runs_as_typed(block, folder, one_process, restore_threads, monkey
 
 
 def test_pages_have_blocks():
-    assert [len(blocks(page)) for page in PAGES] == [1, 5, 3, 2, 1, 2]
+    assert [len(blocks(page)) for page in PAGES] == [1, 5, 3, 2, 2, 2]
     assert undefined("import a.b\nx = a.c(y)\nprint([z for z in x])") == {"y"}
     assert undefined("def f(x):\n    return x + y\nf(1)") == {"y"}

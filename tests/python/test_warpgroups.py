@@ -160,14 +160,18 @@ def test_the_tile_table_is_read(sass):
     assert table[128, 128, "unmasked"]["cluster"] == "2"
     assert table[128, 128, "masked"]["cluster"] == "1"
     assert table[256, 256, "modified"]["o_apart"] == "false"
-    assert all(tile["overlap"].startswith("Overlap::k") for tile in table.values())
+    fp8 = hopper_table.tile_table("kFp8Tiles")
+    assert fp8[256, 256, "masked"]["pv_columns"] == "64"
+    for tile in [*table.values(), *fp8.values()]:
+        assert tile["overlap"].startswith("Overlap::k")
 
 
 @needs_kernels
 def test_built_kernels(sass, warpgroups):
     """Every instruction has a pipe. Products are no more than a block needs. Above d = 96 the
     tensor pipe is the longest; at d = 128 it is busy for 85 % of the time at least, and what a
-    block takes of the others is within 1.15 times the fewest instructions that can do it."""
+    block takes of the others is within 1.15 times the fewest instructions that can do it. In fp8,
+    whose products take half as long, it is busy for 70 %."""
     import sm_pipes
 
     library = next(_library.library_path().parent.glob("libflash_attn.so*"))
@@ -184,7 +188,9 @@ def test_built_kernels(sass, warpgroups):
         assert sm_pipes.trip(kernel.cut).cycles("9.0")["tensor"] == kernel.products, kernel.name
         if kernel.head_dim >= 128:
             assert max(cycles, key=cycles.get) == "tensor", kernel.name
+        is_fp8 = kernel.element_bytes == 1
         if kernel.head_dim == 128 and not kernel.name.endswith("_modified"):
-            assert max(warpgroups.surplus(kernel).values()) <= 1.15, warpgroups.surplus(kernel)
             busy = kernel.warpgroups * kernel.products / warpgroups.full_block(kernel)
-            assert busy >= 0.85, kernel.name
+            assert busy >= (0.7 if is_fp8 else 0.85), kernel.name
+        if kernel.head_dim == 128 and not is_fp8 and not kernel.name.endswith("_modified"):
+            assert max(warpgroups.surplus(kernel).values()) <= 1.15, warpgroups.surplus(kernel)

@@ -51,6 +51,7 @@ class Score(ctypes.Structure):
 
 
 RUN = [("workspace", c_void_p), ("workspace_bytes", c_size_t), ("stream", c_void_p)]
+DESCALES = "q_descale k_descale v_descale"
 
 
 class Forward(ctypes.Structure):
@@ -58,7 +59,7 @@ class Forward(ctypes.Structure):
         *tensors("q k v out softmax_lse"), ("score", Score), ("p_dropout", c_double),
         *tensors("rng_state s_dmask cu_seqlens_q cu_seqlens_k seqused_k leftpad_k block_table"),
         ("max_seqlen_q", c_int64), ("max_seqlen_k", c_int64), ("zero_tensors", c_int32),
-        ("num_splits", c_int32), *RUN,
+        ("num_splits", c_int32), *RUN, *tensors(DESCALES),
     ]  # fmt: skip
 
 
@@ -76,6 +77,7 @@ class Cache(ctypes.Structure):
         *tensors("q k_cache v_cache k v out softmax_lse"), ("score", Score),
         *tensors("cache_seqlens rotary_cos rotary_sin cache_batch_idx cache_leftpad block_table"),
         ("is_rotary_interleaved", c_int32), ("num_splits", c_int32), *RUN,
+        *tensors(DESCALES),
     ]  # fmt: skip
 
 

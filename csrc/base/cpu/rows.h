@@ -8,6 +8,11 @@ namespace flash::cpu::FLASH_ATTN_ISA {
 
 FLASH_INLINE float load_scalar(const void* p, Dtype t, int64_t i) {
   if (t == Dtype::kFloat32) return static_cast<const float*>(p)[i];
+  if (t == Dtype::kFloat8E4M3) {
+    VecU16 v{};
+    v[0] = static_cast<uint16_t>(static_cast<const int8_t*>(p)[i]);
+    return fp16_to_float(fp8_to_fp16(v))[0] * kFp8OfFp16;
+  }
   VecU16 h{};
   h[0] = static_cast<const uint16_t*>(p)[i];
   return t == Dtype::kBFloat16 ? bf16_to_float(h)[0] : fp16_to_float(h)[0];
@@ -16,6 +21,9 @@ FLASH_INLINE float load_scalar(const void* p, Dtype t, int64_t i) {
 template <Dtype T>
 FLASH_INLINE Vec load_as_float(const void* p, int64_t i) {
   if constexpr (T == Dtype::kFloat32) return load(static_cast<const float*>(p) + i);
+  if constexpr (T == Dtype::kFloat8E4M3)
+    return fp16_to_float(fp8_to_fp16(load_fp8_words(static_cast<const uint8_t*>(p) + i))) *
+           kFp8OfFp16;
   const VecU16 h = load_u16(static_cast<const uint16_t*>(p) + i);
   if constexpr (T == Dtype::kBFloat16) return bf16_to_float(h);
   return fp16_to_float(h);
@@ -62,6 +70,13 @@ FLASH_INLINE void with_dtype(Dtype t, F f) {
   }
 }
 
+// The same of what is read alone: fp8, too.
+template <class F>
+FLASH_INLINE void with_input_dtype(Dtype t, F f) {
+  if (t == Dtype::kFloat8E4M3) return f.template operator()<Dtype::kFloat8E4M3>();
+  with_dtype(t, f);
+}
+
 // Rows of one head lie far apart, where hardware prefetching does not follow. kLocality: 3 into L1,
 // 2 into L2.
 template <int kLocality = 3>
@@ -71,20 +86,20 @@ FLASH_INLINE void prefetch_row(Dtype t, const void* row, int64_t d) {
 }
 
 // dst[0..padded) = scale * src[0..d), then zeros; padded is a multiple of kWidth. Returns false if
-// any element is inf or NaN.
+// any of them is inf or NaN.
 template <Dtype T>
 inline bool read_row(float* dst, const void* src, int d, int padded, float scale = 1.f) {
   VecI finite = set1i(-1);
   int i = 0;
   for (; i + kWidth <= d; i += kWidth) {
-    const Vec v = load_as_float<T>(src, i);
+    const Vec v = load_as_float<T>(src, i) * scale;
     finite &= abs(v) < __builtin_inff();
-    store(dst + i, v * scale);
+    store(dst + i, v);
   }
   if (i < d) {
-    const Vec v = load_tail<T>(src, i, d - i);
+    const Vec v = load_tail<T>(src, i, d - i) * scale;
     finite &= abs(v) < __builtin_inff();
-    store(dst + i, v * scale);
+    store(dst + i, v);
     i += kWidth;
   }
   for (; i < padded; i += kWidth) store(dst + i, zero());
@@ -104,7 +119,7 @@ inline void write_row(void* dst, const float* src, int d, float scale) {
 
 inline bool read_row(Dtype t, float* dst, const void* src, int d, int padded, float scale = 1.f) {
   bool finite = true;
-  with_dtype(t, [&]<Dtype T>() { finite = read_row<T>(dst, src, d, padded, scale); });
+  with_input_dtype(t, [&]<Dtype T>() { finite = read_row<T>(dst, src, d, padded, scale); });
   return finite;
 }
 inline void write_row(Dtype t, void* dst, const float* src, int d, float scale = 1.f) {

@@ -223,6 +223,41 @@ FLASH_INLINE Vec fp16_to_float(VecU16 v) {
 #endif
 }
 
+// 8-bit floats with 4 bits of exponent (e4m3fn) as fp16 of 2^-8 their value: exponent and mantissa
+// begin one bit lower than fp16's, behind the sign. What has all their bits set is NaN.
+inline constexpr float kFp8OfFp16 = 0x1p8f;
+inline constexpr uint16_t kFp8Sign = 0x8000, kFp8Magnitude = 0x3f80;  // in fp16's place
+
+template <class Words>  // sign-extended bytes
+FLASH_INLINE Words fp8_to_fp16_but_nan(Words v) {
+  return v << 7 & static_cast<uint16_t>(kFp8Sign | kFp8Magnitude);
+}
+template <class Words>
+FLASH_INLINE Words fp8_to_fp16(Words v) {
+  const Words h = fp8_to_fp16_but_nan(v);
+  return h | reinterpret_cast<Words>((h & kFp8Magnitude) == kFp8Magnitude);
+}
+
+FLASH_INLINE VecU16 load_fp8_words(const uint8_t* p) {
+#if defined(FLASH_ATTN_SIMD_AVX2)  // gcc 12 has worse for 8 bytes
+  return reinterpret_cast<VecU16>(
+      _mm_cvtepi8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
+  typedef int8_t Bytes __attribute__((vector_size(kWidth)));
+  typedef int16_t Words __attribute__((vector_size(2 * kWidth)));
+  Bytes v;
+  std::memcpy(&v, p, sizeof(v));
+  return reinterpret_cast<VecU16>(__builtin_convertvector(v, Words));
+#endif
+}
+FLASH_INLINE VecU16x2 load_fp8_words_x2(const uint8_t* p) {
+  typedef int8_t Bytes __attribute__((vector_size(2 * kWidth)));
+  typedef int16_t Words __attribute__((vector_size(4 * kWidth)));
+  Bytes v;
+  std::memcpy(&v, p, sizeof(v));
+  return reinterpret_cast<VecU16x2>(__builtin_convertvector(v, Words));
+}
+
 // Round to nearest even, overflow to inf; NaN stays NaN.
 FLASH_INLINE VecU16 float_to_fp16(Vec v) {
 #if defined(FLASH_ATTN_SIMD_AVX512)

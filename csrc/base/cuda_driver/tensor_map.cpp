@@ -29,6 +29,17 @@ std::string text(const StridedView& x) {
   return words.str();
 }
 
+CUtensorMapDataType type_of(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::kFloat16:
+      return CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
+    case Dtype::kFloat8E4M3:
+      return CU_TENSOR_MAP_DATA_TYPE_UINT8;
+    default:
+      return CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  }
+}
+
 CUtensorMapSwizzle swizzle_of(const TensorBox& what) {
   switch (what.swizzle_bytes) {
     case 0:
@@ -55,10 +66,8 @@ Encoding encoding_of(const Device& device, const TensorBox& what) {
   if (!can_map(x)) [[unlikely]] {
     fail(what.name, " cannot be described by a tensor map: ", text(x));
   }
-  Encoding result{&device, x.address,
-                  x.dtype == Dtype::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-                                             : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-                  swizzle_of(what), static_cast<cuuint32_t>(x.rank)};
+  Encoding result{&device, x.address, type_of(x.dtype), swizzle_of(what),
+                  static_cast<cuuint32_t>(x.rank)};
   for (int i = 0; i < x.rank; ++i) {
     result.extents[i] = static_cast<cuuint64_t>(x.extents[i]);
     result.box[i] = static_cast<cuuint32_t>(what.box[i]);

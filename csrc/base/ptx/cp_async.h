@@ -36,4 +36,11 @@ FLASH_DEVICE void cp_async_wait_group() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+// cp.async.mbarrier.arrive.noinc: an arrival at `barrier`, in shared memory, when this thread's
+// copies so far are complete; it is one of those that the barrier was initialised with (PTX ISA,
+// "cp.async.mbarrier.arrive").
+FLASH_DEVICE void cp_async_mbarrier_arrive(uint32_t barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
 }  // namespace flash::ptx

@@ -26,6 +26,12 @@ FLASH_INLINE constexpr Element a_element(int lane, int i, int h) {
   return {lane / 4 + 8 * (i % 2), 2 * (lane % 4) + h + 8 * (i / 2)};
 }
 
+// Operand A of 8-bit elements, 16 x 32, four a register: byte b of register i (0..3) (PTX ISA,
+// "Matrix Fragments for mma.m16n8k32").
+FLASH_INLINE constexpr Element a_element_8_bits(int lane, int i, int b) {
+  return {lane / 4 + 8 * (i % 2), 4 * (lane % 4) + b + 16 * (i / 2)};
+}
+
 // Operand B, 16 (k) x 8 (n), two elements a register: half h of register i (0..1).
 FLASH_INLINE constexpr Element b_element(int lane, int i, int h) {
   return {2 * (lane % 4) + h + 8 * i, lane / 4};

@@ -64,6 +64,37 @@ FLASH_DEVICE uint32_t prmt(uint32_t x) {
   return y;
 }
 
+// prmt.b32: byte i of the result is byte `selector`[4 i + 2 : 4 i] of {low, high}.
+FLASH_DEVICE uint32_t prmt(uint32_t low, uint32_t high, uint32_t selector) {
+  uint32_t y;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(y) : "r"(low), "r"(high), "r"(selector));
+  return y;
+}
+
+// cvt.rn.satfinite.e4m3x2.f32: four elements, the first in the lowest byte; beyond +-448 they are
+// that, NaN stays NaN (PTX ISA, "Data Movement and Conversion Instructions: cvt"; sm_89).
+FLASH_DEVICE uint32_t pack_e4m3(float x0, float x1, float x2, float x3) {
+  uint32_t packed;
+  asm("{\n .reg .b16 low, high;\n"
+      " cvt.rn.satfinite.e4m3x2.f32 low, %2, %1;\n"
+      " cvt.rn.satfinite.e4m3x2.f32 high, %4, %3;\n"
+      " mov.b32 %0, {low, high};\n}"
+      : "=r"(packed)
+      : "f"(x0), "f"(x1), "f"(x2), "f"(x3));
+  return packed;
+}
+
+// cvt.rn.f16x2.e4m3x2: the two lowest bytes as halves, exact.
+FLASH_DEVICE uint32_t unpack_e4m3(uint32_t pair) {
+  uint32_t halves;
+  asm("{\n .reg .b16 low;\n"
+      " cvt.u16.u32 low, %1;\n"
+      " cvt.rn.f16x2.e4m3x2 %0, low;\n}"
+      : "=r"(halves)
+      : "r"(pair));
+  return halves;
+}
+
 // cvt.rn.{f16x2, bf16x2}.f32: `low` in the low half (PTX ISA, "Data Movement and
 // Conversion Instructions: cvt").
 template <Dtype kDtype>

@@ -57,6 +57,12 @@ FLASH_DEVICE void store_shared(uint32_t address, float2 x) {
   asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(x.x), "f"(x.y) : "memory");
 }
 
+FLASH_DEVICE void store_shared(uint32_t address, const float (&x)[4]) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(x[0]), "f"(x[1]),
+               "f"(x[2]), "f"(x[3])
+               : "memory");
+}
+
 FLASH_DEVICE void store_shared(uint32_t address, uint16_t x) {
   asm volatile("st.shared.b16 [%0], %1;" ::"r"(address), "h"(x) : "memory");
 }
@@ -67,9 +73,21 @@ FLASH_DEVICE uint16_t load_shared_2_bytes(uint32_t address) {
   return x;
 }
 
+FLASH_DEVICE uint32_t load_shared_byte(uint32_t address) {
+  uint32_t x;
+  asm volatile("ld.shared.u8 %0, [%1];" : "=r"(x) : "r"(address) : "memory");
+  return x;
+}
+
 FLASH_DEVICE uint32_t load_shared(uint32_t address) {
   uint32_t x;
   asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(address) : "memory");
+  return x;
+}
+
+FLASH_DEVICE float2 load_shared_2_floats(uint32_t address) {
+  float2 x;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x.x), "=f"(x.y) : "r"(address) : "memory");
   return x;
 }
 

@@ -53,12 +53,40 @@ FLASH_DEVICE void tma_store(const CUtensorMap& map, const BoxPlace& at, uint32_t
       : "memory");
 }
 
+// cp.async.bulk: `bytes` contiguous bytes to global memory, as a part of this thread's group; all
+// three are multiples of 16 (PTX ISA, "cp.async.bulk").
+FLASH_DEVICE void bulk_store(float* global, uint32_t shared, int bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(
+                   __cvta_generic_to_global(global)),
+               "r"(shared), "r"(bytes)
+               : "memory");
+}
+
+// cp.reduce.async.bulk: the same, added to the fp32 numbers that are there, each by one rounding
+// (PTX ISA, "cp.reduce.async.bulk").
+FLASH_DEVICE void bulk_add(float* global, uint32_t shared, int bytes) {
+  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(
+                   __cvta_generic_to_global(global)),
+               "r"(shared), "r"(bytes)
+               : "memory");
+}
+
 // cp.async.bulk.commit_group: this thread's stores since the last one form a group.
 FLASH_DEVICE void bulk_commit_group() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
 
 // cp.async.bulk.wait_group.read: waits until all of this thread's groups have read shared memory.
 FLASH_DEVICE void bulk_wait_group_read() {
   asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+
+// cp.async.bulk.wait_group: waits until all of this thread's groups are complete, and have written.
+FLASH_DEVICE void bulk_wait_group() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+
+// fence.proxy.async.global: orders this thread's accesses to global memory, and what it has seen of
+// others', before its bulk copies that follow, and those that it has waited for before what
+// follows.
+FLASH_DEVICE void fence_proxy_async_global() {
+  asm volatile("fence.proxy.async.global;" ::: "memory");
 }
 
 // fence.proxy.async: what this thread has written to shared memory is seen by TMA and wgmma, once

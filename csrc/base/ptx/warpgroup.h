@@ -1,6 +1,8 @@
 // What warpgroups of a CTA do to each other and to themselves.
 #pragma once
 
+#include <cstdint>
+
 #include "base/host_device.h"
 
 namespace flash::ptx {
@@ -25,6 +27,20 @@ FLASH_DEVICE void bar_sync(int id, int threads) {
 // bar.arrive: comes to it without waiting.
 FLASH_DEVICE void bar_arrive(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// bar.red.or: as bar_sync; whether `x` holds for any of the threads.
+FLASH_DEVICE bool bar_sync_or(int id, int threads, bool x) {
+  uint32_t any;
+  asm volatile(
+      "{\n .reg .pred p, q;\n"
+      " setp.ne.b32 p, %3, 0;\n"
+      " bar.red.or.pred q, %1, %2, p;\n"
+      " selp.b32 %0, 1, 0, q;\n}"
+      : "=r"(any)
+      : "r"(id), "r"(threads), "r"(static_cast<uint32_t>(x))
+      : "memory");
+  return any != 0;
 }
 
 }  // namespace flash::ptx

@@ -1,8 +1,8 @@
 // The tensor core of sm_90: products of 64 x N tiles by a warpgroup, asynchronously (PTX ISA,
-// "Asynchronous Warpgroup Level Matrix Instructions: wgmma"). Operands are fp16 or bf16, B and
-// sometimes A in shared memory, the accumulators fp32 in registers: warp w of the warpgroup has
+// "Asynchronous Warpgroup Level Matrix Instructions: wgmma"). Operands are fp16, bf16 or e4m3, B
+// and sometimes A in shared memory, the accumulators fp32 in registers: warp w of the warpgroup has
 // rows 16 w .. 16 w + 15, its N / 8 tiles of 8 columns each lie as those of mma.m16n8k16
-// (fragments.h: accumulator_element), and so does A in registers (a_element).
+// (fragments.h: accumulator_element), and so does A in registers (a_element; a_element_8_bits).
 #pragma once
 
 #include <cstdint>
@@ -140,17 +140,18 @@ FLASH_DEVICE void wgmma_keep_in_order(float (&d)[kTiles][4]) {
 #define FLASH_WGMMA_OPERANDS_128 \
   FLASH_WGMMA_OPERANDS_120, FLASH_WGMMA_TILE(30), FLASH_WGMMA_TILE(31)
 
-// For N columns of R = N / 2 accumulators: D += A B with A from shared memory, whose rows are N's
-// and M's (sums run along rows of both), and with A in registers and B whose rows are the sum's.
-// The numbers of the operands behind the accumulators follow R.
+// For N columns of R = N / 2 accumulators: D += A B with A from shared memory, where sums run along
+// rows of A and B, or down the columns of those that are transposed (1); and with A in registers
+// and sums down the columns of B. The numbers of the operands behind the accumulators follow R.
 #define FLASH_WGMMA_SHAPE(N, R, R1, R2, R3, R4, TYPES)                                         \
+  template <int kTransposeA, int kTransposeB>                                                  \
   FLASH_DEVICE void wgmma_ss_##TYPES(float(&d)[N / 8][4], uint64_t a, uint64_t b, int add) {   \
     asm volatile("{\n .reg .pred p;\n setp.ne.b32 p, %" #R2                                    \
                  ", 0;\n"                                                                      \
                  " wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." #TYPES "." #TYPES          \
-                 " {" FLASH_WGMMA_##R "}, %" #R ", %" #R1 ", p, 1, 1, 0, 0;\n}"                \
+                 " {" FLASH_WGMMA_##R "}, %" #R ", %" #R1 ", p, 1, 1, %" #R3 ", %" #R4 ";\n}"  \
                  : FLASH_WGMMA_OPERANDS_##R                                                    \
-                 : "l"(a), "l"(b), "r"(add));                                                  \
+                 : "l"(a), "l"(b), "r"(add), "n"(kTransposeA), "n"(kTransposeB));              \
   }                                                                                            \
   FLASH_DEVICE void wgmma_rs_##TYPES(float(&d)[N / 8][4], const uint32_t(&a)[4], uint64_t b) { \
     asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." #TYPES "." #TYPES           \
@@ -160,6 +161,8 @@ FLASH_DEVICE void wgmma_keep_in_order(float (&d)[kTiles][4]) {
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                        \
   }
 #define FLASH_WGMMA_SHAPES(TYPES)                    \
+  FLASH_WGMMA_SHAPE(16, 8, 9, 10, 11, 12, TYPES)     \
+  FLASH_WGMMA_SHAPE(32, 16, 17, 18, 19, 20, TYPES)   \
   FLASH_WGMMA_SHAPE(64, 32, 33, 34, 35, 36, TYPES)   \
   FLASH_WGMMA_SHAPE(80, 40, 41, 42, 43, 44, TYPES)   \
   FLASH_WGMMA_SHAPE(96, 48, 49, 50, 51, 52, TYPES)   \
@@ -169,6 +172,32 @@ FLASH_DEVICE void wgmma_keep_in_order(float (&d)[kTiles][4]) {
   FLASH_WGMMA_SHAPE(256, 128, 129, 130, 131, 132, TYPES)
 FLASH_WGMMA_SHAPES(f16)
 FLASH_WGMMA_SHAPES(bf16)
+
+// The same of e4m3, whose sums run along the rows of both, with A in registers too.
+#define FLASH_WGMMA_E4M3(N, R, R1, R2, R3, R4, R5)                                        \
+  FLASH_DEVICE void wgmma_ss_e4m3(float(&d)[N / 8][4], uint64_t a, uint64_t b, int add) { \
+    asm volatile("{\n .reg .pred p;\n setp.ne.b32 p, %" #R2                               \
+                 ", 0;\n"                                                                 \
+                 " wgmma.mma_async.sync.aligned.m64n" #N                                  \
+                 "k32.f32.e4m3.e4m3"                                                      \
+                 " {" FLASH_WGMMA_##R "}, %" #R ", %" #R1 ", p, 1, 1;\n}"                 \
+                 : FLASH_WGMMA_OPERANDS_##R                                               \
+                 : "l"(a), "l"(b), "r"(add));                                             \
+  }                                                                                       \
+  FLASH_DEVICE void wgmma_rs_e4m3(float(&d)[N / 8][4], const uint32_t(&a)[4], uint64_t b, \
+                                  int add) {                                              \
+    asm volatile("{\n .reg .pred p;\n setp.ne.b32 p, %" #R5                               \
+                 ", 0;\n"                                                                 \
+                 " wgmma.mma_async.sync.aligned.m64n" #N                                  \
+                 "k32.f32.e4m3.e4m3"                                                      \
+                 " {" FLASH_WGMMA_##R "}, {%" #R ", %" #R1 ", %" #R2 ", %" #R3 "}, %" #R4 \
+                                      ", p, 1, 1;\n}"                                     \
+                 : FLASH_WGMMA_OPERANDS_##R                                               \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));         \
+  }
+FLASH_WGMMA_E4M3(64, 32, 33, 34, 35, 36, 37)
+FLASH_WGMMA_E4M3(128, 64, 65, 66, 67, 68, 69)
+#undef FLASH_WGMMA_E4M3
 #undef FLASH_WGMMA_SHAPES
 #undef FLASH_WGMMA_SHAPE
 #undef FLASH_WGMMA_OPERANDS_8
@@ -205,15 +234,18 @@ FLASH_WGMMA_SHAPES(bf16)
 #undef FLASH_WGMMA_128
 #undef FLASH_WGMMA_TILE
 
-// d += A B^T, or without `add` d = A B^T, of 16 columns: both lie with their sums along rows.
-template <Dtype kDtype, int kTiles>
+// d += A B^T, or without `add` d = A B^T, of 32 bytes of both: they lie with their sums along rows.
+// A transposed one's rows are the terms, of which there are 16: no fp8.
+template <Dtype kDtype, bool kTransposeA = false, bool kTransposeB = false, int kTiles>
 FLASH_DEVICE void wgmma_ss(float (&d)[kTiles][4], const WgmmaMatrix& a, const WgmmaMatrix& b,
                            bool add) {
   if constexpr (kDtype == Dtype::kFloat16) {
-    wgmma_ss_f16(d, a.descriptor(), b.descriptor(), add);
+    wgmma_ss_f16<kTransposeA, kTransposeB>(d, a.descriptor(), b.descriptor(), add);
+  } else if constexpr (kDtype == Dtype::kBFloat16) {
+    wgmma_ss_bf16<kTransposeA, kTransposeB>(d, a.descriptor(), b.descriptor(), add);
   } else {
-    static_assert(kDtype == Dtype::kBFloat16);
-    wgmma_ss_bf16(d, a.descriptor(), b.descriptor(), add);
+    static_assert(kDtype == Dtype::kFloat8E4M3 && !kTransposeA && !kTransposeB);
+    wgmma_ss_e4m3(d, a.descriptor(), b.descriptor(), add);
   }
 }
 
@@ -226,6 +258,13 @@ FLASH_DEVICE void wgmma_rs(float (&d)[kTiles][4], const uint32_t (&a)[4], const 
     static_assert(kDtype == Dtype::kBFloat16);
     wgmma_rs_bf16(d, a, b.descriptor());
   }
+}
+
+// d += A B^T, or without `add` d = A B^T, of e4m3: A in registers, 32 columns of it and of B.
+template <int kTiles>
+FLASH_DEVICE void wgmma_rs_e4m3(float (&d)[kTiles][4], const uint32_t (&a)[4], const WgmmaMatrix& b,
+                                bool add) {
+  wgmma_rs_e4m3(d, a, b.descriptor(), add);
 }
 
 }  // namespace flash::ptx

@@ -32,6 +32,9 @@ def mutate(case: str, library: str, *options: str) -> subprocess.CompletedProces
         "hopper_packed",
         "hopper_in_place",
         "hopper_unmasked",
+        "hopper_fp8",
+        "hopper_decode",
+        "hopper_latent",
     ],
 )
 def test_no_deletion_survives(case, emulator_library):

@@ -55,12 +55,14 @@ typedef struct flash_attn_score_args {
 
 /* --------------------------------------------------------------------------- forward */
 typedef struct flash_attn_fwd_args {
-  /* fp16 / bf16 / fp32, [b, sq, h, d]; varlen [total_q, h, d]; last stride 1 */
+  /* fp16 / bf16 / fp32 / fp8, [b, sq, h, d]; varlen [total_q, h, d]; last stride 1 */
   const flash_attn_tensor* q;
-  /* [b, sk, hk, d]; varlen [total_k, hk, d], or paged [num_pages, page_size, hk, d] */
+  /* dtype of q or fp8, [b, sk, hk, d]; varlen [total_k, hk, d], or paged [num_pages, page_size, hk,
+     d] */
   const flash_attn_tensor* k;
   const flash_attn_tensor* v; /* as k with dv for d */
-  /* as q with dv for d; written; varlen: rows of no sequence become 0 */
+  /* as q with dv for d, of fp8 q fp16 / bf16 / fp32; written; varlen: rows of no sequence become
+     0 */
   const flash_attn_tensor* out;
   /* fp32 [b, h, sq]; varlen [h, total_q]; last stride 1; written; natural log; varlen: -inf in
      columns of no sequence; NULL: not wanted */
@@ -69,7 +71,7 @@ typedef struct flash_attn_fwd_args {
   double p_dropout; /* 0 <= p < 1 */
   /* int64 [2] = {seed, offset} in host memory; needed if p_dropout > 0 */
   const flash_attn_tensor* rng_state;
-  /* NULL, or dtype of q, [b, h, ceil128(sq), ceil128(sk)] (varlen: max_seqlen_*), contiguous;
+  /* NULL, or dtype of out, [b, h, ceil128(sq), ceil128(sk)] (varlen: max_seqlen_*), contiguous;
      needs p_dropout > 0. Written: exp(x - running row max), sign bit set where dropped; the
      running max is that of key blocks visited from the last to the first. For tests. */
   const flash_attn_tensor* s_dmask;
@@ -91,6 +93,11 @@ typedef struct flash_attn_fwd_args {
   void* workspace;
   size_t workspace_bytes;
   void* stream; /* CUstream; ignored on the CPU */
+  /* Factors of fp8 q, k, v, which stand for q * q_descale, k * k_descale, v * v_descale: fp32, any
+     strides, [b, hk], or [b, hk, >= ceil(s / 128)] with one for each 128 rows of a sequence (s: sq
+     or sk, varlen max_seqlen_*; rows of left padding count). Those of q are of the key-value head
+     that its head reads. NULL: 1 */
+  const flash_attn_tensor *q_descale, *k_descale, *v_descale;
 } flash_attn_fwd_args;
 
 FLASH_ATTN_API flash_attn_status flash_attn_mha_fwd(const flash_attn_fwd_args* args);
@@ -135,21 +142,21 @@ flash_attn_mha_varlen_bwd_workspace_size(const flash_attn_bwd_args* args, size_t
 
 /* --------------------------------------------------------------------------- KV cache */
 typedef struct flash_attn_kvcache_args {
-  const flash_attn_tensor* q; /* [b, sq, h, d] */
-  /* [b_cache, sk, hk, d], or paged [num_pages, page_size, hk, d]; appended to */
+  const flash_attn_tensor* q; /* as in the forward, [b, sq, h, d] */
+  /* dtype of q or fp8, [b_cache, sk, hk, d], or paged [num_pages, page_size, hk, d]; appended to */
   const flash_attn_tensor* k_cache;
   /* as k_cache with dv for d. It may be a part of k_cache's rows (or the other way round); v is
      then the same part of k, and rotary embedding leaves it alone */
   const flash_attn_tensor* v_cache;
-  /* [b, s_new, hk, d], appended at cache_seqlens before attention; NULL: none */
+  /* dtype of k_cache, [b, s_new, hk, d], appended at cache_seqlens before attention; NULL: none */
   const flash_attn_tensor* k;
   const flash_attn_tensor* v;           /* [b, s_new, hk, dv] */
-  const flash_attn_tensor* out;         /* [b, sq, h, dv], written */
+  const flash_attn_tensor* out;         /* as in the forward, [b, sq, h, dv], written */
   const flash_attn_tensor* softmax_lse; /* fp32 [b, h, sq], written; NULL: not wanted */
   flash_attn_score_args score;          /* attn_bias must be NULL */
   /* int32 [b]: tokens already in the cache; NULL: the whole cache, no k */
   const flash_attn_tensor* cache_seqlens;
-  /* dtype of q, [seqlen_rotary >= sk, rotary_dim / 2]; needs k; NULL: none */
+  /* dtype of q, [seqlen_rotary >= sk, rotary_dim / 2]; needs k, not in fp8; NULL: none */
   const flash_attn_tensor* rotary_cos;
   const flash_attn_tensor* rotary_sin; /* as rotary_cos */
   /* int32 [b]: row of the cache of each sequence; NULL: its own index */
@@ -161,6 +168,9 @@ typedef struct flash_attn_kvcache_args {
   void* workspace;
   size_t workspace_bytes;
   void* stream;
+  /* as in the forward, s of k_descale and v_descale: all rows of a sequence in the cache, or that
+     its pages have room for; they are k's and v's too */
+  const flash_attn_tensor *q_descale, *k_descale, *v_descale;
 } flash_attn_kvcache_args;
 
 FLASH_ATTN_API flash_attn_status flash_attn_mha_fwd_kvcache(const flash_attn_kvcache_args* args);

@@ -44,9 +44,24 @@ int64_t check_num_splits(int32_t num_splits);
 
 inline int64_t round_up(int64_t x, int64_t m) { return (x + m - 1) / m * m; }
 
+// Factors of fp8 operands, given the batch's shape and the dtypes in `p`.
+struct DescaleArgs {
+  Arg q, k, v;  // each may be absent
+};
+template <typename Args>
+DescaleArgs descales_of(const Args& args) {
+  return {
+      {"q_descale", args.q_descale}, {"k_descale", args.k_descale}, {"v_descale", args.v_descale}};
+}
+void check_descales(const DescaleArgs& descales, const Arg& q, Attention_params& p);
+
+inline bool has_fp8(const Attention_params& p) {
+  return p.dtype == Dtype::kFloat8E4M3 || p.kv_dtype == Dtype::kFloat8E4M3;
+}
+
 // out, dout: [b, sq, h, dv] or [total_q, h, dv] with unit last stride; the two sentences are those
-// of a wrong dtype and of a wrong last stride.
-Operand check_out_like(const Arg& x, const Arg& q, bool varlen, const Attention_params& p,
+// of a wrong dtype and of a wrong last stride. Sets p.o_dtype.
+Operand check_out_like(const Arg& x, const Arg& q, bool varlen, Attention_params& p,
                        const char* dtype_sentence, const char* stride_sentence);
 // softmax_lse: fp32 [b, h, sq] or [h, total_q] with unit last stride.
 void check_lse(const Arg& lse, const Arg& q, bool varlen, Attention_params& p);

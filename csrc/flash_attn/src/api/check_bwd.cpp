@@ -90,6 +90,8 @@ void check_dbias(const Arg& dbias, const Arg& bias, const Arg& q, Flash_bwd_para
 // What follows q, k, v and the batch's shape, in both layouts.
 void check_bwd_rest(const flash_attn_bwd_args& args, const Arg& q, bool varlen,
                     Flash_bwd_params& p) {
+  require(!has_fp8(p), "FlashAttention backward only support fp16, bf16 and fp32 data type: ",
+          p.dtype == Dtype::kFloat8E4M3 ? "q" : "k", " has fp8");
   check_score(args.score, q, p);
   p.o = check_out_like({"out", args.out}, q, varlen, p, "query and out must have the same dtype",
                        "out tensor must have contiguous last dimension");

@@ -11,6 +11,7 @@ constexpr char kHeadDimLimit[] = "FlashAttention forward only supports head dime
 void check_fwd_rest(const flash_attn_fwd_args& args, const Arg& q, bool varlen,
                     Flash_fwd_params& p) {
   check_score(args.score, q, p);
+  check_descales(descales_of(args), q, p);
   const Arg out{"out", args.out}, lse{"softmax_lse", args.softmax_lse},
       s_dmask{"s_dmask", args.s_dmask}, rng_state{"rng_state", args.rng_state};
   p.o = check_out_like(out, q, varlen, p, "Output must have the same dtype as inputs",

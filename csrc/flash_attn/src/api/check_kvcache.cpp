@@ -28,7 +28,12 @@ void check_new_keys(const flash_attn_kvcache_args& args, const Cache& cache, Fla
   require(p.seqlen_knew <= p.seqlen_k,
           "If key is supplied, it must have seqlen <= the seqlen of the KV cache: k has ",
           p.seqlen_knew, " rows, the cache ", p.seqlen_k);
-  check_dtype_of_q(k, cache.q, "Key must have the same dtype as query");
+  // Of a cache in q's dtype the sentences are FlashAttention-2's.
+  const bool own_dtype = p.kv_dtype != p.dtype;
+  const Arg& like = own_dtype ? cache.k : cache.q;
+  check_dtype_of_q(k, like,
+                   own_dtype ? "Key must have the same dtype as the KV cache"
+                             : "Key must have the same dtype as query");
   check_device(k, cache.q);
   check_extents(k, {{"batch_size", p.b},
                     {"seqlen_knew", p.seqlen_knew},
@@ -36,7 +41,9 @@ void check_new_keys(const flash_attn_kvcache_args& args, const Cache& cache, Fla
                     {"head_size", p.d}});
   check_last_stride(k, "Key tensor must have contiguous last dimension");
   check_view(v, 4, "(batch_size, seqlen_knew, num_heads_k, head_size_v)");
-  check_dtype_of_q(v, cache.q, "Value must have the same dtype as query");
+  check_dtype_of_q(v, like,
+                   own_dtype ? "Value must have the same dtype as the KV cache"
+                             : "Value must have the same dtype as query");
   check_device(v, cache.q);
   check_extents(v, {{"batch_size", p.b},
                     {"seqlen_knew", p.seqlen_knew},
@@ -59,6 +66,8 @@ int64_t check_rotary(const flash_attn_kvcache_args& args, const Arg& q, Flash_fw
   require(args.k != nullptr,
           "If rotary cos/sin are provided, new key / value to be appended to KV cache must also be "
           "provided");
+  require(p.kv_dtype != Dtype::kFloat8E4M3,
+          "rotary embedding (rotary_cos, rotary_sin) does not take fp8 keys");
   check_device(cos, q);
   check_view(cos, 2, "(seqlen_ro, rotary_dim / 2)");
   const int64_t rows = cos.size(0), half = cos.size(1);
@@ -164,6 +173,7 @@ Flash_fwd_params check_mha_fwd_kvcache(const flash_attn_kvcache_args& args) {
   check_cache_geometry(args, cache, p);
   require(args.score.attn_bias == nullptr, "mha_fwd_kvcache does not take attn_bias");
   check_score(args.score, q, p);
+  check_descales(descales_of(args), q, p);
   check_new_keys(args, cache, p);
   p.seqused_k = check_lengths({"cache_seqlens", args.cache_seqlens}, q, p.b,
                               "seqlens_k must have dtype int32");

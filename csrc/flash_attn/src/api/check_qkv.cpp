@@ -21,10 +21,23 @@ const char* keys_shape(Layout layout) {
   }
 }
 
+// Keys and values have q's dtype, or both have fp8.
+void check_dtypes(const Arg& q, const Arg& k, const Arg& v, Attention_params& p) {
+  constexpr auto kFp8 = FLASH_ATTN_FLOAT8_E4M3;
+  p.dtype = q.t->dtype == kFp8
+                ? Dtype::kFloat8E4M3
+                : check_float_dtype(q, "FlashAttention only support fp16, bf16 and fp32 data type");
+  if (k.t->dtype == kFp8) {
+    check_dtype_of_q(v, k, "key and value must have the same dtype");
+  } else {
+    check_dtype_of_q(k, q, "query and key must have the same dtype");
+    check_dtype_of_q(v, q, "query and value must have the same dtype");
+  }
+  p.kv_dtype = static_cast<Dtype>(k.t->dtype);
+}
+
 void check_types(const Arg& q, const Arg& k, const Arg& v, Attention_params& p) {
-  p.dtype = check_float_dtype(q, "FlashAttention only support fp16, bf16 and fp32 data type");
-  check_dtype_of_q(k, q, "query and key must have the same dtype");
-  check_dtype_of_q(v, q, "query and value must have the same dtype");
+  check_dtypes(q, k, v, p);
   check_device_of_q(q);
   check_device(k, q);
   check_device(v, q);
@@ -144,10 +157,15 @@ void check_qkv(const Arg& q, const Arg& k, const Arg& v, Layout layout, const ch
   p.v = layout == Layout::kVarlen ? packed_operand(v) : batched_operand(v);
 }
 
-Operand check_out_like(const Arg& x, const Arg& q, bool varlen, const Attention_params& p,
+Operand check_out_like(const Arg& x, const Arg& q, bool varlen, Attention_params& p,
                        const char* dtype_sentence, const char* stride_sentence) {
   require(x.given(), x.name, " must be given");
-  check_dtype_of_q(x, q, dtype_sentence);
+  if (p.dtype == Dtype::kFloat8E4M3) {
+    p.o_dtype = check_float_dtype(x, "Output of fp8 inputs must have dtype fp16, bf16 or fp32");
+  } else {
+    check_dtype_of_q(x, q, dtype_sentence);
+    p.o_dtype = p.dtype;
+  }
   check_device(x, q);
   if (varlen) {
     check_shape(x, {{"total_q", p.total_q}, {"num_heads", p.h}, {"head_size_v", p.d_v}});

@@ -103,7 +103,11 @@ void check_dropout(double p_dropout, const Arg& rng_state, const Arg& s_dmask, c
   p.offset = static_cast<uint64_t>(state[1]);
 
   if (!s_dmask.given()) return;
-  check_dtype_of_q(s_dmask, q, "s_dmask must have the same dtype as query");
+  if (p.o_dtype == p.dtype)
+    check_dtype_of_q(s_dmask, q, "s_dmask must have the same dtype as query");
+  else
+    check_dtype(s_dmask, static_cast<flash_attn_dtype>(p.o_dtype),
+                "s_dmask of fp8 inputs must have the same dtype as out");
   check_device(s_dmask, q);
   check_shape(s_dmask, {{"batch_size", p.b},
                         {"num_heads", p.h},

@@ -20,7 +20,8 @@ namespace {
 constexpr Operation kOperations[] = {Operation::kMhaFwd,        Operation::kMhaVarlenFwd,
                                      Operation::kMhaBwd,        Operation::kMhaVarlenBwd,
                                      Operation::kMhaFwdKvcache, Operation::kCombine};
-constexpr Dtype kDtypes[] = {Dtype::kFloat16, Dtype::kBFloat16, Dtype::kFloat32};
+constexpr Dtype kDtypes[] = {Dtype::kFloat16, Dtype::kBFloat16, Dtype::kFloat32,
+                             Dtype::kFloat8E4M3};
 
 const char* name(Operation operation) {
   switch (operation) {
@@ -47,6 +48,15 @@ struct Asked {
   int64_t num_splits;
 };
 
+bool has_descale(const Attention_params& p) {
+  return p.q_descale.ptr != nullptr || p.k_descale.ptr != nullptr || p.v_descale.ptr != nullptr;
+}
+
+bool has_block_descale(const Attention_params& p) {
+  return p.q_descale.block_stride != 0 || p.k_descale.block_stride != 0 ||
+         p.v_descale.block_stride != 0;
+}
+
 constexpr struct {
   Feature feature;
   const char* words;
@@ -69,6 +79,18 @@ constexpr struct {
      [](const Asked& a) { return a.append.knew.ptr != nullptr; }},
     {kRotary, "rotary embedding", [](const Asked& a) { return a.append.rotary_dim > 0; }},
     {kSplits, "num_splits", [](const Asked& a) { return a.num_splits > 1; }},
+    {kDescale, "factors of fp8 tensors (q_descale, k_descale, v_descale)",
+     [](const Asked& a) { return has_descale(a.attention); }},
+    {kBlockDescale, "factors of fp8 tensors for each 128 rows",
+     [](const Asked& a) { return has_block_descale(a.attention); }},
+    {kFp8Keys, "keys and values in fp8 beside wider queries",
+     [](const Asked& a) {
+       return a.attention.kv_dtype == Dtype::kFloat8E4M3 && a.attention.dtype != Dtype::kFloat8E4M3;
+     }},
+    {kWideOutput, "an output of fp8 queries that is not bf16",
+     [](const Asked& a) {
+       return a.attention.dtype == Dtype::kFloat8E4M3 && a.attention.o_dtype != Dtype::kBFloat16;
+     }},
 };
 
 uint32_t features_of(const Asked& asked) {
@@ -78,10 +100,18 @@ uint32_t features_of(const Asked& asked) {
   return features;
 }
 
-uint32_t bit(Dtype dtype) { return 1u << static_cast<int>(dtype); }
+constexpr uint32_t bit(Dtype dtype) { return 1u << static_cast<int>(dtype); }
 
-// CPU kernels take every dtype, head dim and feature; one set for each instruction set that this
-// CPU runs.
+constexpr uint32_t kWideDtypes =
+    bit(Dtype::kFloat16) | bit(Dtype::kBFloat16) | bit(Dtype::kFloat32);
+
+bool is_forward(Operation operation) {
+  return operation == Operation::kMhaFwd || operation == Operation::kMhaVarlenFwd ||
+         operation == Operation::kMhaFwdKvcache;
+}
+
+// CPU kernels take every dtype (fp8 in forward calls), head dim and feature; one set for each
+// instruction set that this CPU runs.
 void add_cpu_kernels(std::vector<Kernel>& kernels) {
   for (const cpu::Isa isa : cpu::available_isas()) {
     const cpu::Kernels& set = cpu::kernels_of(isa);
@@ -91,7 +121,7 @@ void add_cpu_kernels(std::vector<Kernel>& kernels) {
            .device_type = FLASH_ATTN_CPU,
            .backend = "cpu",
            .isa = set.isa,
-           .dtypes = bit(Dtype::kFloat16) | bit(Dtype::kBFloat16) | bit(Dtype::kFloat32),
+           .dtypes = kWideDtypes | (is_forward(operation) ? bit(Dtype::kFloat8E4M3) : 0),
            .max_d = FLASH_ATTN_MAX_HEAD_DIM,
            .max_d_v = FLASH_ATTN_MAX_HEAD_DIM,
            .features = kAllFeatures,
@@ -103,19 +133,52 @@ void add_cpu_kernels(std::vector<Kernel>& kernels) {
 }
 
 #if defined(FLASH_ATTN_HAVE_CUDA)
-// Hopper's kernels share queries among their warps. Few of them over many keys, appending to a
-// cache and the debugging output S_dmask are left to sm80's.
-bool hopper_takes(const Flash_fwd_params& p) { return !sm80::takes_decode(p) && hopper::takes(p); }
+// What Hopper's kernels are asked for; the rest is sm80's, and so are appending to a cache and the
+// debugging output S_dmask.
+bool hopper_takes(const Flash_fwd_params& p) {
+  if (sm80::takes_decode(p)) return hopper::takes_decode(p);
+  return p.d <= hopper::kMaxHeadDim && p.d_v <= hopper::kMaxHeadDim && hopper::takes(p);
+}
 
 void hopper_mha_fwd(const Flash_fwd_params& p) {
   if (!hopper_takes(p)) return sm80::mha_fwd(p);
   if (p.knew.ptr != nullptr) sm80::append_kv(p);
-  hopper::mha_fwd(p);
+  if (sm80::takes_decode(p)) {
+    hopper::mha_decode(p);
+  } else {
+    hopper::mha_fwd(p);
+  }
   if (p.s_dmask != nullptr) sm80::store_dmask(p);
 }
 
+// Nothing else on a GPU knows fp8.
+void require_fp8_takes(const Flash_fwd_params& p) {
+  if (hopper::takes(p)) return;
+  throw ApiError(FLASH_ATTN_UNSUPPORTED,
+                 "the CUDA backend lacks fp8 keys in pages of which no 8 rows are within 128, or "
+                 "with left padding in pages or beside factors for each 128 rows; CPU tensors have "
+                 "them");
+}
+
+void hopper_mha_fwd_fp8(const Flash_fwd_params& p) {
+  require_fp8_takes(p);
+  hopper::mha_fwd(p);
+}
+
 size_t hopper_mha_fwd_workspace_bytes(const Flash_fwd_params& p) {
-  return hopper_takes(p) ? hopper::mha_fwd_workspace_bytes(p) : sm80::mha_fwd_workspace_bytes(p);
+  if (!hopper_takes(p)) return sm80::mha_fwd_workspace_bytes(p);
+  return sm80::takes_decode(p) ? hopper::mha_decode_workspace_bytes(p)
+                               : hopper::mha_fwd_workspace_bytes(p);
+}
+
+void hopper_mha_bwd(const Flash_bwd_params& p) {
+  if (!hopper::takes(p)) return sm80::mha_bwd(p);
+  hopper::mha_bwd(p);
+  if (p.ds_aux != nullptr) sm80::store_sink_gradient(p);
+}
+
+size_t hopper_mha_bwd_workspace_bytes(const Flash_bwd_params& p) {
+  return hopper::takes(p) ? hopper::mha_bwd_workspace_bytes(p) : sm80::mha_bwd_workspace_bytes(p);
 }
 #endif
 
@@ -130,9 +193,9 @@ void add_cuda_kernels([[maybe_unused]] std::vector<Kernel>& kernels) {
                        .min_capability = hopper::kComputeCapability,
                        .max_capability = hopper::kComputeCapability,
                        .dtypes = bit(Dtype::kFloat16) | bit(Dtype::kBFloat16),
-                       .max_d = hopper::kMaxHeadDim,
-                       .max_d_v = hopper::kMaxHeadDim,
-                       .features = kAllFeatures,
+                       .max_d = sm80::kMaxHeadDim,
+                       .max_d_v = sm80::kMaxHeadDimV,
+                       .features = kAllFeatures & ~kFp8Features,
                        .needs_tensor_maps = true,
                        .mha_fwd = hopper_mha_fwd,
                        .fwd_workspace_bytes = hopper_mha_fwd_workspace_bytes});
@@ -147,9 +210,41 @@ void add_cuda_kernels([[maybe_unused]] std::vector<Kernel>& kernels) {
                        .dtypes = bit(Dtype::kFloat16) | bit(Dtype::kBFloat16),
                        .max_d = sm80::kMaxHeadDim,
                        .max_d_v = sm80::kMaxHeadDimV,
-                       .features = kAllFeatures,
+                       .features = kAllFeatures & ~kFp8Features,
                        .mha_fwd = sm80::mha_fwd,
                        .fwd_workspace_bytes = sm80::mha_fwd_workspace_bytes});
+  }
+  for (const Operation operation :
+       {Operation::kMhaFwd, Operation::kMhaVarlenFwd, Operation::kMhaFwdKvcache}) {
+    kernels.push_back({.operation = operation,
+                       .device_type = FLASH_ATTN_CUDA,
+                       .backend = "cuda",
+                       .isa = "sm90",
+                       .min_capability = hopper::kComputeCapability,
+                       .max_capability = hopper::kComputeCapability,
+                       .dtypes = bit(Dtype::kFloat8E4M3),
+                       .max_d = hopper::kMaxHeadDim,
+                       .max_d_v = hopper::kMaxHeadDim,
+                       .features = kSoftcap | kAlibi | kSink | kUsedKeys | kLeftPadding |
+                                   kCacheIndices | kPagedKeys | kSplits | kDescale | kBlockDescale,
+                       .needs_tensor_maps = true,
+                       .mha_fwd = hopper_mha_fwd_fp8,
+                       .fwd_workspace_bytes = hopper::mha_fwd_workspace_bytes});
+  }
+  for (const Operation operation : {Operation::kMhaBwd, Operation::kMhaVarlenBwd}) {
+    kernels.push_back({.operation = operation,
+                       .device_type = FLASH_ATTN_CUDA,
+                       .backend = "cuda",
+                       .isa = "sm90",
+                       .min_capability = hopper::kComputeCapability,
+                       .max_capability = hopper::kComputeCapability,
+                       .dtypes = bit(Dtype::kFloat16) | bit(Dtype::kBFloat16),
+                       .max_d = sm80::kMaxBwdHeadDim,
+                       .max_d_v = sm80::kMaxBwdHeadDim,
+                       .features = kAllFeatures,
+                       .needs_tensor_maps = true,
+                       .mha_bwd = hopper_mha_bwd,
+                       .bwd_workspace_bytes = hopper_mha_bwd_workspace_bytes});
   }
   for (const Operation operation : {Operation::kMhaBwd, Operation::kMhaVarlenBwd}) {
     kernels.push_back({.operation = operation,
@@ -160,7 +255,7 @@ void add_cuda_kernels([[maybe_unused]] std::vector<Kernel>& kernels) {
                        .dtypes = bit(Dtype::kFloat16) | bit(Dtype::kBFloat16),
                        .max_d = sm80::kMaxBwdHeadDim,
                        .max_d_v = sm80::kMaxBwdHeadDim,
-                       .features = kAllFeatures,
+                       .features = kAllFeatures & ~kFp8Features,
                        .mha_bwd = sm80::mha_bwd,
                        .bwd_workspace_bytes = sm80::mha_bwd_workspace_bytes});
   }
@@ -172,7 +267,7 @@ void add_cuda_kernels([[maybe_unused]] std::vector<Kernel>& kernels) {
                      .dtypes = bit(Dtype::kFloat16) | bit(Dtype::kBFloat16) | bit(Dtype::kFloat32),
                      .max_d = FLASH_ATTN_MAX_HEAD_DIM,
                      .max_d_v = FLASH_ATTN_MAX_HEAD_DIM,
-                     .features = kAllFeatures,
+                     .features = kAllFeatures & ~kFp8Features,
                      .combine = sm80::combine});
 #endif
 }
@@ -244,6 +339,8 @@ std::vector<std::string> missing(const Kernel* kernel, const KernelRequest& requ
     if ((request.features & ~features & row.feature) != 0) words.emplace_back(row.words);
   if (kernel == nullptr) return words;
   if ((kernel->dtypes & bit(request.dtype)) == 0) words.emplace_back(dtype_name(request.dtype));
+  if (kernel->needs_tensor_maps && !request.has_tensor_maps)
+    words.emplace_back("tensors with addresses or strides that are no multiples of 16 bytes");
   const auto check_dim = [&](const char* name, int64_t dim, int64_t limit) {
     if (dim > limit) words.push_back(text(name, " ", dim, " (at most ", limit, ")"));
   };
@@ -311,18 +408,23 @@ std::string wrong_capability(const KernelRequest& request) {
   throw ApiError(FLASH_ATTN_UNSUPPORTED, sentence.str());
 }
 
+bool has_tensor_maps(const Attention_params& p) {
+  constexpr int kFirst = 90;
+  const OperandViews views = operand_views(p);
+  // Calls without keys or queries: in 16 bits kernels without tensor maps serve them.
+  const bool can = p.dtype == Dtype::kFloat8E4M3 ? can_map_if_any(views) : can_map(views);
+  return can && p.target.compute_capability >= kFirst;
+}
+
 }  // namespace
 
 KernelRequest request_of(Operation operation, const Flash_fwd_params& p) {
-  constexpr int kFirstWithTensorMaps = 90;
-  const bool has_tensor_maps =
-      p.target.compute_capability >= kFirstWithTensorMaps && can_map(operand_views(p));
-  return {operation,      p.target, p.dtype, p.d, p.d_v, features_of({p, p, p.num_splits}),
-          has_tensor_maps};
+  return {operation,         p.target, p.dtype, p.d, p.d_v, features_of({p, p, p.num_splits}),
+          has_tensor_maps(p)};
 }
 
 KernelRequest request_of(Operation operation, const Flash_bwd_params& p) {
-  return {operation, p.target, p.dtype, p.d, p.d_v, features_of({p, {}, 0})};
+  return {operation, p.target, p.dtype, p.d, p.d_v, features_of({p, {}, 0}), has_tensor_maps(p)};
 }
 
 KernelRequest request_of(Operation operation, const Combine_params& p) {

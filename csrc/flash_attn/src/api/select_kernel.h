@@ -25,13 +25,18 @@ enum Feature : uint32_t {
   kAppend = 1u << 9,
   kRotary = 1u << 10,
   kSplits = 1u << 11,
-  kAllFeatures = (1u << 12) - 1,
+  kDescale = 1u << 12,
+  kBlockDescale = 1u << 13,
+  kFp8Keys = 1u << 14,
+  kWideOutput = 1u << 15,
+  kFp8Features = kDescale | kBlockDescale | kFp8Keys | kWideOutput,
+  kAllFeatures = (1u << 16) - 1,
 };
 
 struct KernelRequest {
   Operation operation;
   Target target;
-  Dtype dtype;
+  Dtype dtype;            // of q
   int64_t d, d_v;         // head dims of q and k, of v
   uint32_t features = 0;  // set of Feature
   // The device has tensor maps and they can describe q, k, v and out.
@@ -51,7 +56,7 @@ struct Kernel {
   const char* isa;
   // Compute capabilities of the devices that run it.
   int min_capability = 0, max_capability = std::numeric_limits<int>::max();
-  uint32_t dtypes;  // bit i: the Dtype of value i
+  uint32_t dtypes;  // of q; bit i: the Dtype of value i
   int64_t max_d, max_d_v;
   uint32_t features;  // set of Feature
   bool needs_tensor_maps = false;

@@ -26,7 +26,10 @@ inline auto read_by(const flash_attn_fwd_args& a) {
                     Region{"cu_seqlens_k", a.cu_seqlens_k},
                     Region{"seqused_k", a.seqused_k},
                     Region{"leftpad_k", a.leftpad_k},
-                    Region{"block_table", a.block_table}};
+                    Region{"block_table", a.block_table},
+                    Region{"q_descale", a.q_descale},
+                    Region{"k_descale", a.k_descale},
+                    Region{"v_descale", a.v_descale}};
 }
 
 inline auto written_by(const flash_attn_bwd_args& a) {
@@ -69,7 +72,10 @@ inline auto read_by(const flash_attn_kvcache_args& a) {
                     Region{"cache_leftpad", a.cache_leftpad},
                     Region{"block_table", a.block_table},
                     Region{"alibi_slopes", a.score.alibi_slopes},
-                    Region{"s_aux", a.score.s_aux}};
+                    Region{"s_aux", a.score.s_aux},
+                    Region{"q_descale", a.q_descale},
+                    Region{"k_descale", a.k_descale},
+                    Region{"v_descale", a.v_descale}};
 }
 
 inline auto written_by(const flash_attn_combine_args& a) {

@@ -39,7 +39,7 @@ struct Operands {
   // wanted.
   float* softmax_lse = nullptr;
   int64_t lse_batch_stride = 0, lse_head_stride = 0;
-  Dtype dtype = Dtype::kFloat32;  // of q, k, v, o
+  Dtype dtype = Dtype::kFloat32;  // of q; QuantizationParams has those of k, v and o
   int64_t b = 0, h = 0, h_k = 0;
   int64_t d = 0, d_v = 0;
 };
@@ -78,7 +78,7 @@ struct ScoreParams {
 struct DropoutParams {
   float p_dropout = 0.f;  // probability to drop
   uint64_t seed = 0, offset = 0;
-  void* s_dmask = nullptr;  // [b, h, sq_rounded, sk_rounded], dtype of q, contiguous
+  void* s_dmask = nullptr;  // [b, h, sq_rounded, sk_rounded], dtype of o, contiguous
   int64_t seqlen_q_rounded = 0, seqlen_k_rounded = 0;
 };
 
@@ -90,6 +90,25 @@ struct AppendParams {
   int64_t rotary_dim = 0;
   int64_t rotary_rows = 0;  // of the tables
   bool is_rotary_interleaved = false;
+};
+
+// Factors of an operand's numbers: row i of a sequence (of q, or of the keys of a cache entry
+// before left padding) and key-value head hk of batch entry b has
+//
+//   ptr[b * batch_stride + hk * head_stride + i / kDescaleRows * block_stride]
+//
+// block_stride is 0 where all rows of a head share a factor. ptr == nullptr: 1.
+inline constexpr int kDescaleRows = 128;
+struct Descale {
+  const float* ptr = nullptr;
+  int64_t batch_stride = 0, head_stride = 0, block_stride = 0;
+};
+
+// Of operands in fp8, which may differ in dtype from what goes with them.
+struct QuantizationParams {
+  Dtype kv_dtype = Dtype::kFloat32;  // of k, v, knew, vnew: that of q, or fp8
+  Dtype o_dtype = Dtype::kFloat32;   // that of q, unless q is fp8
+  Descale q_descale, k_descale, v_descale;
 };
 
 struct GradientParams {
@@ -105,7 +124,11 @@ struct GradientParams {
 };
 
 // What forward and backward share.
-struct Attention_params : Operands, SequenceGeometry, ScoreParams, DropoutParams {
+struct Attention_params : Operands,
+                          SequenceGeometry,
+                          ScoreParams,
+                          DropoutParams,
+                          QuantizationParams {
   Target target;
   Workspace workspace;
 };

@@ -59,8 +59,8 @@ FLASH_INLINE char* operand_row(const Operand& x, Dtype t, int64_t batch, int64_t
 FLASH_INLINE char* cache_row(const Attention_params& p, const Operand& x, const Sequence& s,
                              int64_t index, int64_t head) {
   if (s.pages)
-    return operand_row(x, p.dtype, s.pages[index / p.page_size], index % p.page_size, head);
-  return operand_row(x, p.dtype, s.k_batch, s.k_row + index, head);
+    return operand_row(x, p.kv_dtype, s.pages[index / p.page_size], index % p.page_size, head);
+  return operand_row(x, p.kv_dtype, s.k_batch, s.k_row + index, head);
 }
 
 }  // namespace flash

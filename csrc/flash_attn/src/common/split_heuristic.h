@@ -14,29 +14,37 @@ namespace flash {
 inline constexpr int kMinUnitKeys = 128, kMaxUnitKeys = 1024;
 inline constexpr int kFewUnits = 32;  // as many as units shorter than kMaxUnitKeys may be
 
-// Keys of a unit where `keys` are seen: a multiple of block_keys, which divides kMinUnitKeys.
+// Of a kernel: these, unless the results of its units are large.
+struct UnitSizes {
+  int least = kMinUnitKeys, most = kMaxUnitKeys, few = kFewUnits;
+};
+
+// Keys of a unit where `keys` are seen: a multiple of block_keys, which divides sizes.least.
 // num_splits > 0 asks for so many units at most.
-FLASH_INLINE constexpr int unit_keys(int keys, int num_splits, int block_keys) {
+FLASH_INLINE constexpr int unit_keys(int keys, int num_splits, int block_keys,
+                                     const UnitSizes& sizes = {}) {
   if (num_splits > 0) {
     const int share = (keys + num_splits - 1) / num_splits;
     return share <= block_keys ? block_keys : (share + block_keys - 1) / block_keys * block_keys;
   }
-  int unit = kMinUnitKeys;
-  while (unit < kMaxUnitKeys && static_cast<int64_t>(unit) * kFewUnits < keys) unit *= 2;
+  int unit = sizes.least;
+  while (unit < sizes.most && static_cast<int64_t>(unit) * sizes.few < keys) unit *= 2;
   return unit;
 }
 
-FLASH_INLINE constexpr int unit_count(int keys, int num_splits, int block_keys) {
-  const int unit = unit_keys(keys, num_splits, block_keys);
+FLASH_INLINE constexpr int unit_count(int keys, int num_splits, int block_keys,
+                                      const UnitSizes& sizes = {}) {
+  const int unit = unit_keys(keys, num_splits, block_keys, sizes);
   return (keys + unit - 1) / unit;
 }
 
 // The most units of any sequence of at most `keys` keys.
-FLASH_INLINE constexpr int max_unit_count(int keys, int num_splits, int block_keys) {
-  const int of_all = unit_count(keys, num_splits, block_keys);
+FLASH_INLINE constexpr int max_unit_count(int keys, int num_splits, int block_keys,
+                                          const UnitSizes& sizes = {}) {
+  const int of_all = unit_count(keys, num_splits, block_keys, sizes);
   // Shorter sequences have shorter units.
-  const int shortest = num_splits > 0 ? block_keys : kMinUnitKeys;
-  const int most = num_splits > 0 ? num_splits : kFewUnits;
+  const int shortest = num_splits > 0 ? block_keys : sizes.least;
+  const int most = num_splits > 0 ? num_splits : sizes.few;
   const int of_shorter =
       (keys + shortest - 1) / shortest < most ? (keys + shortest - 1) / shortest : most;
   return of_all > of_shorter ? of_all : of_shorter;

@@ -38,16 +38,17 @@ inline void append_kv(const Flash_fwd_params& p) {
     for (int64_t h = 0; h < p.h_k; ++h) {
       const int64_t position = seq.cached + token;
       char* k = cache_row(p, p.k, seq, position, h);
-      const char* knew = operand_row(p.knew, p.dtype, batch, token, h);
+      const char* knew = operand_row(p.knew, p.kv_dtype, batch, token, h);
       if (p.rotary_dim > 0) {
-        read_row(p.dtype, row, knew, static_cast<int>(p.d), static_cast<int>(d_pad));
+        read_row(p.kv_dtype, row, knew, static_cast<int>(p.d), static_cast<int>(d_pad));
         rotate_row(p, row, position);
-        write_row(p.dtype, k, row, static_cast<int>(p.d));
+        write_row(p.kv_dtype, k, row, static_cast<int>(p.d));
       } else {
-        std::memmove(k, knew, p.d * dtype_bytes(p.dtype));
+        std::memmove(k, knew, p.d * dtype_bytes(p.kv_dtype));
       }
       std::memmove(cache_row(p, p.v, seq, position, h),
-                   operand_row(p.vnew, p.dtype, batch, token, h), p.d_v * dtype_bytes(p.dtype));
+                   operand_row(p.vnew, p.kv_dtype, batch, token, h),
+                   p.d_v * dtype_bytes(p.kv_dtype));
     }
   });
 }

@@ -7,9 +7,10 @@
 //
 //   S = Q K^T, mask, softmax, O = a O + P V      as in fwd.h, on tile_stream.h's products
 //
-// while the rows of the next block and head are prefetched. The bound is memory: a key costs
-// bytes(d + dv) to read and rows (d + dv) FMAs. Split keys: FlashDecoding (the "KV split" of
-// https://pytorch.org/blog/flash-decoding), merged by merge_row in the order of the keys.
+// while the rows of the next block and head are prefetched; fp8 is expanded to fp16 first. The
+// bound is memory: a key costs bytes(d + dv) to read and rows (d + dv) FMAs. Split keys:
+// FlashDecoding (the "KV split" of https://pytorch.org/blog/flash-decoding), merged by merge_row in
+// the order of the keys.
 #pragma once
 
 #include "base/cpu/scratch.h"
@@ -26,12 +27,16 @@ inline constexpr int kStreamBlockBytes = kWidth == 16 ? 16 << 10 : 24 << 10;  //
 inline constexpr int kStreamBlockKeys = 160;                                  // at most
 inline constexpr int kStreamRunBytes = 4 << 10;  // of neighbouring heads of one key: a page
 inline constexpr int kValueKeys = 16;  // whose rows of V are read a strip at a time from L1
+inline constexpr int kExpandedKeys = kTileKeys > kValueKeys ? kTileKeys : kValueKeys;
+
+// What products read: fp8 is expanded, a few keys of a head at a time.
+constexpr Dtype read_as(Dtype t) { return t == Dtype::kFloat8E4M3 ? Dtype::kFloat16 : t; }
 
 // Keys of a block: tiles of keys, and columns of a score tile.
 inline int stream_block_keys(const Flash_fwd_params& p) {
   constexpr int kStep = kTileKeys % kTileN == 0 ? kTileKeys : 2 * kTileKeys;
   static_assert(kStep % kTileN == 0 && kStreamBlockKeys % kStep == 0);
-  const int64_t row_bytes = (p.d > p.d_v ? p.d : p.d_v) * dtype_bytes(p.dtype);
+  const int64_t row_bytes = (p.d > p.d_v ? p.d : p.d_v) * dtype_bytes(read_as(p.kv_dtype));
   const int keys = static_cast<int>(kStreamBlockBytes / row_bytes / kStep * kStep);
   return keys < kStep ? kStep : keys > kStreamBlockKeys ? kStreamBlockKeys : keys;
 }
@@ -41,7 +46,7 @@ inline StreamTile stream_tile(const Flash_fwd_params& p) {
   const auto heads_adjoin = [](const Operand& x) {
     return x.head_stride > 0 && x.head_stride < x.row_stride;
   };
-  const int64_t row_bytes = (p.d > p.d_v ? p.d : p.d_v) * dtype_bytes(p.dtype);
+  const int64_t row_bytes = (p.d > p.d_v ? p.d : p.d_v) * dtype_bytes(p.kv_dtype);
   int64_t heads = heads_adjoin(p.k) && heads_adjoin(p.v) ? kStreamRunBytes / row_bytes : 1;
   heads = heads < 1 ? 1 : heads < p.h_k ? heads : p.h_k;
   return {kStreamRows, kStreamTaskRows, static_cast<int>(heads)};
@@ -55,7 +60,11 @@ struct StreamScratch {
   Row* rows;          // [kStreamTaskRows]
   const char** k[2];  // rows of a block, of the task's first head; this block's and the next's
   const char** v[2];
+  uint16_t* expanded;          // [kExpandedKeys][expanded_ld]: K or V in fp8 as fp16
+  const char** expanded_rows;  // its rows
 };
+
+inline int64_t expanded_ld(const HeadDims& dims) { return dims.largest_pad(); }
 
 inline StreamScratch carve_stream(Carver& c, const Flash_fwd_params& p) {
   const int keys = stream_block_keys(p);
@@ -71,6 +80,9 @@ inline StreamScratch carve_stream(Carver& c, const Flash_fwd_params& p) {
     x.k[i] = c.take<const char*>(keys);
     x.v[i] = c.take<const char*>(keys);
   }
+  const int expanded = p.kv_dtype == Dtype::kFloat8E4M3 ? kExpandedKeys : 0;
+  x.expanded = c.take<uint16_t>(expanded * expanded_ld(dims));
+  x.expanded_rows = c.take<const char*>(expanded);
   return x;
 }
 
@@ -96,6 +108,8 @@ class StreamTaskRunner {
   void run() {
     for (int h = 0; h < task_.heads; ++h) load_q(h);
     std::memset(x_.o, 0, sizeof(float) * task_.heads * rows() * dims_.d_v_pad);
+    for (int i = 0; kIsExpanded && i < kExpandedKeys; ++i)
+      x_.expanded_rows[i] = reinterpret_cast<const char*>(x_.expanded + i * expanded_ld(dims_));
     int keys = find_rows(0, task_.key_begin);
     prefetch(k_rows(0, 0), keys, dims_.d * dtype_bytes(T));
     prefetch(v_rows(0, 0), keys, dims_.d_v * dtype_bytes(T));
@@ -104,23 +118,38 @@ class StreamTaskRunner {
       for (int h = 0; h < task_.heads; ++h) attend(h, key, keys, next_keys);
       keys = next_keys;
     }
-    for (int r = 0; r < task_.heads * rows(); ++r)
-      from_part_order<T>(x_.o + int64_t{r} * dims_.d_v_pad, dims_.d_v_pad);
+    for (int h = 0; h < task_.heads; ++h) store_o(h);
   }
 
   const Sequence& seq() const { return seq_; }
   int rows() const { return task_.row_end - task_.row_begin; }  // of a head
 
  private:
+  static constexpr Dtype kRead = read_as(T);
+  static constexpr bool kIsExpanded = kRead != T;
+  static constexpr float kScale = kIsExpanded ? kFp8OfFp16 : 1.f;  // of what is read
+
   void load_q(int h) {
     const RowMap map(p_, seq_, task_.head_k + h);
+    const HeadFactors factors(p_, seq_, task_.head_k + h);
     for (int i = 0; i < rows(); ++i) {
       const int row = task_.row_begin + i, r = h * rows() + i;
       x_.rows[r] = map.row(row);
       x_.state[r] = RowState{};
       float* q = x_.q + int64_t{r} * dims_.d_pad;
-      read_scaled_query(p_, seq_, map, row, q, dims_.d_pad);
-      to_part_order<T>(q, dims_.d_pad);
+      read_scaled_query(p_, seq_, map, row, factors.q, factors.k.shared() * kScale, q, dims_.d_pad);
+      to_part_order<kRead>(q, dims_.d_pad);
+    }
+  }
+
+  // The sums of a head, from part order, with V's factors.
+  void store_o(int h) {
+    const float factor = HeadFactors(p_, seq_, task_.head_k + h).v.shared() * kScale;
+    for (int r = h * rows(); r < (h + 1) * rows(); ++r) {
+      float* o = x_.o + int64_t{r} * dims_.d_v_pad;
+      from_part_order<kRead>(o, dims_.d_v_pad);
+      if (factor == 1.f) continue;
+      for (int i = 0; i < dims_.d_v_pad; i += kWidth) store(o + i, load(o + i) * factor);
     }
   }
 
@@ -152,6 +181,17 @@ class StreamTaskRunner {
       for (int i = 0; i < bytes; i += kLine) __builtin_prefetch(rows.row(n) + i);
   }
 
+  // What products read of `count` rows. Rows that are expanded here prefetch those ahead; of others
+  // the products do.
+  StreamRows readable(StreamRows rows, StreamRows ahead, int count, int d) const {
+    if constexpr (!kIsExpanded) return rows;
+    for (int n = 0; n < count; ++n) {
+      for (int i = 0; i < d; i += kLine) __builtin_prefetch(ahead.row(n) + i);
+      expand_row(x_.expanded + n * expanded_ld(dims_), rows.row(n), d);
+    }
+    return {x_.expanded_rows, 0};
+  }
+
   // One head over one block of keys. Meanwhile the rows that come next are prefetched: the next
   // head's, or the next block's of the first head; at the end, for want of others, these again.
   void attend(int h, int key, int keys, int next_keys) {
@@ -160,45 +200,64 @@ class StreamTaskRunner {
     const int next_slot = last && next_keys > 0 ? 1 - slot : slot;
     const int next_h = last ? 0 : h + 1;
     const int first = h * rows();
-    scores(first, keys, k_rows(slot, h), k_rows(next_slot, next_h));
+    const StreamRows next_k = k_rows(next_slot, next_h), next_v = v_rows(next_slot, next_h);
+    scores(first, keys, k_rows(slot, h), next_k);
     bool all_visible = true;
     const RowMap map(p_, seq_, task_.head_k + h);
+    const HeadFactors factors(p_, seq_, task_.head_k + h);
+    if (factors.k.differ()) multiply_rows(key, keys, [&](int64_t j) { return factors.of_k(j); });
     for (int r = 0; r < rows(); ++r)
       all_visible &= finish_scores(map, first + r, x_.s + r * block_keys_, key, keys);
     softmax_step(first, round_up(keys, kTileN));
-    values(first, keys, v_rows(slot, h), v_rows(next_slot, next_h), all_visible);
+    if (factors.v.differ()) multiply_rows(key, keys, [&](int64_t j) { return factors.of_v(j); });
+    values(first, keys, v_rows(slot, h), next_v, all_visible);
+  }
+
+  // Scores or weights of a head by a factor of each key.
+  template <class Factor>
+  void multiply_rows(int first_key, int keys, Factor factor) const {
+    alignas(64) float factors[kStreamBlockKeys];
+    const int columns = round_up(keys, kTileN);
+    fill_factors(factors, first_key, keys, columns, factor);
+    for (int r = 0; r < rows(); ++r) multiply_columns(x_.s + r * block_keys_, factors, columns);
   }
 
   // Of columns 0 .. keys, rounded up to kTileKeys.
   void scores(int first, int keys, StreamRows k, StreamRows ahead) const {
-    for (int n = 0; n < keys; n += kTileKeys)
+    for (int n = 0; n < keys; n += kTileKeys) {
+      const StreamRows tile = readable(k.from(n), ahead.from(n), kTileKeys, dims_.d);
       for (int r = 0; r < rows(); r += kScoreM)
         with_rows<kScoreM>(rows() - r, [&]<int M>() {
-          dot_keys<T, M>({x_.q + int64_t{first + r} * dims_.d_pad, dims_.d_pad, k.from(n),
-                          ahead.from(n), r == 0, dims_.d, x_.s + r * block_keys_ + n, block_keys_});
+          dot_keys<kRead, M>({x_.q + int64_t{first + r} * dims_.d_pad, dims_.d_pad, tile,
+                              ahead.from(n), r == 0 && !kIsExpanded, dims_.d,
+                              x_.s + r * block_keys_ + n, block_keys_});
         });
+    }
   }
 
   void values(int first, int keys, StreamRows v, StreamRows ahead, bool all_visible) const {
-    const auto product = [&](int r, int n, int count) {
-      return ValueProduct{.p = x_.s + r * block_keys_ + n,
-                          .p_ld = block_keys_,
-                          .v = v.from(n),
-                          .ahead = ahead.from(n),
-                          .keys = count,
-                          .d = dims_.d_v,
-                          .o = x_.o + int64_t{first + r} * dims_.d_v_pad,
-                          .o_ld = dims_.d_v_pad};
-    };
-    if (!all_visible && !values_finite(v, keys)) {
-      for (int r = 0; r < rows(); ++r) accumulate_values_skipping_zeros<T>(product(r, 0, keys));
-      return;
-    }
+    const bool skip_zeros = !all_visible && !values_finite(v, keys);
     for (int n = 0; n < keys; n += kValueKeys) {
       const int count = keys - n < kValueKeys ? keys - n : kValueKeys;
+      const StreamRows tile = readable(v.from(n), ahead.from(n), count, dims_.d_v);
+      const auto product = [&](int r) {
+        return ValueProduct{.p = x_.s + r * block_keys_ + n,
+                            .p_ld = block_keys_,
+                            .v = tile,
+                            .ahead = ahead.from(n),
+                            .keys = count,
+                            .d = dims_.d_v,
+                            .o = x_.o + int64_t{first + r} * dims_.d_v_pad,
+                            .o_ld = dims_.d_v_pad};
+      };
+      if (skip_zeros) {
+        for (int r = 0; r < rows(); ++r) accumulate_values_skipping_zeros<kRead>(product(r));
+        continue;
+      }
       for (int r = 0; r < rows(); r += kValueM)
-        with_rows<kValueM>(rows() - r,
-                           [&]<int M>() { accumulate_values<T, M>(product(r, n, count), r == 0); });
+        with_rows<kValueM>(rows() - r, [&]<int M>() {
+          accumulate_values<kRead, M>(product(r), r == 0 && !kIsExpanded);
+        });
     }
   }
 

@@ -25,7 +25,7 @@ inline void store_dmask_row(const TaskContext<Flash_fwd_params>& ctx, const Row&
     for (int j = begin; j < seqlen_k && j < begin + 32; ++j)
       if (random[j - begin] > ctx.dropout.keep_threshold) s[j] = -s[j];
   }
-  write_row(ctx.p.dtype, out, s, seqlen_k);
+  write_row(ctx.p.o_dtype, out, s, seqlen_k);
 }
 
 // Scores [rows][seqlen_k_rounded] of a task that sees all keys.
@@ -48,7 +48,7 @@ inline void dmask_scores(FwdTaskRunner& run, const FwdTask& task, const FwdTile&
 
 inline void store_dmask(const Flash_fwd_params& p) {
   const FwdTile tile = fwd_tile(p);
-  const int64_t ld = p.seqlen_k_rounded, bytes_a_row = ld * dtype_bytes(p.dtype);
+  const int64_t ld = p.seqlen_k_rounded, bytes_a_row = ld * dtype_bytes(p.o_dtype);
   std::memset(p.s_dmask, 0, p.b * p.h * p.seqlen_q_rounded * bytes_a_row);
   Carver measure(nullptr);
   carve_fwd(measure, p, tile);

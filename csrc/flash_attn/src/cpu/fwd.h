@@ -100,16 +100,19 @@ class FwdTaskRunner {
       const int row = task_.row_begin + r;
       x_.rows[r] = ctx_.map.row(row);
       x_.state[r] = RowState{};
-      read_scaled_query(ctx_.p, ctx_.seq, ctx_.map, row, x_.q + int64_t{r} * ctx_.d_pad,
-                        ctx_.d_pad);
+      read_scaled_query(ctx_.p, ctx_.seq, ctx_.map, row, ctx_.factors.q, 1.f,
+                        x_.q + int64_t{r} * ctx_.d_pad, ctx_.d_pad);
     }
   }
 
   void pack_kv(int key, int keys) {
     const int padded = round_up(keys, kTileN);
     const auto k_rows = ctx_.key_rows(ctx_.p.k, key), v_rows = ctx_.key_rows(ctx_.p.v, key);
-    pack_transposed(x_.k, ctx_.p.dtype, keys, ctx_.d, k_rows, x_.buffer);
-    v_finite_ = pack_natural(x_.v, ctx_.p.dtype, keys, padded, ctx_.d_v, v_rows, x_.buffer);
+    const auto k_factors = [&](int i) { return ctx_.factors.of_k(key + i); };
+    const auto v_factors = [&](int i) { return ctx_.factors.of_v(key + i); };
+    pack_transposed(x_.k, ctx_.p.kv_dtype, keys, ctx_.d, k_rows, x_.buffer, k_factors);
+    v_finite_ =
+        pack_natural(x_.v, ctx_.p.kv_dtype, keys, padded, ctx_.d_v, v_rows, x_.buffer, v_factors);
     v_rows_ = padded;
   }
 

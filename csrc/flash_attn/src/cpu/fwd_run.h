@@ -12,7 +12,7 @@ inline void store_row(const Flash_fwd_params& p, const RowMap& map, int row, Row
                       float* o) {
   const float scale = p.s_aux ? add_sink(p, map.head(row), state) : 1.f;
   const float rescale = 1.f / (1.f - p.p_dropout);
-  write_row(p.dtype, map.tensor_row(p.o, row), o, static_cast<int>(p.d_v),
+  write_row(p.o_dtype, map.out_row(row), o, static_cast<int>(p.d_v),
             scale * rescale * state.inverse_sum());
   if (p.softmax_lse) p.softmax_lse[map.lse_index(row)] = state.lse(1.f);
 }
@@ -48,7 +48,7 @@ inline void run_task(const Flash_fwd_params& p, const FwdTask& task, const FwdTi
   const Sequence seq = sequence(p, task.batch);
   if (task.streamed) {
     const StreamScratch x = carve_stream(carver, p);
-    with_dtype(p.dtype, [&]<Dtype T>() { StreamTaskRunner<T>(p, task, x).run(); });
+    with_input_dtype(p.kv_dtype, [&]<Dtype T>() { StreamTaskRunner<T>(p, task, x).run(); });
     for (int h = 0; h < task.heads; ++h)
       finish_rows(p, seq, task, h, x.state + h * rows, x.o + h * rows * partials.o_ld, partials);
   } else {
@@ -100,7 +100,7 @@ inline void merge_parts(const Flash_fwd_params& p, const FwdPlan& plan, const Pa
 
 inline void store_rows_of_no_sequence(const Flash_fwd_params& p) {
   const int64_t used = p.cu_seqlens_q[p.b];
-  zero_rows_beyond(p.o, p.dtype, used, p.total_q, p.h, p.d_v);
+  zero_rows_beyond(p.o, p.o_dtype, used, p.total_q, p.h, p.d_v);
   for (int64_t h = 0; h < p.h && p.softmax_lse; ++h)
     for (int64_t i = used; i < p.total_q; ++i) p.softmax_lse[h * p.lse_head_stride + i] = -kInf;
 }

@@ -67,9 +67,11 @@ class FwdTilesRunner {
         task_(task),
         tile_(tile),
         x_(x),
-        fold_scale_(!ctx_.modifiers && p.scale_softmax > 0.f),
+        scale_(p.scale_softmax * ctx_.factors.of_scores()),
+        factors_differ_(ctx_.factors.q.differ() || ctx_.factors.k.differ()),
+        fold_scale_(!ctx_.modifiers && !factors_differ_ && scale_ > 0.f),
         // Three terms would show that the FMA rounds otherwise than the modifiers did.
-        references_(ctx_, x, fold_scale_ ? p.scale_softmax : 1.f, fold_scale_ || kTerms < 3),
+        references_(ctx_, x, fold_scale_ ? scale_ : 1.f, fold_scale_ || kTerms < 3),
         factor_(references_.factor()),
         q_(packed_grid(x.packed_q, tile.task_rows, ctx_.d_pad)),
         k_(packed_grid(x.packed_k, tile.keys, ctx_.d_pad)),
@@ -93,6 +95,7 @@ class FwdTilesRunner {
       while (weighed_.rows > 0 || multiplied_.rows > 0) advance(Unit{});
     }
     for (int r = 0; r < rows(); ++r) x_.state[r].sum = reduce_add(load(sums(r, block(r).sums)));
+    scale_o(ctx_.factors.v.shared());
     Tile::release();
   }
 
@@ -126,6 +129,12 @@ class FwdTilesRunner {
   BlockState& block(int row) const { return x_.block(row); }
   float* sums(int row, int which) const { return x_.sums_of(row, which); }
 
+  void scale_o(float factor) {
+    if (factor == 1.f) return;
+    for (int64_t i = 0; i < int64_t{rows()} * ctx_.d_v_pad; i += kWidth)
+      store(x_.o + i, load(x_.o + i) * factor);
+  }
+
   // Queries as A, rotated, not scaled, and fresh softmax states.
   void load_q() {
     for (int r = 0; r < rows(); ++r) {
@@ -158,10 +167,10 @@ class FwdTilesRunner {
     const auto k_rows = ctx_.key_rows(ctx_.p.k, key), v_rows = ctx_.key_rows(ctx_.p.v, key);
     v_finite_ = true;
     for (int i = 0; i < keys; i += kTileDepth) {
-      const RowGroup k_group{ctx_.p.dtype, i, kTileDepth, keys, ctx_.d};
+      const RowGroup k_group{ctx_.p.kv_dtype, i, kTileDepth, keys, ctx_.d};
       stage_rows<kTerms>(x_.staging, k_group, k_rows, nullptr);
       pack_key_columns<kTerms>(k_, i, x_.staging);
-      const RowGroup v_group{ctx_.p.dtype, i, kTileDepth, keys, ctx_.d_v};
+      const RowGroup v_group{ctx_.p.kv_dtype, i, kTileDepth, keys, ctx_.d_v};
       v_finite_ &= stage_rows<kTerms>(x_.staging, v_group, v_rows, x_.spoilt + i);
       pack_pairs<kTerms>(v_, i / kTileDepth, ctx_.d_v_pad, x_.staging);
     }
@@ -201,14 +210,19 @@ class FwdTilesRunner {
     const auto go = [&](auto modifier, float factor) {
       RowWeigher<Terms, decltype(modifier)> rows(weight_rows(done, done.scores, factor), modifier);
       // Of the modifiers' loops only those of the usual head dims are worth their code.
+      using Modifier = decltype(modifier);
       constexpr bool kFixed =
-          std::is_same_v<decltype(modifier), NoModifier> || (Dims::kD <= 4 && !Tile::kIsSoftware);
+          std::is_same_v<Modifier, NoModifier> ||
+          (Dims::kD <= 4 && !Tile::kIsSoftware && !std::is_same_v<Modifier, ValueFactors>);
       if (kFixed && fits_fixed(unit, done, pairs))
         exceeds = step_fixed(unit, pairs, rows);
       else
         exceeds = step(unit, pairs, rows);
     };
-    if (ctx_.modifiers && done.rows > 0 && modifies_exponents(done)) {
+    if (done.rows > 0 && ctx_.factors.v.differ()) {
+      prepare(done);
+      with_value_factors(done, [&](ValueFactors x) { go(x, factor_); });
+    } else if (ctx_.modifiers && done.rows > 0 && modifies_exponents(done)) {
       with_modifier(done, go);
     } else {
       if (done.rows > 0) prepare(done);
@@ -226,21 +240,28 @@ class FwdTilesRunner {
     const BlockState& state = block(unit.row);
     const Flash_fwd_params& p = ctx_.p;
     const int modifiers = (p.softcap > 0.f) + (p.alibi_slopes != nullptr) + (p.bias.ptr != nullptr);
-    return modifiers == 1 && !state.unset && !state.far && p.scale_softmax > 0.f &&
+    return modifiers == 1 && !state.unset && !state.far && !factors_differ_ && scale_ > 0.f &&
            (!p.bias.ptr || p.bias.col_stride == 1) && sees_all(unit);
   }
   template <class F>
   FLASH_INLINE void with_modifier(const Unit& unit, F f) const {
     const Flash_fwd_params& p = ctx_.p;
     const Row* rows = x_.rows + unit.row;
-    const float factor = p.scale_softmax * kLog2e;
+    const float factor = scale_ * kLog2e;
     if (p.softcap > 0.f)
-      return f(SoftcapModifier<Terms>{p.scale_softmax / p.softcap, p.softcap * kLog2e}, factor);
+      return f(SoftcapModifier<Terms>{scale_ / p.softcap, p.softcap * kLog2e}, factor);
     if (p.alibi_slopes)
       return f(AlibiModifier{rows, unit.key() + ctx_.seq.seqlen_q - ctx_.seq.seqlen_k}, factor);
     with_dtype(p.bias.dtype, [&]<Dtype T>() {
       f(BiasModifier<T>{rows, int64_t{unit.key()} * dtype_bytes(T)}, factor);
     });
+  }
+
+  template <class F>
+  FLASH_INLINE void with_value_factors(const Unit& unit, F f) const {
+    alignas(64) float factors[kUnitKeys];
+    fill_unit_factors(unit, factors, [&](int64_t j) { return ctx_.factors.of_v(j); });
+    f(ValueFactors{{}, factors});
   }
 
   // The pairs of tile columns of O that are complete after the next step: all when another piece
@@ -382,13 +403,28 @@ class FwdTilesRunner {
   // Products become scores.
   void finish_products(const Unit& unit, float* scores) {
     const Row* rows = x_.rows + unit.row;
+    if (factors_differ_) multiply_factors(unit, scores);
     if (!fold_scale_)
       modify_rows<kUnitKeys>(ctx_.p, ctx_.map, rows, unit.rows, scores, kUnitKeys, unit.key(),
-                             ctx_.p.scale_softmax);
+                             scale_);
     if (sees_all(unit)) return;
     const TileColumns t{0, kUnitKeys, unit.key()};
     for (int r = 0; r < unit.rows; ++r)
       fill_invisible(scores + r * kUnitKeys, t, visible(rows[r], t), -kInf);
+  }
+  void multiply_factors(const Unit& unit, float* scores) const {
+    const HeadFactors& x = ctx_.factors;
+    alignas(64) float factors[kUnitKeys], of_row[kUnitKeys];
+    fill_unit_factors(unit, factors, [&](int64_t j) { return x.k.differ() ? x.of_k(j) : 1.f; });
+    for (int r = 0; r < unit.rows; ++r) {
+      const float of_q = x.q.differ() ? x.q.of(x_.rows[unit.row + r].query) : 1.f;
+      for (int j = 0; j < kUnitKeys; j += kWidth) store(of_row + j, load(factors + j) * of_q);
+      multiply_columns(scores + r * kUnitKeys, of_row, kUnitKeys);
+    }
+  }
+  template <class Factor>
+  void fill_unit_factors(const Unit& unit, float* factors, Factor factor) const {
+    fill_factors(factors, unit.key(), ctx_.map.seqlen_k() - unit.key(), kUnitKeys, factor);
   }
   void shift_scores(const Unit& unit, float* scores) const {
     for (int r = 0; r < unit.rows; ++r) {
@@ -438,7 +474,7 @@ class FwdTilesRunner {
       read_query(ctx_.p, ctx_.seq, ctx_.map, task_.row_begin + unit.row + r, x_.buffer, ctx_.d_pad);
     };
     mend_products(scores, x_.rows + unit.row, unit.rows, unit.key(),
-                  {x_.buffer, x_.staging.buffer, ctx_.p.dtype, ctx_.d, ctx_.d_pad}, read,
+                  {x_.buffer, x_.staging.buffer, ctx_.p.kv_dtype, ctx_.d, ctx_.d_pad}, read,
                   ctx_.key_rows(ctx_.p.k, unit.key()));
   }
 
@@ -468,7 +504,12 @@ class FwdTilesRunner {
     }
     for_units([&](float* scores) {
       if (block(unit.row).far) shift_scores(unit, scores);
-      RowWeigher<Terms>(weight_rows(unit, scores, factor_)).finish();
+      const WeightRows rows = weight_rows(unit, scores, factor_);
+      if (ctx_.factors.v.differ())
+        with_value_factors(
+            unit, [&](ValueFactors x) { RowWeigher<Terms, ValueFactors>(rows, x).finish(); });
+      else
+        RowWeigher<Terms>(rows).finish();
       if (ctx_.dropout.enabled) drop(unit);
     });
   }
@@ -486,8 +527,8 @@ class FwdTilesRunner {
         float p = 0.f;
         for (int i = 0; i < kTerms; ++i)
           p += load_scalar(weights + i * 2 * kWeightsTerm, Dtype::kBFloat16, j % kTileDepth);
-        add_not_finite(x_.o + int64_t{piece.row + r} * ctx_.d_v_pad, 1, p, ctx_.p.dtype, v_rows(j),
-                       ctx_.d_v);
+        add_not_finite(x_.o + int64_t{piece.row + r} * ctx_.d_v_pad, 1, p, ctx_.p.kv_dtype,
+                       v_rows(j), ctx_.d_v);
       }
     }
   }
@@ -496,7 +537,9 @@ class FwdTilesRunner {
   const FwdTask& task_;
   const FwdTile& tile_;
   const Scratch& x_;
-  const bool fold_scale_;  // products are scores but for the scale
+  const float scale_;          // of products, with q's and k's factors if these do not differ
+  const bool factors_differ_;  // from one row of q or k to the next
+  const bool fold_scale_;      // products are scores but for the scale
   const FwdReferences references_;
   const float factor_;  // from products (or scores, where modified) to units of log2
   const Packed q_, k_, v_, weights_;

@@ -23,6 +23,13 @@ struct NoModifier {
     return fma(product, factor, reference);
   }
 };
+// Weights are multiplied by V's factors of their keys, once their sum is made.
+struct ValueFactors : NoModifier {
+  const float* factors;  // [kUnitKeys]
+  FLASH_INLINE Vec weight(Vec p, int j) const {
+    return select(p == zero(), p, p * load(factors + j));
+  }
+};
 struct AlibiModifier {
   const Row* row;
   int offset;  // of the unit's first key from the diagonal of query 0
@@ -95,7 +102,10 @@ class RowWeigher {
     store(at_.after, load(at_.before) + sum);
     largest_ =
         max(largest_, bits(sum));  // positive floats are ordered as their bits; NaN is largest
-    store_weights(low, high);
+    if constexpr (requires { modifier_.weight(low, 0); })
+      store_weights(modifier_.weight(low, 0), modifier_.weight(high, kWidth));
+    else
+      store_weights(low, high);
     ++row_;
     ++at_.reference;
     at_.scores += kUnitKeys;

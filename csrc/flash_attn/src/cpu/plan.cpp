@@ -209,7 +209,7 @@ double task_flops(const Flash_fwd_params& p, const FwdTask& task) {
   const double keys = task.key_end - task.key_begin, dims = static_cast<double>(p.d + p.d_v);
   const double products = 2. * task.heads * dims * seen_scores(p, seq, task);
   if (task.streamed)
-    return std::max(products, kFlopsPerByte * dtype_bytes(p.dtype) * task.heads * keys * dims);
+    return std::max(products, kFlopsPerByte * dtype_bytes(p.kv_dtype) * task.heads * keys * dims);
   return products + 2. * dims * kPackRows * keys;
 }
 

@@ -3,6 +3,7 @@
 
 #include "common/softmax.h"
 #include "cpu/append.h"
+#include "cpu/descale.h"
 #include "cpu/scores.h"
 
 namespace flash::cpu::FLASH_ATTN_ISA {
@@ -16,10 +17,13 @@ inline void read_query(const Flash_fwd_params& p, const Sequence& seq, const Row
     rotate_row(p, q, seq.cached + (positions_differ ? map.query(index) : 0));
   }
 }
+// The same, scaled by softmax_scale, its own factor and `factor`.
 inline void read_scaled_query(const Flash_fwd_params& p, const Sequence& seq, const RowMap& map,
-                              int index, float* q, int d_pad) {
+                              int index, const RowFactors& factors, float factor, float* q,
+                              int d_pad) {
   read_query(p, seq, map, index, q, d_pad);
-  for (int i = 0; i < d_pad; i += kWidth) store(q + i, load(q + i) * p.scale_softmax);
+  const float scale = p.scale_softmax * (factors.of(map.query(index)) * factor);
+  for (int i = 0; i < d_pad; i += kWidth) store(q + i, load(q + i) * scale);
 }
 
 // States on the CPU are of natural scores.

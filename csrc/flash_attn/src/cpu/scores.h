@@ -97,8 +97,12 @@ class RowMap {
     return seq_.batch * p_.lse_batch_stride + head(r) * p_.lse_head_stride + seq_.lse_row +
            query(r);
   }
+  // Of q and what has its dtype.
   char* tensor_row(const Operand& x, int r) const {
     return operand_row(x, p_.dtype, seq_.batch, seq_.q_row + query(r), head(r));
+  }
+  char* out_row(int r) const {
+    return operand_row(p_.o, p_.o_dtype, seq_.batch, seq_.q_row + query(r), head(r));
   }
   uint32_t batch_head(const Row& x) const {
     return static_cast<uint32_t>(seq_.batch * p_.h + x.head);

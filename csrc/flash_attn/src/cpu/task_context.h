@@ -2,6 +2,7 @@
 // lies, which rows see which keys, the head dims, and what scores go through before the softmax.
 #pragma once
 
+#include "cpu/descale.h"
 #include "cpu/scores.h"
 
 namespace flash::cpu::FLASH_ATTN_ISA {
@@ -27,6 +28,7 @@ struct TaskContext : HeadDims {
         seq(sequence(params, batch)),
         map(params, seq, head_k),
         head_k(head_k),
+        factors(params, seq, head_k),
         modifiers(has_score_modifiers(params)),
         dropout(Dropout::make(params.p_dropout, params.seed, params.offset)) {}
   TaskContext(const TaskContext&) = delete;  // map refers to seq
@@ -77,6 +79,7 @@ struct TaskContext : HeadDims {
   const Sequence seq;
   const RowMap map;
   const int head_k;
+  const HeadFactors factors;
   const bool modifiers;
   const DropoutLanes dropout;
 };

@@ -168,17 +168,23 @@ FLASH_INLINE void transpose4(float* dst, int64_t dst_ld, const float* src, int64
 
 inline constexpr int kRowsAhead = 8;  // prefetched
 
+// What rows are multiplied by when they are packed.
+struct OneForAll {
+  FLASH_INLINE float operator()(int) const { return 1.f; }
+};
+
 // Rows [n][d] become B of a product that sums over d: panels of kTileN rows, element (d, row). Rows
 // beyond n are 0. buffer holds kTileN * round_up(d, kTileN) floats.
-template <class Row>  // Row(i) -> const void*
-inline bool pack_transposed(float* dst, Dtype t, int n, int d, Row row, float* buffer) {
+template <class Row, class Factor = OneForAll>  // Row(i) -> const void*, Factor(i) -> float
+inline bool pack_transposed(float* dst, Dtype t, int n, int d, Row row, float* buffer,
+                            Factor factor = {}) {
   const int ld = round_up(d, kTileN);
   bool finite = true;
   for (int n0 = 0; n0 < n; n0 += kTileN) {
     const int rows = n - n0 < kTileN ? n - n0 : kTileN;
     for (int i = 0; i < rows; ++i) {
       if (n0 + i + kRowsAhead < n) prefetch_row(t, row(n0 + i + kRowsAhead), d);
-      finite &= read_row(t, buffer + i * ld, row(n0 + i), d, ld);
+      finite &= read_row(t, buffer + i * ld, row(n0 + i), d, ld, factor(n0 + i));
     }
     if (rows < kTileN) std::memset(buffer + rows * ld, 0, (kTileN - rows) * ld * sizeof(float));
     float* panel = dst + static_cast<int64_t>(n0) * ld;
@@ -194,14 +200,15 @@ inline OperandB transposed_operand(const float* packed, int d) {
 
 // Rows [n][d] become B of a product that sums over n: panels of kTileN dims, element (row, d). Rows
 // n..n_padded are 0.
-template <class Row>
-inline bool pack_natural(float* dst, Dtype t, int n, int n_padded, int d, Row row, float* buffer) {
+template <class Row, class Factor = OneForAll>
+inline bool pack_natural(float* dst, Dtype t, int n, int n_padded, int d, Row row, float* buffer,
+                         Factor factor = {}) {
   const int ld = round_up(d, kTileN);
   bool finite = true;
   for (int i = 0; i < n_padded; ++i) {
     if (i + kRowsAhead < n) prefetch_row(t, row(i + kRowsAhead), d);
     if (i < n)
-      finite &= read_row(t, buffer, row(i), d, ld);
+      finite &= read_row(t, buffer, row(i), d, ld, factor(i));
     else
       std::memset(buffer, 0, ld * sizeof(float));
     for (int p = 0; p < ld; p += kTileN)

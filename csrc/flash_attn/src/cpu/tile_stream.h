@@ -97,6 +97,35 @@ struct StreamRows {
 
 inline constexpr int kLine = 64;  // bytes of a cache line
 
+[[gnu::cold, gnu::noinline]] inline void expand_nan(uint16_t* dst, const char* row, int d) {
+  for (int i = 0; i < d; ++i)
+    if ((row[i] & 0x7f) == 0x7f) dst[i] = 0x7e00;
+}
+// A row of fp8 as fp16 of 2^-8 its value (fp8_to_fp16); what comes after it, up to a multiple of
+// 2 kWidth, is overwritten. NaN is rare: it is looked for without what would make it.
+inline void expand_row(uint16_t* dst, const char* row, int d) {
+  VecU16x2 largest{};
+  const auto expand = [&](uint16_t* to, const char* from) __attribute__((always_inline)) {
+    const VecU16x2 h =
+        fp8_to_fp16_but_nan(load_fp8_words_x2(reinterpret_cast<const uint8_t*>(from)));
+    const VecU16x2 magnitude = h & kFp8Magnitude;
+    largest = magnitude > largest ? magnitude : largest;
+    store_u16x2(to, h);
+  };
+  int i = 0;
+  for (; i + 2 * kWidth <= d; i += 2 * kWidth) expand(dst + i, row + i);
+  if (i < d) {
+    char tail[2 * kWidth] = {};
+    std::memcpy(tail, row + i, d - i);
+    expand(dst + i, tail);
+  }
+  const VecU pairs = reinterpret_cast<VecU>(largest);
+  const bool finite =
+      all_of(((pairs & 0xffffu) != kFp8Magnitude) & ((pairs >> 16) != kFp8Magnitude));
+  if (!finite) [[unlikely]]
+    expand_nan(dst, row, d);
+}
+
 // ------------------------------------------------------------------------------------------------
 // scores
 

@@ -7,6 +7,7 @@
 #include "hopper/mainloop_fwd.h"
 #include "hopper/named_barrier.h"
 #include "hopper/smem.h"
+#include "hopper/to_shared.h"
 #include "warp/epilogue.h"
 
 namespace flash::hopper {
@@ -26,14 +27,16 @@ class OutputStore {
     normalise(p, launch, here, rO, softmax);
     wait_for_shared_memory();
     if (launch.is_packed && here.row() + kWarpgroupRows > seq.seqlen_q) {
-      char* gO = operand_row(p.o, C.dtype, here.batch(), seq.q_row + here.warp_row(), here.head());
-      store_o<C, O>(rO, shared() + warp() * 16 * O::kRowBytes, gO, p.o.row_stride * kElementBytes,
-                    launch.o_aligned, valid_rows(here), static_cast<int>(p.d_v));
+      char* gO =
+          operand_row(p.o, C.o_dtype(), here.batch(), seq.q_row + here.warp_row(), here.head());
+      store_o<C, O, C.o_dtype()>(rO, shared() + warp() * 16 * O::kRowBytes, gO,
+                                 p.o.row_stride * kElementBytes, launch.o_aligned, valid_rows(here),
+                                 static_cast<int>(p.d_v));
       // Before TMA writes to where O was.
       if constexpr (!Plan::kTile.o_apart) ptx::fence_proxy_async();
       return;
     }
-    to_shared(rO);
+    accumulators_to_shared<C, O, C.o_dtype()>(shared() + warp() * 16 * O::kRowBytes, rO);
     ptx::fence_proxy_async();
     warpgroup_barrier(warpgroup_);
     if (!stores()) return;
@@ -82,23 +85,8 @@ class OutputStore {
     float* lse = p.softmax_lse ? p.softmax_lse + first : nullptr;
     const float factor =
         softmax.finish() * (C.scores == ScoreClass::kModified ? launch.dropout.rescale : 1.f);
-    normalise_o<C>(rO, softmax.rows, lse, valid_rows(here), launch.scale,
+    normalise_o<C>(rO, softmax.rows, lse, valid_rows(here), here.scale(launch),
                    sink_logit(p, here.head()), factor);
-  }
-
-  // A lane addresses the row of 16 bytes that holds its row of four 8 x 8 blocks.
-  FLASH_DEVICE void to_shared(const typename WarpTile<C>::Output& rO) const {
-    const ptx::Chunk chunk = ptx::a_chunk(ptx::read_tid_x() % 32);
-    const uint32_t lane = shared() + warp() * 16 * O::kRowBytes + O::offset(chunk.row, chunk.chunk);
-    static_for<C.head_dim_v / 16>([&](auto pair) {
-      uint32_t r[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float(&o)[4] = rO[0][2 * pair + i / 2];
-        r[i] = ptx::pack<C.dtype>(o[i % 2 * 2], o[i % 2 * 2 + 1]);
-      }
-      ptx::stmatrix_x4<O::ahead(pair)>(lane ^ O::flip(pair), r);
-    });
   }
 
   SmemPlan<C>& smem_;
@@ -112,7 +100,7 @@ FLASH_DEVICE void store_rows_of_no_sequence(const FwdParams& p, const WorkTile& 
   const int64_t first = p.cu_seqlens_q[p.b];
   if (first < 0) return;
   for (int64_t row = first + tile.place.m_block; row < p.total_q; row += tile.place.others) {
-    auto* o = reinterpret_cast<uint16_t*>(operand_row(p.o, C.dtype, 0, row, tile.head));
+    auto* o = reinterpret_cast<uint16_t*>(operand_row(p.o, C.o_dtype(), 0, row, tile.head));
     for (int i = thread; i < p.d_v; i += C.consumer_warps() * 32) o[i] = 0;
     if (p.softmax_lse != nullptr && thread == 0)
       p.softmax_lse[tile.head * p.lse_head_stride + row] = -INFINITY;

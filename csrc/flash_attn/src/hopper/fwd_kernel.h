@@ -14,9 +14,15 @@
 
 namespace flash::hopper {
 
+// Whether warps look through V, or transpose it.
+template <FwdConfig C>
+FLASH_DEVICE bool has_inspectors(const FwdLaunch& launch) {
+  return C.is_fp8() || launch.inspects_v;
+}
+
 template <FwdConfig C>
 FLASH_DEVICE void init_barriers(const FwdLaunch& launch, SmemPlan<C>& smem) {
-  const int inspectors = launch.inspects_v ? kInspectors : 0;
+  const int inspectors = has_inspectors<C>(launch) ? kInspectors : 0;
   init(smem.q_barriers, 1, C.consumer_warps());
   init(smem.k_barriers, 1, C.cluster() * C.consumer_warps());
   init(smem.v_barriers, 1, C.cluster() * C.consumer_warps() + inspectors);
@@ -82,7 +88,7 @@ FLASH_DEVICE void mha_fwd(const FwdParams& p, const FwdLaunch& launch) {
     ptx::setmaxnreg_dec<C.producer_registers()>();
     if (warp == 0) {
       produce<C>(p, launch, smem);
-    } else if (launch.inspects_v) {
+    } else if (has_inspectors<C>(launch)) {
       inspect<C>(p, launch, smem, warp - 1);
     }
   } else {

@@ -11,7 +11,7 @@
 namespace flash::hopper {
 
 // The call's arguments, those parts of them that the kernel reads.
-struct FwdParams : Operands, SequenceGeometry, ScoreParams, AppendParams {};
+struct FwdParams : Operands, SequenceGeometry, ScoreParams, AppendParams, QuantizationParams {};
 
 // The host's plan of the launch.
 struct FwdLaunch : AttentionLaunch {

@@ -16,15 +16,16 @@ namespace {
 constexpr int kSwizzledRows = 8;  // after which TMA's permutation of chunks begins anew
 
 const Tile& choose_tile(const Flash_fwd_params& p) {
-  if (modifies_scores(p) || p.p_dropout > 0.f) return tile_of(p.d, p.d_v, ScoreClass::kModified);
+  if (modifies_scores(p) || p.p_dropout > 0.f)
+    return tile_of(p.dtype, p.d, p.d_v, ScoreClass::kModified);
   const bool has_other_lengths = p.cu_seqlens_q != nullptr || p.cu_seqlens_k != nullptr ||
                                  p.seqused_k != nullptr || p.block_table != nullptr;
   if (p.window_left < 0 && p.window_right < 0 && !has_other_lengths) {
-    const Tile& tile = tile_of(p.d, p.d_v, ScoreClass::kUnmasked);
+    const Tile& tile = tile_of(p.dtype, p.d, p.d_v, ScoreClass::kUnmasked);
     // No CTA of a cluster shall be without queries.
     if ((p.seqlen_q + tile.m() - 1) / tile.m() % tile.cluster == 0) return tile;
   }
-  return tile_of(p.d, p.d_v, ScoreClass::kMasked);
+  return tile_of(p.dtype, p.d, p.d_v, ScoreClass::kMasked);
 }
 
 }  // namespace
@@ -57,6 +58,9 @@ int box_keys(const Flash_fwd_params& p, const Tile& tile) {
 }
 
 bool takes(const Flash_fwd_params& p) {
+  // Factors of e4m3 are for blocks that begin with the rows, not the keys.
+  const bool has_blocks = p.k_descale.block_stride != 0 || p.v_descale.block_stride != 0;
+  if (p.leftpad_k != nullptr && has_blocks) return false;
   if (p.block_table == nullptr) return true;
   return p.leftpad_k == nullptr && box_keys(p, choose_tile(p)) % kSwizzledRows == 0;
 }

@@ -2,14 +2,13 @@
 #include <algorithm>
 
 #include "base/cuda_driver/device.h"
-#include "base/cuda_driver/tensor_map.h"
 #include "common/bounded_sequence.h"
 #include "common/operand_views.h"
 #include "hopper/fwd_params.h"
 #include "hopper/heuristics.h"
 #include "hopper/hopper_backend.h"
+#include "hopper/launch.h"
 #include "warp/launch_plan.h"
-#include "warp/smem_tile.h"
 
 namespace flash::hopper {
 namespace {
@@ -18,20 +17,15 @@ bool has_tiles(const Flash_fwd_params& p) {
   return p.cu_seqlens_q != nullptr ? p.total_q > 0 : p.b > 0 && p.seqlen_q > 0;
 }
 
-// A tensor map whose boxes are a group of columns of `rows` rows of one head.
-CUtensorMap map_of(const cuda::Device& device, const StridedView& tensor, int head_dim, int rows,
-                   const char* name) {
-  const int columns = group_columns(head_dim);
-  return cuda::tensor_map(device, {tensor, {columns, 1, rows, 1}, columns * kElementBytes, name});
-}
-
 void plan_maps(const Flash_fwd_params& p, const FwdConfig& config, const Tile& tile,
                FwdLaunch& launch) {
   const OperandViews views = operand_views(p);
   const cuda::Device& device = *p.target.device;
   launch.q = map_of(device, views.q, config.head_dim, tile.m(), "q");
-  launch.k = map_of(device, views.k, config.head_dim, launch.box_keys, "k");
-  launch.v = map_of(device, views.v, config.head_dim_v, launch.box_keys, "v");
+  // Without keys, of anything: no kernel copies any.
+  const auto keys_or_q = [&](const StridedView& x) { return is_empty(x) ? views.q : x; };
+  launch.k = map_of(device, keys_or_q(views.k), config.head_dim, launch.box_keys, "k");
+  launch.v = map_of(device, keys_or_q(views.v), config.head_dim_v, launch.box_keys, "v");
   launch.o = map_of(device, views.o, config.head_dim_v, kWarpgroupRows, "out");
 }
 
@@ -50,7 +44,8 @@ struct Plan {
 
   explicit Plan(const Flash_fwd_params& p)
       : kernel(choose(p)),
-        tile(tile_of(kernel.config.head_dim, kernel.config.head_dim_v, kernel.config.scores)),
+        tile(tile_of(kernel.config.dtype, kernel.config.head_dim, kernel.config.head_dim_v,
+                     kernel.config.scores)),
         scheduler(schedule(p, tile, p.target.device->l2_cache_bytes())),
         ctas(tile.cluster * std::min(scheduler.tiles(), cluster_slots(p, kernel, tile))),
         counts_tiles(takes_tiles_by_counter(p, scheduler.tiles(), ctas)) {}
@@ -80,7 +75,7 @@ void mha_fwd(const Flash_fwd_params& p) {
   launch.rows_end_inside = p.cu_seqlens_k != nullptr || p.seqused_k != nullptr;
   launch.inspects_v = launch.rows_end_inside || p.window_left >= 0 || p.window_right >= 0;
   launch.dropout = Dropout::make(p.p_dropout, p.seed, p.offset);
-  FwdParams params{p, p, p, p};
+  FwdParams params{p, p, p, p, p};
   void* args[] = {&params, &launch};
   p.target.device->launch(
       plan.kernel.image,

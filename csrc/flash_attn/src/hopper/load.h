@@ -4,10 +4,14 @@
 
 #include "base/ptx/tma.h"
 #include "common/block_range.h"
+#include "hopper/factors.h"
 #include "hopper/fwd_params.h"
+#include "hopper/inspect.h"
+#include "hopper/named_barrier.h"
 #include "hopper/pipeline.h"
 #include "hopper/smem.h"
 #include "hopper/tile_scheduler.h"
+#include "hopper/transpose_v.h"
 #include "warp/warp_tile.h"
 
 namespace flash::hopper {
@@ -29,17 +33,25 @@ class Loader {
   FLASH_DEVICE void load(const WorkTile& tile, const BlockRange& blocks) {
     const Sequence& seq = tile.sequence;
     fill<typename Plan::Q, 1>(
-        smem_.q_barriers, q_, smem_.q[q_.slot()], launch_.q, C.m(), [&](int row) {
+        smem_.q_barriers, q_, smem_.q[q_.slot()], launch_.q, C.m(),
+        [&](int row) {
           return ptx::BoxPlace{0, static_cast<int>(seq.q_row) + tile.place.m_block * C.m() + row,
                                tile.head, launch_.is_packed ? 0 : tile.place.batch};
-        });
+        },
+        [] {});
     q_.advance();
     for (int block = blocks.end - 1; block >= blocks.begin; --block) {
       const auto place = [&](int row) { return place_of_key(tile, block * C.n() + row); };
+      const auto note = [&](float& to, const Descale& factors) {
+        if constexpr (C.is_fp8())
+          to = factor_of(factors, tile.place.batch, tile.head / launch_.group, block);
+      };
       fill<typename Plan::K, C.cluster()>(smem_.k_barriers, kv_, smem_.k[kv_.slot()], launch_.k,
-                                          launch_.box_keys, place);
+                                          launch_.box_keys, place,
+                                          [&] { note(smem_.k_factors[kv_.slot()], p_.k_descale); });
       fill<typename Plan::V, C.cluster()>(smem_.v_barriers, kv_, smem_.v[kv_.slot()], launch_.v,
-                                          launch_.box_keys, place);
+                                          launch_.box_keys, place,
+                                          [&] { note(smem_.v_factors[kv_.slot()], p_.v_descale); });
       kv_.advance();
     }
   }
@@ -71,16 +83,21 @@ class Loader {
 
   // A slot of a ring, of a tile's rows and groups of columns in boxes, one lane for each `box`
   // rows, so that lanes look up their pages side by side. In each CTA of a cluster, of which this
-  // one loads its share of the rows. place_of(row) is the place of row `row` of the tile.
-  template <class Smem, int kCluster, int kSlots, class PlaceOf>
+  // one loads its share of the rows. place_of(row) is the place of row `row` of the tile; what
+  // note() writes, by one lane, those see who wait for the slot.
+  template <class Smem, int kCluster, int kSlots, class PlaceOf, class Note>
   FLASH_DEVICE void fill(RingBarriers<kSlots>& barriers, const RingPosition<kSlots>& position,
-                         char* slot, const CUtensorMap& map, int box, const PlaceOf& place_of) {
+                         char* slot, const CUtensorMap& map, int box, const PlaceOf& place_of,
+                         const Note& note) {
     constexpr int kRows = Smem::kGroupBytes / Smem::kRowBytes / kCluster;
     const int first = kCluster > 1 ? ptx::read_cluster_ctarank() * kRows : 0;
     const uint32_t barrier = full(barriers, position);
     wait_empty(barriers, position);
     // Bytes may come before they are announced: without this arrival no phase ends.
-    if (lane() == 0) ptx::mbarrier_arrive_expect_tx(barrier, Smem::kBytes);
+    if (lane() == 0) {
+      note();
+      ptx::mbarrier_arrive_expect_tx(barrier, Smem::kBytes);
+    }
     for (int row = first + lane() * box; row < first + kRows; row += 32 * box) {
       ptx::BoxPlace at = place_of(row);
       const uint32_t shared = ptx::shared_address(slot) + row * Smem::kRowBytes;
@@ -132,8 +149,9 @@ FLASH_DEVICE void produce(const FwdParams& p, const FwdLaunch& launch, SmemPlan<
     position.advance();
   };
   for (TileNumbers<C> numbers(launch); numbers.number() < tiles; numbers.advance()) {
-    const WorkTile tile = find_tile<C>(p, launch, numbers.number());
+    WorkTile tile = find_tile<C>(p, launch, numbers.number());
     if (is_empty<C>(p, tile)) continue;
+    if constexpr (C.is_fp8()) set_scale(p, launch, tile);
     hand_on(tile);
     check_pages(p, launch, tile);
     const BlockRange blocks = blocks_of<C>(p, tile);
@@ -148,41 +166,14 @@ FLASH_DEVICE void produce(const FwdParams& p, const FwdLaunch& launch, SmemPlan<
   hand_on(last);
 }
 
-// What lies behind a sequence's last key, in a slot of V, becomes 0: an inspector's share.
-template <FwdConfig C>
-FLASH_DEVICE void clear_rows_behind(char* slot, int rows, int thread) {
-  using V = typename SmemPlan<C>::V;
-  const uint32_t shared = ptx::shared_address(slot);
-  for (int i = rows * V::kChunks + thread; i < C.n() * V::kChunks; i += 32 * kInspectors)
-#pragma unroll
-    for (int g = 0; g < V::kGroups; ++g)
-      ptx::store_shared(shared + g * V::kGroupBytes + i * kChunkBytes, uint4{0, 0, 0, 0});
-}
-
-// Whether an inspector's share of a slot of V, `rows` rows, holds neither inf nor NaN: times 0 they
-// are NaN.
-template <FwdConfig C>
-FLASH_DEVICE bool is_finite_share(char* slot, int rows, int thread) {
-  using V = typename SmemPlan<C>::V;
-  const uint32_t shared = ptx::shared_address(slot);
-  uint32_t sum = 0;
-#pragma unroll 2
-  for (int i = thread; i < rows * V::kChunks; i += 32 * kInspectors) {
-#pragma unroll
-    for (int g = 0; g < V::kGroups; ++g) {
-      const uint4 x = ptx::load_shared_16_bytes(shared + g * V::kGroupBytes + i * kChunkBytes);
-      for (const uint32_t pair : {x.x, x.y, x.z, x.w}) sum = ptx::fma2<C.dtype>(pair, 0, sum);
-    }
-  }
-  return __all_sync(0xffffffffu, (sum & 0x7fff7fffu) == 0);
-}
-
 // A warp that looks through the blocks of V that a mask cuts, before they are multiplied: a hidden
-// key's probability is 0, and 0 times NaN must not reach the rows that do not see it. Warp
-// `inspector` of kInspectors.
+// key's probability is 0, and 0 times NaN must not reach the rows that do not see it. Blocks of
+// e4m3 it also transposes, all of them. Warp `inspector` of kInspectors.
 template <FwdConfig C>
 FLASH_DEVICE void inspect(const FwdParams& p, const FwdLaunch& launch, SmemPlan<C>& smem,
                           int inspector) {
+  using V = typename SmemPlan<C>::V;
+  constexpr int kThreads = 32 * kInspectors;
   const int thread = inspector * 32 + ptx::read_tid_x() % 32;
   RingPosition<kTileSlots> tiles;
   RingPosition<SmemPlan<C>::kTile.stages> position;
@@ -197,17 +188,27 @@ FLASH_DEVICE void inspect(const FwdParams& p, const FwdLaunch& launch, SmemPlan<
     tiles.advance();
     for (int block = blocks.end - 1; block >= blocks.begin; --block) {
       wait_full(smem.v_barriers, position);
-      if (!blocks.is_full(block)) {
-        char* slot = smem.v[position.slot()];
+      const uint32_t slot = ptx::shared_address(smem.v[position.slot()]);
+      if (launch.inspects_v && !blocks.is_full(block)) {
         const int rows = min(keys - block * C.n(), C.n());
         const bool is_masked = p.window_left >= 0 || p.window_right >= 0;
-        const bool is_finite = !is_masked || is_finite_share<C>(slot, rows, thread);
+        const bool is_finite =
+            !is_masked || is_finite_share<C.dtype, V, kThreads>(slot, rows, thread);
         if (launch.rows_end_inside && rows < C.n()) {
-          clear_rows_behind<C>(slot, rows, thread);
+          clear_rows_behind<V, kThreads>(slot, rows, C.n(), thread);
           ptx::fence_proxy_async();
         }
         if (ptx::read_tid_x() % 32 == 0) smem.not_finite[position.slot()][inspector] = !is_finite;
-        __syncwarp();  // lanes have read the slot, and written to it
+        if constexpr (C.is_fp8()) {
+          inspectors_barrier();  // all of them have
+        } else {
+          __syncwarp();  // lanes have read the slot, and written to it
+        }
+      }
+      if constexpr (C.is_fp8()) {
+        transpose_v<C>(smem.v[position.slot()], inspector);
+        ptx::fence_proxy_async();
+        __syncwarp();
       }
       arrive_as_warp(ptx::shared_address(&smem.inspected[position.slot()]));
       leave(smem.v_barriers, position);

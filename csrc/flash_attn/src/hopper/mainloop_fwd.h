@@ -6,10 +6,13 @@
 #include "base/ptx/tma.h"
 #include "base/ptx/wgmma.h"
 #include "common/block_range.h"
+#include "hopper/contain_8_bits.h"
 #include "hopper/fwd_params.h"
+#include "hopper/gemm_pv_8_bits.h"
 #include "hopper/mask.h"
 #include "hopper/named_barrier.h"
 #include "hopper/pipeline.h"
+#include "hopper/place.h"
 #include "hopper/smem.h"
 #include "hopper/softmax.h"
 #include "warp/contain.h"
@@ -17,38 +20,6 @@
 #include "warp/score.h"
 
 namespace flash::hopper {
-
-// Where a warpgroup's rows of a tile are. It lies in shared memory and is read again where it is
-// needed: registers are short.
-template <FwdConfig C>
-class Place {
- public:
-  FLASH_DEVICE Place(const FwdParams& p, const WorkTile& tile, int warpgroup)
-      : p_(p), tile_(tile), warpgroup_(warpgroup) {}
-
-  FLASH_DEVICE const Sequence& sequence() const { return tile_.sequence; }
-  FLASH_DEVICE int batch() const { return tile_.place.batch; }
-  FLASH_DEVICE int head() const { return tile_.head; }
-  FLASH_DEVICE Mask mask() const { return mask_of(p_, tile_.sequence); }
-
-  // First queries: of the CTA, of this warpgroup, of this warp.
-  FLASH_DEVICE int cta_row() const { return tile_.place.m_block * C.m(); }
-  FLASH_DEVICE int row() const { return cta_row() + warpgroup_ * kWarpgroupRows; }
-  FLASH_DEVICE int warp_row() const { return row() + ptx::read_tid_x() / 32 % 4 * 16; }
-
-  // The blocks of keys that they see.
-  FLASH_DEVICE BlockRange cta_blocks() const {
-    return block_range(mask(), cta_row(), cta_row() + C.m() - 1, C.n());
-  }
-  FLASH_DEVICE BlockRange blocks() const {
-    return block_range(mask(), row(), row() + kWarpgroupRows - 1, C.n());
-  }
-
- private:
-  const FwdParams& p_;
-  const WorkTile& tile_;
-  int warpgroup_;
-};
 
 template <FwdConfig C>
 class Mainloop {
@@ -72,15 +43,9 @@ class Mainloop {
   // Waits for Q, and rotates this warpgroup's rows where that is asked for.
   FLASH_DEVICE void wait_q(const Place<C>& here) {
     wait_full(smem_.q_barriers, q_);
-    if (p_.rotary_dim == 0) return;
-    const Sequence& seq = here.sequence();
-    const bool positions_differ = p_.window_left >= 0 || p_.window_right >= 0;
-    rotate_q<C.dtype, typename Plan::Q, kWarpgroupThreads>(
-        p_, q_rows(), min(kWarpgroupRows, seq.seqlen_q - here.row()),
-        ptx::read_tid_x() % kWarpgroupThreads,
-        [&](int row) { return seq.cached + (positions_differ ? here.row() + row : 0); });
-    ptx::fence_proxy_async();
-    warpgroup_barrier(warpgroup_);
+    if constexpr (!C.is_fp8()) {
+      if (p_.rotary_dim != 0) rotate(here);
+    }
   }
   FLASH_DEVICE void release_q() {
     leave(smem_.q_barriers, q_);
@@ -94,16 +59,29 @@ class Mainloop {
   using Probabilities = typename W::Probabilities;
   static constexpr Tile kTile = C.tile();
   using Position = RingPosition<kTile.stages>;
-  static constexpr bool kPingPong = kTile.overlap == Overlap::kPingPong;
+  static constexpr bool kPingPong = kTile.overlap != Overlap::kWithin;
+  static constexpr int kSteps = Plan::Q::kRowBytes / 32;  // of a wgmma, in a group of columns
+
+  FLASH_DEVICE void rotate(const Place<C>& here) {
+    const Sequence& seq = here.sequence();
+    const bool positions_differ = p_.window_left >= 0 || p_.window_right >= 0;
+    rotate_q<C.dtype, typename Plan::Q, kWarpgroupThreads>(
+        p_, q_rows(), min(kWarpgroupRows, seq.seqlen_q - here.row()),
+        ptx::read_tid_x() % kWarpgroupThreads,
+        [&](int row) { return seq.cached + (positions_differ ? here.row() + row : 0); });
+    ptx::fence_proxy_async();
+    warpgroup_barrier(warpgroup_);
+  }
 
   // The blocks that this warpgroup sees, from `block` down; returns the one before them. Those that
   // every query sees, [full_begin, full_end), go without a mask, and overlap if scores are plain:
   // where they are modified, products are the smaller part, and a second copy of the code large.
+  // Nor do products that are apart.
   FLASH_DEVICE int attend_mine(Output& rO, Softmax<C>& softmax, const Place<C>& here,
                                const BlockRange& mine, int block) {
     const int full_end = min(mine.full_end, mine.end);
     const int full_begin = max(mine.full_begin, mine.begin);
-    if constexpr (C.scores == ScoreClass::kModified) {
+    if constexpr (C.scores == ScoreClass::kModified || kTile.overlap == Overlap::kApart) {
 #pragma unroll 1
       for (; block >= mine.begin; --block)
         step(rO, softmax, here, block, block < full_begin || block >= full_end);
@@ -138,8 +116,7 @@ class Mainloop {
     wait_full(smem_.k_barriers, at);
     ptx::wgmma_keep_in_order(rS[0]);
     ptx::wgmma_fence();
-    static_for<C.head_dim / 16>([&](auto i) {
-      constexpr int kSteps = Q::kGroupCols / 16;  // of a group of columns
+    static_for<Q::kGroups * kSteps>([&](auto i) {
       constexpr int kWithin = i % kSteps * 32;
       ptx::wgmma_ss<C.dtype>(rS[0], q + (i / kSteps * Q::kGroupBytes + kWithin),
                              k + (i / kSteps * K::kGroupBytes + kWithin), i > 0);
@@ -162,10 +139,49 @@ class Mainloop {
     ptx::wgmma_commit_group();
   }
 
+  // rO += rP sV of a block that has come, with nothing beside it.
+  FLASH_DEVICE void gemm_pv(Output& rO, const Probabilities& rP) {
+    if constexpr (C.is_fp8()) {
+      static_for<C.head_dim_v / kTile.pv_columns>([&](auto part) {
+        BlockOutput<C> rT;
+        issue_pv_8_bits<C>(rT, rP, smem_.v[block_.slot()], part);
+        finish(rT);
+        const float factor = smem_.v_factors[block_.slot()];
+        promote<C>(rO, rT, {factor, factor}, part);
+      });
+    } else {
+      issue_pv(rO, rP);
+      finish(rO[0]);
+    }
+  }
+
   template <int kTiles>
   FLASH_DEVICE void finish(float (&r)[kTiles][4]) {
     ptx::wgmma_wait_group<0>();
     ptx::wgmma_keep_in_order(r);
+  }
+
+  // Until V of the block has come, and has been transposed.
+  FLASH_DEVICE void wait_v() {
+    if constexpr (C.is_fp8()) {
+      wait_inspected();
+    } else {
+      wait_full(smem_.v_barriers, block_);
+    }
+  }
+  FLASH_DEVICE void wait_inspected() const {
+    ptx::mbarrier_wait(ptx::shared_address(&smem_.inspected[block_.slot()]), block_.phase());
+  }
+
+  // S of the block in the slots `at` is there.
+  FLASH_DEVICE void release_k(Scores& rS, const Position& at) {
+    if constexpr (C.is_fp8()) {
+      if (p_.k_descale.block_stride != 0) {
+        multiply_scores<C>(rS, smem_.k_factors[at.slot()]);
+        __syncwarp();  // lanes have read it
+      }
+    }
+    leave<C.cluster()>(smem_.k_barriers, at);
   }
 
   // The block is done.
@@ -186,38 +202,53 @@ class Mainloop {
 
   // From products to unnormalised probabilities. rO goes along with the references.
   // `kMayHide`: some may be hidden, and are if `hides`. `kBesidePv`: P V is under way, which ends
-  // before rO is touched.
+  // before rO is touched, or is what `raised` will be multiplied with.
   template <bool kMayHide, bool kBesidePv>
   FLASH_DEVICE void weigh(Scores& rS, Output& rO, Softmax<C>& softmax, const Place<C>& here,
-                          int block, bool hides) {
+                          int block, bool hides, float* raised = nullptr) {
     const int first_key = block * C.n();
-    if (launch_.negate_q) {
+    if (here.negates_q(launch_)) {
 #pragma unroll
       for (int n = 0; n < W::kS; ++n)
 #pragma unroll
         for (int i = 0; i < 4; ++i) rS[0][n][i] = -rS[0][n][i];
     }
     if constexpr (C.scores == ScoreClass::kModified) {
-      if (launch_.modifies_scores)
+      if (launch_.modifies_scores) {
+        if constexpr (C.is_fp8()) multiply_scores<C>(rS, here.factor());
         modify_scores<C>(rS, p_, {here.batch(), here.head(), here.warp_row(), here.mask()},
                          first_key);
+      }
     }
     if constexpr (kMayHide) {
       if (hides) hide_scores<C>(rS, here.mask(), here.warp_row(), first_key);
     }
-    softmax.raise_references(rS, launch_.scale_log2, [&](const float(&factors)[2]) {
-      if constexpr (kBesidePv) finish(rO[0]);
+    const float scale_log2 = here.scale_log2(launch_);
+    softmax.raise_references(rS, scale_log2, [&](const float(&factors)[2]) {
+      if constexpr (kBesidePv && C.is_fp8()) {
+        raised[0] *= factors[0], raised[1] *= factors[1];
+      } else if constexpr (kBesidePv) {
+        finish(rO[0]);
+      }
       multiply_rows<C>(rO, factors);
     });
     if constexpr (kPingPong) turns_.wait();
-    softmax.template exponentials<!kMayHide>(rS, launch_.scale_log2);
-    if constexpr (kPingPong) turns_.pass();
+    softmax.template exponentials<!kMayHide>(rS, scale_log2);
+    if constexpr (kTile.overlap == Overlap::kPingPong && C.is_fp8()) {
+      turns_.pass_behind(softmax.rows[0][0].sum, softmax.rows[0][1].sum);
+    } else if constexpr (kPingPong) {
+      turns_.pass();
+    }
   }
 
   FLASH_DEVICE void probabilities(Probabilities& rP, const Scores& rS, const Place<C>& here,
                                   int block) {
-    pack<C>(rP, rS);
-    if constexpr (C.scores == ScoreClass::kModified) {
+    if constexpr (C.is_fp8()) {
+      pack_in_8_bits<C>(rP, rS);
+    } else {
+      pack<C>(rP, rS);
+    }
+    if constexpr (C.scores == ScoreClass::kModified && !C.is_fp8()) {
       if (launch_.dropout.enabled)
         drop<C>(rP, launch_.dropout,
                 static_cast<uint32_t>(here.batch() * launch_.heads + here.head()), here.warp_row(),
@@ -234,7 +265,7 @@ class Mainloop {
     issue_qk(rS, block_);
     if constexpr (!kPingPong) turns_.pass();
     finish(rS[0]);
-    leave<C.cluster()>(smem_.k_barriers, block_);
+    release_k(rS, block_);
     weigh<kMayHide, false>(rS, rO, softmax, here, block, hides);
     probabilities(rP, rS, here, block);
   }
@@ -244,13 +275,19 @@ class Mainloop {
                          bool hides) {
     Probabilities rP;
     scores_alone<true>(rP, rO, softmax, here, block, hides);
-    wait_full(smem_.v_barriers, block_);
+    wait_v();
     if (launch_.inspects_v && hides && !is_v_finite()) {
-      gemm_pv_by_keys<C, typename Plan::V>(rO, rP, ptx::shared_address(smem_.v[block_.slot()]),
-                                           here.mask(), here.warp_row(), block * C.n());
+      const uint32_t sV = ptx::shared_address(smem_.v[block_.slot()]);
+      if constexpr (C.is_fp8()) {
+        gemm_pv_in_8_bits_by_keys<C, typename Plan::Vt>(rO, rP, sV, smem_.v_factors[block_.slot()],
+                                                        here.mask(), here.warp_row(),
+                                                        block * C.n());
+      } else {
+        gemm_pv_by_keys<C, typename Plan::V>(rO, rP, sV, here.mask(), here.warp_row(),
+                                             block * C.n());
+      }
     } else {
-      issue_pv(rO, rP);
-      finish(rO[0]);
+      gemm_pv(rO, rP);
     }
     __syncwarp();  // lanes have read its flags, or the slot
     release_v();
@@ -259,9 +296,54 @@ class Mainloop {
   // Of the slot that is next; waits until it has been looked through, which all blocks are that are
   // cut for a part of the CTA's queries.
   FLASH_DEVICE bool is_v_finite() const {
-    const int slot = block_.slot();
-    ptx::mbarrier_wait(ptx::shared_address(&smem_.inspected[slot]), block_.phase());
-    return ptx::load_shared(ptx::shared_address(smem_.not_finite[slot])) == 0;
+    wait_inspected();
+    return ptx::load_shared(ptx::shared_address(smem_.not_finite[block_.slot()])) == 0;
+  }
+
+  // Issues rS = sQ sK^T of the next block behind rO += rP sV of this one, which ends here.
+  FLASH_DEVICE void issue_pv_beside_qk(Output& rO, const Probabilities& rP, Scores& rS) {
+    if constexpr (C.is_fp8()) {
+      BlockOutput<C> rT;
+      issue_pv_8_bits<C>(rT, rP, smem_.v[block_.slot()], 0);
+      issue_qk(rS, block_.next());
+      ptx::wgmma_wait_group<1>();
+      ptx::wgmma_keep_in_order(rT);
+      const float factor = smem_.v_factors[block_.slot()];
+      promote<C>(rO, rT, {factor, factor}, 0);
+      __syncwarp();  // lanes have read the factor
+    } else {
+      issue_pv(rO, rP);
+      issue_qk(rS, block_.next());
+      ptx::wgmma_wait_group<1>();
+      ptx::wgmma_keep_in_order(rO[0]);
+    }
+  }
+
+  // The softmax of rS, the next block, whose Q K^T is under way, beside rO += rP sV of this one.
+  FLASH_DEVICE void weigh_beside_pv(Scores& rS, Output& rO, const Probabilities& rP,
+                                    Softmax<C>& softmax, const Place<C>& here, int block) {
+    const auto wait_qk = [&] {
+      turns_.pass();
+      ptx::wgmma_wait_group<1>();
+      ptx::wgmma_keep_in_order(rS[0]);
+      release_k(rS, block_.next());
+    };
+    if constexpr (C.is_fp8()) {
+      BlockOutput<C> rT;
+      issue_pv_8_bits<C>(rT, rP, smem_.v[block_.slot()], 0);
+      wait_qk();
+      const float factor = smem_.v_factors[block_.slot()];
+      float factors[2] = {factor, factor};
+      weigh<false, true>(rS, rO, softmax, here, block, false, factors);
+      finish(rT);
+      promote<C>(rO, rT, factors, 0);
+      __syncwarp();  // lanes have read the factor
+    } else {
+      issue_pv(rO, rP);
+      wait_qk();
+      weigh<false, true>(rS, rO, softmax, here, block, false);
+      finish(rO[0]);
+    }
   }
 
   // Blocks from `block` down to `last`, all of which every query sees.
@@ -272,33 +354,24 @@ class Mainloop {
     for (--block; block >= last; --block) {
       Scores rS;
       if constexpr (kPingPong) {
-        wait_full(smem_.v_barriers, block_);
-        issue_pv(rO, rP);
-        issue_qk(rS, block_.next());
-        ptx::wgmma_wait_group<1>();
-        ptx::wgmma_keep_in_order(rO[0]);
+        wait_v();
+        issue_pv_beside_qk(rO, rP, rS);
         release_v();
         finish(rS[0]);
-        leave<C.cluster()>(smem_.k_barriers, block_);
+        release_k(rS, block_);
         weigh<false, false>(rS, rO, softmax, here, block, false);
       } else {
         turns_.wait();
         issue_qk(rS, block_.next());
-        wait_full(smem_.v_barriers, block_);
-        issue_pv(rO, rP);
-        turns_.pass();
-        ptx::wgmma_wait_group<1>();
-        ptx::wgmma_keep_in_order(rS[0]);
-        leave<C.cluster()>(smem_.k_barriers, block_.next());
-        weigh<false, true>(rS, rO, softmax, here, block, false);
-        finish(rO[0]);
+        wait_v();
+        weigh_beside_pv(rS, rO, rP, softmax, here, block);
         release_v();
       }
       probabilities(rP, rS, here, block);
     }
-    wait_full(smem_.v_barriers, block_);
-    issue_pv(rO, rP);
-    finish(rO[0]);
+    wait_v();
+    gemm_pv(rO, rP);
+    if constexpr (C.is_fp8()) __syncwarp();
     release_v();
   }
 

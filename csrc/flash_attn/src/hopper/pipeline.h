@@ -29,12 +29,13 @@ class RingPosition {
   FLASH_DEVICE int slot() const { return static_cast<int>(count_ % kSlots); }
   FLASH_DEVICE uint32_t phase() const { return count_ / kSlots % 2; }
   FLASH_DEVICE void advance() { ++count_; }
-  FLASH_DEVICE RingPosition next() const { return RingPosition(count_ + 1); }
+  FLASH_DEVICE RingPosition next() const { return ahead(1); }
+  FLASH_DEVICE RingPosition ahead(int slots) const { return RingPosition(count_ + slots); }
 
   RingPosition() = default;
+  FLASH_DEVICE explicit RingPosition(uint32_t count) : count_(count) {}
 
  private:
-  FLASH_DEVICE explicit RingPosition(uint32_t count) : count_(count) {}
   uint32_t count_ = 0;
 };
 

@@ -26,6 +26,11 @@ struct WorkTile {
   Sequence sequence;
   int head;
   bool is_last;  // not a tile: there are no more
+  // As AttentionLaunch has them, of e4m3, whose factors go into them; where scores are modified,
+  // those are `factor`.
+  float scale, scale_log2;
+  bool negate_q;
+  float factor;
 };
 
 inline constexpr int kTileSlots = 2;
@@ -34,9 +39,12 @@ inline constexpr int kInspectors = 3;  // warps of the producer's warpgroup that
 template <FwdConfig C>
 struct SmemPlan {
   static constexpr Tile kTile = C.tile();
-  using Q = SmemTile<C.head_dim, kTile.m()>;
-  using K = SmemTile<C.head_dim, kTile.n>;
-  using V = SmemTile<C.head_dim_v, kTile.n>;
+  static constexpr int kBytes = dtype_bytes(C.dtype);  // of an element
+  using Q = SmemTile<C.head_dim, kTile.m(), kBytes>;
+  using K = SmemTile<C.head_dim, kTile.n, kBytes>;
+  using V = SmemTile<C.head_dim_v, kTile.n, kBytes>;
+  // Of e4m3: V in the same place, transposed. Keys are columns.
+  using Vt = SmemTile<kTile.n, C.head_dim_v, kBytes, V::kGroupCols>;
   using O = SmemTile<C.head_dim_v, kTile.m()>;
 
   alignas(kTileAlignment) char q[kTile.q_stages][Q::kBytes];
@@ -46,9 +54,10 @@ struct SmemPlan {
   RingBarriers<kTile.q_stages> q_barriers;
   RingBarriers<kTile.stages> k_barriers, v_barriers;
   RingBarriers<kTileSlots> tile_barriers;
-  uint64_t inspected[kTile.stages];  // a slot of V has been looked through
+  uint64_t inspected[kTile.stages];  // a slot of V has been looked through, and transposed
   WorkTile tiles[kTileSlots];
   alignas(4) uint8_t not_finite[kTile.stages][4];  // by inspector: what it has seen of a slot of V
+  float k_factors[kTile.stages], v_factors[kTile.stages];  // of e4m3, of the slots' blocks
 };
 
 }  // namespace flash::hopper

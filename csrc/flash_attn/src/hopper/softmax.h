@@ -10,18 +10,22 @@
 
 namespace flash::hopper {
 
-// A row's reference, RowState::max, stays until a score exceeds it by a factor of 2^8: until then
-// sums and outputs, which grow by this much at most, need no new scale. Exact all the same: they
-// are divided by each other in the end.
-inline constexpr float kMaxGrowth = 8.f;
+// A row's reference, RowState::max, stays until a score exceeds it by a factor of 2^8, of e4m3 2^4:
+// until then sums and outputs, which grow by this much at most, need no new scale. Exact all the
+// same: they are divided by each other in the end.
+template <Dtype kDtype>
+inline constexpr float kMaxGrowth = kDtype == Dtype::kFloat8E4M3 ? 4.f : 8.f;
 
 // Exponentials are 2^-kHeadroom times what they are called, so that none is above 1 however much it
 // has grown: P V of bf16 numbers near the largest of fp32 would overflow. fp16 cannot, and its
-// range is too short for it.
+// range is too short for it. Of e4m3, whose normal numbers are 2^-6 to 448, they are 2^4 times what
+// they are called, 2^8 at most: precise down to 2^-10 of a row's largest, or 2^-14.
 template <Dtype kDtype>
-inline constexpr float kHeadroom = kDtype == Dtype::kBFloat16 ? kMaxGrowth : 0.f;
+inline constexpr int kHeadroom = kDtype == Dtype::kBFloat16     ? 8
+                                 : kDtype == Dtype::kFloat8E4M3 ? -4
+                                                                : 0;
 
-// 2^x by FMAs, for x <= kMaxGrowth: 2^floor(x + 1/2) times a polynomial in the rest; relative error
+// 2^x by FMAs, for x <= 8: 2^floor(x + 1/2) times a polynomial in the rest; relative error
 // at most 2.6e-6. NaN stays NaN; below 2^-126.5 all is 0.
 FLASH_DEVICE float ex2_by_fma(float x) {
   x = ptx::max_nan(x, -127.f);          // whose power of 2 has an exponent field of 0: it is 0
@@ -36,7 +40,7 @@ FLASH_DEVICE float ex2_by_fma(float x) {
 }
 
 // The states of a warp's rows.
-template <FwdConfig C>
+template <auto C>
 struct Softmax {
   using W = WarpTile<C>;
   using Scores = typename W::Scores;
@@ -62,7 +66,12 @@ struct Softmax {
   template <class OnRaise>
   FLASH_DEVICE void raise_references(const Scores& rS, float scale_log2, const OnRaise& on_raise) {
     float largest[2];
-    bool grows = false;
+    row_maxima(rS, largest);
+    raise_references(largest, scale_log2, on_raise);
+  }
+
+  // The largest of rS in each of this lane's rows.
+  FLASH_DEVICE static void row_maxima(const Scores& rS, float (&largest)[2]) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       largest[half] = fmaxf(rS[0][0][2 * half], rS[0][0][2 * half + 1]);
@@ -70,7 +79,17 @@ struct Softmax {
       for (int n = 1; n < W::kS; ++n)
         largest[half] = fmaxf(largest[half], fmaxf(rS[0][n][2 * half], rS[0][n][2 * half + 1]));
       largest[half] = quad_max(largest[half]);
-      grows |= (largest[half] - rows[0][half].max) * scale_log2 > kMaxGrowth;
+    }
+  }
+
+  // The same for scores whose largest are `largest`.
+  template <class OnRaise>
+  FLASH_DEVICE void raise_references(const float (&largest)[2], float scale_log2,
+                                     const OnRaise& on_raise) {
+    bool grows = false;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      grows |= (largest[half] - rows[0][half].max) * scale_log2 > kMaxGrowth<C.dtype>;
     }
     if (!__any_sync(0xffffffffu, grows)) return;
     float factors[2];
@@ -79,7 +98,7 @@ struct Softmax {
     for (int half = 0; half < 2; ++half) {
       RowState& row = rows[0][half];
       factors[half] = 1.f;
-      if ((largest[half] - row.max) * scale_log2 > kMaxGrowth) {
+      if ((largest[half] - row.max) * scale_log2 > kMaxGrowth<C.dtype>) {
         factors[half] = ptx::ex2((row.max - largest[half]) * scale_log2);
         row.max = largest[half];
         row.sum *= factors[half];
@@ -94,7 +113,8 @@ struct Softmax {
 
   // Takes the headroom out of the sums. Returns what outputs must be multiplied by.
   FLASH_DEVICE float finish() {
-    constexpr float kFactor = 1 << static_cast<int>(kHeadroom<C.dtype>);
+    constexpr int kBits = kHeadroom<C.dtype>;
+    constexpr float kFactor = kBits < 0 ? 1.f / (1 << -kBits) : 1 << kBits;
 #pragma unroll
     for (int half = 0; half < 2; ++half) rows[0][half].sum *= kFactor;
     return kFactor;
@@ -136,7 +156,7 @@ struct Softmax {
   }
 };
 
-template <FwdConfig C>
+template <auto C>
 FLASH_DEVICE void pack(typename WarpTile<C>::Probabilities& rP,
                        const typename WarpTile<C>::Scores& rS) {
 #pragma unroll
@@ -146,7 +166,28 @@ FLASH_DEVICE void pack(typename WarpTile<C>::Probabilities& rP,
       rP[0][n][half] = ptx::pack<C.dtype>(rS[0][n][2 * half], rS[0][n][2 * half + 1]);
 }
 
+// The columns of a block's keys in a row: hopper/transpose_v.h.
 template <FwdConfig C>
+FLASH_DEVICE void pack_in_8_bits(typename WarpTile<C>::Probabilities& rP,
+                                 const typename WarpTile<C>::Scores& rS) {
+#pragma unroll
+  for (int n = 0; n < WarpTile<C>::kP; ++n)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float *even = rS[0][2 * n] + 2 * half, *odd = rS[0][2 * n + 1] + 2 * half;
+      rP[0][n][half] = ptx::pack_e4m3(even[0], even[1], odd[0], odd[1]);
+    }
+}
+
+template <FwdConfig C>
+FLASH_DEVICE void multiply_scores(typename WarpTile<C>::Scores& rS, float factor) {
+#pragma unroll
+  for (int n = 0; n < WarpTile<C>::kS; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) rS[0][n][i] *= factor;
+}
+
+template <auto C>
 FLASH_DEVICE void multiply_rows(typename WarpTile<C>::Output& rO, const float (&factors)[2]) {
 #pragma unroll
   for (int n = 0; n < WarpTile<C>::kO; ++n)

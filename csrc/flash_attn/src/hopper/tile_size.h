@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <iterator>
+#include <span>
 
 #include "common/flash.h"
 #include "warp/score_class.h"
@@ -21,6 +22,9 @@ enum class Overlap {
   // Warpgroups take turns at issuing. Q K^T of a block goes first, and P V of the one before runs
   // beside the block's softmax.
   kWithin,
+  // Warpgroups take turns at their exponentials; products of one follow each other, with nothing
+  // beside them.
+  kApart,
 };
 
 struct Tile {
@@ -34,6 +38,7 @@ struct Tile {
   bool o_apart = true;  // O has shared memory of its own; or it takes Q's
   int cluster = 1;      // CTAs that load K and V together, half of each block for both
   int polynomial = 0;   // every so many exponentials are computed by FMAs; 0: none
+  int pv_columns = 0;   // of e4m3: of V in a product P V, which has accumulators of its own
 
   constexpr int m() const { return warpgroups * kWarpgroupRows; }
   constexpr int box_keys() const { return n / cluster; }  // that a CTA loads of a block
@@ -74,14 +79,42 @@ inline constexpr Tile kTiles[] = {
 };
 // clang-format on
 
+// Of e4m3. Blocks are those of the factors (kDescaleRows).
+// clang-format off
+inline constexpr Tile kFp8Tiles[] = {
+    {.head_dim = 64, .head_dim_v = 64, .scores = ScoreClass::kMasked,
+     .warpgroups = 2, .n = 128, .stages = 4, .q_stages = 2, .pv_columns = 64},
+    {.head_dim = 128, .head_dim_v = 128, .scores = ScoreClass::kMasked,
+     .warpgroups = 2, .n = 128, .overlap = Overlap::kWithin, .stages = 4, .q_stages = 2,
+     .pv_columns = 128},
+    {.head_dim = 192, .head_dim_v = 128, .scores = ScoreClass::kMasked,
+     .warpgroups = 2, .n = 128, .overlap = Overlap::kWithin, .pv_columns = 128},
+    {.head_dim = 256, .head_dim_v = 256, .scores = ScoreClass::kMasked,
+     .warpgroups = 2, .n = 128, .overlap = Overlap::kApart, .pv_columns = 64},
+    {.head_dim = 64, .head_dim_v = 64, .scores = ScoreClass::kModified,
+     .warpgroups = 2, .n = 128, .stages = 4, .q_stages = 2, .pv_columns = 64},
+    {.head_dim = 128, .head_dim_v = 128, .scores = ScoreClass::kModified,
+     .warpgroups = 2, .n = 128, .stages = 4, .q_stages = 2, .pv_columns = 128},
+    {.head_dim = 256, .head_dim_v = 256, .scores = ScoreClass::kModified,
+     .warpgroups = 2, .n = 128, .overlap = Overlap::kApart, .pv_columns = 64},
+};
+// clang-format on
+
+constexpr std::span<const Tile> tiles_of(Dtype dtype) {
+  if (dtype == Dtype::kFloat8E4M3) return kFp8Tiles;
+  return kTiles;
+}
+
 constexpr bool has(const Tile& tile, int64_t head_dim, int64_t head_dim_v, ScoreClass scores) {
   return tile.head_dim >= head_dim && tile.head_dim_v >= head_dim_v && tile.scores >= scores;
 }
 
 // The first that has head dims 1..kMaxHeadDim and a class of scores.
 inline constexpr int kMaxHeadDim = 256;
-constexpr const Tile& tile_of(int64_t head_dim, int64_t head_dim_v, ScoreClass scores) {
-  return *std::find_if(std::begin(kTiles), std::end(kTiles),
+constexpr const Tile& tile_of(Dtype dtype, int64_t head_dim, int64_t head_dim_v,
+                              ScoreClass scores) {
+  const std::span<const Tile> tiles = tiles_of(dtype);
+  return *std::find_if(tiles.begin(), tiles.end(),
                        [=](const Tile& tile) { return has(tile, head_dim, head_dim_v, scores); });
 }
 
@@ -97,6 +130,17 @@ constexpr bool is_valid(const Tile& t) {
 }
 static_assert(std::all_of(std::begin(kTiles), std::end(kTiles), is_valid));
 
+constexpr bool is_valid_for_fp8(const Tile& t) {
+  return is_valid(t) && t.scores != ScoreClass::kUnmasked && t.m() == kDescaleRows &&
+         t.n == kDescaleRows && (t.pv_columns == 64 || t.pv_columns == 128) &&
+         t.head_dim_v % t.pv_columns == 0 &&
+         // Beside Q K^T there are accumulators for one product alone.
+         (t.overlap == Overlap::kApart || t.pv_columns == t.head_dim_v) &&
+         // V is transposed in place, by squares (transpose_v.h).
+         (t.head_dim_v == 64 || t.head_dim_v % t.n == 0);
+}
+static_assert(std::all_of(std::begin(kFp8Tiles), std::end(kFp8Tiles), is_valid_for_fp8));
+
 // One kernel. (consteval: device code may call them too.)
 struct FwdConfig {
   Dtype dtype;
@@ -105,7 +149,9 @@ struct FwdConfig {
 
   constexpr bool operator==(const FwdConfig&) const = default;
 
-  consteval Tile tile() const { return tile_of(head_dim, head_dim_v, scores); }
+  consteval Tile tile() const { return tile_of(dtype, head_dim, head_dim_v, scores); }
+  consteval bool is_fp8() const { return dtype == Dtype::kFloat8E4M3; }
+  consteval Dtype o_dtype() const { return is_fp8() ? Dtype::kBFloat16 : dtype; }
   consteval int m() const { return tile().m(); }
   consteval int n() const { return tile().n; }
   consteval int consumer_warps() const { return 4 * tile().warpgroups; }

@@ -24,104 +24,23 @@
 #pragma once
 
 #include "base/ptx/atomic.h"
-#include "common/bounded_sequence.h"
-#include "common/bwd_schedule.h"
 #include "sm80/bwd_gemm.h"
 #include "sm80/bwd_scores.h"
-#include "warp/packed_tile.h"
-#include "warp/report.h"
+#include "warp/find_key_tile.h"
+#include "warp/store_gradients.h"
 #include "warp/store_rows.h"
 
 namespace flash::sm80 {
-
-// Query blocks of the sequences of a packed batch before `batch`, counted by a warp.
-template <int kM>
-FLASH_DEVICE int query_blocks_before(const SequenceGeometry& p, int batch) {
-  int blocks = 0;
-  for (int i = ptx::read_tid_x() % 32; i < batch; i += 32)
-    if (query_faults(p, i) == 0) blocks += (length_of(p.cu_seqlens_q, i) + kM - 1) / kM;
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) blocks += __shfl_xor_sync(0xffffffffu, blocks, step);
-  return blocks;
-}
-
-// This CTA's number among the key blocks of a head, the first ones first, and the heads.
-struct BwdNumber {
-  int key_block, batch_head;  // key_block: of a packed batch, over all sequences
-
-  FLASH_DEVICE explicit BwdNumber(const BwdLaunch& launch) {
-    const Tile_coordinates tile = launch.scheduler.tile(ptx::read_ctaid_x());
-    key_block = launch.scheduler.m_blocks - 1 - tile.m_block;
-    batch_head = tile.batch_head;
-  }
-};
 
 template <BwdConfig C>
 FLASH_DEVICE BwdSchedule schedule_of(const Mask& mask) {
   return {mask, C.tile().m, C.tile().n};
 }
 
-// Puts this CTA's block of keys into shared memory.
 template <BwdConfig C>
 FLASH_DEVICE void find_tile(KeyTile& tile, const BwdParams& p, const BwdLaunch& launch) {
-  if (ptx::read_tid_x() < 32) {
-    constexpr int kM = C.tile().m, kN = C.tile().n;
-    const BwdNumber number(launch);
-    const bool is_packed = p.cu_seqlens_q != nullptr;
-    PackedTile found{number.batch_head / launch.heads_k, number.key_block, 0};
-    if (is_packed)
-      found = packed_tile<kN>(p.cu_seqlens_k, p.seqlen_k, static_cast<int>(p.b), number.key_block,
-                              launch.scheduler.m_blocks);
-    const int q_blocks = is_packed ? query_blocks_before<kM>(p, found.batch)
-                                   : found.batch * static_cast<int>(p.h) * launch.q_blocks;
-    if (ptx::read_tid_x() == 0) {
-      IndexFaults faults = 0;
-      Sequence seq{};
-      if (found.batch < p.b)
-        seq = bounded_sequence(p, found.batch, launch.bounds.max_cached, faults);
-      // Sequences that overlap may have more blocks than there is room for.
-      if (is_packed && q_blocks + (seq.seqlen_q + kM - 1) / kM > launch.q_blocks) seq.seqlen_q = 0;
-      const Mask mask = mask_of(p, seq);
-      const int first_key = found.m_block * kN;
-      tile = {found,
-              seq,
-              mask,
-              number.batch_head % launch.heads_k,
-              found.m_block,
-              first_key,
-              min(kN, seq.seqlen_k - first_key),
-              schedule_of<C>(mask).visits(found.m_block),
-              q_blocks};
-      if (faults != 0) report(launch.bounds, faults);
-    }
-  }
+  if (ptx::read_tid_x() < 32) find_key_tile<C.tile().m, C.tile().n>(tile, p, launch);
   __syncthreads();
-}
-
-// A visit: to a block of queries of one head. The heads of a group take turns at a block, so that
-// the CTAs of their keys stay in step (common/bwd_schedule.h).
-struct Visit {
-  int step, head;  // head: of the group
-
-  FLASH_DEVICE Visit next(int heads) const {
-    return head + 1 < heads ? Visit{step, head + 1} : Visit{step + 1, 0};
-  }
-};
-
-FLASH_DEVICE QueryBlock query_block(const BwdLaunch& launch, const KeyTile& here,
-                                    const Visit& visit) {
-  return {here.head_k * launch.group + visit.head, here.visits.at(visit.step)};
-}
-
-// Two neighbouring elements of a row of dq, of which `columns` are left.
-FLASH_DEVICE void store_pair(char* destination, uint32_t pair, int columns, bool aligned) {
-  if (aligned && columns >= 2) {
-    *reinterpret_cast<uint32_t*>(destination) = pair;
-    return;
-  }
-  auto* elements = reinterpret_cast<uint16_t*>(destination);
-  if (columns >= 1) elements[0] = static_cast<uint16_t>(pair);
-  if (columns >= 2) elements[1] = static_cast<uint16_t>(pair >> 16);
 }
 
 template <BwdConfig C>
@@ -234,21 +153,6 @@ FLASH_DEVICE bool is_full_block(const KeyTile& here, const QueryBlock& queries) 
          (queries.block + 1) * C.tile().m <= here.seq.seqlen_q;
 }
 
-// Zeros for keys of no sequence, this CTA's share of them.
-template <BwdConfig C>
-FLASH_DEVICE void clear_rows_of_no_sequence(const BwdParams& p, const KeyTile& here) {
-  const int64_t first = p.cu_seqlens_k[p.b];
-  if (first < 0) return;
-  const auto clear_row = [&](const Operand& x, int64_t row, int64_t head_dim) {
-    auto* elements = reinterpret_cast<uint16_t*>(operand_row(x, C.dtype, 0, row, here.head_k));
-    for (int i = threadIdx.x; i < head_dim; i += C.threads()) elements[i] = 0;
-  };
-  for (int64_t row = first + here.place.m_block; row < p.total_k; row += here.place.others) {
-    clear_row(p.dk, row, p.d);
-    clear_row(p.dv, row, p.d_v);
-  }
-}
-
 template <BwdConfig C>
 FLASH_DEVICE void mha_bwd(const BwdParams& p, const BwdLaunch& launch) {
   using Plan = BwdSmemPlan<C>;
@@ -260,7 +164,7 @@ FLASH_DEVICE void mha_bwd(const BwdParams& p, const BwdLaunch& launch) {
 
   KeyTile& here = reinterpret_cast<Plan*>(memory)->tile;
   find_tile<C>(here, p, launch);
-  if (here.place.batch == p.b) return clear_rows_of_no_sequence<C>(p, here);
+  if (here.place.batch == p.b) return clear_rows_of_no_sequence<C.dtype, C.threads()>(p, here);
   if (here.keys <= 0) return;
 
   typename Warps::KeyGradient rdK, rdV;

@@ -6,6 +6,7 @@
 #include "sm80/bwd_load.h"
 #include "sm80/query.h"
 #include "sm80/tile_gemm.h"
+#include "warp/contain.h"
 
 namespace flash::sm80 {
 
@@ -61,19 +62,6 @@ FLASH_DEVICE void gemm_of_queries(typename BwdWarps<C>::QueryGradient& r, uint32
           keys + Plan::K::offset(b.row, 2 * columns + b.chunk)});
 }
 
-// Whether a tile holds neither inf nor NaN, as far as this thread's share of it tells.
-template <class Smem, Dtype kDtype, int kThreads>
-FLASH_DEVICE bool is_share_finite(uint32_t tile) {
-  uint32_t sum = 0;  // of zeros, or NaN
-#pragma unroll 2
-  for (int i = threadIdx.x; i < Smem::kBytes / kChunkBytes; i += kThreads) {
-    const uint4 x = ptx::load_shared_16_bytes(tile + i * kChunkBytes);
-    for (const uint32_t pair : {x.x, x.y, x.z, x.w}) sum = ptx::fma2<kDtype>(pair, 0, sum);
-  }
-  return to_float<kDtype>(static_cast<uint16_t>(sum)) == 0.f &&
-         to_float<kDtype>(static_cast<uint16_t>(sum >> 16)) == 0.f;
-}
-
 // A barrier of the CTA; whether some keys of the block are hidden and Q, dO or K is not finite: 0
 // times that must not reach a gradient across a hidden pair.
 template <BwdConfig C>
@@ -89,37 +77,6 @@ FLASH_DEVICE bool is_cut_and_not_finite(uint32_t smem, uint32_t stage, bool is_f
       is_share_finite<typename Plan::Q, C.dtype, C.threads()>(stage + offsetof(Stage, dout)) &&
       is_share_finite<typename Plan::K, C.dtype, C.threads()>(smem + offsetof(Plan, k));
   return __syncthreads_or(!is_finite);
-}
-
-// r += sums over `count` terms: of a lane's row row_of(i) and term t, for which is_seen(row, t),
-// the element score_at(row, t) times the pair at pair_at(t, n). Addresses are computed each time:
-// what this holds, the loop around it has to do without.
-template <Dtype kDtype, int kM, int kN, class RowOf, class IsSeen, class ScoreAt, class PairAt>
-FLASH_DEVICE void multiply_by_element(Accumulators<kM, kN>& r, int count, const RowOf& row_of,
-                                      const IsSeen& is_seen, const ScoreAt& score_at,
-                                      const PairAt& pair_at) {
-  static_for<kM * 2>([&](auto i) {
-#pragma unroll 1
-    for (int t = 0; t < count; ++t) {
-      const int row = ptx::opaque(row_of(i));
-      if (!is_seen(row, t)) continue;
-      const float x = to_float<kDtype>(ptx::load_shared_2_bytes(score_at(row, t)));
-#pragma unroll
-      for (int n = 0; n < kN; ++n) {
-        const uint32_t pair = ptx::load_shared(pair_at(ptx::opaque(t), n));
-        float* sum = &r[i / 2][n][2 * (i % 2)];
-        sum[0] = fmaf(x, to_float<kDtype>(static_cast<uint16_t>(pair)), sum[0]);
-        sum[1] = fmaf(x, to_float<kDtype>(static_cast<uint16_t>(pair >> 16)), sum[1]);
-      }
-    }
-  });
-}
-
-// Of a 16-bit element or pair of them.
-template <class Smem>
-FLASH_DEVICE uint32_t element_address(uint32_t tile, int row, int column) {
-  return tile + Smem::offset(row, column / kChunkElements) +
-         column % kChunkElements * kElementBytes;
 }
 
 // Whether a query of a block sees a key of this CTA's; numbers within both.

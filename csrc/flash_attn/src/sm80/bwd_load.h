@@ -6,14 +6,9 @@
 #include "common/seqlen.h"
 #include "sm80/bwd_params.h"
 #include "sm80/bwd_smem.h"
-#include "sm80/load.h"
+#include "warp/load.h"
 
 namespace flash::sm80 {
-
-// A block of queries of one head.
-struct QueryBlock {
-  int head, block;
-};
 
 // This thread's place in its CTA. Where registers are short it is read anew each time, and what is
 // computed from it is too. this_warp() is a shuffle: where all lanes come.

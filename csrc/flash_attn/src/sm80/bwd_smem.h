@@ -1,26 +1,11 @@
 // What lies where in the shared memory of a CTA of the backward.
 #pragma once
 
-#include "common/bwd_schedule.h"
-#include "common/mask.h"
-#include "common/seqlen.h"
 #include "sm80/bwd_table.h"
-#include "warp/packed_tiles.h"
+#include "warp/key_tile.h"
 #include "warp/smem_tile.h"
 
 namespace flash::sm80 {
-
-// A CTA's block of keys of one key-value head. In shared memory, not in registers: one thread finds
-// it for all, and the products need every register.
-struct KeyTile {
-  PackedTile place;  // m_block: key block
-  Sequence seq;
-  Mask mask;
-  int head_k;
-  int key_block, first_key, keys;  // keys: that there are
-  QueryBlocks visits;
-  int first_q_block;  // in BwdLaunch's dq_sums and turns, of the sequence's head 0
-};
 
 template <BwdConfig C>
 struct BwdSmemPlan {

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "common/bounded_sequence.h"
-#include "sm80/page_table.h"
+#include "warp/page_table.h"
 
 namespace flash::sm80 {
 

@@ -15,11 +15,11 @@
 #pragma once
 
 #include "sm80/decode_load.h"
-#include "sm80/decode_query.h"
 #include "sm80/decode_score.h"
 #include "sm80/decode_tile.h"
 #include "sm80/steps.h"
 #include "warp/contain.h"
+#include "warp/decode_query.h"
 
 namespace flash::sm80 {
 
@@ -143,13 +143,13 @@ FLASH_DEVICE void attend_units(Total<C>& total, const FwdParams& p, const Decode
   const int lane = ptx::read_tid_x() % 32;
   const int warp = __shfl_sync(0xffffffffu, ptx::read_tid_x() / 32, 0);  // known to be uniform
   const uint32_t sQ = ptx::shared_address(&plan) + SmemPlan<C>::q_offset();
-  load_q<C>(p, launch, here, sQ);
+  load_q<C, typename SmemPlan<C>::Q>(p, launch, here, sQ);
   WarpBlocks<C> keys(key_source<C>(p, launch, here, units, warp),
                      ptx::shared_address(plan.ring[warp]), lane,
                      units.mine.begin * units.blocks_of_unit, units.end_block(units.mine.end - 1));
   ptx::cp_async_wait_group<C.tile().stages - 1>();
   __syncthreads();
-  prepare_q<C>(p, launch, here, sQ);
+  prepare_q<C, typename SmemPlan<C>::Q>(p, launch, here, sQ, [] { __syncthreads(); });
   const QueryTile<C> q(sQ, lane);
   const DecodeSteps<C> steps{p, launch, here, units.seen, lane};
   const WarpSum<C> sum_warps(plan, warp, lane);

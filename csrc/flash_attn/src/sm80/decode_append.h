@@ -8,7 +8,9 @@
 #pragma once
 
 #include "sm80/append_rows.h"
-#include "sm80/decode_place.h"
+#include "sm80/decode_params.h"
+#include "sm80/decode_table.h"
+#include "warp/decode_place.h"
 
 namespace flash::sm80 {
 

@@ -95,7 +95,10 @@ struct DecodeConfig {
       if (tile.head_dim == head_dim && tile.head_dim_v == head_dim_v) return tile;
     return {};
   }
+  consteval int rows() const { return kDecodeRows; }  // of a CTA
   consteval int threads() const { return 32 * tile().warps; }
+  consteval int q_threads() const { return threads(); }  // that load Q
+  consteval UnitSizes units() const { return {}; }
   consteval int ctas_per_sm() const { return tile().ctas_per_sm; }
   consteval int block_keys() const { return flash::sm80::block_keys(tile()); }
   consteval int warp_keys() const { return tile().n; }

@@ -3,7 +3,7 @@
 
 #include "sm80/decode_append.h"
 #include "sm80/decode_output.h"
-#include "sm80/decode_place.h"
+#include "warp/find_sequence.h"
 
 namespace flash::sm80 {
 
@@ -12,7 +12,7 @@ namespace flash::sm80 {
 template <DecodeConfig C, class Attend>
 FLASH_DEVICE void decode_tile(const FwdParams& p, const DecodeLaunch& launch, SmemPlan<C>& plan,
                               const Attend& attend) {
-  DecodePlace<C> here(p, launch);
+  DecodePlace<C> here(p, launch, ptx::read_ctaid_x());
   if (here.batch == p.b) return store_rows_of_no_sequence<C>(p, launch, here);
   find_sequence(here, p, launch, plan.sequence);
   check_pages(p, launch, here);

@@ -22,12 +22,13 @@
 // bytes for the exchange of scores; and, with V within K, 9 copies of 512 bytes.
 #pragma once
 
-#include "sm80/decode_query.h"
 #include "sm80/decode_score.h"
 #include "sm80/decode_tile.h"
 #include "sm80/decode_wide_load.h"
 #include "sm80/steps.h"
 #include "warp/contain.h"
+#include "warp/decode_query.h"
+#include "warp/merge_accumulators.h"
 #include "warp/rows.h"
 
 namespace flash::sm80 {
@@ -118,18 +119,9 @@ class Slice {
 
   // Merges in the next unit.
   FLASH_DEVICE void take(const Slice& unit, float scale_log2) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const MergeFactors factors = merge(rows[0][half], unit.rows[0][half],
-                                         [=](float x) { return ptx::ex2(x * scale_log2); });
-#pragma unroll
-      for (int n = 0; n < WarpTile<C>::kO; ++n) {
-#pragma unroll
-        for (int i = 2 * half; i < 2 * half + 2; ++i)
-          output[0][n][i] =
-              fmaf(unit.output[0][n][i], factors.part, output[0][n][i] * factors.total);
-      }
-    }
+    merge_accumulators<C>(
+        output, rows, unit.rows, scale_log2, [&](int n) { return accumulators_of(output, n); },
+        [&](int n) { return accumulators_of(unit.output, n); });
   }
 
   // Keeps the tile's rows of a unit in the workspace.
@@ -226,11 +218,11 @@ FLASH_DEVICE void attend_wide_units(Total<C>& total, const FwdParams& p, const D
   const int lane = ptx::read_tid_x() % 32;
   const int warp = __shfl_sync(0xffffffffu, ptx::read_tid_x() / 32, 0);  // known to be uniform
   const uint32_t sQ = ptx::shared_address(&plan) + SmemPlan<C>::q_offset();
-  load_q<C>(p, launch, here, sQ);
+  load_q<C, typename SmemPlan<C>::Q>(p, launch, here, sQ);
   SharedBlocks<C> keys(p, launch, here, units, ptx::shared_address(plan.ring));
   ptx::cp_async_wait_group<C.tile().stages - 1>();
   __syncthreads();
-  prepare_q<C>(p, launch, here, sQ);
+  prepare_q<C, typename SmemPlan<C>::Q>(p, launch, here, sQ, [] { __syncthreads(); });
   const QuerySlice<C> q(sQ, warp, lane);
   const WideSteps<C> steps{p, launch, here, units.seen, warp, lane};
   const ScoreSum<C> sum(plan, warp, lane);

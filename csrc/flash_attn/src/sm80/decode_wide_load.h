@@ -1,9 +1,9 @@
 // Global to shared memory where the warps of a decode CTA share keys.
 #pragma once
 
-#include "sm80/decode_place.h"
-#include "sm80/load.h"
 #include "sm80/pipeline.h"
+#include "warp/decode_place.h"
+#include "warp/load.h"
 
 namespace flash::sm80 {
 

@@ -10,9 +10,6 @@
 
 namespace flash::sm80 {
 
-// Whether rows of the keys and the values x and y are the same distance from each other everywhere.
-bool same_rows(const Flash_fwd_params& p, const Operand& x, const Operand& y);
-
 IndexBounds index_bounds(const Flash_fwd_params& p);
 IndexBounds index_bounds(const Flash_bwd_params& p);
 

@@ -8,9 +8,7 @@
 #include "sm80/kernel_list.h"
 #include "sm80/launch.h"
 #include "sm80/sm80_backend.h"
-#include "warp/launch_plan.h"
-#include "warp/packed_tiles.h"
-#include "warp/smem_tile.h"
+#include "warp/bwd_plan.h"
 
 namespace flash::sm80 {
 namespace {
@@ -27,72 +25,12 @@ const BwdKernel& choose(std::span<const BwdKernel> kernels, const Flash_bwd_para
                        [&](const BwdKernel& kernel) { return has(kernel, p); });
 }
 
-// How a call is cut into blocks, and what CTAs leave in the workspace for each other.
-struct Cut {
-  bool is_packed;
-  int64_t key_blocks;      // of a head, of all sequences if packed
-  int64_t heads_k, heads;  // of all sequences if dense
-  int64_t q_blocks;        // as key_blocks
+BwdBlocks blocks_of(const BwdTile& tile) { return {tile.m, tile.n, tile.head_dim, tile.warps}; }
 
-  int64_t blocks() const { return heads * q_blocks; }
-};
-
-Cut cut(const Flash_bwd_params& p, const BwdTile& tile) {
-  Cut c{};
-  c.is_packed = p.cu_seqlens_q != nullptr;
-  const int64_t batch = c.is_packed ? 1 : p.b;
-  c.heads_k = batch * p.h_k;
-  c.heads = batch * p.h;
-  c.key_blocks =
-      c.is_packed ? packed_tiles(p.total_k, p.b, tile.n) : (p.seqlen_k + tile.n - 1) / tile.n;
-  c.q_blocks = c.is_packed ? p.total_q / tile.m + p.b : (p.seqlen_q + tile.m - 1) / tile.m;
-  const auto largest = std::numeric_limits<int>::max();
-  require(c.key_blocks * c.heads_k <= largest && c.blocks() <= largest,
-          "batch_size * num_heads * seqlen is too large");
-  return c;
-}
-
-// Whether several key blocks can add to a block's dQ.
-bool shares_dq(const Flash_bwd_params& p, const BwdTile& tile) { return p.seqlen_k > tile.n; }
-
-// The workspace: references, a multiple of 16 bytes; sums; turns.
-size_t reference_bytes(const Flash_bwd_params& p) {
-  const int64_t rows = p.cu_seqlens_q != nullptr ? p.total_q : p.b * p.seqlen_q;
-  return static_cast<size_t>((rows * p.h + 1) / 2 * 2) * sizeof(RowReference);
-}
-size_t sum_bytes(const Cut& c, const BwdTile& tile) {
-  return static_cast<size_t>(c.blocks()) * static_cast<size_t>(tile.m * tile.head_dim) *
-         sizeof(float);
-}
-size_t turn_count(const Cut& c, const BwdTile& tile) {
-  return static_cast<size_t>(c.blocks()) * static_cast<size_t>(tile.warps);
-}
-
-bool is_aligned_to_pairs(const Operand& x) {
-  bool aligned = reinterpret_cast<uintptr_t>(x.ptr) % (2 * kElementBytes) == 0;
-  for (const int64_t stride : {x.batch_stride, x.row_stride, x.head_stride})
-    aligned &= stride % 2 == 0;
-  return aligned;
-}
-
-BwdReferences references(const Flash_bwd_params& p) {
-  auto* first = static_cast<RowReference*>(p.workspace.ptr);
-  if (p.cu_seqlens_q != nullptr) return {first, 0, p.total_q};
-  return {first, p.h * p.seqlen_q, p.seqlen_q};
-}
-
-BwdScale scale_of(const Flash_bwd_params& p) {
-  const float scale = modifies_scores(p) ? 1.f : p.scale_softmax;
-  return {modifies_scores(p), scale, scale * kLog2e};
-}
-
-BwdLaunch plan(const Flash_bwd_params& p, const Cut& c, const BwdTile& tile) {
+BwdLaunch plan(const Flash_bwd_params& p, const BwdCut& c, const BwdTile& tile) {
   BwdLaunch launch{};
   static_cast<BwdScale&>(launch) = scale_of(p);
-  launch.scheduler = {static_cast<int>(c.key_blocks), static_cast<int>(c.heads_k),
-                      static_cast<int>(c.heads_k)};
-  launch.heads_k = static_cast<int>(p.h_k);
-  launch.group = static_cast<int>(p.h / p.h_k);
+  static_cast<BwdTiles&>(launch) = plan_bwd_tiles(p, c, blocks_of(tile), index_bounds(p));
   launch.q_aligned = is_aligned(p.q, p.d);
   launch.k_aligned = is_aligned(p.k, p.d);
   launch.v_aligned = is_aligned(p.v, p.d_v);
@@ -100,58 +38,8 @@ BwdLaunch plan(const Flash_bwd_params& p, const Cut& c, const BwdTile& tile) {
   launch.dk_aligned = is_aligned(p.dk, p.d);
   launch.dv_aligned = is_aligned(p.dv, p.d_v);
   launch.dq_aligned = is_aligned_to_pairs(p.dq);
-  launch.bounds = index_bounds(p);
   launch.dropout = Dropout::make(p.p_dropout, p.seed, p.offset);
-  launch.references = references(p);
-  launch.q_blocks = static_cast<int>(c.q_blocks);
-  if (!shares_dq(p, tile)) return launch;
-  char* sums = static_cast<char*>(p.workspace.ptr) + reference_bytes(p);
-  launch.dq_sums = reinterpret_cast<float*>(sums);
-  launch.turns = reinterpret_cast<uint32_t*>(sums + sum_bytes(c, tile));
   return launch;
-}
-
-// The rows of softmax_d that belong to no query become 0.
-void clear_softmax_d(const Flash_bwd_params& p) {
-  const bool is_packed = p.cu_seqlens_q != nullptr;
-  const int64_t rows = is_packed ? p.total_q + 128 * p.b : (p.seqlen_q + 127) / 128 * 128;
-  if (!is_packed && rows == p.seqlen_q) return;
-  const int64_t batches = is_packed ? 1 : p.b;
-  const auto clear = [&](float* first, int64_t count) {
-    if (count > 0)
-      p.target.device->clear(reinterpret_cast<uint32_t*>(first), static_cast<size_t>(count),
-                             p.target.stream);
-  };
-  if (p.dsoftmax_head_stride == rows && (batches == 1 || p.dsoftmax_batch_stride == p.h * rows))
-    return clear(p.dsoftmax_sum, batches * p.h * rows);
-  for (int64_t batch = 0; batch < batches; ++batch)
-    for (int64_t head = 0; head < p.h; ++head)
-      clear(p.dsoftmax_sum + batch * p.dsoftmax_batch_stride + head * p.dsoftmax_head_stride, rows);
-}
-
-void prepare(const Flash_bwd_params& p, BwdParams& params) {
-  clear_softmax_d(p);
-  const bool is_packed = p.cu_seqlens_q != nullptr;
-  const int64_t tiles = is_packed ? packed_tiles(p.total_q, p.b, kPrepareRows)
-                                  : (p.seqlen_q + kPrepareRows - 1) / kPrepareRows;
-  const int64_t heads = is_packed ? p.h : p.b * p.h;
-  BwdPrepareLaunch launch{};
-  static_cast<BwdScale&>(launch) = scale_of(p);
-  launch.tiles = static_cast<int>(tiles);
-  launch.group = static_cast<int>(p.h / p.h_k);
-  launch.q_aligned = is_aligned(p.q, p.d);
-  launch.k_aligned = is_aligned(p.k, p.d);
-  launch.o_aligned = is_aligned(p.o, p.d_v);
-  launch.dout_aligned = is_aligned(p.dout, p.d_v);
-  launch.bounds = index_bounds(p);
-  launch.references = references(p);
-  void* args[] = {&params, &launch};
-  if (tiles * heads > 0)
-    launch_rows(kernel_of(kBwdPrepareKernels, p.dtype), tiles * heads * RowConfig::threads(),
-                p.target, args);
-  if (p.ds_aux != nullptr)
-    launch_rows(kernel_of(kSinkGradientKernels, Dtype::kFloat32), p.h * RowConfig::threads(),
-                p.target, args);
 }
 
 void launch(const BwdKernel& kernel, int64_t ctas, BwdParams& params, BwdLaunch& plan,
@@ -171,30 +59,46 @@ void store_bias_gradient(const Flash_bwd_params& p, BwdParams& params) {
   const int64_t ctas =
       x.b * x.h * ((x.rows + tile.m - 1) / tile.m) * ((x.cols + tile.n - 1) / tile.n);
   require(ctas <= std::numeric_limits<int>::max(), "attn_bias is too large");
-  BwdLaunch launch_plan = plan(p, cut(p, tile), tile);
+  BwdLaunch launch_plan = plan(p, cut(p, blocks_of(tile)), tile);
   if (ctas > 0) launch(kernel, ctas, params, launch_plan, p.target);
+}
+
+void prepare(const Flash_bwd_params& p, BwdParams& params) {
+  const Target& target = p.target;
+  prepare_bwd(
+      p, params, index_bounds(p),
+      [&](uint32_t* words, size_t count) { target.device->clear(words, count, target.stream); },
+      [&](int64_t threads, void** args) {
+        launch_rows(cuda::kernel_of(kBwdPrepareKernels, p.dtype), threads, target, args);
+      });
 }
 
 }  // namespace
 
+void store_sink_gradient(const Flash_bwd_params& p) {
+  BwdParams params{p, p, p, p};
+  BwdPrepareLaunch launch = plan_prepare(p, index_bounds(p));
+  void* args[] = {&params, &launch};
+  launch_rows(kernel_of(kSinkGradientKernels, Dtype::kFloat32), p.h * RowConfig::threads(),
+              p.target, args);
+}
+
 size_t mha_bwd_workspace_bytes(const Flash_bwd_params& p) {
-  if (p.b == 0) return 0;
-  const BwdTile& tile = choose(kBwdKernels, p).tile;
-  if (!shares_dq(p, tile)) return reference_bytes(p);
-  const Cut c = cut(p, tile);
-  return reference_bytes(p) + sum_bytes(c, tile) + turn_count(c, tile) * sizeof(uint32_t);
+  return p.b == 0 ? 0 : bwd_workspace_bytes(p, blocks_of(choose(kBwdKernels, p).tile));
 }
 
 void mha_bwd(const Flash_bwd_params& p) {
   BwdParams params{p, p, p, p};
   prepare(p, params);
+  if (p.ds_aux != nullptr) store_sink_gradient(p);
   if (p.dbias.ptr != nullptr) store_bias_gradient(p, params);
   const BwdKernel& kernel = choose(kBwdKernels, p);
-  const Cut c = cut(p, kernel.tile);
+  const BwdBlocks blocks = blocks_of(kernel.tile);
+  const BwdCut c = cut(p, blocks);
   if (c.key_blocks * c.heads_k == 0) return;
   BwdLaunch launch_plan = plan(p, c, kernel.tile);
   if (launch_plan.turns != nullptr)
-    p.target.device->clear(launch_plan.turns, turn_count(c, kernel.tile), p.target.stream);
+    p.target.device->clear(launch_plan.turns, turn_count(c, blocks), p.target.stream);
   launch(kernel, launch_plan.scheduler.tiles(), params, launch_plan, p.target);
 }
 

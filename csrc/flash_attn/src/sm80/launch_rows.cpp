@@ -8,6 +8,7 @@
 #include "sm80/fwd_params.h"
 #include "sm80/launch.h"
 #include "sm80/sm80_backend.h"
+#include "warp/decode_cut.h"
 #include "warp/launch_plan.h"
 #include "warp/smem_tile.h"
 
@@ -17,14 +18,6 @@ namespace {
 constexpr int kWarp = 32;
 
 }  // namespace
-
-// Strides may differ where there is one row.
-bool same_rows(const Flash_fwd_params& p, const Operand& x, const Operand& y) {
-  const int64_t rows = p.block_table != nullptr ? p.page_size : p.seqlen_k;
-  return (p.k_entries <= 1 || x.batch_stride == y.batch_stride) &&
-         (rows <= 1 || x.row_stride == y.row_stride) &&
-         (p.h_k <= 1 || x.head_stride == y.head_stride);
-}
 
 IndexBounds index_bounds(const Flash_fwd_params& p) {
   return {max_cached(p, p, p), p.target.device->mailbox()};

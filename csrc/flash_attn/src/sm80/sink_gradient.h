@@ -6,7 +6,7 @@
 #include "base/ptx/special_registers.h"
 #include "base/row_config.h"
 #include "common/bounded_sequence.h"
-#include "sm80/bwd_params.h"
+#include "warp/bwd_params.h"
 #include "warp/sink.h"
 
 namespace flash::sm80 {

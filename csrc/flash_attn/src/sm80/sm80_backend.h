@@ -29,6 +29,10 @@ void store_dmask(const Flash_fwd_params& p);
 // whenever it runs; head dims at most kMaxBwdHeadDim (bwd_table.h). Throws ApiError.
 void mha_bwd(const Flash_bwd_params& p);
 
+// Enqueues what writes p.ds_aux, behind the preparation of the rows (warp/bwd_plan.h) of any
+// backward. Throws ApiError.
+void store_sink_gradient(const Flash_bwd_params& p);
+
 // Merge of partial results into fp16, bf16 or fp32; any head dim. Throws ApiError.
 void combine(const Combine_params& p);
 // Bytes of workspace that mha_fwd needs for a call on p.target.

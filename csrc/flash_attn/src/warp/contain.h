@@ -1,5 +1,5 @@
-// P V where V is not finite and some keys are hidden: 0 times NaN must not reach a row that does
-// not see the key.
+// Products where an operand is not finite and some keys are hidden: 0 times NaN must not reach
+// a row that does not see the key.
 #pragma once
 
 #include <cstdint>
@@ -65,6 +65,50 @@ FLASH_DEVICE void gemm_pv_by_keys(typename WarpTile<C>::Output& rO,
       }
     }
   });
+}
+
+// Whether a tile holds neither inf nor NaN, as far as this thread's share of it tells.
+template <class Smem, Dtype kDtype, int kThreads>
+FLASH_DEVICE bool is_share_finite(uint32_t tile) {
+  uint32_t sum = 0;  // of zeros, or NaN
+#pragma unroll 2
+  for (int i = threadIdx.x; i < Smem::kBytes / kChunkBytes; i += kThreads) {
+    const uint4 x = ptx::load_shared_16_bytes(tile + i * kChunkBytes);
+    for (const uint32_t pair : {x.x, x.y, x.z, x.w}) sum = ptx::fma2<kDtype>(pair, 0, sum);
+  }
+  return ptx::to_float<kDtype>(static_cast<uint16_t>(sum)) == 0.f &&
+         ptx::to_float<kDtype>(static_cast<uint16_t>(sum >> 16)) == 0.f;
+}
+
+// r += sums over `count` terms: of a lane's row row_of(i) and term t, for which is_seen(row, t),
+// the element score_at(row, t) times the pair at pair_at(t, n). Addresses are computed each time:
+// what this holds, the loop around it has to do without.
+template <Dtype kDtype, int kM, int kN, class RowOf, class IsSeen, class ScoreAt, class PairAt>
+FLASH_DEVICE void multiply_by_element(float (&r)[kM][kN][4], int count, const RowOf& row_of,
+                                      const IsSeen& is_seen, const ScoreAt& score_at,
+                                      const PairAt& pair_at) {
+  static_for<kM * 2>([&](auto i) {
+#pragma unroll 1
+    for (int t = 0; t < count; ++t) {
+      const int row = ptx::opaque(row_of(i));
+      if (!is_seen(row, t)) continue;
+      const float x = ptx::to_float<kDtype>(ptx::load_shared_2_bytes(score_at(row, t)));
+#pragma unroll
+      for (int n = 0; n < kN; ++n) {
+        const uint32_t pair = ptx::load_shared(pair_at(ptx::opaque(t), n));
+        float* sum = &r[i / 2][n][2 * (i % 2)];
+        sum[0] = fmaf(x, ptx::to_float<kDtype>(static_cast<uint16_t>(pair)), sum[0]);
+        sum[1] = fmaf(x, ptx::to_float<kDtype>(static_cast<uint16_t>(pair >> 16)), sum[1]);
+      }
+    }
+  });
+}
+
+// Of a 16-bit element or pair of them.
+template <class Smem>
+FLASH_DEVICE uint32_t element_address(uint32_t tile, int row, int column) {
+  return tile + Smem::offset(row, column / kChunkElements) +
+         column % kChunkElements * kElementBytes;
 }
 
 }  // namespace flash

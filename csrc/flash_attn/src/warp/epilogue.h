@@ -47,7 +47,7 @@ FLASH_DEVICE void normalise_o(typename WarpTile<C>::Output& rO, typename WarpTil
 // Writes the warp's rows of out, through its own rows of a tile O in shared memory, so that
 // neighbouring lanes write neighbouring 16 bytes of a row. `gO` is the warp's first row; `aligned`:
 // rows start at multiples of 16 bytes.
-template <auto C, class O>
+template <auto C, class O, Dtype kDtype = C.dtype>
 FLASH_DEVICE void store_o(const typename WarpTile<C>::Output& rO, uint32_t sO, char* gO,
                           int64_t row_bytes, bool aligned, int valid_rows, int head_dim) {
   using W = WarpTile<C>;
@@ -62,7 +62,7 @@ FLASH_DEVICE void store_o(const typename WarpTile<C>::Output& rO, uint32_t sO, c
         constexpr int kPair = n / 2;
         ptx::store_shared((row ^ (O::flip(kPair) | n % 2 * kChunkBytes)) + O::ahead(kPair) +
                               m * 16 * O::kRowBytes,
-                          ptx::pack<C.dtype>(rO[m][n][2 * half], rO[m][n][2 * half + 1]));
+                          ptx::pack<kDtype>(rO[m][n][2 * half], rO[m][n][2 * half + 1]));
       });
     }
   }

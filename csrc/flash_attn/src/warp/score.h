@@ -119,11 +119,14 @@ FLASH_DEVICE void modify_scores(typename WarpTile<C>::Scores& rS, const ScorePar
     add_alibi<C>(rS, scale, p, place, first_key);
     scale = 1.f;
   }
-  if (p.bias.ptr == nullptr) return;
-  if (p.bias.dtype == Dtype::kFloat32) {
-    add_bias<C, float>(rS, scale, p.bias, place, first_key, [](float x) { return x; });
-  } else {  // otherwise the dtype of q
-    add_bias<C, uint16_t>(rS, scale, p.bias, place, first_key, ptx::to_float<C.dtype>);
+  // Kernels of 8 bits have none.
+  if constexpr (dtype_bytes(C.dtype) > 1) {
+    if (p.bias.ptr == nullptr) return;
+    if (p.bias.dtype == Dtype::kFloat32) {
+      add_bias<C, float>(rS, scale, p.bias, place, first_key, [](float x) { return x; });
+    } else {  // otherwise the dtype of q
+      add_bias<C, uint16_t>(rS, scale, p.bias, place, first_key, ptx::to_float<C.dtype>);
+    }
   }
 }
 

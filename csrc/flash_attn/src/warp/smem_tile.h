@@ -1,10 +1,10 @@
-// How a 16-bit tile lies in shared memory.
+// How a tile lies in shared memory.
 //
-// A tile is cut into groups of 64 columns (32 if the head dim is no multiple of 64), each with all
-// of the tile's rows: a row of a group is 128 (64) bytes. Its 16-byte chunks are permuted: chunk c
-// of row r lies at c ^ (r % 8) (c ^ (r / 2 % 4)). So the eight rows that ldmatrix reads at a time,
-// the chunks that eight threads copy, and an accumulator's eight rows of 16 bytes each lie in eight
-// different groups of four banks: no access conflicts.
+// A tile is cut into groups of columns of 128 bytes (64 if its rows are no multiple of 128), each
+// with all of the tile's rows: a row of a group is 128 (64) bytes. Its 16-byte chunks are permuted:
+// chunk c of row r lies at c ^ (r % 8) (c ^ (r / 2 % 4)). So the eight rows that ldmatrix reads at
+// a time, the chunks that eight threads copy, and an accumulator's eight rows of 16 bytes each lie
+// in eight different groups of four banks: no access conflicts.
 #pragma once
 
 #include "base/host_device.h"
@@ -19,14 +19,18 @@ inline constexpr int kChunkElements = kChunkBytes / kElementBytes;
 inline constexpr int kSmemAlignment = 128;
 
 // Of a group.
-FLASH_INLINE constexpr int group_columns(int head_dim) { return head_dim % 64 == 0 ? 64 : 32; }
+FLASH_INLINE constexpr int group_columns(int head_dim, int element_bytes = kElementBytes) {
+  const int columns = 128 / element_bytes;
+  return head_dim % columns == 0 ? columns : columns / 2;
+}
 
-template <int kHeadDim, int kRows>
+template <int kHeadDim, int kRows, int kBytesOfElement = kElementBytes,
+          int kColumns = group_columns(kHeadDim, kBytesOfElement)>
 struct SmemTile {
-  static constexpr int kGroupCols = group_columns(kHeadDim);
+  static constexpr int kGroupCols = kColumns;
   static constexpr int kGroups = kHeadDim / kGroupCols;
-  static constexpr int kRowBytes = kGroupCols * kElementBytes;  // of a group
-  static constexpr int kChunks = kRowBytes / kChunkBytes;       // of a group's row
+  static constexpr int kRowBytes = kGroupCols * kBytesOfElement;  // of a group
+  static constexpr int kChunks = kRowBytes / kChunkBytes;         // of a group's row
   static constexpr int kGroupBytes = kRows * kRowBytes;
   static constexpr int kBytes = kGroups * kGroupBytes;
 

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "base/dtype.h"
 #include "common/softmax.h"
 
 namespace flash {
@@ -16,7 +17,9 @@ struct WarpTile {
   static constexpr int kO = C.warp_columns() / 8;
 
   using Scores = float[kM][kS][4];
-  using Probabilities = uint32_t[kM][kS][2];  // packed pairs of Scores' registers
+  // Packed pairs of Scores' registers; in 8 bits those of two neighbouring n8 tiles.
+  static constexpr int kP = kS * dtype_bytes(C.dtype) / 2;
+  using Probabilities = uint32_t[kM][kP][2];
   using Output = float[kM][kO][4];
   using Rows = RowState[kM][2];
 };

@@ -8,10 +8,10 @@
 #include "base/ptx/special_registers.h"
 #include "base/static_for.h"
 #include "common/flash.h"
-#include "sm80/page_table.h"
+#include "warp/page_table.h"
 #include "warp/smem_tile.h"
 
-namespace flash::sm80 {
+namespace flash {
 
 // Copies 16 bytes of a row that starts anywhere, element by element; what lies beyond `bytes`
 // becomes 0.
@@ -108,4 +108,4 @@ class TileLoader {
   int head_dim_;
 };
 
-}  // namespace flash::sm80
+}  // namespace flash

@@ -5,7 +5,7 @@
 
 #include "base/fast_divide.h"
 
-namespace flash::sm80 {
+namespace flash {
 
 struct PageTable {
   const int32_t* table;  // the sequence's row of block_table; null: not paged
@@ -27,4 +27,4 @@ struct PageTable {
   }
 };
 
-}  // namespace flash::sm80
+}  // namespace flash
