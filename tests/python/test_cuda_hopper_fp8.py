@@ -11,6 +11,8 @@ from test_cuda_budgets import MASKS
 from test_cuda_hopper_budgets import visible_blocks
 from test_varlen import cumulative
 
+from flash_attn import v3
+
 pytestmark = needs_emulator
 
 NAN = torch.tensor(0x7F, dtype=torch.uint8).view(FP8)
@@ -321,6 +323,43 @@ def test_nan_in_q_and_k(which):
     assert torch.equal(out[0].isnan().all(-1), wanted)
     assert torch.equal(out[0].isnan().any(-1), wanted)
     assert torch.equal(lse[0].isnan(), wanted.T)
+
+
+@pytest.mark.parametrize("page_size", [0, 16], ids=["contiguous", "pages"])
+@pytest.mark.parametrize("dims", [(64, 64), (192, 128), (48, 80)], ids=str)
+def test_new_keys_are_appended(dims, page_size):
+    """The cache then holds them, and results are bitwise those of a call that finds them there."""
+    problem = Problem(dims=dims, batch=2, heads=(4, 2), seqlens=(5, 208))
+    q, *keys = problem.numbers
+    lengths, count = torch.tensor([150, 90], dtype=torch.int32), 33
+
+    def caches(ends):
+        """The first rows of each sequence, NaN behind them, in chunks of 16 bytes."""
+        made = []
+        for x in keys:
+            rows = x.new_full((*x.shape[:-1], -(-x.shape[-1] // 16) * 16), float("nan"))
+            for i, end in enumerate(ends):
+                rows[i, :end, :, : x.shape[-1]].copy_(x[i, :end])
+            rows = rows[..., : x.shape[-1]]
+            made.append(rows.unflatten(1, (-1, page_size)).flatten(0, 1) if page_size else rows)
+        return made
+
+    options = {"causal": True, "return_softmax_lse": True}
+    if page_size:
+        options["page_table"] = torch.arange(26, dtype=torch.int32).view(2, 13)
+    with HOPPER.emulator(mode="late") as gpu:
+        found = caches(lengths + count)
+        expected = v3.flash_attn_with_kvcache(q, *found, cache_seqlens=lengths + count, **options)
+        assert len(gpu.counters) == 1
+        written = caches(lengths)
+        rows = [torch.stack([x[i, n : n + count] for i, n in enumerate(lengths)]) for x in keys]
+        actual = v3.flash_attn_with_kvcache(q, *written, *rows, cache_seqlens=lengths, **options)
+        assert len(gpu.counters) == 2
+    for x, y in zip(actual[:2], expected[:2]):
+        assert x.isfinite().all()
+        assert torch.equal(x, y)
+    for x, y in zip(written, found):
+        assert torch.equal(x.view(torch.uint8), y.view(torch.uint8))
 
 
 # ------------------------------------------------------------------------------------------------

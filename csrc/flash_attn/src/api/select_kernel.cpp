@@ -160,8 +160,30 @@ void require_fp8_takes(const Flash_fwd_params& p) {
                  "them");
 }
 
+// The rows that are appended, and the caches, as pairs of bytes: nothing is rotated, so that
+// appending only copies them.
+Flash_fwd_params pairs_of_bytes(Flash_fwd_params p) {
+  int64_t odd = (p.d | p.d_v) % 2;
+  for (Operand* x : {&p.k, &p.v, &p.knew, &p.vnew}) {
+    odd |= static_cast<int64_t>(reinterpret_cast<uintptr_t>(x->ptr) % 2);
+    for (int64_t* stride : {&x->batch_stride, &x->row_stride, &x->head_stride}) {
+      odd |= *stride % 2;
+      *stride /= 2;
+    }
+  }
+  if (odd != 0)
+    throw ApiError(FLASH_ATTN_UNSUPPORTED,
+                   "the CUDA backend lacks appending of fp8 rows that are no whole pairs of bytes; "
+                   "CPU tensors have it");
+  p.d /= 2;
+  p.d_v /= 2;
+  p.dtype = Dtype::kFloat16;
+  return p;
+}
+
 void hopper_mha_fwd_fp8(const Flash_fwd_params& p) {
   require_fp8_takes(p);
+  if (p.knew.ptr != nullptr) sm80::append_kv(pairs_of_bytes(p));
   hopper::mha_fwd(p);
 }
 
@@ -226,7 +248,8 @@ void add_cuda_kernels([[maybe_unused]] std::vector<Kernel>& kernels) {
                        .max_d = hopper::kMaxHeadDim,
                        .max_d_v = hopper::kMaxHeadDim,
                        .features = kSoftcap | kAlibi | kSink | kUsedKeys | kLeftPadding |
-                                   kCacheIndices | kPagedKeys | kSplits | kDescale | kBlockDescale,
+                                   kCacheIndices | kPagedKeys | kAppend | kSplits | kDescale |
+                                   kBlockDescale,
                        .needs_tensor_maps = true,
                        .mha_fwd = hopper_mha_fwd_fp8,
                        .fwd_workspace_bytes = hopper::mha_fwd_workspace_bytes});
