@@ -183,7 +183,7 @@ def _by_pages(queries: Queries, cache: Cache, new, rotary, score: Score, num_spl
     if qv is not None:
         check_query_of_values(rows, cache.k, cache.v, qv)
     if new.k is not None or new.v is not None:
-        _check_attention(rows, qv, cache, table, score, num_splits)
+        _check_attention(rows, qv, max_seqlen_q, cache, table, score, num_splits)
         rows, seqlens = _append(
             rows, cu_seqlens_q, cache, table, seqlens, new, rotary, score.is_by_row
         )
@@ -319,13 +319,16 @@ def _cut(cu_seqlens_q, max_seqlen_q, first, lengths: Lengths, all_used: bool, ch
 # Appending
 
 
-def _check_attention(q, qv, cache: Cache, table, score: Score, num_splits: int) -> None:
+def _check_attention(
+    q, qv, max_seqlen_q: int, cache: Cache, table, score: Score, num_splits: int
+) -> None:
     """Raise what the attention would raise after the cache is written: ask for that of no query."""
     none = table.new_zeros(table.shape[0] + 1)
     k, v = cache.k[:1], cache.v[:1]
     q, keys = with_query_of_values(q[:0], k, v, None if qv is None else qv[:0])
-    nothing = (none[1:], Lengths(none[1:], none[1:]))
-    _attend_pages(q, (keys, v, table), none, 0, nothing, True, score, num_splits, False)
+    first = None if cache.leftpad is None else none[1:]  # as the call will have it
+    nothing = (first, Lengths(none[1:], none[1:]))
+    _attend_pages(q, (keys, v, table), none, max_seqlen_q, nothing, True, score, num_splits, False)
 
 
 def _append(q, cu_seqlens_q, cache: Cache, table, seqlens, new, rotary: Rotary, by_row: bool):

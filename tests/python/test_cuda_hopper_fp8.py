@@ -11,7 +11,7 @@ from test_cuda_budgets import MASKS
 from test_cuda_hopper_budgets import visible_blocks
 from test_varlen import cumulative
 
-from flash_attn import v3
+from flash_attn.v3 import flash_attn_with_kvcache
 
 pytestmark = needs_emulator
 
@@ -273,6 +273,26 @@ def test_cache(dims, page_size):
             assert_close((out[one], lse[one]), values, causal=True)
 
 
+def test_packed_queries_with_keys_to_append():
+    """New keys are written by torch operations, then the kernel attends over the pages."""
+    starts, lengths = cumulative([5, 3]), torch.tensor([12, 130], dtype=torch.int32)
+    gen = torch.Generator().manual_seed(0)
+    q, *new = (torch.randn(8, heads, 64, generator=gen).to(FP8) for heads in (4, 2, 2))
+    pages = torch.randn(2, 20, 16, 2, 64, generator=gen).to(FP8)
+    table = torch.randperm(20, generator=gen).view(2, 10).to(torch.int32)
+
+    def call(k_cache, v_cache):
+        return flash_attn_with_kvcache(
+            q, k_cache, v_cache, *new, cache_seqlens=lengths, page_table=table, causal=True,
+            cu_seqlens_q=starts, cu_seqlens_k_new=starts, max_seqlen_q=5,
+        ), k_cache, v_cache  # fmt: skip
+
+    here, there = call(*pages.clone()), on_hopper(call, *pages.clone())
+    torch.testing.assert_close(there[0], here[0], rtol=0.05, atol=0.05)
+    for x, y in zip(here[1:], there[1:]):
+        assert torch.equal(x.view(torch.uint8), y.view(torch.uint8))
+
+
 def test_left_padding():
     problem = Problem(batch=2, seqlens=(140, 300), dims=(64, 64))
     pads = [7, 150]
@@ -349,11 +369,11 @@ def test_new_keys_are_appended(dims, page_size):
         options["page_table"] = torch.arange(26, dtype=torch.int32).view(2, 13)
     with HOPPER.emulator(mode="late") as gpu:
         found = caches(lengths + count)
-        expected = v3.flash_attn_with_kvcache(q, *found, cache_seqlens=lengths + count, **options)
+        expected = flash_attn_with_kvcache(q, *found, cache_seqlens=lengths + count, **options)
         assert len(gpu.counters) == 1
         written = caches(lengths)
         rows = [torch.stack([x[i, n : n + count] for i, n in enumerate(lengths)]) for x in keys]
-        actual = v3.flash_attn_with_kvcache(q, *written, *rows, cache_seqlens=lengths, **options)
+        actual = flash_attn_with_kvcache(q, *written, *rows, cache_seqlens=lengths, **options)
         assert len(gpu.counters) == 2
     for x, y in zip(actual[:2], expected[:2]):
         assert x.isfinite().all()

@@ -148,6 +148,29 @@ def test_nan_of_what_is_used(isa, seqlen_q, which, descale):
         torch.testing.assert_close(lse[:, ~sees], lse_was[:, ~sees])
 
 
+@pytest.mark.parametrize("seqlen_q", [1, 40])
+@pytest.mark.parametrize("q_dtype", [FP8, BF16], ids=str)
+@pytest.mark.parametrize("factor", [NAN, float("inf")])
+def test_factors_of_what_is_not_seen(isa, seqlen_q, q_dtype, factor):
+    """A sequence without keys gives 0, whatever its factors are; so do queries before all keys."""
+    lengths, starts = torch.tensor([0, 3, 90], dtype=INT32), torch.arange(4, dtype=INT32) * seqlen_q
+    q = fp8(3 * seqlen_q, 4, 64).to(q_dtype)
+    k_cache, v_cache = fp8(2, 3, 96, 2, 64, seed=1)
+    factors = torch.full((3, 2), 0.5)
+    factors[:2] = factor
+    out, lse, *_ = v3.flash_attn_with_kvcache(
+        q, k_cache, v_cache, cache_seqlens=lengths, cu_seqlens_q=starts, max_seqlen_q=seqlen_q,
+        causal=True, v_descale=factors, return_softmax_lse=True,
+    )  # fmt: skip
+    without, first = max(seqlen_q - 3, 0), lse.unflatten(1, (3, seqlen_q))
+    out = out.unflatten(0, (3, seqlen_q))
+    for i, rows in ((0, seqlen_q), (1, without)):
+        assert torch.equal(out[i, :rows], torch.zeros_like(out[i, :rows]))
+        assert (first[:, i, :rows] == -torch.inf).all()
+    assert not out[1, without:].isfinite().any()
+    assert out[2].isfinite().all()
+
+
 # ------------------------------------------------------------------------------------------------
 # Ways to call
 
@@ -324,6 +347,23 @@ def test_refused(number):
     function, changes, error, text = REFUSED[number]
     with pytest.raises(error, match=f"^{text}"):
         function(**changes)
+
+
+@pytest.mark.parametrize("name", ["q_descale", "k_descale", "v_descale"])
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_too_few_factors_are_refused_before_keys_are_appended(is_packed, name):
+    """Of 150 queries and new keys."""
+    q, new, caches = fp8(2, 150, 4, 64), fp8(2, 150, 2, 64, seed=1), torch.zeros(2, 2, 300, 2, 64)
+    k_cache, v_cache = caches.to(FP8)
+    options = {"cache_seqlens": torch.tensor([40, 150], dtype=INT32), name: torch.ones(2, 2, 1)}
+    if is_packed:
+        q, new = q.flatten(0, 1), new.flatten(0, 1)
+        starts = torch.tensor([0, 150, 300], dtype=INT32)
+        options |= {"cu_seqlens_q": starts, "cu_seqlens_k_new": starts, "max_seqlen_q": 150}
+    with pytest.raises(RuntimeError, match=f"^{name} must have a factor for each 128"):
+        v3.flash_attn_with_kvcache(q, k_cache, v_cache, new, new, causal=True, **options)
+    assert not k_cache.view(torch.uint8).any()
+    assert not v_cache.view(torch.uint8).any()
 
 
 def test_factors_are_not_read_beyond_their_end(isa):

@@ -156,8 +156,8 @@ void require_fp8_takes(const Flash_fwd_params& p) {
   if (hopper::takes(p)) return;
   throw ApiError(FLASH_ATTN_UNSUPPORTED,
                  "the CUDA backend lacks fp8 keys in pages of which no 8 rows are within 128, or "
-                 "with left padding in pages or beside factors for each 128 rows; CPU tensors have "
-                 "them");
+                 "with left padding (attention_chunk is, over a cache) in pages or beside factors "
+                 "for each 128 rows; CPU tensors have them");
 }
 
 // The rows that are appended, and the caches, as pairs of bytes: nothing is rotated, so that

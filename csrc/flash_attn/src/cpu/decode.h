@@ -148,8 +148,7 @@ class StreamTaskRunner {
     for (int r = h * rows(); r < (h + 1) * rows(); ++r) {
       float* o = x_.o + int64_t{r} * dims_.d_v_pad;
       from_part_order<kRead>(o, dims_.d_v_pad);
-      if (factor == 1.f) continue;
-      for (int i = 0; i < dims_.d_v_pad; i += kWidth) store(o + i, load(o + i) * factor);
+      multiply_output(o, factor, x_.state[r].sum, dims_.d_v_pad);
     }
   }
 

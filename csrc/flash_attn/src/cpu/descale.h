@@ -55,4 +55,11 @@ inline void multiply_columns(float* x, const float* factors, int count) {
   }
 }
 
+// The outputs of a row, of width `count`, by V's factor; `sum` is of the row's weights. A row that
+// sees no key stays 0 beside a factor that is not finite.
+inline void multiply_output(float* o, float factor, float sum, int64_t count) {
+  if (factor == 1.f || sum == 0.f) return;
+  for (int64_t i = 0; i < count; i += kWidth) store(o + i, load(o + i) * factor);
+}
+
 }  // namespace flash::cpu::FLASH_ATTN_ISA

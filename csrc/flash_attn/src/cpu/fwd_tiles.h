@@ -130,9 +130,8 @@ class FwdTilesRunner {
   float* sums(int row, int which) const { return x_.sums_of(row, which); }
 
   void scale_o(float factor) {
-    if (factor == 1.f) return;
-    for (int64_t i = 0; i < int64_t{rows()} * ctx_.d_v_pad; i += kWidth)
-      store(x_.o + i, load(x_.o + i) * factor);
+    for (int r = 0; r < rows(); ++r)
+      multiply_output(x_.o + int64_t{r} * ctx_.d_v_pad, factor, x_.state[r].sum, ctx_.d_v_pad);
   }
 
   // Queries as A, rotated, not scaled, and fresh softmax states.
