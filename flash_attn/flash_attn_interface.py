@@ -426,8 +426,8 @@ def flash_attn_with_kvcache(
         v: (batch, seqlen_new, nheads_k, headdim_v), written to v_cache; needed with k.
         rotary_cos: (seqlen_rotary, rotary_dim / 2), dtype of q, rotary_dim <= headdim: rotates k at
             positions ``cache_seqlens + i``, and q likewise if causal or windowed (by a window
-            shorter than the cache), else at ``cache_seqlens``. Needs k; seqlen_rotary >= seqlen_cache, with block_table >=
-            max_pages_per_sequence * page_size.
+            shorter than the cache), else at ``cache_seqlens``. Needs k; seqlen_rotary >=
+            seqlen_cache, with block_table >= max_pages_per_sequence * page_size.
         rotary_sin: as rotary_cos.
         cache_seqlens: tokens in the cache before k is appended, an int or int32 (batch,). None,
             only without k: the whole cache.
