@@ -334,17 +334,27 @@ def test_small_pages_are_left_to_the_kernels_of_sm80(page_size, backend):
 # Tensors in device memory, through the C interface.
 
 PACKED = ("varlen", "long_varlen", "varlen_dropout")
+WITH_BACKWARD = (*PACKED, "varlen_bwd")
 
 
 @pytest.fixture(scope="module")
 def index_report():
-    return report_of_emulated_driver(unchecked_indices.__file__, "1", *PACKED)
+    return report_of_emulated_driver(unchecked_indices.__file__, "1", *WITH_BACKWARD)
 
 
-@pytest.mark.parametrize("name", unchecked_indices.cases(PACKED))
+@pytest.mark.parametrize(("tensor", "entries"), unchecked_indices.OVERLAPPING)
+def test_sequences_that_overlap_in_the_backward(index_report, tensor, entries):
+    """No CTA waits for one that does not come."""
+    first, second = index_report[f"overlapping_bwd-{tensor}={entries}"]
+    assert first == [0, ""]
+    assert second[0] == 1
+    assert f"in {tensor}: " in second[1]
+
+
+@pytest.mark.parametrize("name", unchecked_indices.cases(WITH_BACKWARD))
 def test_element_out_of_range(index_report, name):
     """As test_cuda_indices.py has it for the other kernels."""
-    tensor = unchecked_indices.cases(PACKED)[name][1]
+    tensor = unchecked_indices.cases(WITH_BACKWARD)[name][1]
     first, (status, sentence), third = index_report[name]["calls"]
     assert first == [0, ""]
     assert status == 1
