@@ -23,7 +23,7 @@ FLASH_DEVICE int fills_of(const DecodeLaunch& launch) {
 template <DecodeConfig C, class Smem>
 class BoxLoader {
  public:
-  FLASH_DEVICE BoxLoader(const FwdParams& p, const DecodeLaunch& launch, const DecodePlace<C>& here,
+  FLASH_DEVICE BoxLoader(const DecodeLaunch& launch, const DecodePlace<C>& here,
                          const CUtensorMap& map)
       : map_(map),
         page_size_(launch.page_size),
@@ -32,8 +32,7 @@ class BoxLoader {
         seqlen_k_(here.seq.seqlen_k),
         head_k_(here.head_k),
         batch_(static_cast<int>(here.seq.k_batch)),
-        row_(static_cast<int>(here.seq.k_row) + here.seq.leftpad),
-        pages_count_(static_cast<int>(p.k_entries)) {
+        row_(static_cast<int>(here.seq.k_row) + here.seq.leftpad) {
     if (ptx::read_tid_x() % 32 == 0) ptx::prefetch_tensor_map(map);
   }
 
@@ -64,7 +63,7 @@ class BoxLoader {
   const CUtensorMap& map_;
   FastDivide page_size_;
   const int32_t* pages_;
-  int box_, seqlen_k_, head_k_, batch_, row_, pages_count_;
+  int box_, seqlen_k_, head_k_, batch_, row_;
 };
 
 // Rows of keys, or of values, anywhere: a warp's share of a slot.
@@ -123,8 +122,8 @@ FLASH_DEVICE void produce(const FwdParams& p, const DecodeLaunch& launch,
   using V = typename DecodeSmem<C>::V;
   if (launch.box_keys > 0) {
     if (ptx::read_tid_x() / 32 % kCopyingWarps != 0) return;
-    fill_rings<C>(smem, units, BoxLoader<C, K>(p, launch, here, launch.k),
-                  BoxLoader<C, V>(p, launch, here, launch.v));
+    fill_rings<C>(smem, units, BoxLoader<C, K>(launch, here, launch.k),
+                  BoxLoader<C, V>(launch, here, launch.v));
   } else {
     fill_rings<C>(smem, units, RowCopier<C, K>(p, launch, here, p.k, p.d, launch.k_aligned),
                   RowCopier<C, V>(p, launch, here, p.v, p.d_v, launch.v_aligned));

@@ -6,14 +6,13 @@
 
 #include "base/error.h"
 #include "hopper/hopper_backend.h"
+#include "hopper/launch.h"
 #include "warp/launch_plan.h"
 #include "warp/packed_tiles.h"
 
 namespace flash::hopper {
 
 namespace {
-
-constexpr int kSwizzledRows = 8;  // after which TMA's permutation of chunks begins anew
 
 const Tile& choose_tile(const Flash_fwd_params& p) {
   if (modifies_scores(p) || p.p_dropout > 0.f)

@@ -6,6 +6,8 @@
 
 namespace flash::hopper {
 
+inline constexpr int kSwizzledRows = 8;  // after which TMA's permutation of chunks begins anew
+
 // A tensor map whose boxes are a group of columns of `rows` rows of one head.
 inline CUtensorMap map_of(const cuda::Device& device, const StridedView& tensor, int head_dim,
                           int rows, const char* name) {

@@ -19,7 +19,6 @@ namespace {
 // Of fewer rows sm80's kernel, whose tiles have so many, reads each key once too, and memory bounds
 // it.
 constexpr int64_t kRowsOfSm80 = 16;
-constexpr int kSwizzledRows = 8;  // after which TMA's permutation of chunks begins anew
 
 const DecodeTile* find_tile(const Flash_fwd_params& p) {
   const auto* const end = std::end(kDecodeTiles);
